@@ -1,0 +1,65 @@
+// clamp: takes the elements of each chunk to the bounds of a value clip and tells what it met, one workgroup a chunk.
+// Without WRITES it only looks. Twin: src/cpu/clamp.rs.
+
+@group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
+
+var<private> partial: Partial;
+
+fn look(bits: u32, chunk: Chunk, element: u32) {
+    let magnitude = bits & MAGNITUDE;
+    var value = bits;
+    if magnitude >= INFINITE {
+        partial.non_finite += 1u;
+        partial.first_chunk = chunk.partial;
+        partial.first_element = min(partial.first_element, element - chunk.skip);
+        if magnitude > INFINITE {
+            partial.flags |= HAS_NAN;
+        }
+        if params.policy == POLICY_DROP {
+            return;
+        }
+    } else {
+        value = scaled(bits, unscale());
+    }
+    if clamped(value, DTYPE) != value {
+        partial.flags |= OUTSIDE;
+    }
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = group.x + group.y * groups.x;
+    if row >= arrayLength(&chunks) {
+        return;
+    }
+    let chunk = chunks[row];
+    let outcome = outcome_of(chunk.segment);
+    partial = EMPTY_PARTIAL;
+    for (var i = lane; i < chunk.words; i += WORKGROUP) {
+        let word = words[chunk.word + i];
+        if DTYPE == DTYPE_F32 {
+            look(word, chunk, i);
+        } else {
+            if 2u * i >= chunk.skip {
+                look(widened(DTYPE, word & 0xffffu), chunk, 2u * i);
+            }
+            if 2u * i + 1u < chunk.skip + chunk.elements {
+                look(widened(DTYPE, word >> 16u), chunk, 2u * i + 1u);
+            }
+        }
+        if WRITES && i >= chunk.own_from && i < chunk.own_to && outcome.action != LEAVE {
+            let result = applied_word(word, outcome);
+            if result != word {
+                words[chunk.word + i] = result;
+            }
+        }
+    }
+    let whole = merged_in_workgroup(lane, partial);
+    if lane == 0u {
+        partials[chunk.partial] = whole;
+    }
+}

@@ -1,0 +1,41 @@
+// edges: words that hold an element of half precision and something else, one invocation a word, which writes both
+// halves at once, so that no two invocations ever write the same word.
+
+struct Edge {
+    word: u32,
+    // The segment of the lower and of the upper element; NOWHERE if it is not ours.
+    low: u32,
+    high: u32,
+    // The dtype of the lower element, and of the upper one times 256.
+    dtypes: u32,
+}
+
+@group(1) @binding(0) var<storage, read_write> words: array<u32>;
+@group(1) @binding(1) var<storage, read> edges: array<Edge>;
+
+fn half_of(half: u32, segment: u32, dtype: u32) -> u32 {
+    if segment == NOWHERE {
+        return half;
+    }
+    let outcome = outcome_of(segment);
+    if outcome.action == LEAVE {
+        return half;
+    }
+    return applied_half(half, dtype, outcome);
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let row = id.x + id.y * groups.x * WORKGROUP;
+    if row >= arrayLength(&edges) {
+        return;
+    }
+    let edge = edges[row];
+    let word = words[edge.word];
+    let low = half_of(word & 0xffffu, edge.low, edge.dtypes & 0xffu);
+    let high = half_of(word >> 16u, edge.high, edge.dtypes >> 8u);
+    let result = low | (high << 16u);
+    if result != word {
+        words[edge.word] = result;
+    }
+}

@@ -1,0 +1,26 @@
+// scale: multiplies the elements of each chunk by the factor of its segment, one workgroup a chunk. Twin:
+// src/cpu/scale.rs.
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = group.x + group.y * groups.x;
+    if row >= arrayLength(&chunks) {
+        return;
+    }
+    let chunk = chunks[row];
+    let outcome = outcome_of(chunk.segment);
+    if outcome.action == LEAVE {
+        return;
+    }
+    for (var i = chunk.own_from + lane; i < chunk.own_to; i += WORKGROUP) {
+        let word = words[chunk.word + i];
+        let result = applied_word(word, outcome);
+        if result != word {
+            words[chunk.word + i] = result;
+        }
+    }
+}

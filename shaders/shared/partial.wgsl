@@ -1,0 +1,51 @@
+// Partial: what is known of some elements of a segment. Twin of `Partial` in src/partial.rs.
+
+struct Partial {
+    // Σ |g|^p over the finite elements.
+    sum: Number,
+    // The bits of the largest finite |g|.
+    max: u32,
+    // How many elements are NaN or infinite: low and high word.
+    non_finite: u32,
+    non_finite_high: u32,
+    // Where the first of them is: the chunk, and the element in it. NOWHERE if there is none.
+    first_chunk: u32,
+    first_element: u32,
+    flags: u32,
+}
+
+const NOWHERE: u32 = 0xffffffffu;
+
+// Some element is NaN; some element lies outside the bounds of a value clip.
+const HAS_NAN: u32 = 1u;
+const OUTSIDE: u32 = 2u;
+
+const EMPTY_PARTIAL = Partial(ZERO_NUMBER, 0u, 0u, 0u, NOWHERE, NOWHERE, 0u);
+
+fn merge(a: Partial, b: Partial) -> Partial {
+    var both = a;
+    both.sum = add(a.sum, b.sum);
+    both.max = max(a.max, b.max);
+    both.non_finite = a.non_finite + b.non_finite;
+    both.non_finite_high = a.non_finite_high + b.non_finite_high + select(0u, 1u, both.non_finite < a.non_finite);
+    if b.first_chunk < a.first_chunk || (b.first_chunk == a.first_chunk && b.first_element < a.first_element) {
+        both.first_chunk = b.first_chunk;
+        both.first_element = b.first_element;
+    }
+    both.flags = a.flags | b.flags;
+    return both;
+}
+
+var<workgroup> tree: array<Partial, WORKGROUP>;
+
+// Merges the partials of all invocations, in a fixed tree. Valid in invocation 0.
+fn merged_in_workgroup(lane: u32, own: Partial) -> Partial {
+    tree[lane] = own;
+    for (var width = WORKGROUP / 2u; width > 0u; width = width / 2u) {
+        workgroupBarrier();
+        if lane < width {
+            tree[lane] = merge(tree[lane], tree[lane + width]);
+        }
+    }
+    return tree[lane];
+}

@@ -1,0 +1,218 @@
+//! The device that everything runs on: opening one, and turning its errors into ours.
+
+use std::sync::{Arc, OnceLock};
+
+use crate::Error;
+
+/// A device and its queue, with what was learnt about them.
+#[derive(Clone, Debug)]
+pub(super) struct GpuDevice {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    /// Why the device was lost, if it was and if it is ours: a caller's device has the caller's callback.
+    lost: Arc<OnceLock<String>>,
+}
+
+impl GpuDevice {
+    pub(super) fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+        Self { device: device.clone(), queue: queue.clone(), lost: Arc::default() }
+    }
+
+    /// Opens a device with all the adapter's limits and the features that help.
+    pub(super) async fn open(adapter: &wgpu::Adapter) -> Result<Self, Error> {
+        let helpful = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("gradclip"),
+            required_features: adapter.features() & helpful,
+            required_limits: adapter.limits(),
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            ..Default::default()
+        };
+        let (device, queue) = adapter.request_device(&descriptor).await.map_err(|e| Error::Device(e.to_string()))?;
+        let lost: Arc<OnceLock<String>> = Arc::default();
+        let told = Arc::clone(&lost);
+        device.set_device_lost_callback(move |reason, message| {
+            // Only the first reason is kept.
+            let _ = told.set(format!("{reason:?}: {message}"));
+        });
+        // What escapes a scope of ours would otherwise end the process.
+        device.on_uncaptured_error(Arc::new(|error| log::error!("uncaptured GPU error: {error}")));
+        Ok(Self { device, queue, lost })
+    }
+
+    pub(super) fn check_not_lost(&self) -> Result<(), Error> {
+        self.lost.get().map_or(Ok(()), |reason| Err(Error::DeviceLost(reason.clone())))
+    }
+
+    /// Runs `f` and returns the device's errors in it as ours.
+    ///
+    /// Scopes belong to the thread, and their answers are ready at once on native platforms. In a browser they are not:
+    /// there errors go to the device's own handler.
+    pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, Error> {
+        if cfg!(target_arch = "wasm32") {
+            return Ok(f());
+        }
+        let filters = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory];
+        let scopes = filters.map(|filter| self.device.push_error_scope(filter));
+        let result = f();
+        let mut error = None;
+        for scope in scopes.into_iter().rev() {
+            let answer = ready(scope.pop()).flatten();
+            error = error.or(answer);
+        }
+        match error {
+            None => Ok(result),
+            Some(wgpu::Error::OutOfMemory { source }) => Err(Error::OutOfMemory(source.to_string())),
+            Some(wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. }) => {
+                Err(Error::Device(one_line(&description)))
+            }
+        }
+    }
+
+    /// A buffer with these contents.
+    pub(super) fn filled(
+        &self,
+        label: &str,
+        contents: &[u8],
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer, Error> {
+        let usage = usage | wgpu::BufferUsages::COPY_DST;
+        self.scoped(|| {
+            let descriptor = wgpu::BufferDescriptor {
+                label: Some(label),
+                size: contents.len() as u64,
+                usage,
+                mapped_at_creation: false,
+            };
+            let buffer = self.device.create_buffer(&descriptor);
+            self.queue.write_buffer(&buffer, 0, contents);
+            buffer
+        })
+    }
+
+    /// Copies part of a buffer to the host and waits for it.
+    ///
+    /// Nothing but polling moves a native device on, so each poll of this future polls the device and asks to be polled
+    /// again: any executor will do, and a browser's own loop never needs it.
+    pub(super) async fn read(&self, buffer: &wgpu::Buffer, offset: u64, size: u64) -> Result<Vec<u8>, Error> {
+        let staging = self.scoped(|| {
+            let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("gradclip readback"),
+                size,
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            });
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, Some(size));
+            self.queue.submit([encoder.finish()]);
+            staging
+        })?;
+        let (sender, receiver) = futures_intrusive::channel::shared::oneshot_channel();
+        self.scoped(|| {
+            staging.map_async(wgpu::MapMode::Read, .., move |result| {
+                // The receiver is gone if the report's future was dropped; then nobody wants the answer.
+                let _ = sender.send(result);
+            });
+        })?;
+        let mut answer = std::pin::pin!(receiver.receive());
+        let result = std::future::poll_fn(|context| {
+            if let std::task::Poll::Ready(result) = answer.as_mut().poll(context) {
+                return std::task::Poll::Ready(Ok(result));
+            }
+            if let Err(error) = self.poll() {
+                return std::task::Poll::Ready(Err(error));
+            }
+            if !cfg!(target_arch = "wasm32") {
+                context.waker().wake_by_ref();
+            }
+            std::task::Poll::Pending
+        })
+        .await?;
+        match result {
+            Some(Ok(())) => {}
+            _ => {
+                self.check_not_lost()?;
+                return Err(Error::DeviceLost("a buffer could not be mapped".into()));
+            }
+        }
+        let bytes = staging.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?.to_vec();
+        staging.unmap();
+        Ok(bytes)
+    }
+
+    /// Lets finished work call back.
+    fn poll(&self) -> Result<(), Error> {
+        self.catching_loss(|| self.device.poll(wgpu::PollType::Poll))
+    }
+
+    /// Sleeps until all submitted work is done.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(super) fn wait(&self) -> Result<(), Error> {
+        self.catching_loss(|| self.device.poll(wgpu::PollType::wait_indefinitely()))
+    }
+
+    /// wgpu answers a poll of a device that hangs or is gone with a panic.
+    fn catching_loss<E: std::fmt::Display>(
+        &self,
+        poll: impl FnOnce() -> Result<wgpu::PollStatus, E>,
+    ) -> Result<(), Error> {
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(poll)) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(Error::Device(error.to_string())),
+            Err(_) => {
+                self.check_not_lost()?;
+                Err(Error::DeviceLost("polling it failed".into()))
+            }
+        }
+    }
+}
+
+/// All adapters that this machine has, hardware and software.
+///
+/// The environment variables of wgpu (`WGPU_BACKEND` and the like) are honoured.
+pub async fn adapters() -> Vec<wgpu::Adapter> {
+    instance().enumerate_adapters(wgpu::Backends::all()).await
+}
+
+/// [`adapters`], waiting for the answer.
+#[cfg(not(target_arch = "wasm32"))]
+#[must_use]
+pub fn adapters_blocking() -> Vec<wgpu::Adapter> {
+    pollster::block_on(adapters())
+}
+
+/// The adapter with the highest performance, or the first whose name contains `name`, in any case of letters.
+pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> {
+    let Some(name) = name else {
+        let options = wgpu::RequestAdapterOptions {
+            power_preference: wgpu::PowerPreference::HighPerformance,
+            ..Default::default()
+        };
+        return instance().request_adapter(&options).await.map_err(|_| Error::NoAdapter { wanted: String::new() });
+    };
+    let matches = |a: &wgpu::Adapter| a.get_info().name.to_lowercase().contains(&name.to_lowercase());
+    let all = adapters().await;
+    let names: Vec<_> = all.iter().map(|a| a.get_info().name).collect();
+    all.into_iter()
+        .find(matches)
+        .ok_or_else(|| Error::NoAdapter { wanted: format!(" whose name contains {name:?} (there are: {names:?})") })
+}
+
+fn instance() -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
+}
+
+/// The answer of a future that has it already.
+fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match std::pin::pin!(future).poll(&mut context) {
+        std::task::Poll::Ready(answer) => Some(answer),
+        std::task::Poll::Pending => None,
+    }
+}
+
+/// wgpu's descriptions are indented trees; an error of ours is one line.
+fn one_line(description: &str) -> String {
+    let parts = description.lines().map(str::trim).filter(|l| !l.is_empty() && *l != "Caused by:");
+    parts.collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,46 @@
+//! Every number that was tuned, beside the measurement that earned it. Records of whole runs are in `benches/records`.
+
+/// How much work a workgroup gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Invocations in a workgroup.
+    pub workgroup: u32,
+    /// The number of chunks that a large set is cut into, if the two limits below allow.
+    pub chunks: u64,
+    /// Words (4 bytes) in the shortest chunk that a tensor is cut into.
+    pub min_chunk_words: u32,
+    /// Words in the longest chunk. The loops of one invocation stay far below the 65,535 iterations after which
+    /// llvmpipe silently ends them: 2^20 words are 256 blocks of 16 words for each of 256 invocations.
+    pub max_chunk_words: u32,
+}
+
+/// Software devices: llvmpipe and SwiftShader.
+pub const SOFTWARE: Tuning = Tuning { workgroup: 64, chunks: 256, min_chunk_words: 1 << 12, max_chunk_words: 1 << 20 };
+
+/// Everything else. Not measured yet: the shape that CUB uses, an even share for some workgroups per core.
+pub const HARDWARE: Tuning =
+    Tuning { workgroup: 256, chunks: 4096, min_chunk_words: 1 << 12, max_chunk_words: 1 << 20 };
+
+/// How many partials one workgroup merges. With 256 invocations at most 4, with 64 at most 16 one after another.
+pub const MERGED_PARTIALS: u32 = 1024;
+
+/// The size of the pieces in which host tensors are uploaded and read back, in bytes.
+pub const STAGING_BYTES: u64 = 64 << 20;
+
+impl Tuning {
+    /// The row for a kind of device.
+    #[must_use]
+    pub fn of(device_type: wgpu::DeviceType) -> Self {
+        match device_type {
+            wgpu::DeviceType::Cpu => SOFTWARE,
+            _ => HARDWARE,
+        }
+    }
+
+    /// The length of chunks for a set of so many words: an even share of them, rounded up to 4 KiWords.
+    #[must_use]
+    pub fn chunk_words(&self, words: u64) -> u32 {
+        let share = words.div_ceil(self.chunks).next_multiple_of(u64::from(self.min_chunk_words));
+        u32::try_from(share).unwrap_or(u32::MAX).clamp(self.min_chunk_words, self.max_chunk_words)
+    }
+}

@@ -1,0 +1,248 @@
+//! [`Partial`], the mergeable result of a piece of a segment, and what follows from a merged one: the total norm and
+//! the coefficient. The GPU's twins are `shaders/shared/partial.wgsl` (the merge) and `shaders/finalise.wgsl` (the
+//! outcome).
+
+use crate::clip::Mode;
+use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, NormType};
+
+/// Where an element is: the tensor's place in the list and the element's in the tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Location {
+    pub(crate) tensor: usize,
+    pub(crate) index: u64,
+}
+
+/// What is known of some elements of a segment. Partials of disjoint pieces merge into that of their union.
+///
+/// The sum is kept as `sum * 2^exponent`, so that neither the square of 1e300 nor that of 1e-300 is lost. Merging is
+/// commutative but, as floating-point sums are, not associative to the last bit: everything merges in a fixed order.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Partial {
+    /// Σ |g|^p over the finite elements, times 2^-exponent. Not used for the infinity norm.
+    pub(crate) sum: f64,
+    /// Even for L2, so that the square root stays exact in the exponent.
+    pub(crate) exponent: i32,
+    /// The largest finite |g|. Used for the infinity norm only.
+    pub(crate) max: f64,
+    /// How many elements are NaN or infinite.
+    pub(crate) non_finite: u64,
+    /// Whether one of them is a NaN.
+    pub(crate) nan: bool,
+    /// Where the first of them is.
+    pub(crate) first: Option<Location>,
+    /// Whether an element lies outside the bounds of a value clip.
+    pub(crate) outside: bool,
+}
+
+impl Partial {
+    /// The partial of no elements.
+    pub(crate) const EMPTY: Self =
+        Self { sum: 0.0, exponent: 0, max: 0.0, non_finite: 0, nan: false, first: None, outside: false };
+
+    /// The partial of both pieces together.
+    pub(crate) fn merge(self, other: Self) -> Self {
+        let (sum, exponent) = add_scaled((self.sum, self.exponent), (other.sum, other.exponent));
+        Self {
+            sum,
+            exponent,
+            max: self.max.max(other.max),
+            non_finite: self.non_finite + other.non_finite,
+            nan: self.nan || other.nan,
+            first: match (self.first, other.first) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            },
+            outside: self.outside || other.outside,
+        }
+    }
+
+    /// The norm of the finite elements.
+    pub(crate) fn finite_norm(&self, norm_type: NormType) -> f64 {
+        match norm_type {
+            NormType::L1 => ldexp(self.sum, self.exponent),
+            NormType::L2 => {
+                debug_assert_eq!(self.exponent % 2, 0);
+                ldexp(self.sum.sqrt(), self.exponent / 2)
+            }
+            NormType::Inf => self.max,
+        }
+    }
+}
+
+/// `a + b` where each is a value and a binary exponent.
+fn add_scaled(a: (f64, i32), b: (f64, i32)) -> (f64, i32) {
+    if a.1 == b.1 || b.0 == 0.0 {
+        (a.0 + b.0, a.1)
+    } else if a.0 == 0.0 {
+        b
+    } else {
+        // To the larger exponent, so that nothing overflows; what underflows there is below the other's last bit,
+        // because every stored sum lies between 2^-900 and 2^964.
+        let (low, high) = if a.1 < b.1 { (a, b) } else { (b, a) };
+        (ldexp(low.0, low.1 - high.1) + high.0, high.1)
+    }
+}
+
+/// `x * 2^exponent`, in steps that neither overflow nor underflow before the result does.
+pub(crate) fn ldexp(x: f64, exponent: i32) -> f64 {
+    let mut left = exponent.clamp(-4400, 4400);
+    let mut result = x;
+    while left != 0 {
+        let step = left.clamp(-1022, 1023);
+        // A biased exponent between 1 and 2046 makes a normal power of two.
+        result *= f64::from_bits(((1023 + step) as u64) << 52);
+        left -= step;
+    }
+    result
+}
+
+/// What the apply pass does with a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Not one byte is written.
+    Leave,
+    /// Every element becomes 0.
+    Zero,
+    /// Elements are multiplied or clamped; under [`NonFinite::Drop`] the non-finite ones become 0.
+    Apply,
+}
+
+/// What a clip does with one segment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Outcome {
+    /// N: the norm over gradients divided by `grad_scale`; NaN for a value clip.
+    pub(crate) norm: f64,
+    /// c, without `grad_scale`.
+    pub(crate) clip_coef: f64,
+    /// `c / grad_scale`: what elements are multiplied by.
+    pub(crate) factor: f64,
+    pub(crate) action: Action,
+}
+
+impl Clip {
+    /// What to do with a segment, given its own partial and the merged one of all segments: the policies `Error` and
+    /// `Skip` hold for everything or nothing.
+    pub(crate) fn outcome(&self, segment: &Partial, total: &Partial) -> Outcome {
+        let bad = segment.non_finite > 0;
+        let (norm, wanted_coef) = match self.mode {
+            Mode::Value { .. } => (f64::NAN, 1.0),
+            Mode::Norm { max_norm } => {
+                let norm = if !bad || self.non_finite == NonFinite::Drop {
+                    segment.finite_norm(self.norm_type) / self.grad_scale
+                } else if segment.nan {
+                    f64::NAN
+                } else {
+                    f64::INFINITY
+                };
+                (norm, coefficient(norm, max_norm, self.eps))
+            }
+        };
+        let everywhere_bad = total.non_finite > 0;
+        let only_measures = matches!(self.mode, Mode::Norm { max_norm } if max_norm == f64::INFINITY);
+        let refused = everywhere_bad && matches!(self.non_finite, NonFinite::Error | NonFinite::Skip);
+        let action = if only_measures || refused {
+            Action::Leave
+        } else if bad && self.non_finite == NonFinite::Zero {
+            Action::Zero
+        } else if matches!(self.mode, Mode::Norm { .. })
+            && wanted_coef == 1.0
+            && self.grad_scale == 1.0
+            && !(bad && self.non_finite == NonFinite::Drop)
+        {
+            Action::Leave
+        } else {
+            Action::Apply
+        };
+        let clip_coef = match action {
+            Action::Leave => 1.0,
+            Action::Zero => 0.0,
+            Action::Apply => wanted_coef,
+        };
+        Outcome { norm, clip_coef, factor: clip_coef / self.grad_scale, action }
+    }
+
+    /// The report on a clip of one segment.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] under that policy.
+    pub(crate) fn report<'a>(
+        &self,
+        outcome: &Outcome,
+        total: &Partial,
+        elements: u64,
+        name_of: impl Fn(usize) -> Option<&'a str>,
+    ) -> Result<ClipReport, Error> {
+        let non_finite = total.first.map(|first| NonFiniteElements {
+            count: total.non_finite,
+            tensor: first.tensor,
+            name: name_of(first.tensor).map(str::to_owned),
+            index: first.index,
+        });
+        match non_finite {
+            Some(found) if self.non_finite == NonFinite::Error => Err(Error::NonFinite(found)),
+            non_finite => Ok(ClipReport {
+                total_norm: outcome.norm,
+                clip_coef: outcome.clip_coef,
+                clipped: outcome.clip_coef != 1.0 || (total.outside && outcome.action == Action::Apply),
+                elements,
+                non_finite,
+            }),
+        }
+    }
+}
+
+/// c = min(1, max_norm / (N + eps)). A NaN norm gives NaN, as in PyTorch. 0 / 0 (`max_norm`, `eps` and the norm all
+/// zero) gives 1, because nothing exceeds the threshold; Optax gives NaN there.
+fn coefficient(norm: f64, max_norm: f64, eps: f64) -> f64 {
+    if norm.is_nan() {
+        f64::NAN
+    } else if norm + eps > max_norm {
+        max_norm / (norm + eps)
+    } else {
+        1.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ldexp_reaches_both_ends() {
+        assert_eq!(ldexp(1.5, 4), 24.0);
+        assert_eq!(ldexp(1.0, -1074), f64::from_bits(1));
+        assert_eq!(ldexp(f64::from_bits(1), 1074 + 1023), 2f64.powi(1023));
+        assert_eq!(ldexp(1.0, 2000), f64::INFINITY);
+        assert_eq!(ldexp(1.0, -3000), 0.0);
+    }
+
+    #[test]
+    fn merging_keeps_the_larger_scale() {
+        let huge = Partial { sum: 1.0, exponent: 2000, ..Partial::EMPTY };
+        let small = Partial { sum: 3.0, exponent: -2000, ..Partial::EMPTY };
+        assert_eq!(huge.merge(small), huge);
+        assert_eq!(small.merge(huge), huge);
+        let twice = huge.merge(huge);
+        assert_eq!((twice.sum, twice.exponent), (2.0, 2000));
+        assert_eq!(small.merge(Partial::EMPTY), small);
+        assert_eq!(Partial::EMPTY.merge(small), small);
+    }
+
+    #[test]
+    fn the_first_bad_element_is_the_first_in_list_order() {
+        let at = |tensor, index| Partial { first: Some(Location { tensor, index }), ..Partial::EMPTY };
+        assert_eq!(at(1, 0).merge(at(0, 7)).first, Some(Location { tensor: 0, index: 7 }));
+        assert_eq!(at(1, 3).merge(Partial::EMPTY).merge(at(1, 2)).first, Some(Location { tensor: 1, index: 2 }));
+    }
+
+    #[test]
+    fn coefficients_follow_the_formula() {
+        assert_eq!(coefficient(2.0, 1.0, 0.0), 0.5);
+        assert_eq!(coefficient(1.0, 1.0, 0.0), 1.0);
+        assert!(coefficient(1.0, 1.0, 1e-6) < 1.0);
+        assert_eq!(coefficient(0.0, 0.0, 0.0), 1.0);
+        assert_eq!(coefficient(0.0, 0.0, 1e-6), 0.0);
+        assert_eq!(coefficient(f64::INFINITY, 1.0, 1e-6), 0.0);
+        assert!(coefficient(f64::NAN, 1.0, 1e-6).is_nan());
+    }
+}

@@ -1,0 +1,43 @@
+//! What a clip tells about itself.
+
+/// The outcome of one clip.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ClipReport {
+    /// The norm of all gradients, divided by `grad_scale`, before anything was clipped. NaN or infinite if a gradient
+    /// is, except under [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip,
+    /// which measures no norm.
+    pub total_norm: f64,
+    /// The factor c that every gradient was multiplied by, beside `1 / grad_scale`. 1 when nothing was clipped, and
+    /// for a value clip.
+    pub clip_coef: f64,
+    /// Whether clipping changed anything: `clip_coef` is not 1, or an element lay outside the bounds of a value clip.
+    /// Dividing by `grad_scale` alone, or dropping non-finite elements, does not count.
+    pub clipped: bool,
+    /// How many elements were measured.
+    pub elements: u64,
+    /// The NaN and infinite elements, if there were any.
+    pub non_finite: Option<NonFiniteElements>,
+}
+
+/// How many elements are NaN or infinite, and where the first one is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NonFiniteElements {
+    /// How many there are in all tensors.
+    pub count: u64,
+    /// The first tensor that holds one, by its place in the list.
+    pub tensor: usize,
+    /// That tensor's name, if it has one.
+    pub name: Option<String>,
+    /// The first such element in that tensor, counted from 0 in memory order.
+    pub index: u64,
+}
+
+impl std::fmt::Display for NonFiniteElements {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let plural = if self.count == 1 { "" } else { "s" };
+        let tensor = crate::error::tensor_label(self.name.as_deref(), self.tensor);
+        write!(f, "{} non-finite element{plural}, the first at index {} of {tensor}", self.count, self.index)
+    }
+}

@@ -1,0 +1,204 @@
+//! Whether the GPU and the CPU agree on a clip.
+
+use half::{bf16, f16};
+
+use crate::gpu::GpuClipper;
+use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, Tensor, TensorMut, cpu};
+
+/// How far the norms may be apart, relatively: the GPU's promise of 1e-6 and the CPU's of 1e-7 together.
+const NORM_TOLERANCE: f64 = 1.1e-6;
+
+/// How a clip on the GPU compares with the same clip on the CPU. The tensors given are not changed.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Verification {
+    /// What the CPU reported: a report, or the non-finite elements that it refused.
+    pub cpu: Result<ClipReport, NonFiniteElements>,
+    /// What the GPU reported.
+    pub gpu: Result<ClipReport, NonFiniteElements>,
+    /// |GPU's norm - CPU's| / CPU's; 0 where both are NaN, infinite or 0.
+    pub norm_error: f64,
+    /// What of it was tolerated.
+    pub norm_tolerance: f64,
+    /// The largest distance between two corresponding elements, in units of the last place of their dtype.
+    pub worst_ulps: u64,
+    /// What of it was tolerated in each dtype, and why.
+    pub tolerated: Vec<Tolerance>,
+    /// The first element that lies outside the tolerance.
+    pub first_mismatch: Option<Mismatch>,
+    /// How many elements were compared.
+    pub elements: u64,
+}
+
+/// How many units of the last place two elements of a dtype may be apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Tolerance {
+    /// The dtype it is for.
+    pub dtype: Dtype,
+    /// The distance tolerated.
+    pub ulps: u64,
+    /// Why.
+    pub why: &'static str,
+}
+
+/// An element on which the backends disagree.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Mismatch {
+    /// The tensor's place in the list.
+    pub tensor: usize,
+    /// The tensor's name, if it has one.
+    pub name: Option<String>,
+    /// The element's index in the tensor.
+    pub index: u64,
+    /// The CPU's value.
+    pub cpu: f64,
+    /// The GPU's value.
+    pub gpu: f64,
+    /// Their distance in units of the last place.
+    pub ulps: u64,
+}
+
+impl Verification {
+    /// Whether everything agrees within the tolerances: norm, elements, decision, and the non-finite elements found.
+    #[must_use]
+    pub fn agrees(&self) -> bool {
+        let found = |side: &Result<ClipReport, NonFiniteElements>| match side {
+            Ok(report) => (true, report.non_finite.clone()),
+            Err(found) => (false, Some(found.clone())),
+        };
+        self.norm_error <= self.norm_tolerance && self.first_mismatch.is_none() && found(&self.cpu) == found(&self.gpu)
+    }
+}
+
+/// Runs the same clip on copies of the tensors, on the GPU and on the CPU, and compares reports and every element.
+///
+/// # Errors
+/// [`Error::UnsupportedDtype`] for float64 tensors, and the device's own errors. That the clip refuses non-finite
+/// elements is a result to compare, not an error.
+pub async fn verify(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
+    let copies = || tensors.iter().map(|t| t.data.to_vec()).collect::<Vec<_>>();
+    let (mut on_cpu, mut on_gpu) = (copies(), copies());
+    let cpu = found(cpu::apply(clip, &mut views(&mut on_cpu, tensors)))?;
+    let gpu = found(gpu.apply(clip, &mut views(&mut on_gpu, tensors)).await)?;
+    let norm_error = match (&cpu, &gpu) {
+        (Ok(cpu), Ok(gpu)) => relative_error(gpu.total_norm, cpu.total_norm),
+        _ => 0.0,
+    };
+    let mut verification = Verification {
+        cpu,
+        gpu,
+        norm_error,
+        norm_tolerance: NORM_TOLERANCE,
+        worst_ulps: 0,
+        tolerated: Vec::new(),
+        first_mismatch: None,
+        elements: 0,
+    };
+    for (i, ((cpu, gpu), tensor)) in on_cpu.iter().zip(&on_gpu).zip(tensors).enumerate() {
+        let tolerance = tolerance(tensor.dtype);
+        if !verification.tolerated.contains(&tolerance) {
+            verification.tolerated.push(tolerance);
+        }
+        verification.elements += tensor.len() as u64;
+        compare(&mut verification, tolerance, (i, tensor), cpu, gpu);
+    }
+    Ok(verification)
+}
+
+/// [`verify`], waiting for the GPU.
+///
+/// # Errors
+/// The same.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn verify_blocking(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
+    pollster::block_on(verify(clip, tensors, gpu))
+}
+
+fn views<'a>(copies: &'a mut [Vec<u8>], tensors: &[Tensor<'a>]) -> Vec<TensorMut<'a>> {
+    let view = |(data, t): (&'a mut Vec<u8>, &Tensor<'a>)| TensorMut { name: t.name, dtype: t.dtype, data };
+    copies.iter_mut().zip(tensors).map(view).collect()
+}
+
+fn found(result: Result<ClipReport, Error>) -> Result<Result<ClipReport, NonFiniteElements>, Error> {
+    match result {
+        Ok(report) => Ok(Ok(report)),
+        Err(Error::NonFinite(found)) => Ok(Err(found)),
+        Err(other) => Err(other),
+    }
+}
+
+/// |a - b| / |b|, 0 where both are the same infinity, NaN or 0.
+fn relative_error(a: f64, b: f64) -> f64 {
+    if a == b || (a.is_nan() && b.is_nan()) {
+        0.0
+    } else {
+        let error = ((a - b) / b).abs();
+        if error.is_nan() { f64::INFINITY } else { error }
+    }
+}
+
+fn tolerance(dtype: Dtype) -> Tolerance {
+    match dtype {
+        Dtype::F16 | Dtype::BF16 => Tolerance {
+            dtype,
+            ulps: 1,
+            why: "the coefficients differ by the norms' tolerance, which can tip a rounding",
+        },
+        Dtype::F32 | Dtype::F64 => Tolerance {
+            dtype,
+            ulps: 20,
+            why: "1.1e-6 of the norm is 9 to 19 units of the last place, and one more for the rounding",
+        },
+    }
+}
+
+fn compare(v: &mut Verification, tolerance: Tolerance, (i, tensor): (usize, &Tensor<'_>), cpu: &[u8], gpu: &[u8]) {
+    let size = tensor.dtype.size();
+    for (index, (cpu, gpu)) in cpu.chunks_exact(size).zip(gpu.chunks_exact(size)).enumerate() {
+        if cpu == gpu {
+            continue;
+        }
+        let (a, b) = (value(tensor.dtype, cpu), value(tensor.dtype, gpu));
+        // A GPU may flush what is subnormal in float32, in which the elements are computed, to 0.
+        if (a.is_nan() && b.is_nan()) || (a.abs().max(b.abs()) < f64::from(f32::MIN_POSITIVE)) {
+            continue;
+        }
+        let ulps = position(tensor.dtype, cpu).abs_diff(position(tensor.dtype, gpu));
+        let ulps = if a.is_nan() || b.is_nan() { u64::MAX } else { ulps };
+        v.worst_ulps = v.worst_ulps.max(ulps);
+        if ulps > tolerance.ulps && v.first_mismatch.is_none() {
+            let name = tensor.name.map(str::to_owned);
+            v.first_mismatch = Some(Mismatch { tensor: i, name, index: index as u64, cpu: a, gpu: b, ulps });
+        }
+    }
+}
+
+fn value(dtype: Dtype, bytes: &[u8]) -> f64 {
+    match dtype {
+        Dtype::F32 => bytemuck::pod_read_unaligned::<f32>(bytes).into(),
+        Dtype::F64 => bytemuck::pod_read_unaligned(bytes),
+        Dtype::F16 => bytemuck::pod_read_unaligned::<f16>(bytes).into(),
+        Dtype::BF16 => bytemuck::pod_read_unaligned::<bf16>(bytes).into(),
+    }
+}
+
+/// The place of a value among all values of its dtype, in order; both zeros are at 0.
+fn position(dtype: Dtype, bytes: &[u8]) -> i64 {
+    let (magnitude, negative) = match dtype {
+        Dtype::F16 | Dtype::BF16 => {
+            let bits: u16 = bytemuck::pod_read_unaligned(bytes);
+            (i64::from(bits & 0x7fff), bits >> 15 == 1)
+        }
+        Dtype::F32 => {
+            let bits: u32 = bytemuck::pod_read_unaligned(bytes);
+            (i64::from(bits & 0x7fff_ffff), bits >> 31 == 1)
+        }
+        Dtype::F64 => {
+            let bits: u64 = bytemuck::pod_read_unaligned(bytes);
+            ((bits & (u64::MAX >> 1)) as i64, bits >> 63 == 1)
+        }
+    };
+    if negative { -magnitude } else { magnitude }
+}
