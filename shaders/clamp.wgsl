@@ -26,6 +26,19 @@ fn look(bits: u32, chunk: Chunk, element: u32) {
     }
 }
 
+fn look_at_word(word: u32, chunk: Chunk, i: u32) {
+    if DTYPE == DTYPE_F32 {
+        look(word, chunk, i);
+        return;
+    }
+    if 2u * i >= chunk.skip {
+        look(widened(DTYPE, word & 0xffffu), chunk, 2u * i);
+    }
+    if 2u * i + 1u < chunk.skip + chunk.elements {
+        look(widened(DTYPE, word >> 16u), chunk, 2u * i + 1u);
+    }
+}
+
 @compute @workgroup_size(WORKGROUP)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -38,23 +51,26 @@ fn main(
     }
     let chunk = chunks[row];
     let outcome = outcome_of(chunk.segment);
+    if outcome.action == LEAVE {
+        return;
+    }
     partial = EMPTY_PARTIAL;
-    for (var i = lane; i < chunk.words; i += WORKGROUP) {
-        let word = words[chunk.word + i];
-        if DTYPE == DTYPE_F32 {
-            look(word, chunk, i);
-        } else {
-            if 2u * i >= chunk.skip {
-                look(widened(DTYPE, word & 0xffffu), chunk, 2u * i);
-            }
-            if 2u * i + 1u < chunk.skip + chunk.elements {
-                look(widened(DTYPE, word >> 16u), chunk, 2u * i + 1u);
-            }
+    for (var i = lane; i < chunk.words; i += BLOCK * WORKGROUP) {
+        // The first and the last word may hold an element that is not the chunk's, and of which it must not tell.
+        let shares = (chunk.own_from > 0u && i == lane)
+            || (chunk.own_to < chunk.words && i + BLOCK * WORKGROUP >= chunk.words);
+        let again = apply_block(chunk, i, outcome, shares);
+        if !again && outside {
+            partial.flags |= OUTSIDE;
         }
-        if WRITES && i >= chunk.own_from && i < chunk.own_to && outcome.action != LEAVE {
-            let result = applied_word(word, outcome);
-            if result != word {
-                words[chunk.word + i] = result;
+        for (var k = 0u; k < BLOCK && again; k += 1u) {
+            let j = i + k * WORKGROUP;
+            if j < chunk.words {
+                let word = words[chunk.word + j];
+                look_at_word(word, chunk, j);
+                if WRITES {
+                    write(chunk, j, word, applied_word(word, outcome));
+                }
             }
         }
     }

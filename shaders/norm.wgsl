@@ -1,20 +1,23 @@
 // norm: the partial of each chunk, one workgroup a chunk. Host side: src/gpu/plan.rs; twin: src/cpu/norm.rs.
 //
 // An invocation takes blocks of 16 words, WORKGROUP apart. A block's elements are scaled by the power of two of the
-// largest element met so far, so that no square overflows and none that matters underflows; a block is summed as a
-// tree, 8 blocks one after another in float32, and what they add up to in a Number. So the longest chain of float32
-// roundings is short whatever the length: 1 (square) + 5 (block) + 8 (blocks) units of 2^-24 in the sum, half of that
-// in the norm: 4.2e-7 at worst.
+// largest element met so far, so that no square overflows and none that matters underflows. Blocks with non-finite
+// elements, or with none but tiny ones, are walked a second time, element by element.
+//
+// A block is summed as a tree, 8 blocks one after another in float32, and what they add up to in a Number. So the
+// longest chain of float32 roundings is short whatever the length: 1 (square) + 5 (block) + 8 (blocks) units of 2^-24
+// in the sum, half of that in the norm: 4.2e-7 at worst.
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
 const BLOCK: u32 = 16u;
 const BLOCKS_IN_FLOAT: u32 = 8u;
 
-// Blocks whose largest element is below 2^-100 may hold subnormals that matter; float arithmetic may flush those.
-const TINY: u32 = 27u << 23u;
+// Where the largest exponent so far is below that of 2^-100, subnormals matter, which float arithmetic may flush:
+// such elements are summed in Numbers.
+const TINY_EXPONENT: u32 = 27u;
 
-// The float32 sum, in units of 2^(128 - exponent) (squared for L2), of the blocks since the last `settle`.
+// The float32 sum, in units of 2^(exponent - 128) (squared for L2), of the blocks since the last `settle`.
 var<private> sum: f32;
 // The biased exponent of the largest element so far; at least 1.
 var<private> exponent: u32;
@@ -29,74 +32,57 @@ fn settle() {
     let unit = i32(exponent) - 128;
     let settled = number_of(bitcast<u32>(sum));
     if settled.mantissa != 0u {
-        partial.sum = add(partial.sum, Number(settled.mantissa, settled.exponent + select(unit, 2 * unit, NORM == NORM_L2)));
+        let units = select(unit, 2 * unit, NORM == NORM_L2);
+        partial.sum = add(partial.sum, Number(settled.mantissa, settled.exponent + units));
     }
     sum = 0.0;
 }
 
-// |x| in the unit, where subnormals must not be flushed.
-fn in_unit_exactly(x: vec4<u32>) -> vec4<f32> {
-    let subnormal = vec4<f32>(x) * bitcast<f32>((106u - exponent) << 23u);
-    let normal = bitcast<vec4<f32>>(x) * bitcast<f32>((255u - exponent) << 23u);
-    return select(normal, subnormal, x < vec4<u32>(SMALLEST_NORMAL));
+// Raises the unit to that of `top`, the largest element of the next block.
+fn raise(top: u32) {
+    let raised = max(exponent, top >> 23u);
+    let k = i32(exponent) - i32(raised);
+    sum *= power_of_two(select(k, 2 * k, NORM == NORM_L2));
+    exponent = raised;
 }
 
-fn sum_of(x: vec4<f32>) -> f32 {
+fn sum_of_4(magnitudes: vec4<u32>) -> f32 {
+    let x = bitcast<vec4<f32>>(magnitudes) * bitcast<f32>((255u - exponent) << 23u);
     if NORM == NORM_L2 {
         return (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
     }
     return (x.x + x.y) + (x.z + x.w);
 }
 
-fn largest(x: vec4<u32>) -> u32 {
+fn sum_of_16(a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>) -> f32 {
+    return (sum_of_4(a) + sum_of_4(b)) + (sum_of_4(c) + sum_of_4(d));
+}
+
+fn largest_of_16(a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>) -> u32 {
+    let x = max(max(a, b), max(c, d));
     return max(max(x.x, x.y), max(x.z, x.w));
 }
 
-// Counts and locates the non-finite ones of four elements, and returns the others.
-fn without_non_finite(magnitudes: vec4<u32>, chunk: Chunk, element: vec4<u32>) -> vec4<u32> {
-    var finite = magnitudes;
-    for (var i = 0u; i < 4u; i += 1u) {
-        if magnitudes[i] >= INFINITE {
-            finite[i] = 0u;
-            partial.non_finite += 1u;
-            partial.first_chunk = chunk.partial;
-            partial.first_element = min(partial.first_element, element[i] - chunk.skip);
-            if magnitudes[i] > INFINITE {
-                partial.flags |= HAS_NAN;
-            }
-        }
-    }
-    return finite;
+fn only_finite(magnitudes: vec4<u32>) -> vec4<u32> {
+    return select(magnitudes, vec4<u32>(0u), magnitudes >= vec4<u32>(INFINITE));
 }
 
-// Takes 16 elements without their signs. `element` is the index of the first, `step` the distance of two.
-fn take(a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>, chunk: Chunk, element: u32, step: u32) {
-    var x = array<vec4<u32>, 4>(a, b, c, d);
-    var top = largest(max(max(a, b), max(c, d)));
-    if top >= INFINITE {
-        for (var i = 0u; i < 4u; i += 1u) {
-            let at = vec4<u32>(element + 4u * i * step) + vec4<u32>(0u, 1u, 2u, 3u) * step;
-            x[i] = without_non_finite(x[i], chunk, at);
+// Takes an element of a block that is walked again. `element` is its place in the chunk.
+fn take_one(magnitude: u32, chunk: Chunk, element: u32) {
+    if magnitude >= INFINITE {
+        partial.non_finite += 1u;
+        partial.first_chunk = chunk.partial;
+        partial.first_element = min(partial.first_element, element);
+        if magnitude > INFINITE {
+            partial.flags |= HAS_NAN;
         }
-        top = largest(max(max(x[0], x[1]), max(x[2], x[3])));
-    }
-    if NORM == NORM_INF {
-        partial.max = max(partial.max, top);
-        return;
-    }
-    let raised = max(exponent, top >> 23u);
-    if raised != exponent {
-        let k = i32(exponent) - i32(raised);
-        sum *= power_of_two(select(k, 2 * k, NORM == NORM_L2));
-        exponent = raised;
-    }
-    if exponent < (TINY >> 23u) {
-        sum += (sum_of(in_unit_exactly(x[0])) + sum_of(in_unit_exactly(x[1])))
-            + (sum_of(in_unit_exactly(x[2])) + sum_of(in_unit_exactly(x[3])));
-    } else {
-        let unit = bitcast<f32>((255u - exponent) << 23u);
-        sum += (sum_of(bitcast<vec4<f32>>(x[0]) * unit) + sum_of(bitcast<vec4<f32>>(x[1]) * unit))
-            + (sum_of(bitcast<vec4<f32>>(x[2]) * unit) + sum_of(bitcast<vec4<f32>>(x[3]) * unit));
+    } else if NORM != NORM_INF && exponent < TINY_EXPONENT {
+        let x = number_of(magnitude);
+        if NORM == NORM_L2 {
+            partial.sum = add(partial.sum, squared(x));
+        } else {
+            partial.sum = add(partial.sum, x);
+        }
     }
 }
 
@@ -140,16 +126,59 @@ fn take_block(chunk: Chunk, i: u32) {
     let b = four_words(chunk, i + 4u * WORKGROUP);
     let c = four_words(chunk, i + 8u * WORKGROUP);
     let d = four_words(chunk, i + 12u * WORKGROUP);
+    var top: u32;
+    var finite_top: u32;
     if DTYPE == DTYPE_F32 {
         let m = vec4<u32>(MAGNITUDE);
-        take(a & m, b & m, c & m, d & m, chunk, i, WORKGROUP);
+        top = largest_of_16(a & m, b & m, c & m, d & m);
+        let e = only_finite(a & m);
+        let f = only_finite(b & m);
+        let g = only_finite(c & m);
+        let h = only_finite(d & m);
+        finite_top = largest_of_16(e, f, g, h);
+        raise(finite_top);
+        if NORM != NORM_INF && exponent >= TINY_EXPONENT {
+            sum += sum_of_16(e, f, g, h);
+        }
     } else {
-        let low = vec4<u32>(0xffffu);
-        let high = vec4<u32>(16u);
-        take(magnitudes_of(a & low), magnitudes_of(b & low), magnitudes_of(c & low), magnitudes_of(d & low),
-            chunk, 2u * i, 2u * WORKGROUP);
-        take(magnitudes_of(a >> high), magnitudes_of(b >> high), magnitudes_of(c >> high), magnitudes_of(d >> high),
-            chunk, 2u * i + 1u, 2u * WORKGROUP);
+        let m = vec4<u32>(0xffffu);
+        let s = vec4<u32>(16u);
+        let low_a = magnitudes_of(a & m);
+        let low_b = magnitudes_of(b & m);
+        let low_c = magnitudes_of(c & m);
+        let low_d = magnitudes_of(d & m);
+        let high_a = magnitudes_of(a >> s);
+        let high_b = magnitudes_of(b >> s);
+        let high_c = magnitudes_of(c >> s);
+        let high_d = magnitudes_of(d >> s);
+        top = max(largest_of_16(low_a, low_b, low_c, low_d), largest_of_16(high_a, high_b, high_c, high_d));
+        let e = only_finite(low_a);
+        let f = only_finite(low_b);
+        let g = only_finite(low_c);
+        let h = only_finite(low_d);
+        let o = only_finite(high_a);
+        let p = only_finite(high_b);
+        let q = only_finite(high_c);
+        let r = only_finite(high_d);
+        finite_top = max(largest_of_16(e, f, g, h), largest_of_16(o, p, q, r));
+        raise(finite_top);
+        if NORM != NORM_INF && exponent >= TINY_EXPONENT {
+            sum += sum_of_16(e, f, g, h) + sum_of_16(o, p, q, r);
+        }
+    }
+    partial.max = max(partial.max, finite_top);
+    let tiny = NORM != NORM_INF && exponent < TINY_EXPONENT && finite_top > 0u;
+    let again = top >= INFINITE || tiny;
+    // In the loop, because software devices run the body of every branch, but not of every loop.
+    for (var k = 0u; k < BLOCK && again; k += 1u) {
+        let j = i + k * WORKGROUP;
+        let word = word_of(chunk, j);
+        if DTYPE == DTYPE_F32 {
+            take_one(word & MAGNITUDE, chunk, j);
+        } else {
+            take_one(widened(DTYPE, word & 0xffffu) & MAGNITUDE, chunk, 2u * j - chunk.skip);
+            take_one(widened(DTYPE, word >> 16u) & MAGNITUDE, chunk, 2u * j + 1u - chunk.skip);
+        }
     }
 }
 
@@ -167,15 +196,14 @@ fn main(
     sum = 0.0;
     exponent = 1u;
     partial = EMPTY_PARTIAL;
-    var blocks = 0u;
-    for (var i = 0u; i < chunk.words; i += BLOCK * WORKGROUP) {
-        take_block(chunk, i + lane);
-        blocks += 1u;
-        if blocks % BLOCKS_IN_FLOAT == 0u {
-            settle();
+    let step = BLOCK * WORKGROUP;
+    for (var span = 0u; span < chunk.words; span += BLOCKS_IN_FLOAT * step) {
+        let end = min(chunk.words, span + BLOCKS_IN_FLOAT * step);
+        for (var i = span; i < end; i += step) {
+            take_block(chunk, i + lane);
         }
+        settle();
     }
-    settle();
     let whole = merged_in_workgroup(lane, partial);
     if lane == 0u {
         partials[chunk.partial] = whole;

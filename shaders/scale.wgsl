@@ -16,11 +16,12 @@ fn main(
     if outcome.action == LEAVE {
         return;
     }
-    for (var i = chunk.own_from + lane; i < chunk.own_to; i += WORKGROUP) {
-        let word = words[chunk.word + i];
-        let result = applied_word(word, outcome);
-        if result != word {
-            words[chunk.word + i] = result;
+    for (var i = lane; i < chunk.own_to; i += BLOCK * WORKGROUP) {
+        let again = apply_block(chunk, i, outcome, false);
+        for (var k = 0u; k < BLOCK && again; k += 1u) {
+            let j = i + k * WORKGROUP;
+            let word = word_or_last(chunk, j);
+            write(chunk, j, word, applied_word(word, outcome));
         }
     }
 }

@@ -103,6 +103,6 @@ pub fn clip_grad_value<T: Element>(grads: &mut [&mut [T]], clip_value: f64) -> R
 }
 
 fn apply_to_slices<T: Element>(clip: &Clip, grads: &mut [&mut [T]]) -> Result<ClipReport, Error> {
-    let mut tensors: Vec<_> = grads.iter_mut().map(|g| TensorMut::new(&mut **g)).collect();
+    let mut tensors: Vec<_> = grads.iter_mut().map(|g| TensorMut::new(g)).collect();
     Clipper::auto().apply(clip, &mut tensors)
 }

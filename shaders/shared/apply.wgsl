@@ -78,10 +78,3 @@ fn applied_half(half: u32, dtype: u32, outcome: Outcome) -> u32 {
     }
     return narrowed(dtype, result);
 }
-
-fn applied_word(word: u32, outcome: Outcome) -> u32 {
-    if DTYPE == DTYPE_F32 {
-        return applied(word, DTYPE, outcome);
-    }
-    return applied_half(word & 0xffffu, DTYPE, outcome) | (applied_half(word >> 16u, DTYPE, outcome) << 16u);
-}

@@ -79,6 +79,13 @@ fn wide_product(a: u32, b: u32) -> vec2<u32> {
     return vec2<u32>((other << 16u) | (low & 0xffffu), high);
 }
 
+fn squared(a: Number) -> Number {
+    if a.mantissa == 0u {
+        return ZERO_NUMBER;
+    }
+    return normalised(wide_product(a.mantissa, a.mantissa).y, 2 * a.exponent + 32);
+}
+
 // a / b for b > 0, by long division; truncated to 32 bits.
 fn divide(a: Number, b: Number) -> Number {
     if a.mantissa == 0u {

@@ -85,7 +85,7 @@ pub(crate) fn apply(clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipRe
                 (Action::Leave, _) => {}
                 (Action::Zero, _) => data.fill(0),
                 (Action::Apply, Mode::Norm { .. }) => {
-                    with_element!(dtype, T => scale::scale::<T>(&outcome, drop, data))
+                    with_element!(dtype, T => scale::scale::<T>(&outcome, drop, data));
                 }
                 (Action::Apply, Mode::Value { .. }) => {
                     with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));

@@ -141,7 +141,7 @@ impl GpuDevice {
     }
 
     /// Lets finished work call back.
-    fn poll(&self) -> Result<(), Error> {
+    pub(super) fn poll(&self) -> Result<(), Error> {
         self.catching_loss(|| self.device.poll(wgpu::PollType::Poll))
     }
 

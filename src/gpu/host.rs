@@ -32,14 +32,14 @@ impl GpuClipper {
         let report = self.run(&plan).await?;
         if report.clipped || report.non_finite.is_some() || clip.grad_scale != 1.0 {
             // All of it, before the first write: a device that is lost halfway must not leave half of it clipped.
-            let mut pieces = Vec::new();
-            for run in &runs {
-                pieces.push(
-                    self.device.read(&buffers[run.buffer], run.offset, run.len.next_multiple_of(4) as u64).await?,
-                );
+            let mut clipped = Vec::new();
+            for buffer in &buffers {
+                clipped.push(self.read_all(buffer).await?);
             }
-            for (run, piece) in runs.iter().zip(pieces) {
-                tensors[run.tensor].data[run.at..run.at + run.len].copy_from_slice(&piece[..run.len]);
+            for run in &runs {
+                let at = run.offset as usize;
+                tensors[run.tensor].data[run.at..run.at + run.len]
+                    .copy_from_slice(&clipped[run.buffer][at..at + run.len]);
             }
         }
         Ok(report)
@@ -70,6 +70,15 @@ impl GpuClipper {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn measure_blocking(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
         pollster::block_on(self.measure(clip, tensors))
+    }
+
+    async fn read_all(&self, buffer: &wgpu::Buffer) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::new();
+        while (bytes.len() as u64) < buffer.size() {
+            let at = bytes.len() as u64;
+            bytes.extend(self.device.read(buffer, at, STAGING_BYTES.min(buffer.size() - at)).await?);
+        }
+        Ok(bytes)
     }
 
     async fn run(&self, plan: &GpuPlan) -> Result<ClipReport, Error> {
@@ -127,6 +136,7 @@ impl GpuClipper {
         let names = tensors.iter().map(|t| t.name.map(Arc::from)).collect();
         let plan = GpuPlan::new(self, clip, Parts { buffers: buffers.clone(), pieces, names }, writes)?;
         self.device.scoped(|| {
+            let mut staged = 0;
             for run in &runs {
                 let bytes = &tensors[run.tensor].data[run.at..run.at + run.len];
                 let whole = bytes.len() & !3;
@@ -137,12 +147,16 @@ impl GpuClipper {
                     word[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
                     self.device.queue.write_buffer(buffer, run.offset + whole as u64, &word);
                 }
-                // Without this the queue would stage a copy of everything.
-                if run.len as u64 == STAGING_BYTES {
+                staged += run.len as u64;
+                if staged >= STAGING_BYTES {
+                    // Without this the queue would hold a copy of everything.
                     self.device.queue.submit([]);
+                    self.device.poll()?;
+                    staged = 0;
                 }
             }
-        })?;
+            Ok(())
+        })??;
         Ok((plan, buffers, runs))
     }
 }

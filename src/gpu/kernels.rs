@@ -30,6 +30,7 @@ const HALF: &str = include_str!("../../shaders/shared/half.wgsl");
 const CHUNK: &str = include_str!("../../shaders/shared/chunk.wgsl");
 const OUTCOME: &str = include_str!("../../shaders/shared/outcome.wgsl");
 const APPLY: &str = include_str!("../../shaders/shared/apply.wgsl");
+const APPLY_BLOCK: &str = include_str!("../../shaders/shared/apply_block.wgsl");
 
 impl Kernel {
     fn name(self) -> &'static str {
@@ -58,11 +59,11 @@ impl Kernel {
             }
             Self::Scale { dtype: of } => {
                 dtype = code(of);
-                &[NUMBER, PARTIAL, HALF, CHUNK, OUTCOME, APPLY, include_str!("../../shaders/scale.wgsl")]
+                &[NUMBER, PARTIAL, HALF, CHUNK, OUTCOME, APPLY, APPLY_BLOCK, include_str!("../../shaders/scale.wgsl")]
             }
             Self::Clamp { dtype: of, guarded, writes } => {
                 (dtype, value, is_guarded, is_writing) = (code(of), true, guarded, writes);
-                &[NUMBER, PARTIAL, HALF, CHUNK, OUTCOME, APPLY, include_str!("../../shaders/clamp.wgsl")]
+                &[NUMBER, PARTIAL, HALF, CHUNK, OUTCOME, APPLY, APPLY_BLOCK, include_str!("../../shaders/clamp.wgsl")]
             }
             Self::Edges { value: of, guarded } => {
                 (value, is_guarded) = (of, guarded);

@@ -16,9 +16,9 @@ use crate::{Clip, ClipReport, Dtype, Error, NonFinite};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
-/// Made by [`GpuClipper::plan`]. The plan keeps the tensors' buffers alive and holds some 64 bytes for each 4 Mi to
-/// 16 Ki elements. It is `Send + Sync`; two steps of one plan may not run on the GPU at the same time, which one queue
-/// never does.
+/// Made by [`GpuClipper::plan`]. The plan keeps the tensors' buffers alive, and holds some 64 bytes on the device and as
+/// many on the host for each chunk: a tensor, or 16 KiB to 4 MiB of one. It is `Send + Sync`. Its steps share one set of
+/// partials and results, so they must run on the GPU one after another, as everything on one queue does.
 #[derive(Debug)]
 pub struct GpuPlan {
     gpu: GpuClipper,

@@ -1,0 +1,104 @@
+// The quick way through a chunk: blocks of words, several in flight, in plain float32 arithmetic.
+
+// Whether an element of the block at hand needs more than a float32 product: `applied` then decides.
+var<private> unusual: bool;
+// Whether an element of the block at hand lies outside the bounds of a value clip.
+var<private> outside: bool;
+
+// `applied` where the outcome is APPLY, the factor is a float32 and neither element nor product is unusual.
+fn quickly_applied(bits: u32, factor: f32) -> u32 {
+    let product = bitcast<u32>(bitcast<f32>(bits) * factor);
+    let magnitude = bits & MAGNITUDE;
+    let size = product & MAGNITUDE;
+    // A driver may flush subnormals, and need not produce infinities.
+    unusual |= magnitude >= INFINITE || size >= INFINITE || (size < SMALLEST_NORMAL && magnitude > 0u);
+    if VALUE {
+        let bounded = clamped(product, DTYPE);
+        outside |= bounded != product;
+        return bounded;
+    }
+    return product;
+}
+
+fn quickly_applied_half(half: u32, factor: f32) -> u32 {
+    let bits = widened(DTYPE, half);
+    let result = quickly_applied(bits, factor);
+    return select(narrowed(DTYPE, result), half, result == bits);
+}
+
+fn quickly_applied_word(word: u32, factor: f32) -> u32 {
+    if DTYPE == DTYPE_F32 {
+        return quickly_applied(word, factor);
+    }
+    return quickly_applied_half(word & 0xffffu, factor) | (quickly_applied_half(word >> 16u, factor) << 16u);
+}
+
+// A block: 16 words, WORKGROUP apart.
+const BLOCK: u32 = 16u;
+
+// Word `i` of the chunk, or the last one.
+fn word_or_last(chunk: Chunk, i: u32) -> u32 {
+    return words[chunk.word + min(i, chunk.words - 1u)];
+}
+
+fn four_words(chunk: Chunk, i: u32) -> vec4<u32> {
+    return vec4<u32>(
+        word_or_last(chunk, i),
+        word_or_last(chunk, i + WORKGROUP),
+        word_or_last(chunk, i + 2u * WORKGROUP),
+        word_or_last(chunk, i + 3u * WORKGROUP),
+    );
+}
+
+fn four_applied(words: vec4<u32>, factor: f32) -> vec4<u32> {
+    return vec4<u32>(
+        quickly_applied_word(words.x, factor),
+        quickly_applied_word(words.y, factor),
+        quickly_applied_word(words.z, factor),
+        quickly_applied_word(words.w, factor),
+    );
+}
+
+fn write(chunk: Chunk, i: u32, before: u32, after: u32) {
+    if after != before && i >= chunk.own_from && i < chunk.own_to {
+        words[chunk.word + i] = after;
+    }
+}
+
+fn write_four(chunk: Chunk, i: u32, before: vec4<u32>, after: vec4<u32>) {
+    write(chunk, i, before.x, after.x);
+    write(chunk, i + WORKGROUP, before.y, after.y);
+    write(chunk, i + 2u * WORKGROUP, before.z, after.z);
+    write(chunk, i + 3u * WORKGROUP, before.w, after.w);
+}
+
+// Applies the outcome to the block that starts at word `i`, unless something in it is unusual: then returns true, and
+// the block is to be walked word by word. On software devices the condition of that must stand in the loop: they run
+// the body of every branch, but not of every loop.
+fn apply_block(chunk: Chunk, i: u32, outcome: Outcome, looks_closer: bool) -> bool {
+    unusual = looks_closer || outcome.action != APPLY || outcome.factor.is_float == 0u;
+    outside = false;
+    let factor = bitcast<f32>(outcome.factor.value);
+    let a = four_words(chunk, i);
+    let b = four_words(chunk, i + 4u * WORKGROUP);
+    let c = four_words(chunk, i + 8u * WORKGROUP);
+    let d = four_words(chunk, i + 12u * WORKGROUP);
+    let e = four_applied(a, factor);
+    let f = four_applied(b, factor);
+    let g = four_applied(c, factor);
+    let h = four_applied(d, factor);
+    if WRITES && !unusual {
+        write_four(chunk, i, a, e);
+        write_four(chunk, i + 4u * WORKGROUP, b, f);
+        write_four(chunk, i + 8u * WORKGROUP, c, g);
+        write_four(chunk, i + 12u * WORKGROUP, d, h);
+    }
+    return unusual;
+}
+
+fn applied_word(word: u32, outcome: Outcome) -> u32 {
+    if DTYPE == DTYPE_F32 {
+        return applied(word, DTYPE, outcome);
+    }
+    return applied_half(word & 0xffffu, DTYPE, outcome) | (applied_half(word >> 16u, DTYPE, outcome) << 16u);
+}
