@@ -1,0 +1,157 @@
+//! Where to compute.
+
+use std::fmt;
+
+use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut};
+#[cfg(feature = "gpu")]
+use gradclip::{
+    Dtype,
+    gpu::{GpuClipper, adapters_blocking},
+    wgpu,
+};
+use rayon::ThreadPool;
+
+use crate::args::{BackendArgs, BackendChoice};
+use crate::failure::Failure;
+use crate::report::plural;
+
+/// The backend chosen, and the threads it may use.
+#[derive(Debug)]
+pub(crate) struct Backend {
+    clipper: Clipper,
+    pool: ThreadPool,
+    adapter: Option<Adapter>,
+    /// Why `auto` did not take a GPU.
+    pub(crate) fallback: Option<String>,
+}
+
+/// What names a GPU.
+#[derive(Debug)]
+struct Adapter {
+    name: String,
+    /// The name and what else a reader wants to know.
+    description: String,
+    #[cfg(feature = "gpu")]
+    gpu: GpuClipper,
+}
+
+impl Backend {
+    pub(crate) fn choose(args: &BackendArgs, tensors: &[Tensor<'_>]) -> Result<Self, Failure> {
+        let named = args.adapter.as_deref();
+        let (adapter, fallback) = match args.backend {
+            BackendChoice::Cpu if named.is_some() => {
+                return Err(Failure::Usage("--adapter names a GPU: leave out --backend cpu".into()));
+            }
+            BackendChoice::Cpu => (None, None),
+            BackendChoice::Auto if named.is_none() => match hardware(tensors) {
+                Ok(adapter) => (Some(adapter), None),
+                Err(why) => (None, Some(why)),
+            },
+            BackendChoice::Auto | BackendChoice::Gpu => (Some(open(named, tensors)?), None),
+        };
+        #[cfg(feature = "gpu")]
+        let clipper = adapter.as_ref().map_or_else(Clipper::cpu, |adapter| Clipper::gpu(adapter.gpu.clone()));
+        #[cfg(not(feature = "gpu"))]
+        let clipper = Clipper::cpu();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(args.threads.map_or(0, Into::into))
+            .build()
+            .map_err(|error| Failure::Setup(format!("cannot start the threads ({error}); try fewer: --threads N")))?;
+        Ok(Self { clipper, pool, adapter, fallback })
+    }
+
+    /// The GPU's name; `None` on the CPU.
+    pub(crate) fn adapter(&self) -> Option<&str> {
+        self.adapter.as_ref().map(|adapter| adapter.name.as_str())
+    }
+
+    pub(crate) fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Failure> {
+        Ok(self.pool.install(|| self.clipper.apply(clip, tensors))?)
+    }
+
+    pub(crate) fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Failure> {
+        Ok(self.pool.install(|| self.clipper.measure(clip, tensors))?)
+    }
+
+    /// Clips copies of the tensors on a GPU, the chosen one if one was, and on the CPU.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn verify(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<gradclip::Verification, Failure> {
+        if let Some(name) = float64(tensors) {
+            return Err(Failure::Float64OnGpu(name));
+        }
+        let gpu = self.adapter.as_ref().map_or_else(GpuClipper::open_blocking, |adapter| Ok(adapter.gpu.clone()))?;
+        Ok(self.pool.install(|| gradclip::verify_blocking(clip, tensors, &gpu))?)
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.adapter {
+            Some(adapter) => write!(f, "GPU {}", adapter.description),
+            None => write!(f, "CPU, {}", plural(self.pool.current_num_threads() as u64, "thread")),
+        }
+    }
+}
+
+/// The name of the first float64 tensor, which no GPU can clip.
+#[cfg(feature = "gpu")]
+fn float64(tensors: &[Tensor<'_>]) -> Option<String> {
+    let tensor = tensors.iter().find(|tensor| tensor.dtype() == Dtype::F64)?;
+    Some(tensor.name().unwrap_or_default().to_owned())
+}
+
+/// A GPU that was asked for, software or not.
+#[cfg(feature = "gpu")]
+fn open(named: Option<&str>, tensors: &[Tensor<'_>]) -> Result<Adapter, Failure> {
+    if let Some(name) = float64(tensors) {
+        // The library's own error, but before anything is copied.
+        let tensor = format!("tensor {name:?}");
+        return Err(gradclip::Error::UnsupportedDtype { tensor, dtype: Dtype::F64 }.into());
+    }
+    Ok(Adapter::new(open_gpu(named)?))
+}
+
+/// The named GPU, or the fastest.
+#[cfg(feature = "gpu")]
+pub(crate) fn open_gpu(named: Option<&str>) -> Result<GpuClipper, gradclip::Error> {
+    named.map_or_else(GpuClipper::open_blocking, GpuClipper::open_named_blocking)
+}
+
+/// A GPU of hardware that can clip these tensors, or why there is none.
+#[cfg(feature = "gpu")]
+fn hardware(tensors: &[Tensor<'_>]) -> Result<Adapter, String> {
+    if let Some(name) = float64(tensors) {
+        return Err(format!("tensor {name:?} is float64, which GPUs lack"));
+    }
+    let software = |info: &wgpu::AdapterInfo| info.device_type == wgpu::DeviceType::Cpu;
+    let only_software = |info: &wgpu::AdapterInfo| format!("no GPU found (only the software device {})", info.name);
+    let found: Vec<_> = adapters_blocking().iter().map(wgpu::Adapter::get_info).collect();
+    let first = found.first().ok_or("no GPU found")?;
+    // Listing is much quicker than opening a device to find that it is none.
+    if found.iter().all(software) {
+        return Err(only_software(first));
+    }
+    let gpu = GpuClipper::open_blocking().map_err(|error| format!("the GPU cannot be used ({error})"))?;
+    let info = gpu.adapter_info();
+    if software(&info) { Err(only_software(&info)) } else { Ok(Adapter::new(gpu)) }
+}
+
+#[cfg(feature = "gpu")]
+impl Adapter {
+    fn new(gpu: GpuClipper) -> Self {
+        let info = gpu.adapter_info();
+        let software = if info.device_type == wgpu::DeviceType::Cpu { ", software" } else { "" };
+        let description = format!("{} ({:?}{software})", info.name, info.backend);
+        Self { name: info.name, description, gpu }
+    }
+}
+
+#[cfg(not(feature = "gpu"))]
+fn open(_named: Option<&str>, _tensors: &[Tensor<'_>]) -> Result<Adapter, Failure> {
+    Err(Failure::BuiltWithoutGpu)
+}
+
+#[cfg(not(feature = "gpu"))]
+fn hardware(_tensors: &[Tensor<'_>]) -> Result<Adapter, String> {
+    Err("this program was built without GPU support".into())
+}

@@ -1,0 +1,81 @@
+//! `gradclip devices`: what the GPU backend finds.
+
+use gradclip::wgpu::{Adapter, DeviceType, Features};
+use serde::Serialize;
+
+use crate::args::DevicesArgs;
+use crate::failure::Failure;
+use crate::report::{plural, print, print_json, table};
+
+/// The features that kernels or measurements can use.
+const FEATURES: [(&str, Features); 3] = [
+    ("TIMESTAMP_QUERY", Features::TIMESTAMP_QUERY),
+    ("SUBGROUP", Features::SUBGROUP),
+    ("SHADER_F16", Features::SHADER_F16),
+];
+
+#[derive(Serialize)]
+struct Devices {
+    adapters: Vec<Device>,
+}
+
+#[derive(Serialize)]
+struct Device {
+    name: String,
+    backend: String,
+    device_type: String,
+    software: bool,
+    driver: String,
+    max_storage_buffer_binding_size: u64,
+    max_buffer_size: u64,
+    subgroup_min_size: u32,
+    subgroup_max_size: u32,
+    features: Vec<&'static str>,
+}
+
+pub(crate) fn run(args: &DevicesArgs) -> Result<(), Failure> {
+    let adapters: Vec<_> = gradclip::gpu::adapters_blocking().iter().map(Device::of).collect();
+    if args.json {
+        return print_json(&Devices { adapters });
+    }
+    if adapters.is_empty() {
+        return print("no device found; install a Vulkan driver (Debian: mesa-vulkan-drivers), or use --backend cpu\n");
+    }
+    print(&adapters.iter().map(Device::text).collect::<Vec<_>>().join("\n"))
+}
+
+impl Device {
+    fn of(adapter: &Adapter) -> Self {
+        let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+        Self {
+            name: info.name,
+            backend: format!("{:?}", info.backend),
+            device_type: format!("{:?}", info.device_type),
+            software: info.device_type == DeviceType::Cpu,
+            driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+            max_storage_buffer_binding_size: limits.max_storage_buffer_binding_size,
+            max_buffer_size: limits.max_buffer_size,
+            subgroup_min_size: info.subgroup_min_size,
+            subgroup_max_size: info.subgroup_max_size,
+            features: FEATURES.iter().filter(|(_, f)| features.contains(*f)).map(|(name, _)| *name).collect(),
+        }
+    }
+
+    fn text(&self) -> String {
+        let kind = if self.software { "software: runs on the CPU" } else { &self.device_type };
+        let features = if self.features.is_empty() { "none of interest".into() } else { self.features.join(", ") };
+        let subgroups = match (self.subgroup_min_size, self.subgroup_max_size) {
+            (min, max) if min == max => plural(u64::from(min), "invocation"),
+            (min, max) => format!("{min} to {max} invocations"),
+        };
+        let lines = table(&[
+            ("  backend", format!("{} ({kind})", self.backend)),
+            ("  driver", self.driver.clone()),
+            ("  binding", format!("{} MiB at most", self.max_storage_buffer_binding_size >> 20)),
+            ("  buffer", format!("{} MiB at most", self.max_buffer_size >> 20)),
+            ("  subgroup", subgroups),
+            ("  features", features),
+        ]);
+        format!("{}\n{lines}", self.name)
+    }
+}

@@ -1,0 +1,69 @@
+//! Everything that ends the program early, and the exit code it ends with.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use gradclip::NonFiniteElements;
+
+/// Why the program stops. `OUT` does not exist then, unless it did before.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The command line asks for something that makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// A file cannot be read or written, or does not hold what it should.
+    #[error("{}: {problem}", path.display())]
+    File { path: PathBuf, problem: String },
+    /// The gradients hold NaN or infinity, under the policy `error`.
+    #[error("{0}; nothing was written. To go on: --non-finite propagate, skip, zero or drop")]
+    NonFinite(NonFiniteElements),
+    /// GPU and CPU disagree.
+    #[cfg(feature = "gpu")]
+    #[error("{0}")]
+    Mismatch(String),
+    /// A GPU is asked for.
+    #[cfg(not(feature = "gpu"))]
+    #[error("this program was built without GPU support; build it with the cargo feature \"gpu\" (it is a default)")]
+    BuiltWithoutGpu,
+    /// float64 where only a GPU will do.
+    #[cfg(feature = "gpu")]
+    #[error("tensor {0:?} is float64, which no GPU can check; leave --verify out")]
+    Float64OnGpu(String),
+    /// The computation could not be set up.
+    #[error("{0}")]
+    Setup(String),
+    /// Any other error of the library.
+    #[error(transparent)]
+    Library(gradclip::Error),
+}
+
+impl Failure {
+    pub(crate) fn file(path: &Path, problem: impl Into<String>) -> Self {
+        Self::File { path: path.to_owned(), problem: problem.into() }
+    }
+
+    /// For `map_err`: `doing` says what could not be done to the file.
+    pub(crate) fn io(path: &Path, doing: &str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::file(path, format!("cannot {doing}: {error}"))
+    }
+
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::NonFinite(_) => 3,
+            #[cfg(feature = "gpu")]
+            Self::Mismatch(_) => 4,
+            _ => 1,
+        }
+    }
+}
+
+impl From<gradclip::Error> for Failure {
+    fn from(error: gradclip::Error) -> Self {
+        match error {
+            gradclip::Error::NonFinite(found) => Self::NonFinite(found),
+            gradclip::Error::BadParameter { .. } | gradclip::Error::BadRange { .. } => Self::Usage(error.to_string()),
+            other => Self::Library(other),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The header of a safetensors file: which tensors lie where.
+//!
+//! ```text
+//! file    = length of the header (8 bytes, little-endian), header (JSON), data
+//! header  = { "name": { "dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24] }, ..., "__metadata__": { ... } }
+//! ```
+//!
+//! Everything is checked here, so that what is read later can neither fall outside the file nor be written twice: names
+//! are unique, and the tensors cover the data without overlaps and without holes. The crate `safetensors` would accept
+//! a name twice and does not say which tensor is wrong; its list of dtypes is used.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use gradclip::Dtype;
+use serde::de::value::{Error as DtypeError, StrDeserializer};
+use serde::de::{Deserialize, Deserializer, IntoDeserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+/// The longest header that readers of the format accept.
+pub(crate) const MAX_HEADER: u64 = 100_000_000;
+
+/// One tensor of a file.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    /// As what it is clipped; `None` for integers and booleans, which pass through.
+    pub(crate) dtype: Option<Dtype>,
+    /// Where its bytes lie in the file.
+    pub(crate) bytes: Range<usize>,
+}
+
+/// Reads the header of a whole file. The entries come in the order of their data.
+///
+/// An error is a sentence about the file, to stand behind its name.
+pub(crate) fn parse(file: &[u8]) -> Result<Vec<Entry>, String> {
+    let not_one = "it is truncated, or not a safetensors file";
+    let Some((length, rest)) = file.split_first_chunk::<8>() else {
+        return Err(format!("the file has {} bytes, too few for a header: {not_one}", file.len()));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > rest.len() as u64 {
+        return Err(format!("the header claims {length} bytes, but only {} follow: {not_one}", rest.len()));
+    }
+    if length > MAX_HEADER {
+        return Err(format!("the header claims {length} bytes, more than the {MAX_HEADER} that the format allows"));
+    }
+    let (header, data) = rest.split_at(length as usize);
+    let Pairs(tensors) = serde_json::from_slice::<Pairs<&RawValue>>(header).map_err(|error| {
+        format!("the header is not valid JSON ({error}): the file is damaged, or not a safetensors file")
+    })?;
+    if let Some(name) = duplicate(&tensors) {
+        return Err(format!("the header lists tensor {name:?} twice: write the file again with unique names"));
+    }
+    let mut entries = tensors
+        .into_iter()
+        .filter(|(name, _)| name != "__metadata__")
+        .map(|(name, tensor)| match entry(tensor, data.len()) {
+            Ok((dtype, bytes)) => Ok(Entry { name, dtype, bytes }),
+            Err(problem) => Err(format!("tensor {name:?}: {problem}")),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(|entry| (entry.bytes.start, entry.bytes.end));
+    cover(&entries, data.len())?;
+    for entry in &mut entries {
+        entry.bytes.start += file.len() - data.len();
+        entry.bytes.end += file.len() - data.len();
+    }
+    Ok(entries)
+}
+
+/// Checks one tensor by itself. The range is relative to the data.
+fn entry(tensor: &RawValue, data: usize) -> Result<(Option<Dtype>, Range<usize>), String> {
+    #[derive(serde::Deserialize)]
+    struct Described {
+        dtype: String,
+        shape: Vec<u64>,
+        data_offsets: (u64, u64),
+    }
+    let Described { dtype, shape, data_offsets: (start, end) } =
+        serde_json::from_str(tensor.get()).map_err(|error| format!("its description is not understood ({error})"))?;
+    let from_name: StrDeserializer<'_, DtypeError> = dtype.as_str().into_deserializer();
+    let kind = safetensors::Dtype::deserialize(from_name)
+        .map_err(|_| format!("its dtype {dtype:?} is not one of the safetensors format"))?;
+    if end < start {
+        return Err(format!("its data ends at byte {end}, before it starts at byte {start}"));
+    }
+    if end > data as u64 {
+        return Err(format!(
+            "its data ends at byte {end}, but the file holds only {data} bytes of data: is it truncated?"
+        ));
+    }
+    let bits = shape.iter().try_fold(kind.bitsize() as u64, |bits, &n| bits.checked_mul(n));
+    if bits != Some((end - start) * 8) {
+        return Err(format!("its shape {shape:?} of {dtype} does not fit its {} bytes", end - start));
+    }
+    Ok((clipped_as(kind)?, start as usize..end as usize))
+}
+
+/// `None` for what is no gradient. What is one, but cannot be clipped, must not pass as if it had been.
+fn clipped_as(kind: safetensors::Dtype) -> Result<Option<Dtype>, String> {
+    use safetensors::Dtype as Kind;
+    match kind {
+        Kind::F32 => Ok(Some(Dtype::F32)),
+        Kind::F64 => Ok(Some(Dtype::F64)),
+        Kind::F16 => Ok(Some(Dtype::F16)),
+        Kind::BF16 => Ok(Some(Dtype::BF16)),
+        Kind::BOOL | Kind::U8 | Kind::I8 | Kind::U16 | Kind::I16 | Kind::U32 | Kind::I32 | Kind::U64 | Kind::I64 => {
+            Ok(None)
+        }
+        other => Err(format!("{other} gradients cannot be clipped: convert it to bfloat16 or float32 first")),
+    }
+}
+
+/// Checks that the sorted entries cover the data exactly.
+fn cover(entries: &[Entry], data: usize) -> Result<(), String> {
+    let mut end = 0;
+    let mut before: Option<&Entry> = None;
+    for entry in entries {
+        let Range { start, end: next } = entry.bytes;
+        match before {
+            Some(before) if start < end => {
+                return Err(format!(
+                    "tensors {:?} and {:?} overlap at byte {start} of the data",
+                    before.name, entry.name
+                ));
+            }
+            _ if start > end => {
+                return Err(format!(
+                    "bytes {end}..{start} of the data, before tensor {:?}, belong to no tensor",
+                    entry.name
+                ));
+            }
+            _ => {}
+        }
+        (end, before) = (next, Some(entry));
+    }
+    if end < data { Err(format!("the last {} bytes of the file belong to no tensor", data - end)) } else { Ok(()) }
+}
+
+/// The pairs of a JSON object in their order, those with equal keys included.
+#[derive(Debug)]
+pub(crate) struct Pairs<V>(pub(crate) Vec<(String, V)>);
+
+/// The first key that comes a second time.
+pub(crate) fn duplicate<V>(pairs: &[(String, V)]) -> Option<&str> {
+    let mut seen = HashSet::new();
+    pairs.iter().map(|(key, _)| key.as_str()).find(|key| !seen.insert(*key))
+}
+
+impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<V> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder<V>(PhantomData<V>);
+        impl<'de, V: Deserialize<'de>> Visitor<'de> for InOrder<V> {
+            type Value = Pairs<V>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+        deserializer.deserialize_map(InOrder(PhantomData))
+    }
+}

@@ -1,0 +1,182 @@
+//! Gradients in files: a safetensors file, or a sharded set through its index. Mapped, so that files larger than memory
+//! work.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::{Component, Path, PathBuf};
+
+use gradclip::{Tensor, TensorMut};
+use memmap2::Mmap;
+
+use crate::failure::Failure;
+use crate::header::{self, Entry, MAX_HEADER, Pairs};
+
+/// How the name of a sharded set's index ends.
+pub(crate) const INDEX_SUFFIX: &str = ".safetensors.index.json";
+
+/// True for the name of an index.
+pub(crate) fn is_index(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(INDEX_SUFFIX))
+}
+
+/// What one FILE of the command line stands for, wholly checked.
+#[derive(Debug)]
+pub(crate) struct Input {
+    /// As it was given.
+    pub(crate) path: PathBuf,
+    /// The text of the index of a sharded set.
+    pub(crate) index: Option<Vec<u8>>,
+    /// The one file, or the shards in the order of their names.
+    pub(crate) parts: Vec<Part>,
+}
+
+/// One safetensors file.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) path: PathBuf,
+    pub(crate) entries: Vec<Entry>,
+    map: Mmap,
+}
+
+impl Input {
+    pub(crate) fn open(path: &Path) -> Result<Self, Failure> {
+        let (index, parts) = if is_index(path) {
+            let (text, parts) = open_set(path)?;
+            (Some(text), parts)
+        } else {
+            (None, vec![Part::open(path)?])
+        };
+        Ok(Self { path: path.to_owned(), index, parts })
+    }
+
+    /// The gradients, in the order of the parts and of their data.
+    pub(crate) fn tensors(&self) -> Result<Vec<Tensor<'_>>, gradclip::Error> {
+        let mut tensors = Vec::new();
+        for part in &self.parts {
+            for entry in &part.entries {
+                if let Some(dtype) = entry.dtype {
+                    tensors.push(Tensor::from_bytes(dtype, &part.map[entry.bytes.clone()])?.named(&entry.name));
+                }
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// How many tensors are no gradients.
+    pub(crate) fn others(&self) -> usize {
+        self.parts.iter().flat_map(|part| &part.entries).filter(|entry| entry.dtype.is_none()).count()
+    }
+}
+
+impl Part {
+    fn open(path: &Path) -> Result<Self, Failure> {
+        let file = open_regular(path)?;
+        // SAFETY: Nothing else in this process writes to the file: `Output` refuses targets that are inputs. Another
+        // process could. If it changes bytes, the tensors change under our eyes, which may give a wrong norm but, as
+        // every bit pattern is a valid byte and the header is read once, nothing worse; if it truncates the file, the
+        // operating system ends this process at the next access. Neither can be prevented without copying the file.
+        let map = unsafe { Mmap::map(&file) }.map_err(Failure::io(path, "map the file into memory"))?;
+        let entries = header::parse(&map).map_err(|problem| Failure::file(path, problem))?;
+        Ok(Self { path: path.to_owned(), entries, map })
+    }
+
+    /// The whole file.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// The gradients in a copy of the file, in the order of [`Input::tensors`].
+    pub(crate) fn tensors_of<'a>(&'a self, mut copy: &'a mut [u8]) -> Result<Vec<TensorMut<'a>>, gradclip::Error> {
+        let mut tensors = Vec::new();
+        let mut taken = 0;
+        for entry in &self.entries {
+            let (data, rest) = copy.split_at_mut(entry.bytes.end - taken);
+            if let Some(dtype) = entry.dtype {
+                let data = &mut data[entry.bytes.start - taken..];
+                tensors.push(TensorMut::from_bytes(dtype, data)?.named(&entry.name));
+            }
+            (copy, taken) = (rest, entry.bytes.end);
+        }
+        Ok(tensors)
+    }
+}
+
+/// Opening anything else could block for ever (a pipe) or not be mapped.
+fn open_regular(path: &Path) -> Result<File, Failure> {
+    if !fs::metadata(path).map_err(Failure::io(path, "open"))?.is_file() {
+        return Err(Failure::file(path, "not a regular file: name a safetensors file or an index"));
+    }
+    File::open(path).map_err(Failure::io(path, "open"))
+}
+
+/// Opens every shard that an index lists, and checks the index and the shards against each other.
+fn open_set(index: &Path) -> Result<(Vec<u8>, Vec<Part>), Failure> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: Pairs<String>,
+    }
+    let bad = |problem: String| Failure::file(index, problem);
+    if open_regular(index)?.metadata().map_err(Failure::io(index, "read"))?.len() > MAX_HEADER {
+        return Err(bad(format!("the index is longer than {MAX_HEADER} bytes: is it one?")));
+    }
+    let text = fs::read(index).map_err(Failure::io(index, "read"))?;
+    let Index { weight_map: Pairs(weight_map) } = serde_json::from_slice(&text).map_err(|error| {
+        bad(format!("not an index of a sharded set, which names a shard for each tensor ({error})"))
+    })?;
+    if let Some(name) = header::duplicate(&weight_map) {
+        return Err(bad(format!("the index lists tensor {name:?} twice: each belongs to one shard")));
+    }
+    // With one of its tensors, for the messages.
+    let shards: BTreeMap<_, _> = weight_map.iter().map(|(tensor, shard)| (shard.as_str(), tensor)).collect();
+    let parts = shards
+        .iter()
+        .map(|(shard, tensor)| Part::open(&shard_path(index, shard, tensor)?))
+        .collect::<Result<Vec<_>, _>>()?;
+
+    let listed: HashMap<_, _> = weight_map.iter().map(|(tensor, shard)| (tensor.as_str(), shard.as_str())).collect();
+    let mut held = HashSet::new();
+    for (part, shard) in parts.iter().zip(shards.keys()) {
+        for Entry { name, .. } in &part.entries {
+            match listed.get(name.as_str()) {
+                Some(place) if place == shard => held.insert(name),
+                Some(place) => {
+                    return Err(bad(format!("the index puts tensor {name:?} into {place:?}, but {shard:?} holds it")));
+                }
+                None => return Err(bad(format!("tensor {name:?} of shard {shard:?} is missing from the index"))),
+            };
+        }
+    }
+    if let Some((tensor, shard)) = weight_map.iter().find(|(tensor, _)| !held.contains(tensor)) {
+        return Err(bad(format!("the index puts tensor {tensor:?} into {shard:?}, which does not hold it")));
+    }
+    Ok((text, parts))
+}
+
+/// Where a shard lies: beside the index and nowhere else, not even through a link, because an index from a stranger
+/// must not choose which files are read.
+fn shard_path(index: &Path, shard: &str, tensor: &str) -> Result<PathBuf, Failure> {
+    let bad = |problem: &str| Failure::file(index, format!("shard {shard:?} of tensor {tensor:?} {problem}"));
+    let mut components = Path::new(shard).components();
+    let (first, second) = (components.next(), components.next());
+    // Compared with the text as well, because a path forgets a trailing slash.
+    let plain = first == Some(Component::Normal(OsStr::new(shard))) && second.is_none();
+    if !plain {
+        return Err(bad("must be the name of a file in the index's folder"));
+    }
+    let path = index.with_file_name(shard);
+    let folder = folder_of(index);
+    let folder = folder.canonicalize().map_err(Failure::io(folder, "open"))?;
+    match path.canonicalize() {
+        Ok(real) if real.parent() == Some(&folder) => Ok(path),
+        Ok(_) => Err(bad("is a link that leaves the index's folder: put the file itself there")),
+        Err(error) if error.kind() == ErrorKind::NotFound => Err(bad("is missing: put it beside the index")),
+        Err(error) => Err(Failure::io(&path, "open")(error)),
+    }
+}
+
+/// The folder that a file lies in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}

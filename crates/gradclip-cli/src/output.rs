@@ -1,0 +1,263 @@
+//! Writing gradients: whole or not at all.
+//!
+//! ```text
+//! check      no target may be an input, or exist (unless forced)
+//! copy       each input to a temporary file in the target's folder, byte for byte
+//! clip       in the copies, mapped
+//! sync       every copy
+//! rename     every copy to its target, an index last
+//! ```
+//!
+//! Whatever fails before the first rename leaves nothing behind, because temporary files vanish when dropped. A rename
+//! that fails takes the earlier ones back. An interrupt (Ctrl-C) is held off during the renames and otherwise removes
+//! the temporary files.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use gradclip::TensorMut;
+use indicatif::ProgressBar;
+use memmap2::MmapMut;
+use same_file::Handle;
+use tempfile::{NamedTempFile, TempPath};
+
+use crate::failure::Failure;
+use crate::input::{INDEX_SUFFIX, Input, folder_of, is_index};
+
+/// How much is copied between two steps of the progress bar.
+const BLOCK: usize = 8 << 20;
+
+/// Where an input's parts, and its index if it has one, will be written.
+#[derive(Debug)]
+pub(crate) struct Output<'a> {
+    input: &'a Input,
+    /// One for each part; then the index.
+    targets: Vec<PathBuf>,
+    force: bool,
+}
+
+impl<'a> Output<'a> {
+    /// Decides the targets and checks them, so that hopeless work is not begun.
+    pub(crate) fn new(input: &'a Input, out: &Path, force: bool) -> Result<Self, Failure> {
+        match (&input.index, is_index(out)) {
+            (Some(_), false) => {
+                let message = format!("the input is a sharded set, so OUT must end in {INDEX_SUFFIX}");
+                return Err(Failure::Usage(message));
+            }
+            (None, true) => {
+                let message = format!("the input is a single file, so OUT must not end in {INDEX_SUFFIX}");
+                return Err(Failure::Usage(message));
+            }
+            _ => {}
+        }
+        if out.file_name().is_none() {
+            return Err(Failure::Usage(format!("OUT must name a file, which {:?} does not", out.display())));
+        }
+        let beside = |part: &Path| out.with_file_name(part.file_name().unwrap_or_default());
+        let mut targets = Vec::new();
+        if input.index.is_some() {
+            targets.extend(input.parts.iter().map(|part| beside(&part.path)));
+        }
+        targets.push(out.to_owned());
+        let output = Self { input, targets, force };
+        output.check()?;
+        Ok(output)
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        let sources = self.input.parts.iter().map(|part| &part.path).chain([&self.input.path]);
+        let sources = sources
+            .map(|path| Handle::from_path(path).map_err(Failure::io(path, "open")))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut distinct = HashSet::new();
+        for target in &self.targets {
+            let folder = folder_of(target);
+            if !folder.is_dir() {
+                return Err(Failure::file(folder, "not a folder, so OUT cannot be written there: make it first"));
+            }
+            if !distinct.insert(target) {
+                return Err(Failure::file(target, "OUT has the name of one of the shards: choose another"));
+            }
+            match target.symlink_metadata() {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(Failure::io(target, "write")(error)),
+                Ok(_) => {}
+            }
+            // Looking through links: OUT may be one that leads to an input, to a device, or nowhere.
+            match target.metadata() {
+                Ok(found) if found.is_dir() => return Err(Failure::file(target, "a folder: OUT must name a file")),
+                Ok(found) if !found.is_file() => {
+                    return Err(Failure::file(target, "not a regular file: choose another OUT"));
+                }
+                Ok(_) if Handle::from_path(target).is_ok_and(|target| sources.contains(&target)) => {
+                    let message = format!("{}: OUT would replace its own input: choose another OUT", target.display());
+                    return Err(Failure::Usage(message));
+                }
+                _ if self.force => {}
+                _ => return Err(exists(target)),
+            }
+        }
+        Ok(())
+    }
+
+    /// How many bytes will be copied.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.input.parts.iter().map(|part| part.bytes().len() as u64).sum()
+    }
+
+    /// Copies the input, lets `clip` work on the copies of its gradients, and puts them in place.
+    pub(crate) fn write<T>(
+        &self,
+        progress: &ProgressBar,
+        clip: impl FnOnce(&mut [TensorMut<'_>]) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let temporaries = Temporaries::new()?;
+        let copies = self.input.parts.iter().zip(&self.targets);
+        let mut copies = copies
+            .map(|(part, target)| temporaries.copy(part.bytes(), target, progress))
+            .collect::<Result<Vec<_>, _>>()?;
+        let index = self.input.index.as_ref().zip(self.targets.last());
+        let index = index.map(|(text, target)| temporaries.copy(text, target, progress)).transpose()?;
+
+        let mut maps = copies.iter_mut().map(map).collect::<Result<Vec<_>, _>>()?;
+        let mut tensors = Vec::new();
+        for (part, map) in self.input.parts.iter().zip(&mut maps) {
+            tensors.append(&mut part.tensors_of(map)?);
+        }
+        let result = clip(&mut tensors)?;
+        drop(tensors);
+
+        for (map, target) in maps.iter().zip(&self.targets) {
+            map.flush().map_err(Failure::io(target, "write"))?;
+        }
+        drop(maps);
+        for (copy, target) in copies.iter().chain(&index).zip(&self.targets) {
+            copy.as_file().sync_all().map_err(Failure::io(target, "write"))?;
+        }
+        temporaries.place(copies.into_iter().chain(index).zip(&self.targets), self.force)?;
+        Ok(result)
+    }
+}
+
+fn exists(target: &Path) -> Failure {
+    Failure::file(target, "exists already: choose another OUT, or replace it with --force")
+}
+
+fn map(copy: &mut NamedTempFile) -> Result<MmapMut, Failure> {
+    // SAFETY: The file was made by this process under a random name that no other one was told, and is mapped once. A
+    // process that finds and changes it nevertheless spoils the result; one that truncates it makes the operating
+    // system end this process, before OUT exists. Every bit pattern is a valid byte.
+    unsafe { MmapMut::map_mut(copy.as_file()) }.map_err(Failure::io(copy.path(), "map the copy into memory"))
+}
+
+/// The temporary files that an interrupt must remove; locked while they turn into OUT.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes temporary files that do not outlive an interrupt.
+struct Temporaries(());
+
+impl Temporaries {
+    fn new() -> Result<Self, Failure> {
+        ctrlc::set_handler(|| {
+            // Held until the end of the process: nothing can be put in place any more.
+            for path in unfinished().iter() {
+                let _ = fs::remove_file(path);
+            }
+            std::process::exit(130);
+        })
+        .map_err(|error| Failure::Setup(format!("cannot watch for interrupts: {error}")))?;
+        Ok(Self(()))
+    }
+
+    /// A copy in the target's folder, with the permissions of an ordinary new file.
+    fn copy(&self, bytes: &[u8], target: &Path, progress: &ProgressBar) -> Result<NamedTempFile, Failure> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".gradclip-").suffix(".tmp");
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
+        // One lock for both: an interrupt in between would miss the file.
+        let mut unfinished = unfinished();
+        let mut copy = builder.tempfile_in(folder_of(target)).map_err(Failure::io(target, "write"))?;
+        unfinished.push(copy.path().to_owned());
+        drop(unfinished);
+        // Written rather than mapped: a full disk is then an error, not a signal.
+        for block in bytes.chunks(BLOCK) {
+            copy.write_all(block).map_err(Failure::io(target, "write"))?;
+            progress.inc(block.len() as u64);
+        }
+        Ok(copy)
+    }
+
+    /// Renames the copies to their targets, in order; all of them, or none.
+    fn place<'a>(
+        &self,
+        copies: impl Iterator<Item = (NamedTempFile, &'a PathBuf)>,
+        force: bool,
+    ) -> Result<(), Failure> {
+        let mut unfinished = unfinished();
+        // Closed first, because some systems rename no open file.
+        let copies: Vec<_> = copies.map(|(copy, target)| (copy.into_temp_path(), target)).collect();
+        let mut placed = Vec::<&Path>::new();
+        for (copy, target) in copies {
+            if let Err(failure) = rename(copy, target, force) {
+                for target in placed {
+                    let _ = fs::remove_file(target);
+                }
+                return Err(failure);
+            }
+            placed.push(target);
+        }
+        unfinished.clear();
+        // The bytes are safe already. If a system cannot sync a folder, only the names depend on its next write-back.
+        if let Some(target) = placed.last().filter(|_| cfg!(unix)) {
+            let _ = File::open(folder_of(target)).and_then(|folder| folder.sync_all());
+        }
+        Ok(())
+    }
+}
+
+fn rename(copy: TempPath, target: &Path, force: bool) -> Result<(), Failure> {
+    let result = if force { copy.persist(target) } else { copy.persist_noclobber(target) };
+    result.map_err(|failed| match failed.error.kind() {
+        ErrorKind::AlreadyExists => exists(target),
+        _ => Failure::io(target, "write")(failed.error),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn copies(folder: &Path, targets: &[PathBuf]) -> Vec<NamedTempFile> {
+        let make = |target: &PathBuf| Temporaries(()).copy(b"new", target, &ProgressBar::hidden()).unwrap();
+        let copies: Vec<_> = targets.iter().map(make).collect();
+        assert_eq!(fs::read_dir(folder).unwrap().count(), targets.len() + 1);
+        copies
+    }
+
+    /// A file that appears after the check, and something that cannot be replaced even by force.
+    #[test]
+    fn a_failing_rename_takes_the_earlier_ones_back() {
+        for force in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let targets = ["a", "b", "c"].map(|name| folder.path().join(name));
+            if force {
+                fs::create_dir(&targets[1]).unwrap();
+            } else {
+                fs::write(&targets[1], "old").unwrap();
+            }
+            let copies = copies(folder.path(), &targets);
+            let failure = Temporaries(()).place(copies.into_iter().zip(&targets), force).unwrap_err();
+            assert!(failure.to_string().starts_with(&targets[1].display().to_string()), "{failure}");
+            let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            assert_eq!(left, ["b"]);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What the commands print.
+
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use gradclip::ClipReport;
+use indicatif::HumanCount;
+use serde::Serialize;
+
+use crate::backend::Backend;
+use crate::failure::Failure;
+
+/// Prints to stdout. A reader that has gone (`| head`) is no failure.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::io(Path::new("standard output"), "write")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints one object on one line.
+pub(crate) fn print_json(object: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string(object).map_err(|error| Failure::Setup(format!("cannot write JSON: {error}")))?;
+    print(&format!("{text}\n"))
+}
+
+/// A remark for people, on stderr.
+pub(crate) fn remark(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// The outcome of `norm` and `clip`, ready to be printed.
+#[derive(Debug)]
+pub(crate) struct Outcome<'a> {
+    pub(crate) report: &'a ClipReport,
+    pub(crate) tensors: usize,
+    pub(crate) backend: &'a Backend,
+    pub(crate) time: Duration,
+}
+
+/// The fields of `--json`. Numbers that are not finite become null.
+#[derive(Serialize)]
+struct Json<'a> {
+    total_norm: f64,
+    clip_coef: f64,
+    clipped: bool,
+    elements: u64,
+    tensors: usize,
+    backend: &'static str,
+    adapter: Option<&'a str>,
+    non_finite: Option<NonFiniteJson<'a>>,
+    seconds: f64,
+}
+
+#[derive(Serialize)]
+struct NonFiniteJson<'a> {
+    count: u64,
+    tensor: Option<&'a str>,
+    index: u64,
+}
+
+impl Outcome<'_> {
+    pub(crate) fn print_json(&self) -> Result<(), Failure> {
+        let found = self.report.non_finite.as_ref();
+        print_json(&Json {
+            total_norm: self.report.total_norm,
+            clip_coef: self.report.clip_coef,
+            clipped: self.report.clipped,
+            elements: self.report.elements,
+            tensors: self.tensors,
+            backend: if self.backend.adapter().is_some() { "gpu" } else { "cpu" },
+            adapter: self.backend.adapter(),
+            non_finite: found.map(|n| NonFiniteJson { count: n.count, tensor: n.name.as_deref(), index: n.index }),
+            seconds: self.time.as_secs_f64(),
+        })
+    }
+
+    /// The lines that both commands share; `others` tensors were no gradients, `bytes` were read.
+    pub(crate) fn lines(&self, others: usize, bytes: u64) -> Vec<(&'static str, String)> {
+        let mut size = format!("{} in {}", HumanCount(self.report.elements), plural(self.tensors as u64, "tensor"));
+        if others > 0 {
+            size += &format!(" ({} other{} passed by)", HumanCount(others as u64), if others == 1 { "" } else { "s" });
+        }
+        let seconds = self.time.as_secs_f64();
+        let speed = bytes as f64 / 1e9 / seconds.max(1e-9);
+        vec![
+            ("elements", size),
+            ("ran on", self.backend.to_string()),
+            ("time", format!("{} s, {} GB/s", number(seconds, 3), number(speed, 3))),
+        ]
+    }
+}
+
+/// Lays out labels and what they label.
+pub(crate) fn table(lines: &[(&'static str, String)]) -> String {
+    lines.iter().map(|(label, text)| format!("{label:<12} {text}\n")).collect()
+}
+
+/// `1 tensor`, `2,000 tensors`.
+pub(crate) fn plural(count: u64, what: &str) -> String {
+    format!("{} {what}{}", HumanCount(count), if count == 1 { "" } else { "s" })
+}
+
+/// A number of so many significant digits, without trailing zeros.
+pub(crate) fn number(x: f64, digits: i32) -> String {
+    if x == 0.0 {
+        return "0".into();
+    }
+    if !x.is_finite() {
+        return x.to_string();
+    }
+    let exponent = x.abs().log10().floor() as i32;
+    let decimals = (digits - 1 - exponent).max(0) as usize;
+    let (text, power) = if (-4..9).contains(&exponent) {
+        (format!("{x:.decimals$}"), String::new())
+    } else {
+        let text = format!("{x:.*e}", (digits - 1) as usize);
+        text.split_once('e').map(|(text, power)| (text.to_owned(), format!("e{power}"))).unwrap_or_default()
+    };
+    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{text}{power}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::number;
+
+    #[test]
+    fn numbers_are_short_and_right() {
+        let cases = [
+            (0.0, "0"),
+            (-0.0, "0"),
+            (0.5, "0.5"),
+            (-0.25, "-0.25"),
+            (65536.0, "65536"),
+            (100.0, "100"),
+            (0.524_587_283_495, "0.5245873"),
+            (1e20, "1e20"),
+            (-1.25e-25, "-1.25e-25"),
+            (f64::INFINITY, "inf"),
+            (f64::NAN, "NaN"),
+        ];
+        for (x, text) in cases {
+            assert_eq!(number(x, 7), text);
+        }
+    }
+}

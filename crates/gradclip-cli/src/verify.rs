@@ -1,0 +1,191 @@
+//! `gradclip verify`: the same clips on GPU and CPU.
+
+use gradclip::gpu::GpuClipper;
+use gradclip::{ClipReport, NonFinite, NonFiniteElements, NormType, Tensor, Verification};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::args::VerifyArgs;
+use crate::backend;
+use crate::failure::Failure;
+use crate::input::Input;
+use crate::made::{self, Case};
+use crate::progress;
+use crate::report::{number, plural, print, print_json};
+use crate::spec::{Mode, Spec};
+
+/// The outcome of one clip.
+struct Compared {
+    clip: String,
+    verification: Verification,
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    adapter: &'a str,
+    agrees: bool,
+    cases: Vec<Value>,
+}
+
+pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
+    let hidden = args.quiet || args.json;
+    let input = args.file.as_deref().map(Input::open).transpose()?;
+    let gpu = backend::open_gpu(args.adapter.as_deref())?;
+    let compared = match &input {
+        Some(input) => of_file(&input.tensors()?, &gpu, hidden)?,
+        None => of_made(args, &gpu, hidden)?,
+    };
+
+    tell(&compared, &gpu.adapter_info().name, args.json, args.quiet)
+}
+
+/// Prints the outcome; a failure if anything disagrees.
+fn tell(compared: &[Compared], adapter: &str, json: bool, quiet: bool) -> Result<(), Failure> {
+    let differing = compared.iter().filter(|one| !one.verification.agrees()).count();
+    let clips = plural(compared.len() as u64, "clip");
+    if json {
+        let cases = compared.iter().map(Compared::json).collect();
+        print_json(&Json { adapter, agrees: differing == 0, cases })?;
+    } else {
+        let shown = compared.iter().filter(|one| !quiet || !one.verification.agrees());
+        let rows: String = shown.map(Compared::row).collect();
+        if !rows.is_empty() {
+            print(&format!("{:<54} {:>10} {:>5}\n{rows}", "clip", "norm error", "ulps"))?;
+        }
+        if !quiet && differing == 0 {
+            print(&format!("GPU and CPU agree in {clips} on {adapter}\n"))?;
+        }
+    }
+    match differing {
+        0 => Ok(()),
+        _ => Err(Failure::Mismatch(format!(
+            "GPU and CPU disagree in {differing} of {clips} on {adapter}; use --backend cpu"
+        ))),
+    }
+}
+
+/// Clips of every kind, with thresholds that suit the file.
+fn of_file(tensors: &[Tensor<'_>], gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
+    let size = |norm_type| made::size(tensors, norm_type, 1.0);
+    let l2 = size(NormType::L2)?;
+    let elements: usize = tensors.iter().map(Tensor::len).sum();
+    // The root of the mean square: a third of normally distributed elements lie beyond it.
+    let bound = l2 / (elements.max(1) as f64).sqrt();
+    let mut specs = Vec::new();
+    for norm_type in [NormType::L2, NormType::L1, NormType::Inf] {
+        specs.push(Spec { norm_type, ..Spec::new(Mode::Norm(0.5 * size(norm_type)?)) });
+    }
+    specs.push(Spec::new(Mode::Value(bound)));
+    specs.push(Spec::new(Mode::Norm(2.0 * l2)));
+    // If there are non-finite elements, the norms above are refused on both sides; these are not.
+    let policies = [NonFinite::Propagate, NonFinite::Drop];
+    specs.extend(policies.map(|policy| Spec { non_finite: Some(policy), ..Spec::new(Mode::Norm(0.5 * l2)) }));
+
+    let bar = progress::count(specs.len() as u64, "verifying", hidden);
+    let one = |spec: &Spec| {
+        let verification = gradclip::verify_blocking(&spec.clip()?, tensors, gpu)?;
+        bar.inc(1);
+        Ok(Compared { clip: spec.to_string(), verification })
+    };
+    specs.iter().map(one).collect()
+}
+
+fn of_made(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
+    let cases = args.cases.get() as u64;
+    let bar = progress::count(cases, "verifying", hidden);
+    let one = |number| {
+        let case = Case::new(args.seed, number)?;
+        let verification = gradclip::verify_blocking(&case.spec.clip()?, &case.views()?, gpu)?;
+        bar.inc(1);
+        Ok(Compared { clip: format!("{number}: {}", case.spec), verification })
+    };
+    (0..cases).map(one).collect()
+}
+
+impl Compared {
+    fn row(&self) -> String {
+        let v = &self.verification;
+        let disagreement = disagreement(v).map(|what| format!("    {what}\n")).unwrap_or_default();
+        let verdict = if v.agrees() { "agree" } else { "DIFFER" };
+        format!("{:<54} {:>10.1e} {:>5}  {verdict}\n{disagreement}", self.clip, v.norm_error, ulps(v.worst_ulps))
+    }
+
+    fn json(&self) -> Value {
+        let v = &self.verification;
+        let tolerated: Map<_, _> = v.tolerated.iter().map(|t| (t.dtype.to_string(), t.ulps.into())).collect();
+        let mismatch = v.first_mismatch.as_ref();
+        json!({
+            "clip": self.clip,
+            "norm_error": v.norm_error,
+            "norm_tolerance": v.norm_tolerance,
+            "worst_ulps": v.worst_ulps,
+            "tolerated_ulps": tolerated,
+            "agrees": v.agrees(),
+            "first_mismatch": mismatch.map(|m| json!({
+                "tensor": m.name, "index": m.index, "cpu": m.cpu, "gpu": m.gpu, "ulps": m.ulps,
+            })),
+        })
+    }
+}
+
+/// What disagrees first, in words.
+pub(crate) fn disagreement(v: &Verification) -> Option<String> {
+    if v.agrees() {
+        None
+    } else if let Some(m) = &v.first_mismatch {
+        let tensor = m.name.clone().unwrap_or_else(|| m.tensor.to_string());
+        let (cpu, gpu) = (number(m.cpu, 9), number(m.gpu, 9));
+        Some(format!("element {} of {tensor:?}: CPU {cpu}, GPU {gpu}, {} ulps", m.index, ulps(m.ulps)))
+    } else if v.norm_error > v.norm_tolerance {
+        Some(format!("norm: CPU {}, GPU {}", norm(&v.cpu), norm(&v.gpu)))
+    } else {
+        Some(format!("non-finite elements: CPU {}, GPU {}", found(&v.cpu), found(&v.gpu)))
+    }
+}
+
+fn norm(side: &Result<ClipReport, NonFiniteElements>) -> String {
+    side.as_ref().map_or_else(|_| "refused".into(), |report| number(report.total_norm, 9))
+}
+
+fn found(side: &Result<ClipReport, NonFiniteElements>) -> String {
+    let found = side.as_ref().map_or_else(Some, |report| report.non_finite.as_ref());
+    found.map_or_else(|| "none".into(), ToString::to_string)
+}
+
+/// The distance between a number and NaN is the largest there is.
+fn ulps(ulps: u64) -> String {
+    if ulps == u64::MAX { "NaN".into() } else { ulps.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Real verifications, tampered with, since devices that compute wrongly are rare.
+    #[test]
+    fn a_mismatch_is_told_and_ends_with_4() {
+        let gpu = backend::open_gpu(None).expect("a Vulkan device: apt-get install mesa-vulkan-drivers libvulkan1");
+        let mut compared = of_file(&[Tensor::new(&[3.0f32, 4.0]).named("w")], &gpu, true).unwrap();
+        assert!(tell(&compared, "card", false, true).is_ok());
+        assert_eq!(disagreement(&compared[0].verification), None);
+
+        compared[0].verification.norm_error = 0.5;
+        assert_eq!(disagreement(&compared[0].verification).unwrap(), "norm: CPU 5, GPU 5");
+        let found = compared[1].verification.gpu.as_mut().unwrap();
+        found.non_finite = gpu_found(&gpu);
+        let told = disagreement(&compared[1].verification).unwrap();
+        assert!(told.contains("CPU none, GPU 1 non-finite element"), "{told}");
+
+        for json in [false, true] {
+            let failure = tell(&compared, "card", json, true).unwrap_err();
+            assert_eq!((failure.exit_code(), failure.to_string().contains("2 of 7 clips on card")), (4, true));
+        }
+        assert!(compared[0].row().contains("DIFFER\n    norm: CPU 5"), "{}", compared[0].row());
+        assert_eq!(compared[1].json()["agrees"], false);
+    }
+
+    fn gpu_found(gpu: &GpuClipper) -> Option<NonFiniteElements> {
+        let clip = Spec::measuring(NormType::L2, 1.0).clip().unwrap();
+        gradclip::verify_blocking(&clip, &[Tensor::new(&[f32::NAN])], gpu).unwrap().gpu.unwrap().non_finite
+    }
+}
