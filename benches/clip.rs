@@ -1,0 +1,142 @@
+//! Throughput of measuring and clipping, on the CPU and on the GPU, beside a plain read and a plain copy of the same
+//! size. Throughput is in the bytes that a case must move: 4 an element (float32) to measure, 12 to clip. What is timed
+//! is checked.
+//!
+//! `cargo bench`, or `cargo bench -- cpu` for one backend. The GPU is the adapter that `GpuClipper::open` takes.
+
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use gradclip::{Clip, Clipper, Tensor, TensorMut};
+
+const SIZES: [usize; 3] = [64 << 10, 1 << 20, 16 << 20];
+
+/// Values between -1 and 1 whose squares sum to a third of their number, nearly.
+fn gradients(len: usize) -> Vec<f32> {
+    let value = |i: usize| (i.wrapping_mul(2_654_435_761) >> 8 & 0xffff) as f32 / 32768.0 - 1.0;
+    (0..len).map(value).collect()
+}
+
+fn exact_norm(data: &[f32]) -> f64 {
+    data.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+}
+
+fn assert_close(got: f64, want: f64) {
+    assert!((got / want - 1.0).abs() < 1e-6, "the norm is {got}, not {want}");
+}
+
+fn cpu(c: &mut Criterion) {
+    let mut group = c.benchmark_group("cpu");
+    group.sample_size(20);
+    for len in SIZES {
+        let data = gradients(len);
+        let mut copy = data.clone();
+        let norm = exact_norm(&data);
+        let bytes = 4 * len as u64;
+        group.throughput(Throughput::Bytes(bytes));
+        group.bench_function(BenchmarkId::new("plain read", len), |b| {
+            b.iter(|| data.iter().fold(0u32, |sum, x| sum.wrapping_add(x.to_bits())));
+        });
+        let measure = Clip::norm(f64::INFINITY).expect("valid");
+        group.bench_function(BenchmarkId::new("norm", len), |b| {
+            b.iter(|| {
+                let report = Clipper::cpu().measure(&measure, &[Tensor::new(&data)]).expect("finite");
+                assert_close(report.total_norm, norm);
+            });
+        });
+        group.throughput(Throughput::Bytes(2 * bytes));
+        group.bench_function(BenchmarkId::new("plain copy", len), |b| b.iter(|| copy.copy_from_slice(&data)));
+        group.throughput(Throughput::Bytes(3 * bytes));
+        let clip = Clip::norm(1.0).expect("valid");
+        group.bench_function(BenchmarkId::new("clip", len), |b| {
+            b.iter_custom(|times| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..times {
+                    copy.copy_from_slice(&data);
+                    let start = Instant::now();
+                    let report = Clipper::cpu().apply(&clip, &mut [TensorMut::new(&mut copy)]).expect("finite");
+                    spent += start.elapsed();
+                    assert!(report.clipped);
+                    assert_close(report.total_norm, norm);
+                }
+                spent
+            });
+        });
+    }
+}
+
+#[cfg(feature = "gpu")]
+fn gpu(c: &mut Criterion) {
+    use gradclip::gpu::{GpuClipper, GpuTensor};
+    use gradclip::wgpu;
+    let gpu = GpuClipper::open_blocking().expect("the GPU benches need an adapter; `cargo bench -- cpu` needs none");
+    let info = gpu.adapter_info();
+    let mut group = c.benchmark_group(format!("gpu ({}, {})", info.name, info.backend));
+    group.sample_size(20);
+    let (device, queue) = (gpu.device(), gpu.queue());
+    let run = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        record(&mut encoder);
+        let start = Instant::now();
+        queue.submit([encoder.finish()]);
+        device.poll(wgpu::PollType::wait_indefinitely()).expect("the device is there");
+        start.elapsed()
+    };
+    for len in SIZES {
+        let data = gradients(len);
+        let norm = exact_norm(&data);
+        let bytes = 4 * len as u64;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+        let buffer = || {
+            device.create_buffer(&wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation: false })
+        };
+        let (grads, copy) = (buffer(), buffer());
+        let tensors = [GpuTensor::f32(&grads, ..).expect("valid")];
+        queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
+
+        group.throughput(Throughput::Bytes(2 * bytes));
+        group.bench_function(BenchmarkId::new("copy", len), |b| {
+            b.iter_custom(|times| {
+                (0..times).map(|_| run(&|e| e.copy_buffer_to_buffer(&grads, 0, &copy, 0, None))).sum()
+            });
+        });
+        let unclipped = gpu.plan(&Clip::norm(2.0 * norm).expect("valid"), &tensors).expect("planned");
+        group.throughput(Throughput::Bytes(bytes));
+        group.bench_function(BenchmarkId::new("unclipped", len), |b| {
+            b.iter_custom(|times| {
+                let spent = (0..times).map(|_| run(&|e| unclipped.encode(e).expect("encoded"))).sum();
+                let report = unclipped.report_blocking().expect("finite");
+                assert!(!report.clipped);
+                assert_close(report.total_norm, norm);
+                spent
+            });
+        });
+        // Each step brings the norm to 1 and is fed the original again.
+        let clipped = gpu.plan(&Clip::norm(1.0).expect("valid"), &tensors).expect("planned");
+        group.throughput(Throughput::Bytes(3 * bytes));
+        group.bench_function(BenchmarkId::new("clipped", len), |b| {
+            b.iter_custom(|times| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..times {
+                    queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
+                    run(&|_| ());
+                    spent += run(&|e| clipped.encode(e).expect("encoded"));
+                }
+                let report = clipped.report_blocking().expect("finite");
+                assert!(report.clipped);
+                assert_close(report.total_norm, norm);
+                spent
+            });
+        });
+    }
+}
+
+#[cfg(not(feature = "gpu"))]
+fn gpu(_: &mut Criterion) {}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    targets = cpu, gpu
+}
+criterion_main!(benches);
