@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::gpu::GpuClipper;
+use crate::gpu::{GpuClipper, Wait};
 use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, Tensor, TensorMut, cpu};
 
 /// How far the norms may be apart, relatively: the GPU's promise of 1e-6 and the CPU's of 1e-7 together.
@@ -78,10 +78,14 @@ impl Verification {
 /// [`Error::UnsupportedDtype`] for float64 tensors, and the device's own errors. That the clip refuses non-finite
 /// elements is a result to compare, not an error.
 pub async fn verify(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
+    verify_by(Wait::Polling, clip, tensors, gpu).await
+}
+
+async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
     let copies = || tensors.iter().map(|t| t.data.to_vec()).collect::<Vec<_>>();
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
     let cpu = found(cpu::apply(clip, &mut views(&mut on_cpu, tensors)))?;
-    let gpu = found(gpu.apply(clip, &mut views(&mut on_gpu, tensors)).await)?;
+    let gpu = found(gpu.apply_by(wait, clip, &mut views(&mut on_gpu, tensors)).await)?;
     let norm_error = match (&cpu, &gpu) {
         (Ok(cpu), Ok(gpu)) => relative_error(gpu.total_norm, cpu.total_norm),
         _ => 0.0,
@@ -113,7 +117,7 @@ pub async fn verify(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Re
 /// The same.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn verify_blocking(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
-    pollster::block_on(verify(clip, tensors, gpu))
+    pollster::block_on(verify_by(Wait::Sleeping, clip, tensors, gpu))
 }
 
 fn views<'a>(copies: &'a mut [Vec<u8>], tensors: &[Tensor<'a>]) -> Vec<TensorMut<'a>> {

@@ -4,6 +4,16 @@ use std::sync::{Arc, OnceLock};
 
 use crate::Error;
 
+/// How a readback waits for the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Each poll of the future polls the device once and asks to be polled again.
+    Polling,
+    /// The first poll of the future sleeps until the device is done; for the blocking functions.
+    #[cfg(not(target_arch = "wasm32"))]
+    Sleeping,
+}
+
 /// A device and its queue, with what was learnt about them.
 #[derive(Clone, Debug)]
 pub(super) struct GpuDevice {
@@ -92,9 +102,15 @@ impl GpuDevice {
 
     /// Copies part of a buffer to the host and waits for it.
     ///
-    /// Nothing but polling moves a native device on, so each poll of this future polls the device and asks to be polled
-    /// again: any executor will do, and a browser's own loop never needs it.
-    pub(super) async fn read(&self, buffer: &wgpu::Buffer, offset: u64, size: u64) -> Result<Vec<u8>, Error> {
+    /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
+    /// never needs it.
+    pub(super) async fn read(
+        &self,
+        buffer: &wgpu::Buffer,
+        offset: u64,
+        size: u64,
+        wait: Wait,
+    ) -> Result<Vec<u8>, Error> {
         let staging = self.scoped(|| {
             let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("gradclip readback"),
@@ -114,6 +130,10 @@ impl GpuDevice {
                 let _ = sender.send(result);
             });
         })?;
+        #[cfg(not(target_arch = "wasm32"))]
+        if wait == Wait::Sleeping {
+            self.wait()?;
+        }
         let mut answer = std::pin::pin!(receiver.receive());
         let result = std::future::poll_fn(|context| {
             if let std::task::Poll::Ready(result) = answer.as_mut().poll(context) {
@@ -147,7 +167,7 @@ impl GpuDevice {
 
     /// Sleeps until all submitted work is done.
     #[cfg(not(target_arch = "wasm32"))]
-    pub(super) fn wait(&self) -> Result<(), Error> {
+    fn wait(&self) -> Result<(), Error> {
         self.catching_loss(|| self.device.poll(wgpu::PollType::wait_indefinitely()))
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::GpuClipper;
+use super::device::Wait;
 use super::plan::{GpuPlan, Parts};
 use super::table::{Piece, dtype_code};
 use super::tuning::STAGING_BYTES;
@@ -27,14 +28,23 @@ impl GpuClipper {
     /// [`Error::UnsupportedDtype`] for float64, [`Error::NonFinite`] under that policy, and the device's own errors.
     /// The gradients are then as they were, unless the device is lost while they are read back.
     pub async fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+        self.apply_by(Wait::Polling, clip, tensors).await
+    }
+
+    pub(crate) async fn apply_by(
+        &self,
+        wait: Wait,
+        clip: &Clip,
+        tensors: &mut [TensorMut<'_>],
+    ) -> Result<ClipReport, Error> {
         let views: Vec<_> = tensors.iter().map(TensorMut::as_tensor).collect();
         let (plan, buffers, runs) = self.upload(clip, &views, true)?;
-        let report = self.run(&plan).await?;
+        let report = self.run(&plan, wait).await?;
         if report.clipped || report.non_finite.is_some() || clip.grad_scale != 1.0 {
             // All of it, before the first write: a device that is lost halfway must not leave half of it clipped.
             let mut clipped = Vec::new();
             for buffer in &buffers {
-                clipped.push(self.read_all(buffer).await?);
+                clipped.push(self.read_all(buffer, wait).await?);
             }
             for run in &runs {
                 let at = run.offset as usize;
@@ -50,8 +60,12 @@ impl GpuClipper {
     /// # Errors
     /// The same.
     pub async fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
+        self.measure_by(Wait::Polling, clip, tensors).await
+    }
+
+    async fn measure_by(&self, wait: Wait, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
         let (plan, ..) = self.upload(clip, tensors, false)?;
-        self.run(&plan).await
+        self.run(&plan, wait).await
     }
 
     /// [`GpuClipper::apply`], waiting for the answer.
@@ -60,7 +74,7 @@ impl GpuClipper {
     /// The same.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn apply_blocking(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        pollster::block_on(self.apply(clip, tensors))
+        pollster::block_on(self.apply_by(Wait::Sleeping, clip, tensors))
     }
 
     /// [`GpuClipper::measure`], waiting for the answer.
@@ -69,26 +83,26 @@ impl GpuClipper {
     /// The same.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn measure_blocking(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        pollster::block_on(self.measure(clip, tensors))
+        pollster::block_on(self.measure_by(Wait::Sleeping, clip, tensors))
     }
 
-    async fn read_all(&self, buffer: &wgpu::Buffer) -> Result<Vec<u8>, Error> {
+    async fn read_all(&self, buffer: &wgpu::Buffer, wait: Wait) -> Result<Vec<u8>, Error> {
         let mut bytes = Vec::new();
         while (bytes.len() as u64) < buffer.size() {
             let at = bytes.len() as u64;
-            bytes.extend(self.device.read(buffer, at, STAGING_BYTES.min(buffer.size() - at)).await?);
+            bytes.extend(self.device.read(buffer, at, STAGING_BYTES.min(buffer.size() - at), wait).await?);
         }
         Ok(bytes)
     }
 
-    async fn run(&self, plan: &GpuPlan) -> Result<ClipReport, Error> {
+    async fn run(&self, plan: &GpuPlan, wait: Wait) -> Result<ClipReport, Error> {
         self.device.scoped(|| {
             let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             plan.encode(&mut encoder)?;
             self.device.queue.submit([encoder.finish()]);
             Ok(())
         })??;
-        plan.report().await
+        plan.report_by(wait).await
     }
 
     /// Packs the tensors into as few buffers as the device's limits allow, and plans their clip.

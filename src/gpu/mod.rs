@@ -55,10 +55,21 @@ use crate::error::tensor_label;
 pub use crate::tensor::GpuTensor;
 use crate::{Clip, Error};
 
+pub(crate) use device::Wait;
 pub use device::adapters;
 #[cfg(not(target_arch = "wasm32"))]
 pub use device::adapters_blocking;
 pub use plan::GpuPlan;
+
+/// Everything public may be sent to and used from any thread.
+#[cfg(not(target_arch = "wasm32"))]
+const _: () = {
+    const fn send_and_sync<T: Send + Sync>() {}
+    send_and_sync::<GpuClipper>();
+    send_and_sync::<GpuPlan>();
+    send_and_sync::<GpuTensor>();
+    send_and_sync::<Error>();
+};
 
 /// Clips on one device. Cheap to clone: clones share the compiled kernels.
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytemuck::{Pod, Zeroable};
 
 use super::GpuClipper;
+use super::device::Wait;
 use super::kernels::{Kernel, PARAMS, PARTIALS, RESULTS};
 use super::number::Number;
 use super::readback::{OutcomeRow, Results};
@@ -205,8 +206,12 @@ impl GpuPlan {
     /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if no step has run, or if steps were encoded since
     /// the last report and none of them has; the device's own errors.
     pub async fn report(&self) -> Result<ClipReport, Error> {
+        self.report_by(Wait::Polling).await
+    }
+
+    pub(super) async fn report_by(&self, wait: Wait) -> Result<ClipReport, Error> {
         let encoded = self.encoded.load(Ordering::Relaxed);
-        let bytes = self.gpu.device.read(&self.results, 0, size_of::<Results>() as u64).await?;
+        let bytes = self.gpu.device.read(&self.results, 0, size_of::<Results>() as u64, wait).await?;
         let results: Results = bytemuck::pod_read_unaligned(&bytes);
         {
             let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
@@ -227,9 +232,7 @@ impl GpuPlan {
     /// The same.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn report_blocking(&self) -> Result<ClipReport, Error> {
-        // Sleeping until the queue is idle beats polling it.
-        self.gpu.device.wait()?;
-        pollster::block_on(self.report())
+        pollster::block_on(self.report_by(Wait::Sleeping))
     }
 }
 
