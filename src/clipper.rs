@@ -1,9 +1,10 @@
 //! [`Clipper`]: host tensors, clipped by whichever backend was chosen; and the one-line functions.
 
+use crate::progress::Progress;
 use crate::{Clip, ClipReport, Element, Error, Tensor, TensorMut, cpu};
 
 #[cfg(feature = "gpu")]
-use crate::gpu::GpuClipper;
+use crate::gpu::{GpuClipper, Wait};
 
 /// Clips gradients that lie in host memory, on the CPU or through a GPU.
 ///
@@ -11,6 +12,7 @@ use crate::gpu::GpuClipper;
 #[derive(Clone, Debug)]
 pub struct Clipper {
     backend: Backend,
+    progress: Progress,
 }
 
 #[derive(Clone, Debug)]
@@ -31,14 +33,22 @@ impl Clipper {
     /// The CPU, on rayon's current pool: install one of your own to choose the number of threads.
     #[must_use]
     pub fn cpu() -> Self {
-        Self { backend: Backend::Cpu }
+        Self { backend: Backend::Cpu, progress: Progress::default() }
     }
 
     /// A GPU: tensors are uploaded, clipped there, and read back if anything was changed.
     #[cfg(feature = "gpu")]
     #[must_use]
     pub fn gpu(gpu: GpuClipper) -> Self {
-        Self { backend: Backend::Gpu(Box::new(gpu)) }
+        Self { backend: Backend::Gpu(Box::new(gpu)), progress: Progress::default() }
+    }
+
+    /// Calls `f` while tensors are measured, with the number of bytes done since its last call, from any thread that
+    /// works on them; on a GPU, while they are uploaded. Scaling comes after all bytes were measured and is not told.
+    #[must_use]
+    pub fn on_progress(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
+        self.progress = Progress::new(f);
+        self
     }
 
     /// Clips in place.
@@ -58,9 +68,9 @@ impl Clipper {
     /// own errors. The gradients are then as they were.
     pub fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         match &self.backend {
-            Backend::Cpu => cpu::apply(clip, tensors),
+            Backend::Cpu => cpu::apply(clip, tensors, &self.progress),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(gpu) => gpu.apply_blocking(clip, tensors),
+            Backend::Gpu(gpu) => pollster::block_on(gpu.apply_by(Wait::Sleeping, clip, tensors, &self.progress)),
         }
     }
 
@@ -70,9 +80,9 @@ impl Clipper {
     /// The same.
     pub fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
         match &self.backend {
-            Backend::Cpu => cpu::measure(clip, tensors),
+            Backend::Cpu => cpu::measure(clip, tensors, &self.progress),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(gpu) => gpu.measure_blocking(clip, tensors),
+            Backend::Gpu(gpu) => pollster::block_on(gpu.measure_by(Wait::Sleeping, clip, tensors, &self.progress)),
         }
     }
 }
@@ -105,4 +115,29 @@ pub fn clip_grad_value<T: Element>(grads: &mut [&mut [T]], clip_value: f64) -> R
 fn apply_to_slices<T: Element>(clip: &Clip, grads: &mut [&mut [T]]) -> Result<ClipReport, Error> {
     let mut tensors: Vec<_> = grads.iter_mut().map(|g| TensorMut::new(g)).collect();
     Clipper::auto().apply(clip, &mut tensors)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn progress_adds_up_to_what_was_measured() {
+        let mut data = vec![1.0f32; 300_001];
+        let mut tiny = [1.0f64; 3];
+        let told = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&told);
+        let clipper = Clipper::cpu().on_progress(move |bytes| {
+            counter.fetch_add(bytes, Ordering::Relaxed);
+        });
+        for clip in [Clip::norm(1.0), Clip::value(0.5)] {
+            told.store(0, Ordering::Relaxed);
+            let tensors = &mut [TensorMut::new(&mut data), TensorMut::new(&mut tiny)];
+            clipper.apply(&clip.expect("valid"), tensors).expect("finite");
+            assert_eq!(told.load(Ordering::Relaxed), 4 * 300_001 + 8 * 3);
+        }
+    }
 }

@@ -48,6 +48,7 @@ mod error;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 mod partial;
+mod progress;
 mod report;
 mod tensor;
 #[cfg(feature = "gpu")]

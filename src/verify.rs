@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use crate::gpu::{GpuClipper, Wait};
+use crate::progress::Progress;
 use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, Tensor, TensorMut, cpu};
 
 /// How far the norms may be apart, relatively: the GPU's promise of 1e-6 and the CPU's of 1e-7 together.
@@ -82,10 +83,11 @@ pub async fn verify(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Re
 }
 
 async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
+    let unheard = Progress::default();
     let copies = || tensors.iter().map(|t| t.data.to_vec()).collect::<Vec<_>>();
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
-    let cpu = found(cpu::apply(clip, &mut views(&mut on_cpu, tensors)))?;
-    let gpu = found(gpu.apply_by(wait, clip, &mut views(&mut on_gpu, tensors)).await)?;
+    let cpu = found(cpu::apply(clip, &mut views(&mut on_cpu, tensors), &unheard))?;
+    let gpu = found(gpu.apply_by(wait, clip, &mut views(&mut on_gpu, tensors), &unheard).await)?;
     let norm_error = match (&cpu, &gpu) {
         (Ok(cpu), Ok(gpu)) => relative_error(gpu.total_norm, cpu.total_norm),
         _ => 0.0,

@@ -23,6 +23,7 @@ use rayon::prelude::*;
 
 use crate::clip::Mode;
 use crate::partial::{Action, Location, Outcome, Partial};
+use crate::progress::Progress;
 use crate::{Clip, ClipReport, Dtype, Error, NonFinite, Tensor, TensorMut};
 
 /// Elements in a chunk, the unit of parallel work: 128 blocks. Large enough that a task's overhead (about 1 us)
@@ -57,23 +58,22 @@ macro_rules! with_element {
 }
 
 /// Measures what [`apply`] would do, and writes nothing.
-pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-    let (outcome, total) = outcome(clip, tensors);
+pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<ClipReport, Error> {
+    let (outcome, total) = outcome(clip, tensors, progress);
     clip.report(&outcome, &total, elements(tensors), |i| tensors[i].name)
 }
 
 /// Clips in place.
-pub(crate) fn apply(clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+pub(crate) fn apply(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) -> Result<ClipReport, Error> {
     let views: Vec<_> = tensors.iter().map(TensorMut::as_tensor).collect();
     let count = elements(&views);
     let (outcome, total) = if clip.reads_first() {
-        outcome(clip, &views)
+        outcome(clip, &views, progress)
     } else {
-        let total = merged(
-            chunks_mut(tensors),
-            count,
-            |(at, dtype, data)| with_element!(dtype, T => clamp::clamp::<T>(clip, at, data)),
-        );
+        let total = merged(chunks_mut(tensors), count, |(at, dtype, data)| {
+            progress.measured(data.len());
+            with_element!(dtype, T => clamp::clamp::<T>(clip, at, data))
+        });
         (clip.outcome(&total, &total), total)
     };
     // Before any write: the policy `Error` ends here.
@@ -97,10 +97,13 @@ pub(crate) fn apply(clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipRe
     Ok(report)
 }
 
-fn outcome(clip: &Clip, tensors: &[Tensor<'_>]) -> (Outcome, Partial) {
-    let total = merged(chunks(tensors), elements(tensors), |(at, dtype, data)| match clip.mode {
-        Mode::Norm { .. } => with_element!(dtype, T => norm::norm::<T>(clip.norm_type, at, data)),
-        Mode::Value { .. } => with_element!(dtype, T => clamp::scan::<T>(clip, at, data)),
+fn outcome(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> (Outcome, Partial) {
+    let total = merged(chunks(tensors), elements(tensors), |(at, dtype, data)| {
+        progress.measured(data.len());
+        match clip.mode {
+            Mode::Norm { .. } => with_element!(dtype, T => norm::norm::<T>(clip.norm_type, at, data)),
+            Mode::Value { .. } => with_element!(dtype, T => clamp::scan::<T>(clip, at, data)),
+        }
     });
     (clip.outcome(&total, &total), total)
 }

@@ -8,6 +8,7 @@ use super::plan::{GpuPlan, Parts};
 use super::table::{Piece, dtype_code};
 use super::tuning::STAGING_BYTES;
 use crate::error::tensor_label;
+use crate::progress::Progress;
 use crate::{Clip, ClipReport, Error, Tensor, TensorMut};
 
 /// Where a run of bytes of a host tensor lies on the device.
@@ -28,7 +29,7 @@ impl GpuClipper {
     /// [`Error::UnsupportedDtype`] for float64, [`Error::NonFinite`] under that policy, and the device's own errors.
     /// The gradients are then as they were, unless the device is lost while they are read back.
     pub async fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        self.apply_by(Wait::Polling, clip, tensors).await
+        self.apply_by(Wait::Polling, clip, tensors, &Progress::default()).await
     }
 
     pub(crate) async fn apply_by(
@@ -36,9 +37,10 @@ impl GpuClipper {
         wait: Wait,
         clip: &Clip,
         tensors: &mut [TensorMut<'_>],
+        progress: &Progress,
     ) -> Result<ClipReport, Error> {
         let views: Vec<_> = tensors.iter().map(TensorMut::as_tensor).collect();
-        let (plan, buffers, runs) = self.upload(clip, &views, true)?;
+        let (plan, buffers, runs) = self.upload(clip, &views, true, progress)?;
         let report = self.run(&plan, wait).await?;
         if report.clipped || report.non_finite.is_some() || clip.grad_scale != 1.0 {
             // All of it, before the first write: a device that is lost halfway must not leave half of it clipped.
@@ -60,11 +62,17 @@ impl GpuClipper {
     /// # Errors
     /// The same.
     pub async fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        self.measure_by(Wait::Polling, clip, tensors).await
+        self.measure_by(Wait::Polling, clip, tensors, &Progress::default()).await
     }
 
-    async fn measure_by(&self, wait: Wait, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        let (plan, ..) = self.upload(clip, tensors, false)?;
+    pub(crate) async fn measure_by(
+        &self,
+        wait: Wait,
+        clip: &Clip,
+        tensors: &[Tensor<'_>],
+        progress: &Progress,
+    ) -> Result<ClipReport, Error> {
+        let (plan, ..) = self.upload(clip, tensors, false, progress)?;
         self.run(&plan, wait).await
     }
 
@@ -74,7 +82,7 @@ impl GpuClipper {
     /// The same.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn apply_blocking(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        pollster::block_on(self.apply_by(Wait::Sleeping, clip, tensors))
+        pollster::block_on(self.apply_by(Wait::Sleeping, clip, tensors, &Progress::default()))
     }
 
     /// [`GpuClipper::measure`], waiting for the answer.
@@ -83,7 +91,7 @@ impl GpuClipper {
     /// The same.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn measure_blocking(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        pollster::block_on(self.measure_by(Wait::Sleeping, clip, tensors))
+        pollster::block_on(self.measure_by(Wait::Sleeping, clip, tensors, &Progress::default()))
     }
 
     async fn read_all(&self, buffer: &wgpu::Buffer, wait: Wait) -> Result<Vec<u8>, Error> {
@@ -111,6 +119,7 @@ impl GpuClipper {
         clip: &Clip,
         tensors: &[Tensor<'_>],
         writes: bool,
+        progress: &Progress,
     ) -> Result<(GpuPlan, Vec<wgpu::Buffer>, Vec<Run>), Error> {
         for (i, t) in tensors.iter().enumerate() {
             if dtype_code(t.dtype).is_none() {
@@ -161,6 +170,7 @@ impl GpuClipper {
                     word[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
                     self.device.queue.write_buffer(buffer, run.offset + whole as u64, &word);
                 }
+                progress.measured(run.len);
                 staged += run.len as u64;
                 if staged >= STAGING_BYTES {
                     // Without this the queue would hold a copy of everything.

@@ -9,6 +9,7 @@ use gradclip::{
     gpu::{GpuClipper, adapters_blocking},
     wgpu,
 };
+use indicatif::ProgressBar;
 use rayon::ThreadPool;
 
 use crate::args::{BackendArgs, BackendChoice};
@@ -63,6 +64,12 @@ impl Backend {
     /// The GPU's name; `None` on the CPU.
     pub(crate) fn adapter(&self) -> Option<&str> {
         self.adapter.as_ref().map(|adapter| adapter.name.as_str())
+    }
+
+    /// Lets a bar follow the bytes that are measured.
+    pub(crate) fn show_progress(&mut self, bar: &ProgressBar) {
+        let bar = bar.clone();
+        self.clipper = self.clipper.clone().on_progress(move |bytes| bar.inc(bytes));
     }
 
     pub(crate) fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Failure> {

@@ -20,7 +20,7 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     let input = Input::open(&args.file)?;
     let output = Output::new(&input, &args.out, args.force)?;
     let tensors = input.tensors()?;
-    let backend = Backend::choose(&args.backend, &tensors)?;
+    let mut backend = Backend::choose(&args.backend, &tensors)?;
     if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
         remark(&format!("{why}: clipping on the CPU"));
     }
@@ -31,11 +31,13 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     }
 
     let (start, bar) = (Instant::now(), progress::bytes(output.bytes(), "copying", hidden));
+    let gradients = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
     let report = output.write(&bar, |copies| {
         bar.finish_and_clear();
-        let spinner = progress::spinner("clipping", hidden);
+        let bar = progress::bytes(gradients, "clipping", hidden);
+        backend.show_progress(&bar);
         let report = backend.apply(&clip, copies);
-        drop(spinner);
+        bar.finish_and_clear();
         report
     })?;
     let outcome = Outcome { report: &report, tensors: tensors.len(), backend: &backend, time: start.elapsed() };

@@ -6,6 +6,7 @@ use crate::args::NormArgs;
 use crate::backend::Backend;
 use crate::failure::Failure;
 use crate::input::Input;
+use crate::progress;
 use crate::report::{Outcome, number, print, remark, table};
 use crate::spec::{Spec, norm_name};
 
@@ -16,15 +17,17 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let tensors = inputs.iter().map(Input::tensors).collect::<Result<Vec<_>, _>>()?;
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();
     let tensors = tensors.concat();
-    let backend = Backend::choose(&args.backend, &tensors)?;
+    let mut backend = Backend::choose(&args.backend, &tensors)?;
     if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
         remark(&format!("{why}: measuring on the CPU"));
     }
 
-    let (start, spinner) = (Instant::now(), crate::progress::spinner("measuring", hidden));
+    let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
+    let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", hidden));
+    backend.show_progress(&bar);
     let report = backend.measure(&clip, &tensors)?;
     let outcome = Outcome { report: &report, tensors: tensors.len(), backend: &backend, time: start.elapsed() };
-    drop(spinner);
+    bar.finish_and_clear();
 
     if args.json {
         return outcome.print_json();
@@ -44,7 +47,6 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
         let file = holder.filter(|_| args.files.len() > 1).map(|i| format!(" in {}", args.files[i].display()));
         lines.push(("non-finite", format!("{found}{}", file.unwrap_or_default())));
     }
-    let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
     lines.extend(outcome.lines(inputs.iter().map(Input::others).sum(), bytes));
     print(&table(&lines))
 }
