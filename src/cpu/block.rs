@@ -3,10 +3,8 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::tuning::BLOCK;
 use crate::Element;
-
-/// Elements in a block. 4 KiB of float32: block and widened copy stay in the first-level cache.
-pub(super) const BLOCK: usize = 1024;
 
 /// An element type, and how blocks of it become blocks of the type that is computed in.
 pub(super) trait Widen: Element {

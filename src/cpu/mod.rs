@@ -17,6 +17,7 @@ mod block;
 mod clamp;
 mod norm;
 mod scale;
+mod tuning;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -25,13 +26,7 @@ use crate::clip::Mode;
 use crate::partial::{Action, Location, Outcome, Partial};
 use crate::progress::Progress;
 use crate::{Clip, ClipReport, Dtype, Error, NonFinite, Tensor, TensorMut};
-
-/// Elements in a chunk, the unit of parallel work: 128 blocks. Large enough that a task's overhead (about 1 us)
-/// vanishes against its some 20 us of work, small enough that 2 Mi elements feed 16 threads.
-const CHUNK: usize = 128 * block::BLOCK;
-
-/// Sets of fewer elements stay on the calling thread: waking a pool costs more than reading them does.
-const PARALLEL_FROM: usize = 2 * CHUNK;
+use tuning::{CHUNK, PARALLEL_FROM};
 
 /// Calls `$body` with `$T` standing for the Rust type of `$dtype`.
 macro_rules! with_element {
