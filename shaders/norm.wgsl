@@ -46,8 +46,12 @@ fn raise(top: u32) {
     exponent = raised;
 }
 
+// Elements in the unit, all below 4, by their exponent bits: a driver may turn a sum of products into a product of the
+// sum, which overflows. What would become subnormal is below 2^-127 of the largest, and 0.
 fn sum_of_4(magnitudes: vec4<u32>) -> f32 {
-    let x = bitcast<vec4<f32>>(magnitudes) * bitcast<f32>((255u - exponent) << 23u);
+    let moved = magnitudes + vec4<u32>((128u - exponent) << 23u);
+    let smallest = vec4<u32>((max(exponent, 128u) - 127u) << 23u);
+    let x = bitcast<vec4<f32>>(select(vec4<u32>(0u), moved, magnitudes >= smallest));
     if NORM == NORM_L2 {
         return (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
     }

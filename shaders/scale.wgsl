@@ -19,9 +19,8 @@ fn main(
     for (var i = lane; i < chunk.own_to; i += BLOCK * WORKGROUP) {
         let again = apply_block(chunk, i, outcome, false);
         for (var k = 0u; k < BLOCK && again; k += 1u) {
-            let j = i + k * WORKGROUP;
-            let word = word_or_last(chunk, j);
-            write(chunk, j, word, applied_word(word, outcome));
+            let word = word_or_first(chunk, i, k);
+            write(chunk, i + k * WORKGROUP, word, applied_word(word, outcome));
         }
     }
 }

@@ -56,15 +56,16 @@ impl Partial {
         }
     }
 
-    /// The norm of the finite elements.
-    pub(crate) fn finite_norm(&self, norm_type: NormType) -> f64 {
+    /// The norm of the finite elements divided by `scale`: divided before it leaves its own exponent, because the norm
+    /// alone may overflow or lose digits where the quotient does not.
+    pub(crate) fn finite_norm(&self, norm_type: NormType, scale: f64) -> f64 {
         match norm_type {
-            NormType::L1 => ldexp(self.sum, self.exponent),
+            NormType::L1 => ldexp(self.sum / scale, self.exponent),
             NormType::L2 => {
                 debug_assert_eq!(self.exponent % 2, 0);
-                ldexp(self.sum.sqrt(), self.exponent / 2)
+                ldexp(self.sum.sqrt() / scale, self.exponent / 2)
             }
-            NormType::Inf => self.max,
+            NormType::Inf => self.max / scale,
         }
     }
 }
@@ -114,6 +115,8 @@ pub(crate) struct Outcome {
     pub(crate) norm: f64,
     /// c, without `grad_scale`.
     pub(crate) clip_coef: f64,
+    /// Whether c is below 1, or NaN, or the segment becomes 0.
+    pub(crate) clipped: bool,
     /// `c / grad_scale`: what elements are multiplied by.
     pub(crate) factor: f64,
     pub(crate) action: Action,
@@ -128,7 +131,7 @@ impl Clip {
             Mode::Value { .. } => (f64::NAN, 1.0),
             Mode::Norm { max_norm } => {
                 let norm = if !bad || self.non_finite == NonFinite::Drop {
-                    segment.finite_norm(self.norm_type) / self.grad_scale
+                    segment.finite_norm(self.norm_type, self.grad_scale)
                 } else if segment.nan {
                     f64::NAN
                 } else {
@@ -158,7 +161,7 @@ impl Clip {
             Action::Zero => 0.0,
             Action::Apply => wanted_coef,
         };
-        Outcome { norm, clip_coef, factor: clip_coef / self.grad_scale, action }
+        Outcome { norm, clip_coef, clipped: clip_coef != 1.0, factor: clip_coef / self.grad_scale, action }
     }
 
     /// The report on a clip of one segment.
@@ -183,7 +186,7 @@ impl Clip {
             non_finite => Ok(ClipReport {
                 total_norm: outcome.norm,
                 clip_coef: outcome.clip_coef,
-                clipped: outcome.clip_coef != 1.0 || (total.outside && outcome.action == Action::Apply),
+                clipped: outcome.clipped || (total.outside && outcome.action == Action::Apply),
                 elements,
                 non_finite,
             }),

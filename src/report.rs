@@ -11,7 +11,8 @@ pub struct ClipReport {
     /// The factor c that every gradient was multiplied by, beside `1 / grad_scale`. 1 when nothing was clipped, and
     /// for a value clip.
     pub clip_coef: f64,
-    /// Whether clipping changed anything: `clip_coef` is not 1, or an element lay outside the bounds of a value clip.
+    /// Whether there was anything to clip: the norm exceeded the threshold (by less than a rounding, `clip_coef` may
+    /// still be 1), the segment became 0 or NaN, or an element lay outside the bounds of a value clip.
     /// Dividing by `grad_scale` alone, or dropping non-finite elements, does not count.
     pub clipped: bool,
     /// How many elements were measured.

@@ -36,17 +36,18 @@ fn quickly_applied_word(word: u32, factor: f32) -> u32 {
 // A block: 16 words, WORKGROUP apart.
 const BLOCK: u32 = 16u;
 
-// Word `i` of the chunk, or the last one.
-fn word_or_last(chunk: Chunk, i: u32) -> u32 {
-    return words[chunk.word + min(i, chunk.words - 1u)];
+// Word `i + k * WORKGROUP` of the chunk or, past its end, word `i`: the block's first, which no other invocation writes.
+fn word_or_first(chunk: Chunk, i: u32, k: u32) -> u32 {
+    let j = i + k * WORKGROUP;
+    return words[chunk.word + select(i, j, j < chunk.words)];
 }
 
-fn four_words(chunk: Chunk, i: u32) -> vec4<u32> {
+fn four_words(chunk: Chunk, i: u32, k: u32) -> vec4<u32> {
     return vec4<u32>(
-        word_or_last(chunk, i),
-        word_or_last(chunk, i + WORKGROUP),
-        word_or_last(chunk, i + 2u * WORKGROUP),
-        word_or_last(chunk, i + 3u * WORKGROUP),
+        word_or_first(chunk, i, k),
+        word_or_first(chunk, i, k + 1u),
+        word_or_first(chunk, i, k + 2u),
+        word_or_first(chunk, i, k + 3u),
     );
 }
 
@@ -79,10 +80,10 @@ fn apply_block(chunk: Chunk, i: u32, outcome: Outcome, looks_closer: bool) -> bo
     unusual = looks_closer || outcome.action != APPLY || outcome.factor.is_float == 0u;
     outside = false;
     let factor = bitcast<f32>(outcome.factor.value);
-    let a = four_words(chunk, i);
-    let b = four_words(chunk, i + 4u * WORKGROUP);
-    let c = four_words(chunk, i + 8u * WORKGROUP);
-    let d = four_words(chunk, i + 12u * WORKGROUP);
+    let a = four_words(chunk, i, 0u);
+    let b = four_words(chunk, i, 4u);
+    let c = four_words(chunk, i, 8u);
+    let d = four_words(chunk, i, 12u);
     let e = four_applied(a, factor);
     let f = four_applied(b, factor);
     let g = four_applied(c, factor);

@@ -218,7 +218,20 @@ pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> 
         .ok_or_else(|| Error::NoAdapter { wanted: format!(" whose name contains {name:?} (there are: {names:?})") })
 }
 
+/// One instance for the process: wgpu panics where a buffer meets a device of another instance, and gives an error
+/// where it meets another device of its own.
+#[cfg(not(target_arch = "wasm32"))]
+fn instance() -> &'static wgpu::Instance {
+    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
+    INSTANCE.get_or_init(new_instance)
+}
+
+#[cfg(target_arch = "wasm32")]
 fn instance() -> wgpu::Instance {
+    new_instance()
+}
+
+fn new_instance() -> wgpu::Instance {
     wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
 }
 

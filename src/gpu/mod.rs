@@ -162,6 +162,9 @@ impl GpuClipper {
 
     /// Plans a clip of tensors in GPU memory. Compiles the kernels it needs, if no earlier plan has.
     ///
+    /// The buffers must be of this device. One of another device is an error, but one of another `wgpu::Instance` wgpu
+    /// itself cannot tell apart: it panics, or takes another buffer for it.
+    ///
     /// # Errors
     /// [`Error::Overlap`] if two tensors share elements; [`Error::TooLarge`], [`Error::OutOfMemory`] or
     /// [`Error::Device`] if the device cannot hold or bind what the plan needs. The tensors are not touched.

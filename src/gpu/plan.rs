@@ -340,6 +340,10 @@ impl<'a> Recorder<'a> {
     fn dispatch(&mut self, kernel: Kernel, table: Option<&Table>, workgroups: u32) -> Result<(), Error> {
         let widest = self.gpu.device.device.limits().max_compute_workgroups_per_dimension;
         let x = workgroups.min(widest);
+        if workgroups.div_ceil(x) > widest {
+            let limit = u64::from(widest) * u64::from(widest);
+            return Err(Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit });
+        }
         let clip_group = match kernel {
             Kernel::Norm { .. } | Kernel::Merge | Kernel::Clamp { .. } => &self.measure,
             Kernel::Finalise { .. } => &self.finalise,

@@ -73,10 +73,12 @@ impl OutcomeRow {
             0 => (Action::Leave, 1.0),
             1 => (Action::Zero, 0.0),
             2 if self.clipped == 0 => (Action::Apply, 1.0),
-            2 => (Action::Apply, factor * clip.grad_scale),
+            // The rounded factor of a coefficient just below 1 may come out above.
+            2 => (Action::Apply, (factor * clip.grad_scale).min(1.0)),
             3 => (Action::Apply, f64::NAN),
             _ => (Action::Apply, 0.0),
         };
-        Outcome { norm, clip_coef, factor, action }
+        let clipped = clip_coef != 1.0 || (action == Action::Apply && self.clipped == 1);
+        Outcome { norm, clip_coef, clipped, factor, action }
     }
 }

@@ -138,6 +138,11 @@ pub(crate) fn disagreement(v: &Verification) -> Option<String> {
         Some(format!("element {} of {tensor:?}: CPU {cpu}, GPU {gpu}, {} ulps", m.index, ulps(m.ulps)))
     } else if v.norm_error > v.norm_tolerance {
         Some(format!("norm: CPU {}, GPU {}", norm(&v.cpu), norm(&v.gpu)))
+    } else if !v.same_decision {
+        Some(format!(
+            "only the {} clipped",
+            if v.cpu.as_ref().is_ok_and(|report| report.clipped) { "CPU" } else { "GPU" }
+        ))
     } else {
         Some(format!("non-finite elements: CPU {}, GPU {}", found(&v.cpu), found(&v.gpu)))
     }

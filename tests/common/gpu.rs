@@ -1,0 +1,205 @@
+//! The device of the tests, and buffers on it.
+
+use std::sync::OnceLock;
+
+use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
+use gradclip::wgpu;
+use gradclip::{Clip, ClipReport, Dtype, Error};
+
+use super::{Data, Done};
+
+const ADVICE: &str = "These tests need a Vulkan device, which may be a software one. On Debian or Ubuntu: \
+    apt-get install mesa-vulkan-drivers (or run scripts/test.sh, which does it); or test without a GPU: \
+    cargo test --no-default-features.";
+
+/// The device that the tests of one file share.
+pub(crate) fn gpu() -> &'static GpuClipper {
+    static GPU: OnceLock<GpuClipper> = OnceLock::new();
+    GPU.get_or_init(open)
+}
+
+/// A device of its own, for tests that spoil it.
+pub(crate) fn open() -> GpuClipper {
+    GpuClipper::open_blocking().unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"))
+}
+
+pub(crate) fn adapter() -> wgpu::Adapter {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))
+        .unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"))
+}
+
+/// A device as a caller would make it, with these limits.
+pub(crate) fn device(limits: wgpu::Limits) -> (wgpu::Device, wgpu::Queue) {
+    let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
+    block_on(adapter().request_device(&descriptor)).expect("the adapter gives a device")
+}
+
+/// The smallest executor: sleeps until woken.
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = std::sync::Arc::new(Unpark(std::thread::current())).into();
+    let mut future = std::pin::pin!(future);
+    loop {
+        match future.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
+            std::task::Poll::Ready(value) => return value,
+            std::task::Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+/// A buffer that holds these bytes, rounded up to whole words.
+pub(crate) fn upload(gpu: &GpuClipper, bytes: &[u8]) -> wgpu::Buffer {
+    let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {
+        label: Some("gradients of a test"),
+        size: bytes.len().next_multiple_of(4) as u64,
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    write(gpu, &buffer, 0, bytes);
+    buffer
+}
+
+/// Writes bytes at a multiple of 4.
+pub(crate) fn write(gpu: &GpuClipper, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) {
+    let whole = bytes.len() & !3;
+    let mut at = 0;
+    while at < whole {
+        let piece = (whole - at).min(32 << 20);
+        gpu.queue().write_buffer(buffer, offset + at as u64, &bytes[at..at + piece]);
+        gpu.queue().submit([]);
+        at += piece;
+    }
+    if whole < bytes.len() {
+        let mut word = [0; 4];
+        word[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
+        gpu.queue().write_buffer(buffer, offset + whole as u64, &word);
+    }
+}
+
+/// All bytes of a buffer.
+pub(crate) fn download(gpu: &GpuClipper, buffer: &wgpu::Buffer) -> Vec<u8> {
+    if buffer.size() == 0 {
+        return Vec::new();
+    }
+    let staging = gpu.device().create_buffer(&wgpu::BufferDescriptor {
+        label: Some("readback of a test"),
+        size: buffer.size(),
+        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    let mut encoder = encoder(gpu);
+    encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, None);
+    gpu.queue().submit([encoder.finish()]);
+    staging.map_async(wgpu::MapMode::Read, .., |result| result.expect("the buffer can be mapped"));
+    gpu.device().poll(wgpu::PollType::wait_indefinitely()).expect("the device works");
+    staging.get_mapped_range(..).expect("the buffer is mapped").to_vec()
+}
+
+pub(crate) fn encoder(gpu: &GpuClipper) -> wgpu::CommandEncoder {
+    gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
+}
+
+/// Encodes and submits one step.
+pub(crate) fn step(gpu: &GpuClipper, plan: &GpuPlan) {
+    let mut encoder = encoder(gpu);
+    plan.encode(&mut encoder).expect("the device works");
+    gpu.queue().submit([encoder.finish()]);
+}
+
+/// Plans, encodes, submits and reports.
+pub(crate) fn clip_tensors(gpu: &GpuClipper, clip: &Clip, tensors: &[GpuTensor]) -> Result<ClipReport, Error> {
+    let plan = gpu.plan(clip, tensors)?;
+    step(gpu, &plan);
+    plan.report_blocking()
+}
+
+/// What lies between tensors. As a half it is no number that any clip leaves alone by chance.
+pub(crate) const GUARD: u8 = 0xc7;
+
+/// Where tensors lie in one buffer.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    /// In bytes, a multiple of the tensor's element size.
+    pub(crate) starts: Vec<usize>,
+    pub(crate) size: usize,
+}
+
+impl Layout {
+    /// With a gap of so many elements before each tensor, and of one word behind the last.
+    pub(crate) fn with_gaps(tensors: &[Data], gap: impl Fn(usize) -> usize) -> Self {
+        let mut at = 0;
+        let mut starts = Vec::new();
+        for (i, t) in tensors.iter().enumerate() {
+            at = (at + gap(i) * t.dtype.size()).next_multiple_of(t.dtype.size());
+            starts.push(at);
+            at += t.bytes.len();
+        }
+        Self { starts, size: (at + 4).next_multiple_of(4) }
+    }
+
+    /// The buffer's bytes: the tensors in guards.
+    pub(crate) fn bytes(&self, tensors: &[Data]) -> Vec<u8> {
+        let mut bytes = vec![GUARD; self.size];
+        for (start, t) in self.starts.iter().zip(tensors) {
+            bytes[*start..*start + t.bytes.len()].copy_from_slice(&t.bytes);
+        }
+        bytes
+    }
+
+    pub(crate) fn tensors(&self, buffer: &wgpu::Buffer, tensors: &[Data]) -> Vec<GpuTensor> {
+        let view = |(start, t): (&usize, &Data)| {
+            let first = (start / t.dtype.size()) as u64;
+            gpu_tensor(buffer, t, first)
+        };
+        self.starts.iter().zip(tensors).map(view).collect()
+    }
+
+    /// The tensors in a buffer's bytes. That nothing else has changed is asserted.
+    #[track_caller]
+    pub(crate) fn taken_from(&self, bytes: &[u8], tensors: &[Data]) -> Vec<Data> {
+        let mut after = tensors.to_vec();
+        for (start, t) in self.starts.iter().zip(&mut after) {
+            let len = t.bytes.len();
+            t.bytes.copy_from_slice(&bytes[*start..*start + len]);
+        }
+        let neighbours_kept = self.bytes(&after) == bytes;
+        assert!(neighbours_kept, "bytes outside the tensors have changed");
+        after
+    }
+}
+
+/// A view of a tensor's elements from `first` on.
+pub(crate) fn gpu_tensor(buffer: &wgpu::Buffer, t: &Data, first: u64) -> GpuTensor {
+    let range = first..first + t.len() as u64;
+    let view = match t.dtype {
+        Dtype::F32 => GpuTensor::f32(buffer, range),
+        Dtype::F16 => GpuTensor::f16(buffer, range),
+        Dtype::BF16 => GpuTensor::bf16(buffer, range),
+        other => GpuTensor::new(buffer, other, range),
+    };
+    let view = view.expect("the range fits");
+    match &t.name {
+        Some(name) => view.named(name),
+        None => view,
+    }
+}
+
+/// Clips copies that lie in one buffer.
+#[track_caller]
+pub(crate) fn clip_in_one_buffer(gpu: &GpuClipper, clip: &Clip, tensors: &[Data]) -> Done {
+    clip_laid_out(gpu, clip, tensors, &Layout::with_gaps(tensors, |i| [1, 0, 3][i % 3]))
+}
+
+#[track_caller]
+pub(crate) fn clip_laid_out(gpu: &GpuClipper, clip: &Clip, tensors: &[Data], layout: &Layout) -> Done {
+    let buffer = upload(gpu, &layout.bytes(tensors));
+    let report = clip_tensors(gpu, clip, &layout.tensors(&buffer, tensors));
+    let after = layout.taken_from(&download(gpu, &buffer), tensors);
+    Done { report, after }
+}

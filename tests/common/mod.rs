@@ -1,0 +1,205 @@
+//! What the tests share: gradients as bytes, every path that clips them, and what is true of them.
+
+#![allow(dead_code, reason = "each test file uses a part")]
+
+#[cfg(feature = "gpu")]
+pub(crate) mod gpu;
+pub(crate) mod numbers;
+
+use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, Tensor, TensorMut};
+use numbers::{from_bits, rounded_bits};
+
+/// A gradient: bytes of one dtype.
+#[derive(Clone, PartialEq)]
+pub(crate) struct Data {
+    pub(crate) name: Option<String>,
+    pub(crate) dtype: Dtype,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The first few numbers only: sets are long.
+impl std::fmt::Debug for Data {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} of {} {:?}..", self.len(), self.dtype, self.numbers().take(4).collect::<Vec<_>>())
+    }
+}
+
+impl Data {
+    pub(crate) fn of<T: Element>(elements: &[T]) -> Self {
+        Self { name: None, dtype: T::DTYPE, bytes: bytemuck::cast_slice(elements).to_vec() }
+    }
+
+    /// Numbers, each rounded to the dtype.
+    pub(crate) fn rounded(dtype: Dtype, numbers: impl IntoIterator<Item = f64>) -> Self {
+        let mut bytes = Vec::new();
+        for x in numbers {
+            bytes.extend_from_slice(&rounded_bits(dtype, x).to_le_bytes()[..dtype.size()]);
+        }
+        Self { name: None, dtype, bytes }
+    }
+
+    pub(crate) fn named(mut self, name: &str) -> Self {
+        self.name = Some(name.to_owned());
+        self
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len() / self.dtype.size()
+    }
+
+    pub(crate) fn bits(&self, i: usize) -> u64 {
+        let size = self.dtype.size();
+        let mut word = [0; 8];
+        word[..size].copy_from_slice(&self.bytes[i * size..(i + 1) * size]);
+        u64::from_le_bytes(word)
+    }
+
+    pub(crate) fn set_bits(&mut self, i: usize, bits: u64) {
+        let size = self.dtype.size();
+        self.bytes[i * size..(i + 1) * size].copy_from_slice(&bits.to_le_bytes()[..size]);
+    }
+
+    pub(crate) fn get(&self, i: usize) -> f64 {
+        from_bits(self.dtype, self.bits(i))
+    }
+
+    pub(crate) fn set(&mut self, i: usize, x: f64) {
+        self.set_bits(i, rounded_bits(self.dtype, x));
+    }
+
+    /// Every element, exactly.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = f64> + Clone {
+        (0..self.len()).map(|i| self.get(i))
+    }
+
+    pub(crate) fn view(&self) -> Tensor<'_> {
+        let view = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements");
+        match &self.name {
+            Some(name) => view.named(name),
+            None => view,
+        }
+    }
+
+    pub(crate) fn view_mut(&mut self) -> TensorMut<'_> {
+        let view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements");
+        match &self.name {
+            Some(name) => view.named(name),
+            None => view,
+        }
+    }
+}
+
+/// Every element of every tensor, exactly.
+pub(crate) fn numbers_of(tensors: &[Data]) -> impl Iterator<Item = f64> + Clone {
+    tensors.iter().flat_map(Data::numbers)
+}
+
+/// A way in which gradients get clipped. Each hazard is tested on all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Path {
+    Cpu,
+    /// Host tensors, uploaded and read back.
+    #[cfg(feature = "gpu")]
+    GpuHost,
+    /// Tensors in one buffer of the caller's, at odd places, some back to back and some with a neighbour between.
+    #[cfg(feature = "gpu")]
+    GpuBuffers,
+}
+
+/// What a clip returned, and what became of the gradients.
+#[derive(Debug)]
+pub(crate) struct Done {
+    pub(crate) report: Result<ClipReport, Error>,
+    pub(crate) after: Vec<Data>,
+}
+
+impl Done {
+    pub(crate) fn ok(self) -> (ClipReport, Vec<Data>) {
+        (self.report.expect("the clip succeeds"), self.after)
+    }
+}
+
+impl Path {
+    #[cfg(feature = "gpu")]
+    pub(crate) const ALL: &[Self] = &[Self::Cpu, Self::GpuHost, Self::GpuBuffers];
+    #[cfg(not(feature = "gpu"))]
+    pub(crate) const ALL: &[Self] = &[Self::Cpu];
+
+    /// The dtypes that this path clips.
+    pub(crate) fn dtypes(self) -> &'static [Dtype] {
+        if self == Self::Cpu {
+            &[Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64]
+        } else {
+            &[Dtype::F32, Dtype::F16, Dtype::BF16]
+        }
+    }
+
+    /// The promised relative error of the norm.
+    pub(crate) fn norm_tolerance(self) -> f64 {
+        if self == Self::Cpu { 1e-7 } else { 1e-6 }
+    }
+
+    pub(crate) fn clip(self, clip: &Clip, tensors: &[Data]) -> Done {
+        match self {
+            Self::Cpu => clip_host(&Clipper::cpu(), clip, tensors),
+            #[cfg(feature = "gpu")]
+            Self::GpuHost => clip_host(&Clipper::gpu(gpu::gpu().clone()), clip, tensors),
+            #[cfg(feature = "gpu")]
+            Self::GpuBuffers => gpu::clip_in_one_buffer(gpu::gpu(), clip, tensors),
+        }
+    }
+}
+
+/// Clips copies of host tensors.
+pub(crate) fn clip_host(clipper: &Clipper, clip: &Clip, tensors: &[Data]) -> Done {
+    let mut after = tensors.to_vec();
+    let report = clipper.apply(clip, &mut after.iter_mut().map(Data::view_mut).collect::<Vec<_>>());
+    Done { report, after }
+}
+
+/// That `after` is `before` times `factor`, up to a relative error of the factor and the rounding of the result.
+#[track_caller]
+pub(crate) fn assert_scaled(before: &[Data], after: &[Data], factor: f64, relative: f64, what: &str) {
+    assert_eq!(before.len(), after.len(), "{what}");
+    for (t, (before, after)) in before.iter().zip(after).enumerate() {
+        let dtype = before.dtype;
+        assert_eq!((before.len(), dtype), (after.len(), after.dtype), "{what}");
+        for (i, (x, got)) in before.numbers().zip(after.numbers()).enumerate() {
+            let want = x * factor;
+            // The factor and the product are rounded to float32 before the result is rounded to the dtype.
+            let inner = if dtype == Dtype::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
+            let slack = want.abs() * (relative + inner) + numbers::ulp(dtype, want) * 0.5001;
+            assert!(
+                (got - want).abs() <= slack || (want == 0.0 && got == 0.0),
+                "{what}: element {i} of tensor {t} ({dtype}) was {x:e}; it is {got:e} and should be {want:e}"
+            );
+        }
+    }
+}
+
+/// That a norm is the true one, within a relative error.
+#[track_caller]
+pub(crate) fn assert_norm(got: f64, want: f64, tolerance: f64, what: &str) {
+    let error = if got == want { 0.0 } else { ((got - want) / want).abs() };
+    assert!(error <= tolerance, "{what}: the norm is {got:e}, it should be {want:e}: off by {error:e}");
+}
+
+/// That two sets of gradients are the same, bit for bit.
+#[track_caller]
+pub(crate) fn assert_same_bits(got: &[Data], want: &[Data], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (t, (got, want)) in got.iter().zip(want).enumerate() {
+        assert_eq!((got.len(), got.dtype), (want.len(), want.dtype), "{what}: tensor {t}");
+        if got.bytes != want.bytes {
+            let i = (0..got.len()).find(|i| got.bits(*i) != want.bits(*i)).expect("bytes differ");
+            panic!(
+                "{what}: element {i} of tensor {t} ({}) is {:#x} = {:e}; it should be {:#x} = {:e}",
+                got.dtype,
+                got.bits(i),
+                got.get(i),
+                want.bits(i),
+                want.get(i)
+            );
+        }
+    }
+}

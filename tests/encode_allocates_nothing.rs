@@ -1,0 +1,265 @@
+//! Guards against a step that waits, or that allocates more than wgpu itself does for the same dispatches.
+//!
+//! wgpu records a pass by growing lists of its own, so no recording is free of allocations. What can be shown is that
+//! nothing comes on top: a pass written by hand, with the same pattern of pipelines, bind groups and dispatches, allocates
+//! exactly as often and as much; and thousands of tensors cost what one costs.
+#![cfg(feature = "gpu")]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout as Memory, System};
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::gpu::{Layout, download, encoder, gpu, gpu_tensor, step, upload};
+use common::numbers::Random;
+use common::{Data, assert_same_bits};
+use gradclip::gpu::{GpuPlan, GpuTensor};
+use gradclip::{Clip, Dtype, Error};
+
+struct Counting;
+
+thread_local! {
+    /// How often and how much this thread has allocated.
+    static ALLOCATED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+}
+
+fn count(bytes: usize) {
+    // A thread that is ending has no counter any more.
+    let _ = ALLOCATED.try_with(|counted| {
+        let (times, sum) = counted.get();
+        counted.set((times + 1, sum + bytes as u64));
+    });
+}
+
+// SAFETY: every method hands its arguments on to the system's allocator, which fulfils the contract; counting touches
+// a thread-local cell without a destructor and does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, memory: Memory) -> *mut u8 {
+        count(memory.size());
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.alloc(memory) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, memory: Memory) {
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.dealloc(at, memory) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, memory: Memory, size: usize) -> *mut u8 {
+        count(size);
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.realloc(at, memory, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What `record` allocates on this thread when it records into a new encoder: how often, and how many bytes. Nothing is
+/// submitted.
+fn allocated(record: impl Fn(&mut wgpu::CommandEncoder)) -> (u64, u64) {
+    let mut encoder = encoder(gpu());
+    let (times, bytes) = ALLOCATED.get();
+    record(&mut encoder);
+    let (times_after, bytes_after) = ALLOCATED.get();
+    // Finished, so that it counts as a recording that works.
+    drop(encoder.finish());
+    (times_after - times, bytes_after - bytes)
+}
+
+fn allocated_by(plan: &GpuPlan) -> (u64, u64) {
+    let encode = |encoder: &mut wgpu::CommandEncoder| plan.encode(encoder).expect("the device works");
+    allocated(encode);
+    let counted = allocated(encode);
+    assert_eq!(allocated(encode), counted, "every step costs the same");
+    counted
+}
+
+/// A pass in which each dispatch sets one of some pipelines and bind groups. wgpu does not record what is set already, so
+/// it matters which are the same.
+struct ByHand {
+    dispatches: Vec<(wgpu::ComputePipeline, wgpu::BindGroup, Option<wgpu::BindGroup>)>,
+}
+
+/// A kernel, a bind group of the clip, and one of rows if the kernel has rows.
+type Row = (&'static str, usize, Option<usize>);
+
+impl ByHand {
+    fn new(dispatches: &[Row]) -> Self {
+        let device = gpu().device();
+        let entry = wgpu::BindGroupLayoutEntry {
+            binding: 0,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only: false },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        };
+        let layout =
+            device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &[entry] });
+        let groups: Vec<_> = (0..8)
+            .map(|_| {
+                let buffer = upload(gpu(), &[0; 4]);
+                let entries = &[wgpu::BindGroupEntry { binding: 0, resource: buffer.as_entire_binding() }];
+                device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &layout, entries })
+            })
+            .collect();
+        let pipeline = |has_rows: bool| {
+            let source = "@group(0) @binding(0) var<storage, read_write> a: array<u32>;
+                @compute @workgroup_size(1) fn main() { a[0] = 1u; }";
+            let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                label: None,
+                source: wgpu::ShaderSource::Wgsl(source.into()),
+            });
+            let layouts = [Some(&layout), Some(&layout)];
+            let layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: None,
+                bind_group_layouts: if has_rows { &layouts } else { &layouts[..1] },
+                immediate_size: 0,
+            });
+            device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: None,
+                layout: Some(&layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions::default(),
+                cache: None,
+            })
+        };
+        let mut pipelines = HashMap::new();
+        let dispatch = |(kernel, clip, rows): &Row| {
+            let pipeline = pipelines.entry(*kernel).or_insert_with(|| pipeline(rows.is_some())).clone();
+            (pipeline, groups[*clip].clone(), rows.map(|rows| groups[rows].clone()))
+        };
+        Self { dispatches: dispatches.iter().map(dispatch).collect() }
+    }
+
+    fn record(&self, encoder: &mut wgpu::CommandEncoder) {
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("by hand."), timestamp_writes: None });
+        for (pipeline, clip, rows) in &self.dispatches {
+            pass.set_pipeline(pipeline);
+            pass.set_bind_group(0, clip, &[]);
+            if let Some(rows) = rows {
+                pass.set_bind_group(1, rows, &[]);
+            }
+            pass.dispatch_workgroups(1, 1, 1);
+        }
+    }
+
+    fn allocated(&self) -> (u64, u64) {
+        let record = |encoder: &mut wgpu::CommandEncoder| self.record(encoder);
+        allocated(record);
+        allocated(record)
+    }
+}
+
+// Bind groups of a plan: for measuring, finalising and applying, the gradients, and a table for each level of merging.
+const MEASURE: usize = 0;
+const FINALISE: usize = 1;
+const APPLY: usize = 2;
+const GRADIENTS: Option<usize> = Some(3);
+const MERGE: [Option<usize>; 2] = [Some(4), Some(5)];
+
+fn plan_of_one(clip: &Clip) -> GpuPlan {
+    let buffer = upload(gpu(), &[0; 400]);
+    gpu().plan(clip, &[GpuTensor::f32(&buffer, ..).expect("it fits")]).expect("valid")
+}
+
+#[test]
+fn encoding_costs_what_its_dispatches_cost() {
+    let by_norm = plan_of_one(&Clip::norm(1.0).expect("valid"));
+    let by_hand = ByHand::new(&[
+        ("norm", MEASURE, GRADIENTS),
+        ("merge", MEASURE, MERGE[0]),
+        ("finalise", FINALISE, None),
+        ("scale", APPLY, GRADIENTS),
+    ]);
+    assert_eq!(allocated_by(&by_norm), by_hand.allocated(), "allocations and bytes: norm, merge, finalise, scale");
+    let by_value = plan_of_one(&Clip::value(1.0).expect("valid"));
+    let by_hand =
+        ByHand::new(&[("clamp", MEASURE, GRADIENTS), ("merge", MEASURE, MERGE[0]), ("finalise", FINALISE, None)]);
+    assert_eq!(allocated_by(&by_value), by_hand.allocated(), "allocations and bytes: clamp, merge, finalise");
+}
+
+#[test]
+fn three_thousand_tensors_cost_a_merge_more_than_one() {
+    let mut random = Random(1);
+    let set: Vec<_> = (0..3000).map(|_| Data::rounded(Dtype::F32, vec![1.0; 1 + random.below(64)])).collect();
+    let layout = Layout::with_gaps(&set, |_| 1);
+    let buffer = upload(gpu(), &layout.bytes(&set));
+    let clip = Clip::norm(1.0).expect("valid");
+    let plan = gpu().plan(&clip, &layout.tensors(&buffer, &set)).expect("valid");
+    let by_hand = ByHand::new(&[
+        ("norm", MEASURE, GRADIENTS),
+        ("merge", MEASURE, MERGE[0]),
+        ("merge", MEASURE, MERGE[1]),
+        ("finalise", FINALISE, None),
+        ("scale", APPLY, GRADIENTS),
+    ]);
+    assert_eq!(allocated_by(&plan), by_hand.allocated(), "allocations and bytes");
+}
+
+/// That the counter counts.
+#[test]
+fn the_counter_counts() {
+    let (times, bytes) = ALLOCATED.get();
+    let vector = std::hint::black_box(vec![0u8; 1000]);
+    let (times_after, bytes_after) = ALLOCATED.get();
+    assert_eq!((times_after - times, bytes_after - bytes), (1, 1000));
+    drop(vector);
+    let reserved = allocated(|_| drop(std::hint::black_box(Vec::<u64>::with_capacity(100))));
+    assert_eq!(reserved, (1, 800));
+}
+
+#[test]
+fn encoding_without_submission_does_nothing() {
+    let set = Data::of(&[3.0f32, 4.0]);
+    let buffer = upload(gpu(), &set.bytes);
+    let plan = gpu().plan(&Clip::norm(1.0).expect("valid"), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
+    let mut pending = encoder(gpu());
+    plan.encode(&mut pending).expect("the device works");
+    let commands = pending.finish();
+    assert_same_bits(&[Data { bytes: download(gpu(), &buffer), ..set.clone() }], &[set], "not submitted");
+    assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted)));
+    gpu().queue().submit([commands]);
+    assert!(plan.report_blocking().expect("it ran").clipped);
+}
+
+/// A finished submission is told to its caller only when somebody polls the device. Encoding must not have done so,
+/// however much work is in the queue.
+#[test]
+fn encoding_does_not_wait_for_the_queue() {
+    // A device of its own: other tests poll the shared one.
+    let gpu = common::gpu::open();
+    let buffer = upload(&gpu, &vec![0; 64 << 20]);
+    let tensor = GpuTensor::f32(&buffer, ..).expect("it fits");
+    let plan = gpu.plan(&Clip::norm(1.0).expect("valid"), &[tensor]).expect("valid");
+    step(&gpu, &plan);
+    plan.report_blocking().expect("it ran");
+    let mut busy = encoder(&gpu);
+    for _ in 0..20 {
+        plan.encode(&mut busy).expect("the device works");
+    }
+    let submitted = std::time::Instant::now();
+    gpu.queue().submit([busy.finish()]);
+    let told = Arc::new(AtomicBool::new(false));
+    let tell = Arc::clone(&told);
+    gpu.queue().on_submitted_work_done(move || tell.store(true, Ordering::SeqCst));
+    let mut pending = encoder(&gpu);
+    for _ in 0..100 {
+        plan.encode(&mut pending).expect("the device works");
+    }
+    let encoded = submitted.elapsed();
+    assert!(!told.load(Ordering::SeqCst), "encoding has polled the device");
+    plan.report_blocking().expect("it ran");
+    assert!(told.load(Ordering::SeqCst), "now it was polled");
+    let done = submitted.elapsed();
+    assert!(encoded < done / 2, "100 steps were encoded in {encoded:?}, 20 ran in {done:?}");
+    drop(pending);
+}

@@ -1,0 +1,218 @@
+//! Guards against norms that overflow or vanish because squares do, and against factors and products that a float32
+//! cannot hold: gradients around 1e20, 1e38, 1e-25 and below the normal range.
+
+mod common;
+
+use common::numbers::{Random, exact_norm, multiplied_bits, ulp};
+use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use gradclip::{Clip, Dtype, NormType};
+
+const NORMS: [NormType; 3] = [NormType::L1, NormType::L2, NormType::Inf];
+
+fn clip(max_norm: f64, norm_type: NormType) -> Clip {
+    Clip::norm(max_norm).expect("valid").norm_type(norm_type).eps(0.0).expect("valid")
+}
+
+/// Numbers of both signs between half of `size` and all of it.
+fn around(dtype: Dtype, size: f64, n: usize) -> Data {
+    let mut random = Random(n as u64);
+    let number = |_| size * (0.5 + random.uniform() / 2.0) * if random.below(2) == 0 { 1.0 } else { -1.0 };
+    Data::rounded(dtype, (0..n).map(number))
+}
+
+fn sets() -> Vec<(&'static str, Vec<Data>)> {
+    use Dtype::{BF16, F16, F32, F64};
+    vec![
+        ("1e20", vec![around(F32, 1e20, 5000), around(F32, 1e20, 3)]),
+        ("1e38", vec![around(F32, 1e38, 5000), around(F32, 3.4e38, 77)]),
+        ("1e-25", vec![around(F32, 1e-25, 5000)]),
+        ("1e-38", vec![around(F32, 1.2e-38, 5000)]),
+        ("subnormal 1e-40", vec![around(F32, 1e-40, 5000), around(F32, 1e-42, 10)]),
+        ("the smallest subnormal", vec![Data::of(&[f32::from_bits(1)])]),
+        ("many of the smallest subnormal", vec![Data::of(&[-f32::from_bits(1); 4097])]),
+        ("1e20 and 1e-25", vec![around(F32, 1e-25, 3000), around(F32, 1e20, 100), around(F32, 1e-25, 3000)]),
+        ("1e-25 and 1e-40", vec![around(F32, 1e-40, 3000), around(F32, 1e-25, 10), around(F32, 1e-40, 3000)]),
+        ("every exponent of float32, upwards", vec![Data::rounded(F32, (-149..128).map(|e| 2f64.powi(e)))]),
+        ("every exponent of float32, downwards", vec![Data::rounded(F32, (-149..128).rev().map(|e| -2f64.powi(e)))]),
+        ("small exponents of float32, upwards", vec![Data::rounded(F32, (-149..-90).map(|e| 1.5 * 2f64.powi(e)))]),
+        ("float16 at its largest", vec![around(F16, 65504.0, 70_000)]),
+        ("float16 subnormals", vec![around(F16, 6e-5, 5000), around(F16, 2f64.powi(-24), 9)]),
+        ("bfloat16 3e38", vec![around(BF16, 3e38, 5000)]),
+        ("bfloat16 1e-38", vec![around(BF16, 1.2e-38, 5000)]),
+        ("bfloat16 subnormals", vec![around(BF16, 9e-41, 5000)]),
+        ("bfloat16 of every size", vec![around(BF16, 1e-30, 999), around(BF16, 1e30, 999), around(BF16, 1.0, 999)]),
+        ("float64 1e200", vec![around(F64, 1e200, 5000)]),
+        ("float64 1e300", vec![around(F64, 1e300, 5000)]),
+        ("float64 1e-200", vec![around(F64, 1e-200, 5000)]),
+        ("float64 1e-300", vec![around(F64, 1e-300, 5000)]),
+        ("float64 of both sizes", vec![around(F64, 1e-200, 5000), around(F64, 1e200, 5000), around(F32, 1.0, 10)]),
+        ("float64 from 1e-170 to 1e-130", vec![around(F64, 1e-170, 5000), around(F64, 1e-130, 2)]),
+    ]
+}
+
+fn on_each(mut test: impl FnMut(Path, &str, &[Data])) {
+    for (name, set) in sets() {
+        for path in Path::ALL {
+            if set.iter().all(|t| path.dtypes().contains(&t.dtype)) {
+                test(*path, name, &set);
+            }
+        }
+    }
+}
+
+#[test]
+fn norms_neither_overflow_nor_vanish() {
+    on_each(|path, name, set| {
+        for norm_type in NORMS {
+            let what = format!("{name}, {norm_type:?}, {path:?}");
+            let norm = exact_norm(norm_type, numbers_of(set));
+            let (report, after) = path.clip(&clip(f64::INFINITY, norm_type), set).ok();
+            assert_norm(report.total_norm, norm, path.norm_tolerance(), &what);
+            assert_same_bits(&after, set, &what);
+        }
+    });
+}
+
+/// Float32 subnormals are scaled exactly on the GPU too, whatever the device flushes.
+#[test]
+fn clipped_gradients_are_scaled_rightly() {
+    on_each(|path, name, set| {
+        for norm_type in NORMS {
+            for coefficient in [0.37, 0.999, 1e-3, 1e-12] {
+                let what = format!("{name}, {norm_type:?}, {path:?}, by {coefficient}");
+                let norm = exact_norm(norm_type, numbers_of(set));
+                let max_norm = norm * coefficient;
+                if max_norm < 1e-300 {
+                    continue;
+                }
+                let (report, after) = path.clip(&clip(max_norm, norm_type), set).ok();
+                assert!(report.clipped, "{what}");
+                assert_norm(report.clip_coef, coefficient, path.norm_tolerance(), &what);
+                assert_scaled(set, &after, max_norm / norm, path.norm_tolerance(), &what);
+            }
+        }
+    });
+}
+
+/// (gradients, max_norm, grad_scale): factors below and above the range of float32, with results inside it.
+#[test]
+fn factors_beyond_float32_are_applied_exactly() {
+    let cases: [(Dtype, f64, f64, f64); 14] = [
+        (Dtype::F32, 1e20, 1e-30, 1.0),
+        (Dtype::F32, 1e20, 1e-30, 2f64.powi(100)),
+        (Dtype::F32, 1e20, 1e-22, 2f64.powi(-100)),
+        (Dtype::F32, 1e-25, 1e-27, 2f64.powi(-100)),
+        (Dtype::F32, 1e-25, 1e6, 2f64.powi(-100)),
+        (Dtype::F32, 1e38, 1e-37, 1.0),
+        (Dtype::F32, 1e38, 1e-42, 1.0),
+        (Dtype::F32, 1e30, 1e30, 2f64.powi(140)),
+        (Dtype::F32, 1e-40, 1e30, 2f64.powi(-140)),
+        (Dtype::F32, 1e-40, 1.0, 2f64.powi(-140)),
+        (Dtype::F32, 1e-30, 1e-40, 1e10),
+        (Dtype::BF16, 1e38, 1e-30, 3.0),
+        (Dtype::BF16, 1e-38, 1e30, 2f64.powi(-130)),
+        (Dtype::F16, 1e-7, 1e30, 2f64.powi(-20)),
+    ];
+    for path in Path::ALL {
+        for (dtype, size, max_norm, grad_scale) in cases {
+            let what = format!("{path:?}: {dtype} {size:e} to {max_norm:e}, grad_scale {grad_scale:e}");
+            let set = [around(dtype, size, 1000), around(dtype, size / 1000.0, 1001)];
+            let norm = exact_norm(NormType::L2, numbers_of(&set)) / grad_scale;
+            let coefficient = (max_norm / norm).min(1.0);
+            let clip = clip(max_norm, NormType::L2).grad_scale(grad_scale).expect("valid");
+            let (report, after) = path.clip(&clip, &set).ok();
+            assert_norm(report.total_norm, norm, path.norm_tolerance(), &what);
+            assert_norm(report.clip_coef, coefficient, path.norm_tolerance(), &what);
+            assert_scaled(&set, &after, coefficient / grad_scale, path.norm_tolerance(), &what);
+            assert!(numbers_of(&after).any(|x| x != 0.0), "{what}: nothing is left");
+        }
+    }
+}
+
+/// Dividing by a power of two, down into the subnormals and up into infinity: exact, so every bit is known.
+#[test]
+fn loss_scales_reach_both_ends_of_the_range() {
+    for path in Path::ALL {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let set = [
+                around(dtype, 1.0, 501),
+                around(dtype, 3.0 * ulp(dtype, 0.0), 64),
+                around(dtype, if dtype == Dtype::F16 { 6e4 } else { 3e38 }, 77),
+                Data::rounded(dtype, [0.0, -0.0, 1.5, -1.25]),
+            ];
+            for exponent in [-127, -126, -125, -60, -24, -14, -1, 1, 9, 24, 25, 60, 125, 126, 127, 130] {
+                let grad_scale = 2f64.powi(exponent);
+                // Not infinite, which would only measure.
+                let clip = clip(f64::MAX, NormType::Inf).grad_scale(grad_scale).expect("valid");
+                let (report, after) = path.clip(&clip, &set).ok();
+                assert!(!report.clipped);
+                let mut want = set.to_vec();
+                for t in &mut want {
+                    for i in 0..t.len() {
+                        let exact = t.get(i) / grad_scale;
+                        t.set(i, exact);
+                    }
+                }
+                assert_same_bits(&after, &want, &format!("{path:?} {dtype} 2^{exponent}"));
+            }
+        }
+    }
+}
+
+/// Products that leave the normal range are rounded like all others: once, with the same factor.
+#[test]
+fn products_below_the_normal_range_are_rounded_once() {
+    for path in Path::ALL {
+        for dtype in [Dtype::F32, Dtype::BF16] {
+            let set = [around(dtype, 1e-36, 2000), around(dtype, 1e-38, 2000), around(dtype, 1e-40, 2000)];
+            for grad_scale in [3.0, 1000.0, 7e-3, 12345.678] {
+                let clip = clip(f64::MAX, NormType::L2).grad_scale(grad_scale).expect("valid");
+                let (_, after) = path.clip(&clip, &set).ok();
+                let mut want = set.to_vec();
+                for t in &mut want {
+                    for i in 0..t.len() {
+                        let bits = multiplied_bits(dtype, t.get(i), 1.0 / grad_scale);
+                        t.set_bits(i, bits);
+                    }
+                }
+                assert_same_bits(&after, &want, &format!("{path:?} {dtype} / {grad_scale}"));
+            }
+        }
+    }
+}
+
+/// The norm over `grad_scale` is a finite float64, although the norm before the division is not.
+#[test]
+fn a_loss_scale_brings_a_huge_norm_into_range() {
+    let set = [Data::of(&[1.5e308; 4])];
+    let clip = clip(1e303, NormType::L2).grad_scale(65536.0).expect("valid");
+    let (report, after) = Path::Cpu.clip(&clip, &set).ok();
+    let norm = 1.5e308 / 65536.0 * 2.0;
+    assert_norm(report.total_norm, norm, 1e-7, "float64");
+    assert_scaled(&set, &after, 1e303 / norm / 65536.0, 1e-7, "float64");
+}
+
+/// The norm before the division by `grad_scale` is a subnormal float64, which has few digits.
+#[test]
+fn a_loss_scale_keeps_the_digits_of_a_tiny_norm() {
+    let set = [Data::of(&[f64::from_bits(3); 2])];
+    let clip = clip(f64::INFINITY, NormType::L2).grad_scale(2f64.powi(-100)).expect("valid");
+    let (report, _) = Path::Cpu.clip(&clip, &set).ok();
+    let norm = f64::from_bits(3) * 2f64.powi(100) * 2f64.sqrt();
+    assert_norm(report.total_norm, norm, 1e-7, "float64");
+}
+
+/// Sums of a few elements that a float32 cannot hold, whatever a driver makes of the order of operations.
+#[test]
+fn a_few_of_the_largest_floats_add_up() {
+    for path in Path::ALL {
+        for norm_type in NORMS {
+            for n in [1, 2, 3, 4, 5, 16, 17, 64, 1000] {
+                let set = [Data::of(&vec![f32::MAX; n]), Data::of(&vec![-f32::MAX; n])];
+                let (report, _) = path.clip(&clip(f64::INFINITY, norm_type), &set).ok();
+                let norm = exact_norm(norm_type, numbers_of(&set));
+                assert_norm(report.total_norm, norm, path.norm_tolerance(), &format!("{path:?} {norm_type:?}, {n}"));
+            }
+        }
+    }
+}

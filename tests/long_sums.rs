@@ -1,0 +1,119 @@
+//! Guards against sums that lose what is added to them: many equal elements, small ones behind large ones.
+
+mod common;
+
+use common::numbers::{Random, Sum, exact_norm};
+use common::{Data, Path, assert_norm};
+use gradclip::{Clip, Dtype, NormType};
+
+/// The norm as a plain float32 loop gives it.
+fn naive(norm_type: NormType, set: &Data) -> f64 {
+    let mut sum = 0f32;
+    for x in set.numbers() {
+        let x = x as f32;
+        sum += if norm_type == NormType::L1 { x.abs() } else { x * x };
+    }
+    f64::from(if norm_type == NormType::L1 { sum } else { sum.sqrt() })
+}
+
+/// Measures on every path. `naive_fails`: that a plain loop is off by more than what is tolerated is asserted as well.
+#[track_caller]
+fn check(set: &Data, norm_type: NormType, norm: f64, naive_fails: bool, what: &str) {
+    if naive_fails {
+        let error = (naive(norm_type, set) / norm - 1.0).abs();
+        assert!(error > 1e-6, "{what}: a plain loop is off by {error:e} only, so this proves nothing");
+    }
+    for path in Path::ALL {
+        if path.dtypes().contains(&set.dtype) {
+            let clip = Clip::norm(f64::INFINITY).expect("valid").norm_type(norm_type);
+            let (report, _) = path.clip(&clip, std::slice::from_ref(set)).ok();
+            assert_norm(report.total_norm, norm, path.norm_tolerance(), &format!("{what}, {norm_type:?}, {path:?}"));
+        }
+    }
+}
+
+/// The norm of `n` elements of size `x`.
+fn of_equal(norm_type: NormType, x: f64, n: usize) -> f64 {
+    if norm_type == NormType::L1 { x.abs() * n as f64 } else { x.abs() * (n as f64).sqrt() }
+}
+
+#[test]
+fn ten_million_tenths() {
+    let n = 10 << 20;
+    let set = Data::of(&vec![0.1f32; n]);
+    for norm_type in [NormType::L1, NormType::L2] {
+        check(&set, norm_type, of_equal(norm_type, f64::from(0.1f32), n), true, "0.1");
+    }
+}
+
+#[test]
+fn ten_million_ones() {
+    let n = 10 << 20;
+    let set = Data::of(&vec![-1.0f32; n]);
+    for norm_type in [NormType::L1, NormType::L2] {
+        check(&set, norm_type, of_equal(norm_type, 1.0, n), false, "1.0");
+    }
+}
+
+/// Beyond 2^24, where adding 1 to a float32 does nothing any more.
+#[test]
+fn more_ones_than_a_float32_can_count() {
+    let n = (16 << 20) + 3_000_001;
+    let set = Data::of(&vec![half::bf16::ONE; n]);
+    for norm_type in [NormType::L1, NormType::L2] {
+        check(&set, norm_type, of_equal(norm_type, 1.0, n), true, "1.0 in bfloat16");
+    }
+}
+
+/// 4096^2 is 2^24: adding 0.25 a million times leaves a float32 where it was.
+#[test]
+fn a_million_small_elements_behind_a_large_one() {
+    let n = 1_000_000;
+    let mut elements = vec![0.5f32; n + 1];
+    elements[0] = 4096.0;
+    let set = Data::of(&elements);
+    check(&set, NormType::L2, (2f64.powi(24) + 0.25 * n as f64).sqrt(), true, "0.5 behind 4096");
+    elements[0] = 2f32.powi(23);
+    elements[1..].fill(0.25);
+    let set = Data::of(&elements);
+    check(&set, NormType::L1, 2f64.powi(23) + 0.25 * n as f64, true, "0.25 behind 2^23");
+    elements.reverse();
+    let set = Data::of(&elements);
+    check(&set, NormType::L1, 2f64.powi(23) + 0.25 * n as f64, false, "0.25 before 2^23");
+}
+
+#[test]
+fn log_normal_sizes() {
+    let mut random = Random(21);
+    for spread in [1.0, 3.0, 8.0] {
+        let elements: Vec<_> = (0..2_000_003).map(|_| (random.normal() * spread).exp() as f32).collect();
+        let set = Data::of(&elements);
+        for norm_type in [NormType::L1, NormType::L2] {
+            let norm = exact_norm(norm_type, elements.iter().map(|x| f64::from(*x)));
+            check(&set, norm_type, norm, norm_type == NormType::L1, &format!("log-normal {spread}"));
+        }
+    }
+}
+
+#[test]
+fn long_sums_of_every_dtype() {
+    let n = 1_500_001;
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64] {
+        let x = common::numbers::rounded(dtype, 0.1);
+        let set = Data::rounded(dtype, vec![x; n]);
+        for norm_type in [NormType::L1, NormType::L2] {
+            check(&set, norm_type, of_equal(norm_type, x, n), false, &format!("0.1 in {dtype}"));
+        }
+    }
+}
+
+/// The reference of these tests is itself right where a plain float64 sum is not.
+#[test]
+fn the_reference_sum_loses_nothing() {
+    let mut sum = Sum::default();
+    sum.add(1.0);
+    for _ in 0..1_000_000 {
+        sum.add(1e-17);
+    }
+    assert!((sum.total() - (1.0 + 1e-11)).abs() < 1e-15);
+}

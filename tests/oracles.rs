@@ -1,0 +1,201 @@
+//! Guards against answers that differ from the peers' own: PyTorch's, Optax's and TensorFlow's on real gradients.
+//!
+//! `fixtures/cases.json` lists what was asked and what they returned. Where their norm differs from the exact one, the
+//! exact one counts, and their gradients hold as precisely as their norm does.
+
+mod common;
+
+use common::numbers::{exact_norm, ulp};
+use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use gradclip::{Clip, Dtype, Error, NonFinite, NormType};
+use serde_json::Value;
+
+fn fixture(path: &str) -> Vec<u8> {
+    let path = format!("{}/tests/fixtures/{path}", env!("CARGO_MANIFEST_DIR"));
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+fn tensors(path: &str) -> Vec<Data> {
+    let bytes = fixture(path);
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let mut tensors: Vec<_> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| {
+            let dtype = match view.dtype() {
+                safetensors::Dtype::F32 => Dtype::F32,
+                safetensors::Dtype::F64 => Dtype::F64,
+                safetensors::Dtype::F16 => Dtype::F16,
+                safetensors::Dtype::BF16 => Dtype::BF16,
+                other => panic!("{path}: {name} is {other:?}"),
+            };
+            Data { name: Some(name), dtype, bytes: view.data().to_vec() }
+        })
+        .collect();
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    tensors
+}
+
+fn cases(op: &str) -> Vec<Value> {
+    let all: Vec<Value> = serde_json::from_slice(&fixture("cases.json")).expect("JSON");
+    let cases: Vec<_> = all.into_iter().filter(|case| case["op"] == op).collect();
+    assert!(!cases.is_empty(), "no cases of {op}");
+    cases
+}
+
+fn id(case: &Value) -> &str {
+    case["id"].as_str().expect("an id")
+}
+
+/// A number of the table, which spells the ones that JSON has not.
+fn number(value: &Value) -> Option<f64> {
+    match value.as_str() {
+        Some("nan") => Some(f64::NAN),
+        Some("inf") => Some(f64::INFINITY),
+        _ => value.as_f64(),
+    }
+}
+
+fn norm_type(case: &Value) -> NormType {
+    match number(&case["args"]["p"]) {
+        Some(1.0) => NormType::L1,
+        Some(2.0) => NormType::L2,
+        Some(f64::INFINITY) => NormType::Inf,
+        other => panic!("{}: p is {other:?}", id(case)),
+    }
+}
+
+/// The places of the tensors that a path can clip. That the GPU refuses the others by name is asserted.
+fn for_path(path: Path, clip: &Clip, all: &[Data]) -> Vec<usize> {
+    let takes = |t: &Data| path.dtypes().contains(&t.dtype);
+    if let Some(float64) = all.iter().find(|t| !takes(t)).filter(|_| path == Path::ALL[1]) {
+        let done = path.clip(clip, all);
+        let Err(Error::UnsupportedDtype { tensor, dtype: Dtype::F64 }) = done.report else {
+            panic!("{path:?} should refuse float64: {:?}", done.report);
+        };
+        assert!(tensor.contains(float64.name.as_deref().expect("a name")), "{tensor} is not {:?}", float64.name);
+        assert_same_bits(&done.after, all, "refused");
+    }
+    (0..all.len()).filter(|i| takes(&all[*i])).collect()
+}
+
+/// Half the last place, relatively.
+fn epsilon(dtype: Dtype) -> f64 {
+    ulp(dtype, 1.0) / 2.0
+}
+
+#[test]
+fn norm_clips_agree_with_the_peers() {
+    for case in cases("clip_norm") {
+        let what = id(&case);
+        let args = &case["args"];
+        let max_norm = number(&args["max_norm"]).expect("max_norm");
+        let grad_scale = number(&args["grad_scale"]).unwrap_or(1.0);
+        let mut clip = Clip::norm(max_norm).expect("valid").norm_type(norm_type(&case));
+        clip = clip.grad_scale(grad_scale).expect("valid").non_finite(NonFinite::Propagate);
+        let eps = number(&args["eps"]).unwrap_or(1e-6);
+        clip = clip.eps(eps).expect("valid");
+        let (all, all_expected) =
+            (tensors(case["input"].as_str().expect("a file")), tensors(case["expected"].as_str().expect("a file")));
+        let all_norm = exact_norm(norm_type(&case), numbers_of(&all)) / grad_scale;
+        if let Some(stated) = number(&case["exact_norm"]).filter(|norm| norm.is_finite()) {
+            assert_norm(all_norm, stated, 1e-14, what);
+        }
+        let peers_norm = number(&case["total_norm"]).expect("the peer returned a norm");
+        for path in Path::ALL {
+            let what = format!("{what} on {path:?}");
+            let kept = for_path(*path, &clip, &all);
+            let complete = kept.len() == all.len();
+            let input: Vec<_> = kept.iter().map(|i| all[*i].clone()).collect();
+            let expected: Vec<_> = kept.iter().map(|i| all_expected[*i].clone()).collect();
+            if input.is_empty() {
+                continue;
+            }
+            let (report, after) = path.clip(&clip, &input).ok();
+            assert_eq!(report.elements, input.iter().map(|t| t.len() as u64).sum::<u64>(), "{what}");
+            if !peers_norm.is_finite() {
+                assert_eq!(report.total_norm.is_nan(), peers_norm.is_nan(), "{what}");
+                assert_eq!(report.total_norm.is_infinite(), peers_norm.is_infinite(), "{what}");
+                assert!(report.non_finite.is_some(), "{what}");
+                for (got, want) in numbers_of(&after).zip(numbers_of(&expected)) {
+                    assert!(got == want || (got.is_nan() && want.is_nan()), "{what}: {got} is not {want}");
+                }
+                continue;
+            }
+            let norm = if complete { all_norm } else { exact_norm(norm_type(&case), numbers_of(&input)) / grad_scale };
+            assert_norm(report.total_norm, norm, path.norm_tolerance(), &what);
+            let coefficient = (max_norm / (norm + eps)).min(1.0);
+            assert_norm(report.clip_coef, coefficient, path.norm_tolerance(), &what);
+            assert_eq!(report.clipped, coefficient < 1.0, "{what}");
+            if coefficient == 1.0 && grad_scale == 1.0 {
+                assert_same_bits(&after, &input, &what);
+                continue;
+            }
+            assert_scaled(&input, &after, coefficient / grad_scale, path.norm_tolerance(), &what);
+            if !complete {
+                // The peer's norm is over all of them.
+                continue;
+            }
+            let norm_error = (peers_norm / norm - 1.0).abs();
+            for (got, want) in after.iter().zip(&expected) {
+                assert_eq!((&got.name, got.dtype), (&want.name, want.dtype), "{what}");
+                // The peer rounds max_norm, 1 / (norm + eps) and the product of both to float32, or, in half precision,
+                // the last two to that.
+                let (ulps, relative) = match got.dtype {
+                    Dtype::F32 | Dtype::F64 => (2.0, norm_error + 3.0 * epsilon(Dtype::F32)),
+                    half => (1.0, norm_error + 2.0 * epsilon(half)),
+                };
+                for (i, (got_x, want_x)) in got.numbers().zip(want.numbers()).enumerate() {
+                    // Float64 is held to float32's last place: the peer's float64 coefficient may come from float32.
+                    let unit = if got.dtype == Dtype::F64 { Dtype::F32 } else { got.dtype };
+                    let slack = ulps * ulp(unit, want_x) + relative * want_x.abs();
+                    assert!(
+                        (got_x - want_x).abs() <= slack,
+                        "{what}: {:?}[{i}] is {got_x:e}; the peer has {want_x:e}",
+                        got.name
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn value_clips_agree_with_the_peers_to_the_bit() {
+    for case in cases("clip_value") {
+        let bound = |name: &str| number(&case["args"][name]).expect("a bound");
+        let clip = Clip::range(bound("min"), bound("max")).expect("valid");
+        let all = tensors(case["input"].as_str().expect("a file"));
+        let all_expected = tensors(case["expected"].as_str().expect("a file"));
+        for path in Path::ALL {
+            let what = format!("{} on {path:?}", id(&case));
+            let kept = for_path(*path, &clip, &all);
+            let input: Vec<_> = kept.iter().map(|i| all[*i].clone()).collect();
+            let expected: Vec<_> = kept.iter().map(|i| all_expected[*i].clone()).collect();
+            let (report, after) = path.clip(&clip, &input).ok();
+            assert_eq!(report.clipped, input != expected, "{what}");
+            assert_same_bits(&after, &expected, &what);
+            let bad = numbers_of(&input).filter(|x| !x.is_finite()).count() as u64;
+            assert_eq!(report.non_finite.map_or(0, |found| found.count), bad, "{what}");
+        }
+    }
+}
+
+#[test]
+fn norms_that_the_peers_lose_are_right() {
+    for case in cases("total_norm") {
+        let input = tensors(case["input"].as_str().expect("a file"));
+        let norm = number(&case["exact_norm"]).expect("the exact norm");
+        for path in Path::ALL {
+            let what = format!("{} on {path:?}", id(&case));
+            let measure = Clip::norm(f64::INFINITY).expect("valid").norm_type(norm_type(&case));
+            let (report, after) = path.clip(&measure, &input).ok();
+            assert_norm(report.total_norm, norm, path.norm_tolerance(), &what);
+            assert_same_bits(&after, &input, &what);
+            let half = Clip::norm(norm / 2.0).expect("valid").eps(0.0).expect("valid");
+            let (report, after) = path.clip(&half.norm_type(norm_type(&case)), &input).ok();
+            assert!(report.clipped, "{what}");
+            assert_scaled(&input, &after, 0.5, path.norm_tolerance(), &what);
+        }
+    }
+}
