@@ -33,16 +33,10 @@ fn rank(bits: u32) -> i32 {
 }
 
 fn clamped(bits: u32, dtype: u32) -> u32 {
-    if (bits & MAGNITUDE) > INFINITE {
-        return bits;
-    }
-    if rank(bits) < rank(params.min[dtype]) {
-        return params.min[dtype];
-    }
-    if rank(bits) > rank(params.max[dtype]) {
-        return params.max[dtype];
-    }
-    return bits;
+    let below = rank(bits) < rank(params.min[dtype]);
+    let above = rank(bits) > rank(params.max[dtype]);
+    let bounded = select(select(bits, params.max[dtype], above), params.min[dtype], below);
+    return select(bounded, bits, (bits & MAGNITUDE) > INFINITE);
 }
 
 fn applied(bits: u32, dtype: u32, outcome: Outcome) -> u32 {

@@ -33,8 +33,8 @@ fn quickly_applied_word(word: u32, factor: f32) -> u32 {
     return quickly_applied_half(word & 0xffffu, factor) | (quickly_applied_half(word >> 16u, factor) << 16u);
 }
 
-// A block: 16 words, WORKGROUP apart.
-const BLOCK: u32 = 16u;
+// Words in a block, WORKGROUP apart.
+const BLOCK: u32 = 4u;
 
 // Word `i + k * WORKGROUP` of the chunk or, past its end, word `i`: the block's first, which no other invocation writes.
 fn word_or_first(chunk: Chunk, i: u32, k: u32) -> u32 {
@@ -42,35 +42,10 @@ fn word_or_first(chunk: Chunk, i: u32, k: u32) -> u32 {
     return words[chunk.word + select(i, j, j < chunk.words)];
 }
 
-fn four_words(chunk: Chunk, i: u32, k: u32) -> vec4<u32> {
-    return vec4<u32>(
-        word_or_first(chunk, i, k),
-        word_or_first(chunk, i, k + 1u),
-        word_or_first(chunk, i, k + 2u),
-        word_or_first(chunk, i, k + 3u),
-    );
-}
-
-fn four_applied(words: vec4<u32>, factor: f32) -> vec4<u32> {
-    return vec4<u32>(
-        quickly_applied_word(words.x, factor),
-        quickly_applied_word(words.y, factor),
-        quickly_applied_word(words.z, factor),
-        quickly_applied_word(words.w, factor),
-    );
-}
-
 fn write(chunk: Chunk, i: u32, before: u32, after: u32) {
     if after != before && i >= chunk.own_from && i < chunk.own_to {
         words[chunk.word + i] = after;
     }
-}
-
-fn write_four(chunk: Chunk, i: u32, before: vec4<u32>, after: vec4<u32>) {
-    write(chunk, i, before.x, after.x);
-    write(chunk, i + WORKGROUP, before.y, after.y);
-    write(chunk, i + 2u * WORKGROUP, before.z, after.z);
-    write(chunk, i + 3u * WORKGROUP, before.w, after.w);
 }
 
 // Applies the outcome to the block that starts at word `i`, unless something in it is unusual: then returns true, and
@@ -80,19 +55,19 @@ fn apply_block(chunk: Chunk, i: u32, outcome: Outcome, looks_closer: bool) -> bo
     unusual = looks_closer || outcome.action != APPLY || outcome.factor.is_float == 0u;
     outside = false;
     let factor = bitcast<f32>(outcome.factor.value);
-    let a = four_words(chunk, i, 0u);
-    let b = four_words(chunk, i, 4u);
-    let c = four_words(chunk, i, 8u);
-    let d = four_words(chunk, i, 12u);
-    let e = four_applied(a, factor);
-    let f = four_applied(b, factor);
-    let g = four_applied(c, factor);
-    let h = four_applied(d, factor);
+    let a = word_or_first(chunk, i, 0u);
+    let b = word_or_first(chunk, i, 1u);
+    let c = word_or_first(chunk, i, 2u);
+    let d = word_or_first(chunk, i, 3u);
+    let e = quickly_applied_word(a, factor);
+    let f = quickly_applied_word(b, factor);
+    let g = quickly_applied_word(c, factor);
+    let h = quickly_applied_word(d, factor);
     if WRITES && !unusual {
-        write_four(chunk, i, a, e);
-        write_four(chunk, i + 4u * WORKGROUP, b, f);
-        write_four(chunk, i + 8u * WORKGROUP, c, g);
-        write_four(chunk, i + 12u * WORKGROUP, d, h);
+        write(chunk, i, a, e);
+        write(chunk, i + WORKGROUP, b, f);
+        write(chunk, i + 2u * WORKGROUP, c, g);
+        write(chunk, i + 3u * WORKGROUP, d, h);
     }
     return unusual;
 }

@@ -1,54 +1,54 @@
-// float16 and bfloat16 in integer arithmetic: WGSL's own conversions may round either way.
+// float16 and bfloat16 in integer arithmetic: WGSL's own conversions may round either way. Without branches, because
+// these stand several times in a kernel, and SwiftShader's compiler takes minutes and gigabytes over many branches.
 
 // The float32 bits of an element of half precision. DTYPE_*: twin of `dtype_code` in src/gpu/table.rs.
 const DTYPE_F32: u32 = 0u;
 const DTYPE_F16: u32 = 1u;
 
 fn widened(dtype: u32, half: u32) -> u32 {
-    if dtype != DTYPE_F16 {
-        return half << 16u;
+    if dtype == DTYPE_F16 {
+        return widened_f16(half);
     }
-    let sign = (half & 0x8000u) << 16u;
+    return half << 16u;
+}
+
+fn widened_f16(half: u32) -> u32 {
     let magnitude = half & 0x7fffu;
-    if magnitude >= 0x7c00u {
-        return sign | INFINITE | ((magnitude & 0x03ffu) << 13u);
-    }
-    if magnitude < 0x0400u {
-        // Subnormal in float16, normal in float32.
-        return sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8);
-    }
-    return sign | ((magnitude << 13u) + 0x38000000u);
+    let normal = (magnitude << 13u) + 0x38000000u;
+    // Subnormal in float16, normal in float32.
+    let subnormal = bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8);
+    let not_finite = INFINITE | ((magnitude & 0x03ffu) << 13u);
+    let finite = select(normal, subnormal, magnitude < 0x0400u);
+    return ((half & 0x8000u) << 16u) | select(finite, not_finite, magnitude >= 0x7c00u);
 }
 
 // The half-precision element nearest to a float32, ties to even.
 fn narrowed(dtype: u32, bits: u32) -> u32 {
+    if dtype == DTYPE_F16 {
+        return narrowed_f16(bits);
+    }
+    return narrowed_bf16(bits);
+}
+
+fn narrowed_bf16(bits: u32) -> u32 {
+    let rounded = (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+    return select(rounded, (bits >> 16u) | 0x0040u, (bits & MAGNITUDE) > INFINITE);
+}
+
+fn narrowed_f16(bits: u32) -> u32 {
     let magnitude = bits & MAGNITUDE;
-    let sign = (bits >> 16u) & 0x8000u;
-    if dtype != DTYPE_F16 {
-        if magnitude > INFINITE {
-            return (bits >> 16u) | 0x0040u;
-        }
-        return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
-    }
-    if magnitude > INFINITE {
-        return sign | 0x7e00u | ((magnitude >> 13u) & 0x03ffu);
-    }
-    // 65520 and more round to infinity.
-    if magnitude >= 0x477ff000u {
-        return sign | 0x7c00u;
-    }
-    if magnitude >= 0x38800000u {
-        let rebased = magnitude - 0x38000000u;
-        return sign | ((rebased + 0x0fffu + ((rebased >> 13u) & 1u)) >> 13u);
-    }
-    // Subnormal in float16: an integer multiple of 2^-24. Below 2^-25 that is 0.
-    if magnitude < 0x33000000u {
-        return sign;
-    }
-    let shift = 126u - (magnitude >> 23u);
+    let rebased = magnitude - 0x38000000u;
+    let normal = (rebased + 0x0fffu + ((rebased >> 13u) & 1u)) >> 13u;
+    // Subnormal in float16: an integer multiple of 2^-24, and 0 up to 2^-25.
+    let shift = min(126u - min(magnitude >> 23u, 125u), 31u);
     let mantissa = (magnitude & 0x007fffffu) | SMALLEST_NORMAL;
     let kept = mantissa >> shift;
     let lost = mantissa & ((1u << shift) - 1u);
     let middle = 1u << (shift - 1u);
-    return sign | (kept + select(0u, 1u, lost > middle || (lost == middle && (kept & 1u) == 1u)));
+    let subnormal = kept + select(0u, 1u, lost > middle || (lost == middle && (kept & 1u) == 1u));
+    var result = select(normal, subnormal, magnitude < 0x38800000u);
+    // 65520 and more round to infinity.
+    result = select(result, 0x7c00u, magnitude >= 0x477ff000u);
+    result = select(result, 0x7e00u | ((magnitude >> 13u) & 0x03ffu), magnitude > INFINITE);
+    return ((bits >> 16u) & 0x8000u) | result;
 }
