@@ -49,7 +49,7 @@ fn every_short_length() {
 fn one_beside_every_boundary() {
     for path in Path::ALL {
         for dtype in path.dtypes() {
-            for boundary in [1024, 4096, 8192, 16384, 131_072, 262_144] {
+            for boundary in [1024, 4096, 8192, 16_384, 32_768, 131_072, 262_144] {
                 for n in [boundary - 1, boundary, boundary + 1] {
                     check(*path, &[normals(*dtype, n)], NormType::L2, &format!("{path:?}: {n} of {dtype}"));
                 }

@@ -265,3 +265,18 @@ fn a_plan_outlives_what_it_was_made_from() {
     let report = plan.report_blocking().expect("finite");
     assert_norm(report.total_norm, exact_norm(NormType::L2, set.numbers()), 1e-6, "alone");
 }
+
+/// wgpu panics where threads use the OpenGL adapters of one instance at once; opening must not lead there.
+#[test]
+fn opening_from_many_threads_at_once() {
+    std::thread::scope(|threads| {
+        for _ in 0..8 {
+            threads.spawn(|| {
+                for _ in 0..3 {
+                    gradclip::gpu::GpuClipper::open_blocking().expect("an adapter, as every other test needs");
+                    assert!(!gradclip::gpu::adapters_blocking().is_empty());
+                }
+            });
+        }
+    });
+}

@@ -24,7 +24,7 @@ fn lens() -> impl Strategy<Value = usize> {
     prop_oneof![
         4 => 0usize..70,
         3 => 0usize..3000,
-        1 => prop_oneof![Just(4095usize), Just(4096), Just(4097), Just(8191), Just(8192), Just(8193)],
+        1 => prop_oneof![Just(4095usize), Just(4096), Just(4097), Just(8192), Just(16_383), Just(16_384), Just(16_385), Just(32_769)],
         1 => 0usize..60_000,
     ]
 }

@@ -191,7 +191,9 @@ impl GpuDevice {
 ///
 /// The environment variables of wgpu (`WGPU_BACKEND` and the like) are honoured.
 pub async fn adapters() -> Vec<wgpu::Adapter> {
-    instance().enumerate_adapters(wgpu::Backends::all()).await
+    let mut all = primary().enumerate_adapters(wgpu::Backends::all()).await;
+    all.extend(secondary().enumerate_adapters(wgpu::Backends::all()).await);
+    all
 }
 
 /// [`adapters`], waiting for the answer.
@@ -208,7 +210,16 @@ pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> 
             power_preference: wgpu::PowerPreference::HighPerformance,
             ..Default::default()
         };
-        return instance().request_adapter(&options).await.map_err(|_| Error::NoAdapter { wanted: String::new() });
+        let is_hardware = |adapter: &wgpu::Adapter| adapter.get_info().device_type != wgpu::DeviceType::Cpu;
+        let first = primary().request_adapter(&options).await.ok();
+        if let Some(adapter) = first.as_ref().filter(|a| is_hardware(a)) {
+            return Ok(adapter.clone());
+        }
+        // Old hardware may have OpenGL alone.
+        let second = secondary().request_adapter(&options).await.ok();
+        let (hardware, software): (Vec<_>, Vec<_>) = [first, second].into_iter().flatten().partition(is_hardware);
+        let found = hardware.into_iter().chain(software).next();
+        return found.ok_or_else(|| Error::NoAdapter { wanted: String::new() });
     };
     let matches = |a: &wgpu::Adapter| a.get_info().name.to_lowercase().contains(&name.to_lowercase());
     let all = adapters().await;
@@ -218,21 +229,28 @@ pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> 
         .ok_or_else(|| Error::NoAdapter { wanted: format!(" whose name contains {name:?} (there are: {names:?})") })
 }
 
-/// One instance for the process: wgpu panics where a buffer meets a device of another instance, and gives an error
-/// where it meets another device of its own.
+/// The instance of Vulkan, Metal and DirectX: one for the process, because wgpu panics where a buffer meets a device of
+/// another instance, and gives an error where it meets another device of its own.
 #[cfg(not(target_arch = "wasm32"))]
-fn instance() -> &'static wgpu::Instance {
-    static INSTANCE: OnceLock<wgpu::Instance> = OnceLock::new();
-    INSTANCE.get_or_init(new_instance)
+fn primary() -> &'static wgpu::Instance {
+    static PRIMARY: OnceLock<wgpu::Instance> = OnceLock::new();
+    PRIMARY.get_or_init(|| instance(wgpu::Backends::PRIMARY))
 }
 
 #[cfg(target_arch = "wasm32")]
-fn instance() -> wgpu::Instance {
-    new_instance()
+fn primary() -> wgpu::Instance {
+    instance(wgpu::Backends::PRIMARY)
 }
 
-fn new_instance() -> wgpu::Instance {
-    wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env())
+/// An instance of OpenGL: one for each use, because wgpu panics where two threads use the adapters of one at once.
+fn secondary() -> wgpu::Instance {
+    instance(wgpu::Backends::SECONDARY)
+}
+
+fn instance(backends: wgpu::Backends) -> wgpu::Instance {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    descriptor.backends &= backends;
+    wgpu::Instance::new(descriptor)
 }
 
 /// The answer of a future that has it already.
