@@ -273,7 +273,7 @@ fn opening_from_many_threads_at_once() {
         for _ in 0..8 {
             threads.spawn(|| {
                 for _ in 0..3 {
-                    gradclip::gpu::GpuClipper::open_blocking().expect("an adapter, as every other test needs");
+                    GpuClipper::open_blocking().expect("an adapter, as every other test needs");
                     assert!(!gradclip::gpu::adapters_blocking().is_empty());
                 }
             });
