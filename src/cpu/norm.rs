@@ -3,7 +3,7 @@
 //! Elements are summed in float64 in 16 lanes, block by block. Squares of float32 values neither overflow nor underflow
 //! in float64, so the sum of a block is finite exactly if every element is: NaN and infinity cost nothing to detect,
 //! and only a block that has them is walked again to count and locate them. Float64 sums may overflow or underflow by
-//! themselves; a block whose sum leaves 2^±900 is summed again, scaled by the power of two of its largest element.
+//! themselves; a block whose sum leaves 1e±270 is summed again, scaled by the power of two of its largest element.
 
 use super::block::{Wide, Widen, for_blocks};
 use crate::NormType;
