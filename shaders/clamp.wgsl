@@ -9,12 +9,7 @@ fn look(bits: u32, chunk: Chunk, element: u32) {
     let magnitude = bits & MAGNITUDE;
     var value = bits;
     if magnitude >= INFINITE {
-        partial.non_finite += 1u;
-        partial.first_chunk = chunk.partial;
-        partial.first_element = min(partial.first_element, element - chunk.skip);
-        if magnitude > INFINITE {
-            partial.flags |= HAS_NAN;
-        }
+        partial = with_non_finite(partial, magnitude, chunk.partial, element - chunk.skip);
         if params.policy == POLICY_DROP {
             return;
         }

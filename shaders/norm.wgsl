@@ -58,28 +58,35 @@ fn sum_of_4(magnitudes: vec4<u32>) -> f32 {
     return (x.x + x.y) + (x.z + x.w);
 }
 
-fn sum_of_16(a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>) -> f32 {
-    return (sum_of_4(a) + sum_of_4(b)) + (sum_of_4(c) + sum_of_4(d));
+// The magnitudes of 16 elements.
+struct Sixteen {
+    a: vec4<u32>,
+    b: vec4<u32>,
+    c: vec4<u32>,
+    d: vec4<u32>,
 }
 
-fn largest_of_16(a: vec4<u32>, b: vec4<u32>, c: vec4<u32>, d: vec4<u32>) -> u32 {
-    let x = max(max(a, b), max(c, d));
-    return max(max(x.x, x.y), max(x.z, x.w));
+fn sum_of(x: Sixteen) -> f32 {
+    return (sum_of_4(x.a) + sum_of_4(x.b)) + (sum_of_4(x.c) + sum_of_4(x.d));
 }
 
-fn only_finite(magnitudes: vec4<u32>) -> vec4<u32> {
+fn largest_of(x: Sixteen) -> u32 {
+    let top = max(max(x.a, x.b), max(x.c, x.d));
+    return max(max(top.x, top.y), max(top.z, top.w));
+}
+
+fn only_finite_4(magnitudes: vec4<u32>) -> vec4<u32> {
     return select(magnitudes, vec4<u32>(0u), magnitudes >= vec4<u32>(INFINITE));
+}
+
+fn only_finite(x: Sixteen) -> Sixteen {
+    return Sixteen(only_finite_4(x.a), only_finite_4(x.b), only_finite_4(x.c), only_finite_4(x.d));
 }
 
 // Takes an element of a block that is walked again. `element` is its place in the chunk.
 fn take_one(magnitude: u32, chunk: Chunk, element: u32) {
     if magnitude >= INFINITE {
-        partial.non_finite += 1u;
-        partial.first_chunk = chunk.partial;
-        partial.first_element = min(partial.first_element, element);
-        if magnitude > INFINITE {
-            partial.flags |= HAS_NAN;
-        }
+        partial = with_non_finite(partial, magnitude, chunk.partial, element);
     } else if NORM != NORM_INF && exponent < TINY_EXPONENT {
         let x = number_of(magnitude);
         if NORM == NORM_L2 {
@@ -116,7 +123,21 @@ fn four_words(chunk: Chunk, i: u32) -> vec4<u32> {
     );
 }
 
-fn magnitudes_of(halves: vec4<u32>) -> vec4<u32> {
+fn sixteen_words(chunk: Chunk, i: u32) -> Sixteen {
+    return Sixteen(
+        four_words(chunk, i),
+        four_words(chunk, i + 4u * WORKGROUP),
+        four_words(chunk, i + 8u * WORKGROUP),
+        four_words(chunk, i + 12u * WORKGROUP),
+    );
+}
+
+// The magnitudes in words of float32, or in the halves of words that start at bit `shift`.
+fn magnitudes_of_4(words: vec4<u32>, shift: u32) -> vec4<u32> {
+    if DTYPE == DTYPE_F32 {
+        return words & vec4<u32>(MAGNITUDE);
+    }
+    let halves = (words >> vec4<u32>(shift)) & vec4<u32>(0xffffu);
     return vec4<u32>(
         widened(DTYPE, halves.x),
         widened(DTYPE, halves.y),
@@ -125,49 +146,34 @@ fn magnitudes_of(halves: vec4<u32>) -> vec4<u32> {
     ) & vec4<u32>(MAGNITUDE);
 }
 
+fn magnitudes_of(words: Sixteen, shift: u32) -> Sixteen {
+    return Sixteen(
+        magnitudes_of_4(words.a, shift),
+        magnitudes_of_4(words.b, shift),
+        magnitudes_of_4(words.c, shift),
+        magnitudes_of_4(words.d, shift),
+    );
+}
+
 fn take_block(chunk: Chunk, i: u32) {
-    let a = four_words(chunk, i);
-    let b = four_words(chunk, i + 4u * WORKGROUP);
-    let c = four_words(chunk, i + 8u * WORKGROUP);
-    let d = four_words(chunk, i + 12u * WORKGROUP);
-    var top: u32;
-    var finite_top: u32;
+    let block = sixteen_words(chunk, i);
+    let low = magnitudes_of(block, 0u);
+    var top = largest_of(low);
+    let finite_low = only_finite(low);
+    var finite_top = largest_of(finite_low);
     if DTYPE == DTYPE_F32 {
-        let m = vec4<u32>(MAGNITUDE);
-        top = largest_of_16(a & m, b & m, c & m, d & m);
-        let e = only_finite(a & m);
-        let f = only_finite(b & m);
-        let g = only_finite(c & m);
-        let h = only_finite(d & m);
-        finite_top = largest_of_16(e, f, g, h);
         raise(finite_top);
         if NORM != NORM_INF && exponent >= TINY_EXPONENT {
-            sum += sum_of_16(e, f, g, h);
+            sum += sum_of(finite_low);
         }
     } else {
-        let m = vec4<u32>(0xffffu);
-        let s = vec4<u32>(16u);
-        let low_a = magnitudes_of(a & m);
-        let low_b = magnitudes_of(b & m);
-        let low_c = magnitudes_of(c & m);
-        let low_d = magnitudes_of(d & m);
-        let high_a = magnitudes_of(a >> s);
-        let high_b = magnitudes_of(b >> s);
-        let high_c = magnitudes_of(c >> s);
-        let high_d = magnitudes_of(d >> s);
-        top = max(largest_of_16(low_a, low_b, low_c, low_d), largest_of_16(high_a, high_b, high_c, high_d));
-        let e = only_finite(low_a);
-        let f = only_finite(low_b);
-        let g = only_finite(low_c);
-        let h = only_finite(low_d);
-        let o = only_finite(high_a);
-        let p = only_finite(high_b);
-        let q = only_finite(high_c);
-        let r = only_finite(high_d);
-        finite_top = max(largest_of_16(e, f, g, h), largest_of_16(o, p, q, r));
+        let high = magnitudes_of(block, 16u);
+        top = max(top, largest_of(high));
+        let finite_high = only_finite(high);
+        finite_top = max(finite_top, largest_of(finite_high));
         raise(finite_top);
         if NORM != NORM_INF && exponent >= TINY_EXPONENT {
-            sum += sum_of_16(e, f, g, h) + sum_of_16(o, p, q, r);
+            sum += sum_of(finite_low) + sum_of(finite_high);
         }
     }
     partial.max = max(partial.max, finite_top);

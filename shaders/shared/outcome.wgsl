@@ -1,4 +1,5 @@
-// What a clip does with each segment, and the parameters it follows. Twins: `Params` and `Results` in src/gpu/table.rs.
+// What a clip does with each segment, and the parameters it follows. Twins: `Params` in
+// src/gpu/plan.rs, `Results` in src/gpu/readback.rs.
 
 struct Factor {
     // The factor as float32 bits, if it is a normal float32; else every product is taken exactly.

@@ -36,6 +36,16 @@ fn merge(a: Partial, b: Partial) -> Partial {
     return both;
 }
 
+// The partial with one more non-finite element, which is at this place of this chunk.
+fn with_non_finite(partial: Partial, magnitude: u32, chunk: u32, element: u32) -> Partial {
+    var more = partial;
+    more.non_finite += 1u;
+    more.first_chunk = chunk;
+    more.first_element = min(partial.first_element, element);
+    more.flags |= select(0u, HAS_NAN, magnitude > INFINITE);
+    return more;
+}
+
 var<workgroup> tree: array<Partial, WORKGROUP>;
 
 // Merges the partials of all invocations, in a fixed tree. Valid in invocation 0.
