@@ -161,6 +161,11 @@ impl Clip {
         self
     }
 
+    /// Whether nothing is ever written: no norm exceeds an infinite threshold.
+    pub(crate) fn only_measures(&self) -> bool {
+        self.mode == Mode::Norm { max_norm: f64::INFINITY }
+    }
+
     /// Whether gradients must be read before the first may be written: always for a norm; for a value clip only if
     /// one non-finite element decides about the others.
     pub(crate) fn reads_first(&self) -> bool {

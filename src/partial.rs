@@ -141,9 +141,8 @@ impl Clip {
             }
         };
         let everywhere_bad = total.non_finite > 0;
-        let only_measures = matches!(self.mode, Mode::Norm { max_norm } if max_norm == f64::INFINITY);
         let refused = everywhere_bad && matches!(self.non_finite, NonFinite::Error | NonFinite::Skip);
-        let action = if only_measures || refused {
+        let action = if self.only_measures() || refused {
             Action::Leave
         } else if bad && self.non_finite == NonFinite::Zero {
             Action::Zero

@@ -72,7 +72,7 @@ macro_rules! widen_half {
                 let wide = &mut wide[..block.len()];
                 $widen(block, wide);
                 f(wide);
-                $narrow(wide, block);
+                $narrow(block, wide);
             }
             fn round(x: f64) -> f32 {
                 // Through float32, like every other element of this type.
@@ -81,8 +81,7 @@ macro_rules! widen_half {
         }
     };
 }
-widen_half!(f16, |from: &[f16], to: &mut [f32]| from.convert_to_f32_slice(to), |from: &[f32], to: &mut [f16]| to
-    .convert_from_f32_slice(from));
+widen_half!(f16, <[f16]>::convert_to_f32_slice, <[f16]>::convert_from_f32_slice);
 widen_half!(bf16, widen_bf16, narrow_bf16);
 
 // The crate's conversions of bfloat16 go element by element; these two loops are vectors in every instruction set.
@@ -94,7 +93,7 @@ fn widen_bf16(from: &[bf16], to: &mut [f32]) {
 }
 
 /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
-fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
+fn narrow_bf16(to: &mut [bf16], from: &[f32]) {
     for (to, from) in to.iter_mut().zip(from) {
         let bits = from.to_bits();
         let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;

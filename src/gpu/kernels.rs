@@ -104,16 +104,33 @@ pub(super) struct Kernels {
 /// about: a window of gradients and the rows in it, or rows of partials to merge.
 #[derive(Debug)]
 pub(super) struct Layouts {
-    /// norm, clamp, merge: partials are written, results read.
-    pub(super) measure: wgpu::BindGroupLayout,
-    /// finalise: results are written.
-    pub(super) finalise: wgpu::BindGroupLayout,
-    /// scale, edges: no partials, so that nothing stands between the dispatches of one plan.
-    pub(super) apply: wgpu::BindGroupLayout,
+    pub(super) clip: ClipGroup<wgpu::BindGroupLayout>,
     /// Gradients and rows.
     pub(super) window: wgpu::BindGroupLayout,
     /// Rows alone.
     pub(super) rows: wgpu::BindGroupLayout,
+}
+
+/// Group 0 in its three forms: the layouts of a device, or the groups of a plan.
+#[derive(Debug)]
+pub(super) struct ClipGroup<T> {
+    /// norm, clamp, merge: partials are written, results read.
+    pub(super) measure: T,
+    /// finalise: results are written.
+    pub(super) finalise: T,
+    /// scale, edges: no partials, so that nothing stands between the dispatches of one plan.
+    pub(super) apply: T,
+}
+
+impl<T> ClipGroup<T> {
+    /// The form that a kernel takes.
+    pub(super) fn of(&self, kernel: Kernel) -> &T {
+        match kernel {
+            Kernel::Norm { .. } | Kernel::Merge | Kernel::Clamp { .. } => &self.measure,
+            Kernel::Finalise { .. } => &self.finalise,
+            Kernel::Scale { .. } | Kernel::Edges { .. } => &self.apply,
+        }
+    }
 }
 
 /// Bindings of group 0.
@@ -138,28 +155,21 @@ impl Kernels {
         };
         let uniform = wgpu::BufferBindingType::Uniform;
         let layouts = gpu.scoped(|| Layouts {
-            measure: layout(
-                Some("gradclip measure"),
-                &[(PARTIALS, storage(false)), (PARAMS, uniform), (RESULTS, storage(true))],
-            ),
-            finalise: layout(
-                Some("gradclip finalise"),
-                &[(PARTIALS, storage(false)), (PARAMS, uniform), (RESULTS, storage(false))],
-            ),
-            apply: layout(Some("gradclip apply"), &[(PARAMS, uniform), (RESULTS, storage(true))]),
+            clip: ClipGroup {
+                measure: layout(
+                    Some("gradclip measure"),
+                    &[(PARTIALS, storage(false)), (PARAMS, uniform), (RESULTS, storage(true))],
+                ),
+                finalise: layout(
+                    Some("gradclip finalise"),
+                    &[(PARTIALS, storage(false)), (PARAMS, uniform), (RESULTS, storage(false))],
+                ),
+                apply: layout(Some("gradclip apply"), &[(PARAMS, uniform), (RESULTS, storage(true))]),
+            },
             window: layout(Some("gradclip window"), &[(0, storage(false)), (1, storage(true))]),
             rows: layout(Some("gradclip rows"), &[(0, storage(true))]),
         })?;
         Ok(Self { workgroup, layouts, compiled: Mutex::default() })
-    }
-
-    /// The layout of group 0 for a kernel.
-    fn clip_layout(&self, kernel: Kernel) -> &wgpu::BindGroupLayout {
-        match kernel {
-            Kernel::Norm { .. } | Kernel::Merge | Kernel::Clamp { .. } => &self.layouts.measure,
-            Kernel::Finalise { .. } => &self.layouts.finalise,
-            Kernel::Scale { .. } | Kernel::Edges { .. } => &self.layouts.apply,
-        }
     }
 
     /// The layout of group 1 for a kernel.
@@ -183,7 +193,7 @@ impl Kernels {
                 label: Some(kernel.name()),
                 source: wgpu::ShaderSource::Wgsl(kernel.source(self.workgroup).into()),
             });
-            let groups = [Some(self.clip_layout(kernel)), self.row_layout(kernel)];
+            let groups = [Some(self.layouts.clip.of(kernel)), self.row_layout(kernel)];
             let layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
                 label: Some(kernel.name()),
                 bind_group_layouts: if groups[1].is_some() { &groups } else { &groups[..1] },

@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::GpuClipper;
 use super::device::Wait;
-use super::kernels::{Kernel, PARAMS, PARTIALS, RESULTS};
+use super::kernels::{ClipGroup, Kernel, PARAMS, PARTIALS, RESULTS};
 use super::number::Number;
 use super::readback::{OutcomeRow, Results};
 use super::table::{self, ChunkOrigin, Limits, MergeTree, Piece, Window};
@@ -109,7 +109,7 @@ impl Params {
                 NonFinite::Zero => 3,
                 NonFinite::Drop => 4,
             },
-            only_measures: (clip.mode == Mode::Norm { max_norm: f64::INFINITY }).into(),
+            only_measures: clip.only_measures().into(),
             segments,
             segment_partials: tree.segment_partials,
             total_partial: tree.total_partial,
@@ -241,9 +241,7 @@ struct Recorder<'a> {
     gpu: &'a GpuClipper,
     buffers: &'a [wgpu::Buffer],
     results: wgpu::Buffer,
-    measure: wgpu::BindGroup,
-    finalise: wgpu::BindGroup,
-    apply: wgpu::BindGroup,
+    clip: ClipGroup<wgpu::BindGroup>,
     dispatches: Vec<Dispatch>,
 }
 
@@ -275,11 +273,13 @@ impl<'a> Recorder<'a> {
             device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
         };
         let all = [(PARTIALS, &partials), (PARAMS, &params), (RESULTS, &results)];
-        let layouts = &gpu.kernels.layouts;
-        let (measure, finalise, apply) = gpu.device.scoped(|| {
-            (group(&layouts.measure, &all), group(&layouts.finalise, &all), group(&layouts.apply, &all[1..]))
+        let layouts = &gpu.kernels.layouts.clip;
+        let clip = gpu.device.scoped(|| ClipGroup {
+            measure: group(&layouts.measure, &all),
+            finalise: group(&layouts.finalise, &all),
+            apply: group(&layouts.apply, &all[1..]),
         })?;
-        Ok(Self { gpu, buffers, results, measure, finalise, apply, dispatches: Vec::new() })
+        Ok(Self { gpu, buffers, results, clip, dispatches: Vec::new() })
     }
 
     /// Records the passes in the order in which they run.
@@ -312,7 +312,7 @@ impl<'a> Recorder<'a> {
             self.dispatch(Kernel::Merge, Some(table), table.rows)?;
         }
         self.dispatch(Kernel::Finalise { norm_type }, None, self.in_workgroups(segments))?;
-        if !writes || one_pass || clip.mode == (Mode::Norm { max_norm: f64::INFINITY }) {
+        if !writes || one_pass || clip.only_measures() {
             return Ok(());
         }
         for (dtype, table) in &chunks {
@@ -344,14 +344,9 @@ impl<'a> Recorder<'a> {
             let limit = u64::from(widest) * u64::from(widest);
             return Err(Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit });
         }
-        let clip_group = match kernel {
-            Kernel::Norm { .. } | Kernel::Merge | Kernel::Clamp { .. } => &self.measure,
-            Kernel::Finalise { .. } => &self.finalise,
-            Kernel::Scale { .. } | Kernel::Edges { .. } => &self.apply,
-        };
         self.dispatches.push(Dispatch {
             pipeline: self.gpu.kernels.pipeline(&self.gpu.device, kernel)?,
-            clip_group: clip_group.clone(),
+            clip_group: self.clip.of(kernel).clone(),
             row_group: table.map(|t| t.group.clone()),
             workgroups: (x, workgroups.div_ceil(x)),
         });
