@@ -9,7 +9,7 @@ fn look(bits: u32, chunk: Chunk, element: u32) {
     let magnitude = bits & MAGNITUDE;
     var value = bits;
     if magnitude >= INFINITE {
-        partial = with_non_finite(partial, magnitude, chunk.partial, element - chunk.skip);
+        partial = with_non_finite(partial, magnitude, chunk.origin, chunk.origin_element + element);
         if params.policy == POLICY_DROP {
             return;
         }
@@ -21,16 +21,16 @@ fn look(bits: u32, chunk: Chunk, element: u32) {
     }
 }
 
-fn look_at_word(word: u32, chunk: Chunk, i: u32) {
+fn look_at_word(word: u32, run: Run, chunk: Chunk, i: u32) {
     if DTYPE == DTYPE_F32 {
         look(word, chunk, i);
         return;
     }
-    if 2u * i >= chunk.skip {
-        look(widened(DTYPE, word & 0xffffu), chunk, 2u * i);
+    if 2u * i >= run.skip {
+        look(widened(DTYPE, word & 0xffffu), chunk, 2u * i - run.skip);
     }
-    if 2u * i + 1u < chunk.skip + chunk.elements {
-        look(widened(DTYPE, word >> 16u), chunk, 2u * i + 1u);
+    if 2u * i + 1u < run.skip + chunk.elements {
+        look(widened(DTYPE, word >> 16u), chunk, 2u * i + 1u - run.skip);
     }
 }
 
@@ -45,32 +45,33 @@ fn main(
         return;
     }
     let chunk = chunks[row];
+    let run = run_of(chunk);
     let outcome = outcome_of(chunk.segment);
     if outcome.action == LEAVE {
         return;
     }
     partial = EMPTY_PARTIAL;
-    for (var i = lane; i < chunk.words; i += BLOCK * WORKGROUP) {
+    for (var i = lane; i < run.words; i += BLOCK * WORKGROUP) {
         // The first and the last word may hold an element that is not the chunk's, and of which it must not tell.
-        let shares = (chunk.own_from > 0u && i == lane)
-            || (chunk.own_to < chunk.words && i + BLOCK * WORKGROUP >= chunk.words);
-        let again = apply_block(chunk, i, outcome, shares);
+        let shares = (run.skip > 0u && i == lane)
+            || (run.own_to < run.words && i + BLOCK * WORKGROUP >= run.words);
+        let again = apply_block(run, i, outcome, shares);
         if !again && outside {
             partial.flags |= OUTSIDE;
         }
         for (var k = 0u; k < BLOCK && again; k += 1u) {
             let j = i + k * WORKGROUP;
-            if j < chunk.words {
-                let word = words[chunk.word + j];
-                look_at_word(word, chunk, j);
+            if j < run.words {
+                let word = words[run.word + j];
+                look_at_word(word, run, chunk, j);
                 if WRITES {
-                    write(chunk, j, word, applied_word(word, outcome));
+                    write(run, j, word, applied_word(word, outcome));
                 }
             }
         }
     }
     let whole = merged_in_workgroup(lane, partial);
     if lane == 0u {
-        partials[chunk.partial] = whole;
+        partials[chunk.slot] = whole;
     }
 }

@@ -17,11 +17,7 @@ fn half_of(half: u32, segment: u32, dtype: u32) -> u32 {
     if segment == NOWHERE {
         return half;
     }
-    let outcome = outcome_of(segment);
-    if outcome.action == LEAVE {
-        return half;
-    }
-    return applied_half(half, dtype, outcome);
+    return applied_half(half, dtype, outcome_of(segment));
 }
 
 @compute @workgroup_size(WORKGROUP)

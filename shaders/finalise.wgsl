@@ -7,19 +7,15 @@
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 @group(0) @binding(2) var<storage, read_write> results: Results;
 
-const NORM_FINITE: u32 = 0u;
-const NORM_INFINITE: u32 = 1u;
-const NORM_NAN: u32 = 2u;
+// What each segment's norm is compared with, as mantissa and exponent.
+@group(1) @binding(0) var<storage, read> thresholds: array<vec2<u32>>;
 
-fn finite_norm(segment: Partial) -> Number {
-    if NORM == NORM_L1 {
-        return segment.sum;
-    }
-    if NORM == NORM_L2 {
-        return square_root(segment.sum);
-    }
-    return number_of(segment.max);
+// For the caller: see `GpuPlan::coefficients`.
+struct Coefficients {
+    skip: u32,
+    factors: array<f32>,
 }
+@group(1) @binding(1) var<storage, read_write> coefficients: Coefficients;
 
 fn factor_of(exact: Number) -> Factor {
     let value = float_of(exact);
@@ -31,50 +27,74 @@ fn factor_of(exact: Number) -> Factor {
     return Factor(0u, 0u, exact);
 }
 
-fn is_bad(partial: Partial) -> bool {
-    return (partial.non_finite | partial.non_finite_high) != 0u;
+// What elements are multiplied by, as well as a float32 can say it.
+fn coefficient_of(action: u32, factor: Factor) -> f32 {
+    if action == LEAVE {
+        return 1.0;
+    }
+    if action == ZERO || action == ZERO_OR_NAN {
+        return 0.0;
+    }
+    if action == ALL_NAN {
+        return bitcast<f32>(QUIET_NAN);
+    }
+    return bitcast<f32>(select(float_of(factor.exact), factor.value, factor.is_float != 0u));
 }
 
 @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let segment = id.x + id.y * groups.x * WORKGROUP;
-    if segment >= params.segments {
+    let index = id.x + id.y * groups.x * WORKGROUP;
+    let total = partials[params.total_partial];
+    let refuses = params.policy == POLICY_ERROR || params.policy == POLICY_SKIP;
+    let refused = is_bad(total) && refuses;
+    if index == 0u && params.first_segment == 0u {
+        results.steps += 1u;
+        results.refused = select(0u, 1u, refused);
+        coefficients.skip = results.refused;
+    }
+    if index >= params.segments {
         return;
     }
-    let own = partials[params.segment_partials + segment];
-    let total = partials[params.total_partial];
-    var norm_kind = NORM_FINITE;
-    if is_bad(own) && params.policy != POLICY_DROP {
-        norm_kind = select(NORM_INFINITE, NORM_NAN, (own.flags & HAS_NAN) != 0u);
+    let segment = params.first_segment + index;
+    let own = partials[params.segment_partials + index];
+    // A given norm is the partial of one element, and says nothing of the gradient's own.
+    let drops = params.policy == POLICY_DROP;
+    let bad = is_bad(own) || (GIVEN && drops);
+    var kind = NORM_FINITE;
+    if is_bad(own) && (GIVEN || !drops) {
+        kind = select(NORM_INFINITE, NORM_NAN, (own.flags & HAS_NAN) != 0u);
     }
     var norm = ZERO_NUMBER;
     var clipped = false;
     var factor = unscale();
     if !VALUE {
-        norm = finite_norm(own);
-        let threshold = add(norm, number(params.eps_scaled));
-        clipped = norm_kind == NORM_FINITE && less(number(params.max_norm_scaled), threshold);
+        let max_norm = number(thresholds[segment]);
+        norm = measured_norm(own);
+        if GIVEN {
+            norm = multiply(norm, number(params.grad_scale));
+        }
+        let compared = add(norm, number(params.eps_scaled));
+        clipped = kind == NORM_FINITE && less(multiply(max_norm, number(params.grad_scale)), compared);
         if clipped {
-            factor = factor_of(divide(number(params.max_norm), threshold));
+            var divisor = norm;
+            if less(norm, number(params.floor_scaled)) {
+                divisor = number(params.floor_scaled);
+            }
+            factor = factor_of(divide(max_norm, add(divisor, number(params.eps_scaled))));
         }
     }
     var action = APPLY;
-    if params.only_measures != 0u
-        || (is_bad(total) && (params.policy == POLICY_ERROR || params.policy == POLICY_SKIP)) {
+    if params.only_measures != 0u || refused || (GIVEN && drops && kind != NORM_FINITE) {
         action = LEAVE;
-    } else if is_bad(own) && params.policy == POLICY_ZERO {
+    } else if bad && params.policy == POLICY_ZERO {
         action = ZERO;
-    } else if !VALUE && norm_kind == NORM_NAN {
+    } else if !VALUE && kind == NORM_NAN {
         action = ALL_NAN;
-    } else if !VALUE && norm_kind == NORM_INFINITE {
+    } else if !VALUE && kind == NORM_INFINITE {
         action = ZERO_OR_NAN;
-    } else if !VALUE && !clipped && params.unscale_value == ONE && !is_bad(own) {
+    } else if !VALUE && !clipped && params.unscale_value == ONE && !bad {
         action = LEAVE;
     }
-    results.outcomes[segment] = Outcome(action, select(0u, 1u, clipped), norm, factor);
-    if segment == 0u {
-        results.steps += 1u;
-        results.norm_kind = norm_kind;
-        results.total = total;
-    }
+    results.outcomes[segment] = Outcome(action, kind | select(0u, CLIPPED, clipped), norm, factor);
+    coefficients.factors[segment] = coefficient_of(action, factor);
 }

@@ -1,10 +1,11 @@
-// merge: consecutive partials into one, one workgroup a row. Host side: src/gpu/plan.rs.
+// merge: consecutive partials into one, as many times as a row has runs: a single run by the whole workgroup, more than
+// one by an invocation each. Host side: src/gpu/merge.rs.
 
 struct MergeRow {
     start: u32,
     count: u32,
     into: u32,
-    padding: u32,
+    runs: u32,
 }
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
@@ -21,12 +22,19 @@ fn main(
         return;
     }
     let row = rows[index];
+    let alone = row.runs == 1u;
+    let begin = select(row.start + lane * row.count, row.start, alone);
+    let end = select(select(begin, begin + row.count, lane < row.runs), begin + row.count, alone);
+    let first = select(begin, begin + lane, alone);
+    let step = select(1u, WORKGROUP, alone);
     var own = EMPTY_PARTIAL;
-    for (var i = lane; i < row.count; i += WORKGROUP) {
-        own = merge(own, partials[row.start + i]);
+    for (var i = first; i < end; i += step) {
+        own = merge(own, partials[i]);
     }
-    let whole = merged_in_workgroup(lane, own);
-    if lane == 0u {
-        partials[row.into] = whole;
+    if alone {
+        own = merged_in_workgroup(lane, own);
+    }
+    if lane < row.runs {
+        partials[row.into + lane] = own;
     }
 }

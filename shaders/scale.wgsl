@@ -1,4 +1,4 @@
-// scale: multiplies the elements of each chunk by the factor of its segment, one workgroup a chunk. Twin:
+// scale: multiplies the elements of each chunk by the factor of its one segment, one workgroup a chunk. Twin:
 // src/cpu/scale.rs.
 
 @compute @workgroup_size(WORKGROUP)
@@ -12,15 +12,16 @@ fn main(
         return;
     }
     let chunk = chunks[row];
+    let run = run_of(chunk);
     let outcome = outcome_of(chunk.segment);
     if outcome.action == LEAVE {
         return;
     }
-    for (var i = lane; i < chunk.own_to; i += BLOCK * WORKGROUP) {
-        let again = apply_block(chunk, i, outcome, false);
+    for (var i = lane; i < run.own_to; i += BLOCK * WORKGROUP) {
+        let again = apply_block(run, i, outcome, false);
         for (var k = 0u; k < BLOCK && again; k += 1u) {
-            let word = word_or_first(chunk, i, k);
-            write(chunk, i + k * WORKGROUP, word, applied_word(word, outcome));
+            let word = word_or_first(run, i, k);
+            write(run, i + k * WORKGROUP, word, applied_word(word, outcome));
         }
     }
 }

@@ -1,7 +1,9 @@
 //! [`Clipper`]: host tensors, clipped by whichever backend was chosen; and the one-line functions.
 
+use crate::cpu::{self, Given};
 use crate::progress::Progress;
-use crate::{Clip, ClipReport, Element, Error, Tensor, TensorMut, cpu};
+use crate::tensor::check_sums;
+use crate::{Clip, ClipReport, Element, Error, RunningPartial, Scope, Tensor, TensorMut, Threshold};
 
 #[cfg(feature = "gpu")]
 use crate::gpu::{GpuClipper, Wait};
@@ -67,10 +69,56 @@ impl Clipper {
     /// [`Error::NonFinite`] under that policy; on a GPU also [`Error::UnsupportedDtype`] for float64 and the device's
     /// own errors. The gradients are then as they were.
     pub fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+        let mut reports = self.apply_groups(&mut [(*clip, tensors)])?;
+        // One group has one report.
+        Ok(reports.swap_remove(0))
+    }
+
+    /// Clips groups of tensors in place, each by a clip of its own. The reports are theirs, in order; a tensor's place in
+    /// a report, or in an error, is that in its group.
+    ///
+    /// The clips must agree on `grad_scale` and on the policy for non-finite gradients, which holds for all groups
+    /// together: under [`NonFinite::Error`](crate::NonFinite::Error) one bad element leaves all of them as they are.
+    ///
+    /// ```
+    /// use gradclip::{Clip, Clipper, TensorMut};
+    /// let (mut embedding, mut rest) = ([3.0f32, 4.0], [0.1f32; 8]);
+    /// let reports = Clipper::auto().apply_groups(&mut [
+    ///     (Clip::norm(0.5)?, &mut [TensorMut::new(&mut embedding).named("embedding")]),
+    ///     (Clip::norm(1.0)?, &mut [TensorMut::new(&mut rest).named("rest")]),
+    /// ])?;
+    /// assert!(reports[0].clipped && !reports[1].clipped);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if the clips disagree, and those of [`Clipper::apply`].
+    pub fn apply_groups(&self, groups: &mut [(Clip, &mut [TensorMut<'_>])]) -> Result<Vec<ClipReport>, Error> {
         match &self.backend {
-            Backend::Cpu => cpu::apply(clip, tensors, &self.progress),
+            Backend::Cpu => cpu::apply(groups, None, &self.progress),
             #[cfg(feature = "gpu")]
-            Backend::Gpu(gpu) => pollster::block_on(gpu.apply_by(Wait::Sleeping, clip, tensors, &self.progress)),
+            Backend::Gpu(gpu) => pollster::block_on(gpu.apply_by(Wait::Sleeping, groups, &self.progress)),
+        }
+    }
+
+    /// Clips in place by a threshold that follows the norms: see [`Threshold`]. The clip's own threshold stays an upper
+    /// bound; infinity sets none.
+    ///
+    /// # Errors
+    /// [`Error::ThresholdState`] if the threshold is that of other tensors, [`Error::Unfit`] if the clip has no norm to
+    /// follow, and those of [`Clipper::apply`].
+    pub fn apply_adaptive(
+        &self,
+        clip: &Clip,
+        threshold: &mut dyn Threshold,
+        tensors: &mut [TensorMut<'_>],
+    ) -> Result<ClipReport, Error> {
+        match &self.backend {
+            Backend::Cpu => Ok(cpu::apply(&mut [(*clip, tensors)], Some(threshold), &self.progress)?.swap_remove(0)),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(gpu) => {
+                pollster::block_on(gpu.apply_adaptive_by(Wait::Sleeping, clip, threshold, tensors, &self.progress))
+            }
         }
     }
 
@@ -83,6 +131,96 @@ impl Clipper {
             Backend::Cpu => cpu::measure(clip, tensors, &self.progress),
             #[cfg(feature = "gpu")]
             Backend::Gpu(gpu) => pollster::block_on(gpu.measure_by(Wait::Sleeping, clip, tensors, &self.progress)),
+        }
+    }
+
+    /// Clips in place by norms that were measured elsewhere: one N for each segment, in the order of
+    /// [`ClipReport::segments`], as a report would tell it (divided by `grad_scale`). Under [`Scope::Global`] that is one.
+    ///
+    /// Nothing is read before it is written, so that the report counts no non-finite elements, and its `total_norm` is NaN
+    /// under any other scope. What an infinite norm leads to is the policy's choice; `Error` and `Drop` cannot go by one,
+    /// and refuse it. A NaN is never a norm.
+    ///
+    /// ```
+    /// use gradclip::{Clip, Clipper, TensorMut};
+    /// let mut mine = [3.0f32];
+    /// // Another process holds the other half of the gradient, and both know that the norm of all is 5.
+    /// Clipper::auto().scale(&Clip::norm(1.0)?, &[5.0], &mut [TensorMut::new(&mut mine)])?;
+    /// assert!((mine[0] - 0.6).abs() < 1e-6);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Length`] if the number of norms is not that of segments; [`Error::BadParameter`] if one is negative, or
+    /// not finite under these policies; [`Error::Unfit`] for a clip by value and for AGC. The gradients are as they were.
+    pub fn scale(&self, clip: &Clip, norms: &[f64], tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+        // One read and one write on the host: no bus is worth crossing for that.
+        cpu::scale(clip, Given::Norms(norms), tensors)
+    }
+
+    /// Takes tensors into a running partial, on the CPU: their elements count as measured, and as those of the next
+    /// tensors in the list.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if the partial's clip measures no norm of everything.
+    pub fn accumulate(&self, running: &mut RunningPartial, tensors: &[Tensor<'_>]) -> Result<(), Error> {
+        let partial = cpu::partial(running.clip(), tensors, &self.progress)?;
+        running.add(partial, tensors);
+        Ok(())
+    }
+
+    /// Clips tensors in place by a running partial: by the norm of all that it has accumulated. Call it for each of the
+    /// sets that were accumulated, once all were.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] under that policy, wherever the element is.
+    pub fn finish(&self, running: &RunningPartial, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+        running.report()?;
+        cpu::scale(running.clip(), running.given(), tensors)?;
+        running.report()
+    }
+
+    /// Clips each example by itself and sums the clipped ones: `sums[i]` becomes the sum over dimension 0 of the clipped
+    /// `tensors[i]`, which stay as they are. This is the gradient of DP-SGD before the noise; Optax's
+    /// `differentially_private_aggregate` computes it.
+    ///
+    /// The scope must be [`Scope::Example`] or [`Scope::ExampleTensor`]. Sums are float64 for gradients of float64 and
+    /// float32 for all others, whatever the gradients' precision.
+    ///
+    /// ```
+    /// use gradclip::{Clip, Clipper, Scope, Tensor, TensorMut};
+    /// // Two examples of a gradient of two elements.
+    /// let grads = [3.0f32, 4.0, 0.1, 0.2];
+    /// let mut sum = [0f32; 2];
+    /// let clip = Clip::norm(1.0)?.eps(0.0)?.scope(Scope::Example);
+    /// let grads = [Tensor::new(&grads).shape(&[2, 2])?];
+    /// let report = Clipper::auto().sum_examples(&clip, &grads, &mut [TensorMut::new(&mut sum)])?;
+    /// assert_eq!(report.num_clipped(), 1);
+    /// assert!((sum[0] - 0.7).abs() < 1e-6 && (sum[1] - 1.0).abs() < 1e-6);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] under another scope; [`Error::Length`] or [`Error::Shape`] if the sums are not as many or not as
+    /// long; those of [`Clipper::apply`]. The sums are then as they were, as they are under
+    /// [`NonFinite::Skip`](crate::NonFinite::Skip) if anything is not finite.
+    pub fn sum_examples(
+        &self,
+        clip: &Clip,
+        tensors: &[Tensor<'_>],
+        sums: &mut [TensorMut<'_>],
+    ) -> Result<ClipReport, Error> {
+        if clip.measured().is_none() || !matches!(clip.scope, Scope::Example | Scope::ExampleTensor) {
+            return Err(Error::Unfit("only examples are summed: the scope must be Example or ExampleTensor"));
+        }
+        let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len() as u64)).collect();
+        check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name)), &given)?;
+        match &self.backend {
+            Backend::Cpu => cpu::sum_examples(clip, tensors, sums, &self.progress),
+            #[cfg(feature = "gpu")]
+            Backend::Gpu(gpu) => {
+                pollster::block_on(gpu.sum_examples_by(Wait::Sleeping, clip, tensors, sums, &self.progress))
+            }
         }
     }
 }

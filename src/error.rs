@@ -32,6 +32,41 @@ pub enum Error {
         /// The length of the view in bytes.
         bytes: usize,
     },
+    /// A tensor's shape does not fit its elements, or the scope that was asked for.
+    #[error("{tensor}: {reason}")]
+    Shape {
+        /// The tensor: its name, or its place in the list.
+        tensor: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// Adaptive gradient clipping lacks the parameter of a gradient, or was given that of another.
+    #[error("{tensor}: {reason}")]
+    Parameter {
+        /// The tensor: its name, or its place in the list.
+        tensor: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A list has another length than what it belongs to.
+    #[error("{what}: {found} given, {expected} needed")]
+    Length {
+        /// What the list is.
+        what: &'static str,
+        /// How many there must be.
+        expected: u64,
+        /// How many there are.
+        found: u64,
+    },
+    /// The clips of one call do not go together, or a clip does not do what was asked of it.
+    #[error("{0}")]
+    Unfit(&'static str),
+    /// A threshold's state is that of other tensors, or of another version.
+    #[error("the threshold's state does not fit: {reason}")]
+    ThresholdState {
+        /// What differs.
+        reason: String,
+    },
     /// The gradients hold NaN or infinity and the clip's policy is [`NonFinite::Error`](crate::NonFinite::Error).
     /// Nothing was written. Mend the step that made them, or choose another policy.
     #[error("{0}; nothing was written (another non-finite policy would go on: propagate, skip, zero or drop)")]

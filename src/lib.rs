@@ -38,6 +38,7 @@
 //! # Features
 //!
 //! - `gpu` (default): the wgpu path. Without it the library is the CPU path alone and builds no wgpu.
+//! - `serde`: [`ZClip`], [`AutoClip`] and [`AdaGc`] can be saved and restored with a checkpoint.
 
 #![forbid(unsafe_code)]
 
@@ -50,15 +51,20 @@ pub mod gpu;
 mod partial;
 mod progress;
 mod report;
+mod running;
+mod segment;
 mod tensor;
+mod threshold;
 #[cfg(feature = "gpu")]
 mod verify;
 
-pub use clip::{Clip, NonFinite, NormType, Scope};
+pub use clip::{Budget, Clip, NonFinite, NormType, Power, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
 pub use error::Error;
-pub use report::{ClipReport, NonFiniteElements};
+pub use report::{ClipReport, NonFiniteElements, SegmentReport};
+pub use running::RunningPartial;
 pub use tensor::{Dtype, Element, Tensor, TensorMut};
+pub use threshold::{AdaGc, AutoClip, Threshold, ZClip};
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
 pub use verify::verify_blocking;
 #[cfg(feature = "gpu")]

@@ -1,8 +1,8 @@
-//! [`Partial`], the mergeable result of a piece of a segment, and what follows from a merged one: the total norm and
-//! the coefficient. The GPU's twins are `shaders/shared/partial.wgsl` (the merge) and `shaders/finalise.wgsl` (the
+//! [`Partial`], the mergeable result of a piece of a segment, and what follows from a merged one: the norm and the
+//! coefficient. The GPU's twins are `shaders/shared/partial.wgsl` (the merge) and `shaders/finalise.wgsl` (the
 //! outcome).
 
-use crate::clip::Mode;
+use crate::segment::Segments;
 use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, NormType};
 
 /// Where an element is: the tensor's place in the list and the element's in the tensor.
@@ -21,7 +21,7 @@ pub(crate) struct Partial {
     /// Σ |g|^p over the finite elements, times 2^-exponent. Not used for the infinity norm.
     pub(crate) sum: f64,
     /// Even for L2, so that the square root stays exact in the exponent.
-    pub(crate) exponent: i32,
+    pub(crate) exponent: i64,
     /// The largest finite |g|. Used for the infinity norm only.
     pub(crate) max: f64,
     /// How many elements are NaN or infinite.
@@ -65,13 +65,25 @@ impl Partial {
                 debug_assert_eq!(self.exponent % 2, 0);
                 ldexp(self.sum.sqrt() / scale, self.exponent / 2)
             }
+            NormType::P(power) => root(self.sum, self.exponent, power.get()) / scale,
             NormType::Inf => self.max / scale,
         }
     }
 }
 
+/// The p-th root of `sum * 2^exponent`: 2 to the power of its logarithm over p, in two steps, because the first factor
+/// alone may overflow.
+fn root(sum: f64, exponent: i64, p: f64) -> f64 {
+    if sum == 0.0 {
+        return 0.0;
+    }
+    let log2 = (sum.log2() + exponent as f64) / p;
+    let whole = log2.floor();
+    ldexp((log2 - whole).exp2(), whole as i64)
+}
+
 /// `a + b` where each is a value and a binary exponent.
-fn add_scaled(a: (f64, i32), b: (f64, i32)) -> (f64, i32) {
+fn add_scaled(a: (f64, i64), b: (f64, i64)) -> (f64, i64) {
     if a.1 == b.1 || b.0 == 0.0 {
         (a.0 + b.0, a.1)
     } else if a.0 == 0.0 {
@@ -85,8 +97,8 @@ fn add_scaled(a: (f64, i32), b: (f64, i32)) -> (f64, i32) {
 }
 
 /// `x * 2^exponent`, in steps that neither overflow nor underflow before the result does.
-pub(crate) fn ldexp(x: f64, exponent: i32) -> f64 {
-    let mut left = exponent.clamp(-4400, 4400);
+pub(crate) fn ldexp(x: f64, exponent: i64) -> f64 {
+    let mut left = exponent.clamp(-4400, 4400) as i32;
     let mut result = x;
     while left != 0 {
         let step = left.clamp(-1022, 1023);
@@ -122,31 +134,42 @@ pub(crate) struct Outcome {
     pub(crate) action: Action,
 }
 
+/// What is known of a segment when its outcome is decided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Known {
+    /// The measured norm, divided by `grad_scale`; NaN or infinite if an element is, except under
+    /// [`NonFinite::Drop`]; NaN if none is measured.
+    pub(crate) norm: f64,
+    /// Whether there are non-finite elements.
+    pub(crate) bad: bool,
+}
+
 impl Clip {
-    /// What to do with a segment, given its own partial and the merged one of all segments: the policies `Error` and
-    /// `Skip` hold for everything or nothing.
-    pub(crate) fn outcome(&self, segment: &Partial, total: &Partial) -> Outcome {
-        let bad = segment.non_finite > 0;
-        let (norm, wanted_coef) = match self.mode {
-            Mode::Value { .. } => (f64::NAN, 1.0),
-            Mode::Norm { max_norm } => {
-                let norm = if !bad || self.non_finite == NonFinite::Drop {
-                    segment.finite_norm(self.norm_type, self.grad_scale)
-                } else if segment.nan {
-                    f64::NAN
-                } else {
-                    f64::INFINITY
-                };
-                (norm, coefficient(norm, max_norm, self.eps))
+    /// What a merged partial tells of its segment.
+    pub(crate) fn known(&self, partial: &Partial) -> Known {
+        let bad = partial.non_finite > 0;
+        let norm = match self.measured() {
+            None => f64::NAN,
+            Some(norm_type) if !bad || self.non_finite == NonFinite::Drop => {
+                partial.finite_norm(norm_type, self.grad_scale)
             }
+            Some(_) if partial.nan => f64::NAN,
+            Some(_) => f64::INFINITY,
         };
-        let everywhere_bad = total.non_finite > 0;
-        let refused = everywhere_bad && matches!(self.non_finite, NonFinite::Error | NonFinite::Skip);
-        let action = if self.only_measures() || refused {
+        Known { norm, bad }
+    }
+
+    /// What to do with a segment, given what its measured norm is compared with, what that norm is multiplied by to be
+    /// N, and whether non-finite elements anywhere forbid to write.
+    pub(crate) fn outcome(&self, known: Known, max_norm: f64, weight: f64, refused: bool) -> Outcome {
+        let Known { norm, bad } = known;
+        let wanted_coef =
+            if self.measured().is_some() { coefficient(norm, max_norm, self.eps_and_floor()) } else { 1.0 };
+        let action = if refused {
             Action::Leave
         } else if bad && self.non_finite == NonFinite::Zero {
             Action::Zero
-        } else if matches!(self.mode, Mode::Norm { .. })
+        } else if self.measured().is_some()
             && wanted_coef == 1.0
             && self.grad_scale == 1.0
             && !(bad && self.non_finite == NonFinite::Drop)
@@ -160,17 +183,18 @@ impl Clip {
             Action::Zero => 0.0,
             Action::Apply => wanted_coef,
         };
-        Outcome { norm, clip_coef, clipped: clip_coef != 1.0, factor: clip_coef / self.grad_scale, action }
+        let clipped = clip_coef != 1.0;
+        Outcome { norm: norm * weight, clip_coef, clipped, factor: clip_coef / self.grad_scale, action }
     }
 
-    /// The report on a clip of one segment.
+    /// The report on a clip, of which N over everything is `total_norm`.
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy.
     pub(crate) fn report<'a>(
         &self,
-        outcome: &Outcome,
-        total: &Partial,
+        (segments, outcomes): (&Segments, &[Outcome]),
+        (total_norm, total): (f64, &Partial),
         elements: u64,
         name_of: impl Fn(usize) -> Option<&'a str>,
     ) -> Result<ClipReport, Error> {
@@ -180,26 +204,30 @@ impl Clip {
             name: name_of(first.tensor).map(str::to_owned),
             index: first.index,
         });
-        match non_finite {
-            Some(found) if self.non_finite == NonFinite::Error => Err(Error::NonFinite(found)),
-            non_finite => Ok(ClipReport {
-                total_norm: outcome.norm,
-                clip_coef: outcome.clip_coef,
-                clipped: outcome.clipped || (total.outside && outcome.action == Action::Apply),
-                elements,
-                non_finite,
-            }),
+        if let (Some(found), NonFinite::Error) = (&non_finite, self.non_finite) {
+            return Err(Error::NonFinite(found.clone()));
         }
+        let least = |least: f64, o: &Outcome| if least.is_nan() || o.clip_coef >= least { least } else { o.clip_coef };
+        let applies = outcomes.iter().any(|o| o.action == Action::Apply);
+        Ok(ClipReport {
+            total_norm,
+            clip_coef: outcomes.iter().fold(1.0, least),
+            clipped: outcomes.iter().any(|o| o.clipped) || (total.outside && applies),
+            elements,
+            non_finite,
+            segments: segments.reports(outcomes),
+        })
     }
 }
 
-/// c = min(1, max_norm / (N + eps)). A NaN norm gives NaN, as in PyTorch. 0 / 0 (`max_norm`, `eps` and the norm all
-/// zero) gives 1, because nothing exceeds the threshold; Optax gives NaN there.
-fn coefficient(norm: f64, max_norm: f64, eps: f64) -> f64 {
+/// c = min(1, max_norm / (max(N, floor) + eps)), and 1 unless N + eps exceeds `max_norm`. A NaN norm gives NaN, as in
+/// PyTorch. 0 / 0 (`max_norm`, `eps` and the norm all zero) gives 1, because nothing exceeds the threshold; Optax gives
+/// NaN there.
+fn coefficient(norm: f64, max_norm: f64, (eps, floor): (f64, f64)) -> f64 {
     if norm.is_nan() {
         f64::NAN
     } else if norm + eps > max_norm {
-        max_norm / (norm + eps)
+        max_norm / (norm.max(floor) + eps)
     } else {
         1.0
     }
@@ -239,12 +267,24 @@ mod tests {
 
     #[test]
     fn coefficients_follow_the_formula() {
-        assert_eq!(coefficient(2.0, 1.0, 0.0), 0.5);
-        assert_eq!(coefficient(1.0, 1.0, 0.0), 1.0);
-        assert!(coefficient(1.0, 1.0, 1e-6) < 1.0);
-        assert_eq!(coefficient(0.0, 0.0, 0.0), 1.0);
-        assert_eq!(coefficient(0.0, 0.0, 1e-6), 0.0);
-        assert_eq!(coefficient(f64::INFINITY, 1.0, 1e-6), 0.0);
-        assert!(coefficient(f64::NAN, 1.0, 1e-6).is_nan());
+        let of = |norm, max_norm, eps| coefficient(norm, max_norm, (eps, 0.0));
+        assert_eq!(of(2.0, 1.0, 0.0), 0.5);
+        assert_eq!(of(1.0, 1.0, 0.0), 1.0);
+        assert!(of(1.0, 1.0, 1e-6) < 1.0);
+        assert_eq!(of(0.0, 0.0, 0.0), 1.0);
+        assert_eq!(of(0.0, 0.0, 1e-6), 0.0);
+        assert_eq!(of(f64::INFINITY, 1.0, 1e-6), 0.0);
+        assert!(of(f64::NAN, 1.0, 1e-6).is_nan());
+        assert_eq!(coefficient(2e-9, 1e-9, (0.0, 1e-6)), 1e-3);
+        assert_eq!(coefficient(1e-9, 2e-9, (0.0, 1e-6)), 1.0);
+    }
+
+    #[test]
+    fn roots_reach_both_ends() {
+        assert_eq!(root(0.0, 5, 3.0), 0.0);
+        assert!((root(8.0, 0, 3.0) - 2.0).abs() < 1e-15);
+        assert!((root(1.5, 3000, 3.0) / 2f64.powi(1000) - 1.5f64.powf(1.0 / 3.0)).abs() < 1e-12);
+        assert_eq!(root(1.0, -3222, 3.0), f64::from_bits(1));
+        assert_eq!(root(2.0, 0, 1e-3), 2f64.powi(1000));
     }
 }

@@ -4,21 +4,56 @@
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ClipReport {
-    /// The norm of all gradients, divided by `grad_scale`, before anything was clipped. NaN or infinite if a gradient
-    /// is, except under [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip,
-    /// which measures no norm.
+    /// N over all gradients, whatever the scope, as the mode defines it ([`Clip`](crate::Clip) has the table): divided by
+    /// `grad_scale`, before anything was clipped. NaN or infinite if a gradient is, except under
+    /// [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip, which measures no
+    /// norm.
     pub total_norm: f64,
-    /// The factor c that every gradient was multiplied by, beside `1 / grad_scale`. 1 when nothing was clipped, and
-    /// for a value clip.
+    /// The factor c that gradients were multiplied by, beside `1 / grad_scale`; the smallest of all segments, NaN if one
+    /// is. 1 when nothing was clipped, and for a value clip.
     pub clip_coef: f64,
-    /// Whether there was anything to clip: the norm exceeded the threshold (by less than a rounding, `clip_coef` may
-    /// still be 1), the segment became 0 or NaN, or an element lay outside the bounds of a value clip.
+    /// Whether there was anything to clip: the norm of a segment exceeded its threshold (by less than a rounding,
+    /// `clip_coef` may still be 1), a segment became 0 or NaN, or an element lay outside the bounds of a value clip.
     /// Dividing by `grad_scale` alone, or dropping non-finite elements, does not count.
     pub clipped: bool,
     /// How many elements were measured.
     pub elements: u64,
     /// The NaN and infinite elements, if there were any.
     pub non_finite: Option<NonFiniteElements>,
+    /// Each segment of a scope other than [`Scope::Global`](crate::Scope::Global), in the order of the tensors, and of
+    /// the units or examples within them. Empty under `Global`, where the totals say it all.
+    pub segments: Vec<SegmentReport>,
+}
+
+impl ClipReport {
+    /// Whether a gradient was NaN or infinite: what mixed-precision training asks before it takes a step, and lowers the
+    /// loss scale by. PyTorch's `found_inf`.
+    #[must_use]
+    pub fn found_inf(&self) -> bool {
+        self.non_finite.is_some()
+    }
+
+    /// How many segments were clipped.
+    #[must_use]
+    pub fn num_clipped(&self) -> usize {
+        self.segments.iter().filter(|segment| segment.clipped).count()
+    }
+}
+
+/// What became of one segment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct SegmentReport {
+    /// The place of its tensor in the list; None for an example over all tensors.
+    pub tensor: Option<usize>,
+    /// Which unit or example of its tensor, or of all, it is; None for a whole tensor.
+    pub index: Option<u64>,
+    /// N, as the mode defines it.
+    pub norm: f64,
+    /// c.
+    pub clip_coef: f64,
+    /// Whether it was clipped.
+    pub clipped: bool,
 }
 
 /// How many elements are NaN or infinite, and where the first one is.

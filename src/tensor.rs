@@ -73,6 +73,8 @@ pub struct Tensor<'a> {
     pub(crate) name: Option<&'a str>,
     pub(crate) dtype: Dtype,
     pub(crate) data: &'a [u8],
+    pub(crate) shape: Option<&'a [usize]>,
+    pub(crate) parameter: Option<&'a Tensor<'a>>,
 }
 
 /// A gradient in host memory that may be written: `len` elements of one dtype, at any alignment.
@@ -81,13 +83,15 @@ pub struct TensorMut<'a> {
     pub(crate) name: Option<&'a str>,
     pub(crate) dtype: Dtype,
     pub(crate) data: &'a mut [u8],
+    pub(crate) shape: Option<&'a [usize]>,
+    pub(crate) parameter: Option<&'a Tensor<'a>>,
 }
 
 impl<'a> Tensor<'a> {
     /// A view of elements.
     #[must_use]
     pub fn new<T: Element>(data: &'a [T]) -> Self {
-        Self { name: None, dtype: T::DTYPE, data: bytemuck::cast_slice(data) }
+        Self { name: None, dtype: T::DTYPE, data: bytemuck::cast_slice(data), shape: None, parameter: None }
     }
 
     /// A view of native-endian elements in bytes, as a mapped file gives them. The bytes may be misaligned.
@@ -96,7 +100,7 @@ impl<'a> Tensor<'a> {
     /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
-        Ok(Self { name: None, dtype, data })
+        Ok(Self { name: None, dtype, data, shape: None, parameter: None })
     }
 }
 
@@ -104,7 +108,7 @@ impl<'a> TensorMut<'a> {
     /// A view of elements.
     #[must_use]
     pub fn new<T: Element>(data: &'a mut [T]) -> Self {
-        Self { name: None, dtype: T::DTYPE, data: bytemuck::cast_slice_mut(data) }
+        Self { name: None, dtype: T::DTYPE, data: bytemuck::cast_slice_mut(data), shape: None, parameter: None }
     }
 
     /// A view of native-endian elements in bytes, as a mapped file gives them. The bytes may be misaligned.
@@ -113,13 +117,14 @@ impl<'a> TensorMut<'a> {
     /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a mut [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
-        Ok(Self { name: None, dtype, data })
+        Ok(Self { name: None, dtype, data, shape: None, parameter: None })
     }
 
     /// The same elements, read only.
     #[must_use]
     pub fn as_tensor(&self) -> Tensor<'_> {
-        Tensor { name: self.name, dtype: self.dtype, data: self.data }
+        let Self { name, dtype, ref data, shape, parameter } = *self;
+        Tensor { name, dtype, data, shape, parameter }
     }
 }
 
@@ -130,6 +135,25 @@ macro_rules! common {
             #[must_use]
             pub fn named(mut self, name: &'a str) -> Self {
                 self.name = Some(name);
+                self
+            }
+
+            /// Gives the tensor its shape, in row-major order, which scopes by unit or example need; without one it is
+            /// one-dimensional. `&[]` is a scalar.
+            ///
+            /// # Errors
+            /// [`Error::Shape`] if the shape holds another number of elements.
+            pub fn shape(mut self, shape: &'a [usize]) -> Result<Self, Error> {
+                check_shape(self.name, shape, self.len() as u64)?;
+                self.shape = Some(shape);
+                Ok(self)
+            }
+
+            /// Says which parameter the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). Its shape must be the
+            /// gradient's, and so must its name if it has one; its dtype may differ.
+            #[must_use]
+            pub fn parameter(mut self, parameter: &'a Tensor<'a>) -> Self {
+                self.parameter = Some(parameter);
                 self
             }
 
@@ -174,6 +198,87 @@ macro_rules! common {
 common!(Tensor, &'a [T]);
 common!(TensorMut, &'a mut [T]);
 
+/// What scopes need to know of a shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Dims<'a> {
+    /// None for a tensor of one dimension whose shape was not told.
+    pub(crate) shape: Option<&'a [usize]>,
+    pub(crate) len: u64,
+}
+
+impl Dims<'_> {
+    pub(crate) fn rank(self) -> usize {
+        self.shape.map_or(1, <[usize]>::len)
+    }
+
+    /// The size of dimension 0; None for a scalar.
+    pub(crate) fn first(self) -> Option<u64> {
+        self.shape.map_or(Some(self.len), |shape| shape.first().map(|n| *n as u64))
+    }
+
+    /// The size of the last dimension; None for a scalar.
+    pub(crate) fn last(self) -> Option<u64> {
+        self.shape.map_or(Some(self.len), |shape| shape.last().map(|n| *n as u64))
+    }
+
+    /// Whether both are the same shape, a telling one or not.
+    pub(crate) fn same_as(self, other: Self) -> bool {
+        self.len == other.len && self.rank() == other.rank() && (self.rank() < 2 || self.shape == other.shape)
+    }
+}
+
+impl std::fmt::Display for Dims<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.shape {
+            Some(shape) => write!(f, "{shape:?}"),
+            None => write!(f, "[{}]", self.len),
+        }
+    }
+}
+
+impl Tensor<'_> {
+    pub(crate) fn dims(&self) -> Dims<'_> {
+        Dims { shape: self.shape, len: self.len() as u64 }
+    }
+}
+
+/// That sums, by dtype and length, are as many as the tensors, and each as long as one example, in the wider type.
+pub(crate) fn check_sums<'a, N: std::ops::Deref<Target = str>>(
+    tensors: impl ExactSizeIterator<Item = (Dims<'a>, Dtype, Option<N>)>,
+    sums: &[(Dtype, u64)],
+) -> Result<(), Error> {
+    if tensors.len() != sums.len() {
+        let (expected, found) = (tensors.len() as u64, sums.len() as u64);
+        return Err(Error::Length { what: "sums of examples", expected, found });
+    }
+    for (i, ((dims, dtype, name), (sum_dtype, sum_len))) in tensors.zip(sums).enumerate() {
+        let fail = |reason| Err(Error::Shape { tensor: crate::error::tensor_label(name.as_deref(), i), reason });
+        let wide = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
+        if *sum_dtype != wide {
+            return fail(format!("its sum must be {wide}, not {sum_dtype}"));
+        }
+        if dims.rank() == 0 {
+            return fail("it is a scalar, and has no dimension 0 to take examples along".into());
+        }
+        // How long an example is, nobody can tell where there is none.
+        let elements = dims.first().and_then(|examples| dims.len.checked_div(examples));
+        if let Some(elements) = elements.filter(|elements| elements != sum_len) {
+            return fail(format!("an example has {elements} elements, its sum {sum_len}"));
+        }
+    }
+    Ok(())
+}
+
+fn check_shape(name: Option<&str>, shape: &[usize], len: u64) -> Result<(), Error> {
+    let product = shape.iter().try_fold(1u64, |product, n| product.checked_mul(*n as u64));
+    // A zero anywhere makes the product 0, even if the others overflow.
+    if product == Some(len) || (len == 0 && shape.contains(&0)) {
+        return Ok(());
+    }
+    let tensor = name.map_or_else(|| String::from("the tensor"), |name| format!("tensor {name:?}"));
+    Err(Error::Shape { tensor, reason: format!("the shape {shape:?} does not hold its {len} elements") })
+}
+
 fn whole_elements(dtype: Dtype, bytes: usize) -> Result<(), Error> {
     if bytes.is_multiple_of(dtype.size()) { Ok(()) } else { Err(Error::PartialElement { dtype, bytes }) }
 }
@@ -189,6 +294,8 @@ pub struct GpuTensor {
     pub(crate) start: u64,
     pub(crate) end: u64,
     pub(crate) name: Option<std::sync::Arc<str>>,
+    pub(crate) shape: Option<std::sync::Arc<[usize]>>,
+    pub(crate) parameter: Option<std::sync::Arc<GpuTensor>>,
 }
 
 #[cfg(feature = "gpu")]
@@ -226,7 +333,7 @@ impl GpuTensor {
         if start < end && end * size > buffer.size() - trailing {
             return Err(Error::UnreachableTail { tensor: tensor(), trailing });
         }
-        Ok(Self { buffer: buffer.clone(), dtype, start, end, name: None })
+        Ok(Self { buffer: buffer.clone(), dtype, start, end, name: None, shape: None, parameter: None })
     }
 
     /// Elements of float32.
@@ -258,6 +365,29 @@ impl GpuTensor {
     pub fn named(mut self, name: &str) -> Self {
         self.name = Some(name.into());
         self
+    }
+
+    /// Gives the tensor its shape, in row-major order, which scopes by unit or example need; without one it is
+    /// one-dimensional. `&[]` is a scalar.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shape holds another number of elements.
+    pub fn shape(mut self, shape: &[usize]) -> Result<Self, Error> {
+        check_shape(self.name.as_deref(), shape, self.len())?;
+        self.shape = Some(shape.into());
+        Ok(self)
+    }
+
+    /// Says which parameter the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). Its shape must be the
+    /// gradient's, and so must its name if it has one; its dtype may differ.
+    #[must_use]
+    pub fn parameter(mut self, parameter: Self) -> Self {
+        self.parameter = Some(std::sync::Arc::new(parameter));
+        self
+    }
+
+    pub(crate) fn dims(&self) -> Dims<'_> {
+        Dims { shape: self.shape.as_deref(), len: self.len() }
     }
 
     /// The number of elements.

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use crate::gpu::{GpuClipper, Wait};
 use crate::progress::Progress;
-use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, Tensor, TensorMut, cpu};
+use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, cpu};
 
 /// How far the norms may be apart, relatively: the GPU's promise of 1e-6 and the CPU's of 1e-7 together.
 const NORM_TOLERANCE: f64 = 1.1e-6;
@@ -17,11 +17,11 @@ pub struct Verification {
     pub cpu: Result<ClipReport, NonFiniteElements>,
     /// What the GPU reported.
     pub gpu: Result<ClipReport, NonFiniteElements>,
-    /// |GPU's norm - CPU's| / CPU's; 0 where both are NaN, infinite or 0.
+    /// |GPU's norm - CPU's| / CPU's, the largest over the total and all segments; 0 where both are NaN, infinite or 0.
     pub norm_error: f64,
     /// What of it was tolerated.
     pub norm_tolerance: f64,
-    /// Whether both clipped, or neither did. Where the norms fall on either side of the threshold but within
+    /// Whether both clipped, or neither did, in each segment. Where the norms fall on either side of the threshold but within
     /// `norm_tolerance` of each other, the decision may differ.
     pub same_decision: bool,
     /// The largest distance between two corresponding elements, in units of the last place of their dtype.
@@ -92,13 +92,18 @@ async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuCli
     let unheard = Progress::default();
     let copies = || tensors.iter().map(|t| t.data.to_vec()).collect::<Vec<_>>();
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
-    let cpu = found(cpu::apply(clip, &mut views(&mut on_cpu, tensors), &unheard))?;
-    let gpu = found(gpu.apply_by(wait, clip, &mut views(&mut on_gpu, tensors), &unheard).await)?;
+    let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, &unheard))?;
+    let gpu = found(gpu.apply_by(wait, &mut [(*clip, &mut views(&mut on_gpu, tensors))], &unheard).await)?;
     let (norm_error, same_decision) = match (&cpu, &gpu) {
         (Ok(cpu), Ok(gpu)) => {
-            // A value clip measures no norm, so that its coefficients, both 1, excuse nothing.
-            let tie = !cpu.total_norm.is_nan() && (cpu.clip_coef - gpu.clip_coef).abs() <= NORM_TOLERANCE;
-            (relative_error(gpu.total_norm, cpu.total_norm), cpu.clipped == gpu.clipped || tie)
+            let whole = |r: &ClipReport| (r.total_norm, r.clip_coef, r.clipped);
+            let mut found = compare_decisions(whole(cpu), whole(gpu));
+            for (cpu, gpu) in cpu.segments.iter().zip(&gpu.segments) {
+                let segment = |s: &SegmentReport| (s.norm, s.clip_coef, s.clipped);
+                let (error, same) = compare_decisions(segment(cpu), segment(gpu));
+                found = (found.0.max(error), found.1 && same);
+            }
+            found
         }
         _ => (0.0, true),
     };
@@ -133,14 +138,24 @@ pub fn verify_blocking(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) ->
     pollster::block_on(verify_by(Wait::Sleeping, clip, tensors, gpu))
 }
 
+/// The error of the norm, and whether the decision is the same: given norm, coefficient and decision of each.
+fn compare_decisions(cpu: (f64, f64, bool), gpu: (f64, f64, bool)) -> (f64, bool) {
+    // A value clip measures no norm, so that its coefficients, both 1, excuse nothing.
+    let tie = !cpu.0.is_nan() && (cpu.1 - gpu.1).abs() <= NORM_TOLERANCE;
+    (relative_error(gpu.0, cpu.0), cpu.2 == gpu.2 || tie)
+}
+
 fn views<'a>(copies: &'a mut [Vec<u8>], tensors: &[Tensor<'a>]) -> Vec<TensorMut<'a>> {
-    let view = |(data, t): (&'a mut Vec<u8>, &Tensor<'a>)| TensorMut { name: t.name, dtype: t.dtype, data };
+    let view = |(data, t): (&'a mut Vec<u8>, &Tensor<'a>)| {
+        let Tensor { name, dtype, shape, parameter, .. } = *t;
+        TensorMut { name, dtype, data, shape, parameter }
+    };
     copies.iter_mut().zip(tensors).map(view).collect()
 }
 
-fn found(result: Result<ClipReport, Error>) -> Result<Result<ClipReport, NonFiniteElements>, Error> {
+fn found(result: Result<Vec<ClipReport>, Error>) -> Result<Result<ClipReport, NonFiniteElements>, Error> {
     match result {
-        Ok(report) => Ok(Ok(report)),
+        Ok(mut reports) => Ok(Ok(reports.swap_remove(0))),
         Err(Error::NonFinite(found)) => Ok(Err(found)),
         Err(other) => Err(other),
     }

@@ -2,17 +2,8 @@
 
 mod common;
 
-use common::{Data, Path};
+use common::{Data, Path, assert_says};
 use gradclip::{Clip, Dtype, Error, Tensor, TensorMut};
-
-#[track_caller]
-fn assert_says(error: &Error, words: &[&str]) {
-    let message = error.to_string();
-    assert!(!message.contains('\n'), "one line: {message}");
-    for word in words {
-        assert!(message.contains(word), "{message:?} does not say {word:?}");
-    }
-}
 
 #[test]
 fn thresholds_that_are_none() {

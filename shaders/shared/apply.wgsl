@@ -7,7 +7,7 @@ fn outcome_of(segment: u32) -> Outcome {
     if GUARDED {
         return results.outcomes[segment];
     }
-    return Outcome(APPLY, 0u, ZERO_NUMBER, unscale());
+    return Outcome(APPLY, NORM_FINITE, ZERO_NUMBER, unscale());
 }
 
 fn scaled(bits: u32, factor: Factor) -> u32 {
@@ -40,6 +40,9 @@ fn clamped(bits: u32, dtype: u32) -> u32 {
 }
 
 fn applied(bits: u32, dtype: u32, outcome: Outcome) -> u32 {
+    if outcome.action == LEAVE {
+        return bits;
+    }
     if outcome.action == ZERO {
         return 0u;
     }

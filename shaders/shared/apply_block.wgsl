@@ -36,38 +36,38 @@ fn quickly_applied_word(word: u32, factor: f32) -> u32 {
 // Words in a block, WORKGROUP apart.
 const BLOCK: u32 = 4u;
 
-// Word `i + k * WORKGROUP` of the chunk or, past its end, word `i`: the block's first, which no other invocation writes.
-fn word_or_first(chunk: Chunk, i: u32, k: u32) -> u32 {
+// Word `i + k * WORKGROUP` of the run or, past its end, word `i`: the block's first, which no other invocation writes.
+fn word_or_first(run: Run, i: u32, k: u32) -> u32 {
     let j = i + k * WORKGROUP;
-    return words[chunk.word + select(i, j, j < chunk.words)];
+    return words[run.word + select(i, j, j < run.words)];
 }
 
-fn write(chunk: Chunk, i: u32, before: u32, after: u32) {
-    if after != before && i >= chunk.own_from && i < chunk.own_to {
-        words[chunk.word + i] = after;
+fn write(run: Run, i: u32, before: u32, after: u32) {
+    if after != before && i >= run.skip && i < run.own_to {
+        words[run.word + i] = after;
     }
 }
 
 // Applies the outcome to the block that starts at word `i`, unless something in it is unusual: then returns true, and
 // the block is to be walked word by word. On software devices the condition of that must stand in the loop: they run
 // the body of every branch, but not of every loop.
-fn apply_block(chunk: Chunk, i: u32, outcome: Outcome, looks_closer: bool) -> bool {
+fn apply_block(run: Run, i: u32, outcome: Outcome, looks_closer: bool) -> bool {
     unusual = looks_closer || outcome.action != APPLY || outcome.factor.is_float == 0u;
     outside = false;
     let factor = bitcast<f32>(outcome.factor.value);
-    let a = word_or_first(chunk, i, 0u);
-    let b = word_or_first(chunk, i, 1u);
-    let c = word_or_first(chunk, i, 2u);
-    let d = word_or_first(chunk, i, 3u);
+    let a = word_or_first(run, i, 0u);
+    let b = word_or_first(run, i, 1u);
+    let c = word_or_first(run, i, 2u);
+    let d = word_or_first(run, i, 3u);
     let e = quickly_applied_word(a, factor);
     let f = quickly_applied_word(b, factor);
     let g = quickly_applied_word(c, factor);
     let h = quickly_applied_word(d, factor);
     if WRITES && !unusual {
-        write(chunk, i, a, e);
-        write(chunk, i + WORKGROUP, b, f);
-        write(chunk, i + 2u * WORKGROUP, c, g);
-        write(chunk, i + 3u * WORKGROUP, d, h);
+        write(run, i, a, e);
+        write(run, i + WORKGROUP, b, f);
+        write(run, i + 2u * WORKGROUP, c, g);
+        write(run, i + 3u * WORKGROUP, d, h);
     }
     return unusual;
 }

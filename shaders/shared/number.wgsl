@@ -79,11 +79,34 @@ fn wide_product(a: u32, b: u32) -> vec2<u32> {
     return vec2<u32>((other << 16u) | (low & 0xffffu), high);
 }
 
-fn squared(a: Number) -> Number {
-    if a.mantissa == 0u {
+// a * b, truncated to 31 bits or more.
+fn multiply(a: Number, b: Number) -> Number {
+    if a.mantissa == 0u || b.mantissa == 0u {
         return ZERO_NUMBER;
     }
-    return normalised(wide_product(a.mantissa, a.mantissa).y, 2 * a.exponent + 32);
+    return normalised(wide_product(a.mantissa, b.mantissa).y, a.exponent + b.exponent + 32);
+}
+
+fn squared(a: Number) -> Number {
+    return multiply(a, a);
+}
+
+// |a - b|
+fn distance(a: Number, b: Number) -> Number {
+    var high = a;
+    var low = b;
+    if less(a, b) {
+        high = b;
+        low = a;
+    }
+    if low.mantissa == 0u {
+        return high;
+    }
+    let shift = u32(high.exponent - low.exponent);
+    if shift > 31u {
+        return high;
+    }
+    return normalised(high.mantissa - (low.mantissa >> shift), high.exponent);
 }
 
 // a / b for b > 0, by long division; truncated to 32 bits.

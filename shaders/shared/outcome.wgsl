@@ -17,24 +17,29 @@ const ZERO_OR_NAN: u32 = 4u;
 
 struct Outcome {
     action: u32,
-    clipped: u32,
-    // The norm, not yet divided by grad_scale. Without meaning if `norm_kind` is not FINITE.
+    // CLIPPED, and what kind of norm it is.
+    flags: u32,
+    // The measured norm, not yet divided by grad_scale. Without meaning if its kind is not NORM_FINITE.
     norm: Number,
     factor: Factor,
 }
 
+const CLIPPED: u32 = 1u;
+const NORM_FINITE: u32 = 0u;
+const NORM_INFINITE: u32 = 2u;
+const NORM_NAN: u32 = 4u;
+
 struct Results {
     // How often a step has run.
     steps: u32,
-    // Of the first segment: whether its norm is a number.
-    norm_kind: u32,
+    // Whether a policy forbade the last one to write.
+    refused: u32,
     padding_0: u32,
     padding_1: u32,
     padding_2: u32,
     padding_3: u32,
     padding_4: u32,
     padding_5: u32,
-    total: Partial,
     outcomes: array<Outcome>,
 }
 
@@ -44,22 +49,37 @@ const POLICY_SKIP: u32 = 2u;
 const POLICY_ZERO: u32 = 3u;
 const POLICY_DROP: u32 = 4u;
 
+// What a group of tensors is clipped by. Numbers travel as mantissa and exponent.
 struct Params {
-    // Numbers, as mantissa and exponent: max_norm, and max_norm and eps times grad_scale.
-    max_norm: vec2<u32>,
-    max_norm_scaled: vec2<u32>,
+    grad_scale: vec2<u32>,
+    // eps, and what a norm is divided by at least; both times grad_scale.
     eps_scaled: vec2<u32>,
+    floor_scaled: vec2<u32>,
+    // The p of a p-norm, and its reciprocal.
+    power: vec2<u32>,
+    root: vec2<u32>,
     // The factor 1 / grad_scale.
     unscale_exact: vec2<u32>,
     unscale_value: u32,
     unscale_is_float: u32,
     policy: u32,
     only_measures: u32,
+    // The group's segments, and where their partials start.
+    first_segment: u32,
     segments: u32,
-    // Where the partials of segments start, and where the partial of everything is.
     segment_partials: u32,
+    // Where the partial of the group is, and that of everything.
+    group_partial: u32,
     total_partial: u32,
+    // Where the partials of the parameters' segments start.
+    parameter_partials: u32,
+    // What a kernel of `threshold.wgsl` goes by.
+    warm_up: u32,
     padding: u32,
+    threshold_a: vec2<u32>,
+    threshold_b: vec2<u32>,
+    threshold_c: vec2<u32>,
+    threshold_d: vec2<u32>,
     // The bounds of a value clip as float32 bits, rounded to each dtype, by its code.
     min: vec4<u32>,
     max: vec4<u32>,

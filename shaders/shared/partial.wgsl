@@ -8,8 +8,8 @@ struct Partial {
     // How many elements are NaN or infinite: low and high word.
     non_finite: u32,
     non_finite_high: u32,
-    // Where the first of them is: the chunk, and the element in it. NOWHERE if there is none.
-    first_chunk: u32,
+    // Where the first of them is: an origin, and the element from there. NOWHERE if there is none.
+    first_origin: u32,
     first_element: u32,
     flags: u32,
 }
@@ -28,22 +28,26 @@ fn merge(a: Partial, b: Partial) -> Partial {
     both.max = max(a.max, b.max);
     both.non_finite = a.non_finite + b.non_finite;
     both.non_finite_high = a.non_finite_high + b.non_finite_high + select(0u, 1u, both.non_finite < a.non_finite);
-    if b.first_chunk < a.first_chunk || (b.first_chunk == a.first_chunk && b.first_element < a.first_element) {
-        both.first_chunk = b.first_chunk;
+    if b.first_origin < a.first_origin || (b.first_origin == a.first_origin && b.first_element < a.first_element) {
+        both.first_origin = b.first_origin;
         both.first_element = b.first_element;
     }
     both.flags = a.flags | b.flags;
     return both;
 }
 
-// The partial with one more non-finite element, which is at this place of this chunk.
-fn with_non_finite(partial: Partial, magnitude: u32, chunk: u32, element: u32) -> Partial {
+// The partial with one more non-finite element, which is at this place from this origin.
+fn with_non_finite(partial: Partial, magnitude: u32, origin: u32, element: u32) -> Partial {
     var more = partial;
     more.non_finite += 1u;
-    more.first_chunk = chunk;
+    more.first_origin = origin;
     more.first_element = min(partial.first_element, element);
     more.flags |= select(0u, HAS_NAN, magnitude > INFINITE);
     return more;
+}
+
+fn is_bad(partial: Partial) -> bool {
+    return (partial.non_finite | partial.non_finite_high) != 0u;
 }
 
 var<workgroup> tree: array<Partial, WORKGROUP>;

@@ -4,7 +4,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::tuning::BLOCK;
-use crate::Element;
+use crate::{Element, NormType};
 
 /// An element type, and how blocks of it become blocks of the type that is computed in.
 pub(super) trait Widen: Element {
@@ -21,7 +21,7 @@ pub(super) trait Widen: Element {
 }
 
 /// The types that are computed in: float32 for everything up to 32 bits, float64 for itself.
-pub(super) trait Wide: Element + PartialOrd {
+pub(super) trait Wide: Element + PartialOrd + Into<f64> {
     const ZERO: Self;
     fn is_finite(self) -> bool;
     fn is_nan(self) -> bool;
@@ -32,9 +32,11 @@ pub(super) trait Wide: Element + PartialOrd {
     fn factor(factor: f64) -> Option<Self>;
     fn scaled_by_any(self, factor: f64) -> Self;
 
-    /// Σ x² as `(sum, exponent)`, Σ |x| likewise, and max |x|. None if an element is not finite.
-    fn sum_squares(xs: &[Self]) -> Option<(f64, i32)>;
-    fn sum_abs(xs: &[Self]) -> Option<(f64, i32)>;
+    /// Whether a sum of |x|^p in plain float64 is right: nothing overflowed, and nothing that matters underflowed. For
+    /// the infinity norm, whether this is a largest |x|.
+    fn trusts(norm_type: NormType, sum: f64) -> bool;
+
+    /// max |x|; None if an element is not finite.
     fn max_abs(xs: &[Self]) -> Option<f64>;
 }
 
@@ -117,24 +119,25 @@ pub(super) fn for_blocks<T: Widen>(data: &[u8], mut f: impl FnMut(u64, &[T::Wide
     }
 }
 
-/// Calls `read` with each block and, where it returns true, `update` with the same block, which is then written.
+/// Calls `read` with each block and, where it returns true, `update` with the same block, which is then written. Both are told
+/// the index of its first element.
 pub(super) fn update_blocks<T: Widen>(
     data: &mut [u8],
     mut read: impl FnMut(u64, &[T::Wide]) -> bool,
-    mut update: impl FnMut(&mut [T::Wide]),
+    mut update: impl FnMut(u64, &mut [T::Wide]),
 ) {
     for (i, bytes) in data.chunks_mut(BLOCK * size_of::<T>()).enumerate() {
         let at = (i * BLOCK) as u64;
         if let Ok(block) = bytemuck::try_cast_slice_mut::<u8, T>(bytes) {
             if T::read(block, |wide| read(at, wide)) {
-                T::update(block, &mut update);
+                T::update(block, |wide| update(at, wide));
             }
         } else {
             let mut aligned = [T::zeroed(); BLOCK];
             let block = &mut aligned[..bytes.len() / size_of::<T>()];
             bytemuck::cast_slice_mut::<T, u8>(block).copy_from_slice(bytes);
             if T::read(block, |wide| read(at, wide)) {
-                T::update(block, &mut update);
+                T::update(block, |wide| update(at, wide));
                 bytes.copy_from_slice(bytemuck::cast_slice(block));
             }
         }

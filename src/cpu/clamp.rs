@@ -24,7 +24,7 @@ impl<W: Wide> Clamp<W> {
     fn new<T: Widen<Wide = W>>(clip: &Clip) -> Self {
         let (min, max) = match clip.mode {
             Mode::Value { min, max } => (min, max),
-            Mode::Norm { .. } => (f64::NEG_INFINITY, f64::INFINITY),
+            _ => (f64::NEG_INFINITY, f64::INFINITY),
         };
         let factor = 1.0 / clip.grad_scale;
         Self {
@@ -64,7 +64,11 @@ impl<W: Wide> Clamp<W> {
     fn partial(self, at: Location, block: &[W]) -> Partial {
         let outside = block.iter().fold(false, |any, x| any | self.is_outside(*x));
         let all_finite = block.iter().fold(true, |all, x| all & x.is_finite());
-        let partial = if all_finite { Partial::EMPTY } else { non_finite(at, block) };
+        let partial = if all_finite {
+            Partial::EMPTY
+        } else {
+            non_finite(block, |i| Location { index: at.index + i as u64, ..at })
+        };
         Partial { outside, ..partial }
     }
 }
@@ -90,7 +94,7 @@ pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Par
             chunk = chunk.merge(partial);
             partial.outside || (clamp.drop_non_finite && partial.non_finite > 0) || clamp.factor != 1.0
         },
-        |block| {
+        |_, block| {
             if clamp.drop_non_finite {
                 drop_from(block);
             }

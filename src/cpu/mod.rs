@@ -1,32 +1,36 @@
 //! The CPU path: the fallback, and the check on the GPU.
 //!
 //! ```text
-//! partials = for each chunk of each tensor, in parallel: norm(chunk)      cpu/norm.rs
-//! total    = partials merged from first to last                          partial.rs
-//! outcome  = the coefficient that follows                                partial.rs
+//! partials = for each task of each tensor, in parallel: norm             cpu/norm.rs, cpu/columns.rs
+//! segments = partials merged from first to last                          partial.rs
+//! outcomes = the coefficients that follow                                partial.rs
 //! for each chunk of each tensor, in parallel: scale or clamp             cpu/scale.rs, cpu/clamp.rs
 //! ```
 //!
-//! Chunks have a fixed length and their partials merge in list order, so the answer does not depend on the number of
+//! Tasks have fixed shapes and their partials merge in list order, so the answer does not depend on the number of
 //! threads. Work runs on rayon's current pool: the global one, or the caller's through `ThreadPool::install`.
 //!
-//! Within a chunk, elements are taken in blocks that fit the first-level cache. A block is widened once (half precision
+//! Within a task, elements are taken in blocks that fit the first-level cache. A block is widened once (half precision
 //! to float32; a misaligned one is copied) so that each kernel is written for float32 and float64 only.
 
 mod block;
 mod clamp;
+mod columns;
 mod norm;
 mod scale;
+mod sum;
 mod tuning;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::clip::Mode;
-use crate::partial::{Action, Location, Outcome, Partial};
+use crate::error::tensor_label;
+use crate::partial::{Action, Known, Location, Outcome, Partial};
 use crate::progress::Progress;
-use crate::{Clip, ClipReport, Dtype, Error, NonFinite, Tensor, TensorMut};
-use tuning::{CHUNK, PARALLEL_FROM};
+use crate::segment::{By, Family, Segments, check_groups, check_parameter};
+use crate::threshold::Threshold;
+use crate::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut};
+use tuning::{CHUNK, COLUMNS, PARALLEL_FROM};
 
 /// Calls `$body` with `$T` standing for the Rust type of `$dtype`.
 macro_rules! with_element {
@@ -54,83 +58,420 @@ macro_rules! with_element {
 
 /// Measures what [`apply`] would do, and writes nothing.
 pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<ClipReport, Error> {
-    let (outcome, total) = outcome(clip, tensors, progress);
-    clip.report(&outcome, &total, elements(tensors), |i| tensors[i].name)
+    let found = Measured::of(clip, tensors, progress)?;
+    let leaves = clip.only_measures() || found.bad && clip.refuses_non_finite();
+    found.decide(clip, tensors, leaves).map(|(report, _)| report)
 }
 
-/// Clips in place.
-pub(crate) fn apply(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) -> Result<ClipReport, Error> {
-    let views: Vec<_> = tensors.iter().map(TensorMut::as_tensor).collect();
-    let count = elements(&views);
-    let (outcome, total) = if clip.reads_first() {
-        outcome(clip, &views, progress)
-    } else {
-        let total = merged(chunks_mut(tensors), count, |(at, dtype, data)| {
-            progress.measured(data.len());
-            with_element!(dtype, T => clamp::clamp::<T>(clip, at, data))
-        });
-        (clip.outcome(&total, &total), total)
-    };
-    // Before any write: the policy `Error` ends here.
-    let report = clip.report(&outcome, &total, count, |i| tensors[i].name)?;
-    if clip.reads_first() && outcome.action != Action::Leave {
+/// Some tensors and the clip that is theirs.
+pub(crate) type Group<'a, 'b> = (Clip, &'a mut [TensorMut<'b>]);
+
+/// Clips groups of tensors in place. The reports are theirs, in order. A `threshold` follows the norms of every group.
+pub(crate) fn apply(
+    groups: &mut [Group<'_, '_>],
+    mut threshold: Option<&mut dyn Threshold>,
+    progress: &Progress,
+) -> Result<Vec<ClipReport>, Error> {
+    check_groups(groups.iter().map(|(clip, _)| clip))?;
+    if threshold.is_some() {
+        groups.iter().try_for_each(|(clip, _)| clip.check_adaptive())?;
+    }
+    // All checks come before the first write, which a value clip may do while it measures.
+    let mut segments = Vec::new();
+    for (clip, tensors) in groups.iter() {
+        segments.push(segments_of(clip, &views(tensors))?);
+    }
+    let mut measured = Vec::new();
+    for ((clip, tensors), segments) in groups.iter_mut().zip(segments) {
+        let mut found = if clip.reads_first() {
+            Measured::with(clip, &views(tensors), segments, progress)
+        } else {
+            let total = clamp_all(clip, tensors, progress);
+            Measured::new(clip, &views(tensors), segments, &[total])
+        };
+        if let Some(threshold) = threshold.as_deref_mut() {
+            found.adapt(clip, &views(tensors), threshold)?;
+        }
+        measured.push(found);
+    }
+    let refused = groups.iter().zip(&measured).any(|((clip, _), found)| found.bad && clip.refuses_non_finite());
+    let mut decided = Vec::new();
+    for ((clip, tensors), found) in groups.iter().zip(&measured) {
+        // A clip that only measures does not even unscale.
+        let leaves = refused || clip.only_measures() && threshold.is_none();
+        decided.push(found.decide(clip, &views(tensors), leaves)?);
+    }
+    let mut reports = Vec::new();
+    for (((clip, tensors), found), (report, outcomes)) in groups.iter_mut().zip(&measured).zip(decided) {
+        if clip.reads_first() {
+            write(clip, &found.segments, &outcomes, tensors);
+        }
+        reports.push(report);
+    }
+    Ok(reports)
+}
+
+/// Clips in place by norms that were measured elsewhere.
+pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+    clip.check_adaptive()?;
+    let segments = segments_of(clip, &views(tensors))?;
+    let found = Measured::given(clip, &views(tensors), segments, given)?;
+    let leaves = clip.only_measures() || found.bad && clip.refuses_non_finite();
+    let (report, outcomes) = found.decide(clip, &views(tensors), leaves)?;
+    write(clip, &found.segments, &outcomes, tensors);
+    Ok(report)
+}
+
+/// Measures examples, and writes the sum of the clipped ones: one sum for each tensor.
+pub(crate) fn sum_examples(
+    clip: &Clip,
+    tensors: &[Tensor<'_>],
+    sums: &mut [TensorMut<'_>],
+    progress: &Progress,
+) -> Result<ClipReport, Error> {
+    let found = Measured::of(clip, tensors, progress)?;
+    let refused = found.bad && clip.refuses_non_finite();
+    let (report, outcomes) = found.decide(clip, tensors, refused)?;
+    if !refused {
         let drop = clip.non_finite == NonFinite::Drop;
-        merged(chunks_mut(tensors), count, |(at, dtype, data)| {
-            match (outcome.action, clip.mode) {
-                (Action::Leave, _) => {}
-                (Action::Zero, _) => data.fill(0),
-                (Action::Apply, Mode::Norm { .. }) => {
-                    with_element!(dtype, T => scale::scale::<T>(&outcome, drop, data));
-                }
-                (Action::Apply, Mode::Value { .. }) => {
-                    with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
-                }
-            }
-            Partial::EMPTY
-        });
+        for ((tensor, layout), sum) in tensors.iter().zip(&found.segments.layouts).zip(sums) {
+            // One example is a whole tensor; else every row is an example.
+            let columns = usize::try_from(layout.columns).unwrap_or(usize::MAX);
+            let rows = tensor.len().checked_div(columns).unwrap_or(0);
+            let outcomes = &outcomes[layout.segment as usize..][..rows];
+            let tile = COLUMNS * sum.dtype.size();
+            let tiles: Vec<_> = sum.data.chunks_mut(tile).enumerate().collect();
+            let task = |(i, sums): (usize, &mut [u8])| {
+                with_element!(tensor.dtype, T => sum::sum::<T>(outcomes, drop, tensor.data, columns, i * COLUMNS, sums));
+            };
+            in_parallel(tiles, tensor.data.len(), task);
+        }
     }
     Ok(report)
 }
 
-fn outcome(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> (Outcome, Partial) {
-    let total = merged(chunks(tensors), elements(tensors), |(at, dtype, data)| {
-        progress.measured(data.len());
-        match clip.mode {
-            Mode::Norm { .. } => with_element!(dtype, T => norm::norm::<T>(clip.norm_type, at, data)),
-            Mode::Value { .. } => with_element!(dtype, T => clamp::scan::<T>(clip, at, data)),
+/// The partial of everything.
+pub(crate) fn partial(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Partial, Error> {
+    Ok(Measured::of(clip, tensors, progress)?.total)
+}
+
+pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
+    tensors.iter().map(TensorMut::as_tensor).collect()
+}
+
+pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segments, Error> {
+    let dims: Vec<_> = tensors.iter().map(Tensor::dims).collect();
+    let segments = Segments::new(clip, &dims, |i| tensors[i].name)?;
+    if clip.needs_parameters() {
+        for (i, t) in tensors.iter().enumerate() {
+            let parameter = t.parameter.map(|p| (p.dims(), p.name));
+            check_parameter(|| tensor_label(t.name, i), (t.dims(), t.name), parameter)?;
+        }
+    }
+    Ok(segments)
+}
+
+/// What the first pass found out.
+struct Measured {
+    segments: Segments,
+    /// By segment.
+    known: Vec<Known>,
+    /// What the norms are compared with, by segment.
+    max_norms: Vec<f64>,
+    total: Partial,
+    /// N of everything.
+    total_norm: f64,
+    elements: u64,
+    /// Whether anything is not finite.
+    bad: bool,
+}
+
+/// A decision that is not measured here.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Given<'a> {
+    /// N by segment.
+    Norms(&'a [f64]),
+    /// The merged partial of so many elements of everything.
+    Partial(&'a Partial, u64),
+}
+
+impl Measured {
+    fn of(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Self, Error> {
+        Ok(Self::with(clip, tensors, segments_of(clip, tensors)?, progress))
+    }
+
+    fn with(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Progress) -> Self {
+        let partials = merged(tensors, &segments, |task, slots| {
+            progress.measured(task.bytes());
+            match clip.measured() {
+                Some(norm_type) => task.norm(norm_type, slots),
+                None => with_element!(task.dtype, T => slots[0] = clamp::scan::<T>(clip, task.at, task.data)),
+            }
+        });
+        let mut found = Self::new(clip, tensors, segments, &partials);
+        if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
+            let of: Vec<_> = tensors.iter().filter_map(|t| t.parameter.copied()).collect();
+            let norm = |p: &Partial| if p.non_finite > 0 { f64::INFINITY } else { p.finite_norm(norm_type, 1.0) };
+            let partials = merged(&of, &found.segments, |task, slots| task.norm(norm_type, slots));
+            let parameters: Vec<_> = partials.iter().map(norm).collect();
+            found.max_norms = found.segments.max_norms(clip, &parameters, &[]);
+        }
+        found
+    }
+
+    fn new(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, partials: &[Partial]) -> Self {
+        let elements = tensors.iter().map(|t| t.len() as u64).sum();
+        let total = partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b));
+        let known = partials.iter().map(|p| clip.known(p)).collect();
+        let max_norms = segments.max_norms(clip, &[], &[]);
+        let total_norm = clip.known(&total).norm * clip.weight(elements);
+        Self { segments, known, max_norms, total, total_norm, elements, bad: total.non_finite > 0 }
+    }
+
+    fn given(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, given: Given<'_>) -> Result<Self, Error> {
+        match given {
+            Given::Partial(partial, elements) => {
+                if clip.scope != Scope::Global {
+                    return Err(Error::Unfit("a running partial is of all tensors; the scope must be Global"));
+                }
+                let mut found = Self::new(clip, tensors, segments, &[*partial]);
+                found.elements = elements;
+                found.max_norms = vec![clip.max_norm(elements, 1.0, 0.0)];
+                found.total_norm = found.known[0].norm * clip.weight(elements);
+                Ok(found)
+            }
+            Given::Norms(norms) => {
+                let expected = u64::from(segments.count);
+                if norms.len() as u64 != expected {
+                    return Err(Error::Length { what: "norms by segment", expected, found: norms.len() as u64 });
+                }
+                let blind = matches!(clip.non_finite, NonFinite::Error | NonFinite::Drop);
+                let unusable =
+                    |n: &&f64| n.is_nan() || **n < 0.0 && !blind || blind && !(0.0..f64::INFINITY).contains(*n);
+                if let Some(norm) = norms.iter().find(unusable) {
+                    return Err(Error::BadParameter {
+                        what: "a given norm",
+                        value: *norm,
+                        must: "0 or more, and finite",
+                    });
+                }
+                let mut found = Self::new(clip, tensors, segments, &[]);
+                // Nothing is known of single elements: a policy that drops some looks for them wherever it writes.
+                let known = |(family, norm): (&Family, &f64)| Known {
+                    norm: norm / clip.weight(family.elements),
+                    bad: !norm.is_finite() || clip.non_finite == NonFinite::Drop,
+                };
+                found.known = found.segments.families().zip(norms).map(known).collect();
+                found.bad = norms.iter().any(|n| !n.is_finite());
+                found.total_norm = if let ([norm], Scope::Global) = (norms, clip.scope) { *norm } else { f64::NAN };
+                Ok(found)
+            }
+        }
+    }
+
+    /// Lets an adaptive threshold follow the norms.
+    fn adapt(&mut self, clip: &Clip, tensors: &[Tensor<'_>], threshold: &mut dyn Threshold) -> Result<(), Error> {
+        threshold.bind(&self.segments.labels(|i| tensors[i].name))?;
+        let norm = |(family, known): (&Family, &Known)| known.norm * clip.weight(family.elements);
+        let norms: Vec<_> = self.segments.families().zip(&self.known).map(norm).collect();
+        // A non-finite element counts as such even where the policy measures the rest.
+        let total_norm = if self.bad { f64::NAN } else { self.total_norm };
+        self.max_norms = self.segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
+        Ok(())
+    }
+
+    /// The report and the outcomes; under a refusal every segment is left as it is.
+    fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>], refused: bool) -> Result<(ClipReport, Vec<Outcome>), Error> {
+        let outcomes = self.segments.outcomes(clip, &self.known, &self.max_norms, refused);
+        let totals = (self.total_norm, &self.total);
+        let report = clip.report((&self.segments, &outcomes), totals, self.elements, |i| tensors.get(i)?.name)?;
+        Ok((report, outcomes))
+    }
+}
+
+/// Scales or clamps what the outcomes say.
+fn write(clip: &Clip, segments: &Segments, outcomes: &[Outcome], tensors: &mut [TensorMut<'_>]) {
+    let drop = clip.non_finite == NonFinite::Drop;
+    let mut chunks = Vec::new();
+    for (tensor, (t, layout)) in tensors.iter_mut().zip(&segments.layouts).enumerate() {
+        let Some(last) = t.len().checked_sub(1) else { continue };
+        let last = match layout.by {
+            By::Columns => layout.segment + layout.columns as u32 - 1,
+            By::Whole | By::Rows => layout.segment_of(last as u64),
+        };
+        let own = &outcomes[layout.segment as usize..=last as usize];
+        if own.iter().all(|o| o.action == Action::Leave) {
+            continue;
+        }
+        let (dtype, layout) = (t.dtype, layout.numbered_from_zero());
+        for (i, data) in t.data.chunks_mut(CHUNK * dtype.size()).enumerate() {
+            chunks.push((Location { tensor, index: (i * CHUNK) as u64 }, dtype, layout, own, data));
+        }
+    }
+    let bytes = chunks.iter().map(|(.., data)| data.len()).sum();
+    in_parallel(chunks, bytes, |(at, dtype, layout, outcomes, data)| {
+        if clip.measured().is_some() {
+            with_element!(dtype, T => scale::scale::<T>(outcomes, layout, at.index, drop, data));
+        } else if outcomes[0].action == Action::Zero {
+            data.fill(0);
+        } else {
+            with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
         }
     });
-    (clip.outcome(&total, &total), total)
 }
 
-/// Runs `task` on every chunk, in parallel if there are many, and merges the partials from first to last.
-fn merged<C: Send>(chunks: Vec<C>, elements: u64, task: impl Fn(C) -> Partial + Send + Sync) -> Partial {
-    let merge = |partials: &[Partial]| partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b));
-    if elements < PARALLEL_FROM as u64 {
-        return merge(&chunks.into_iter().map(task).collect::<Vec<_>>());
+/// A value clip in one pass.
+fn clamp_all(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) -> Partial {
+    let mut chunks = Vec::new();
+    for (tensor, t) in tensors.iter_mut().enumerate() {
+        let dtype = t.dtype;
+        for (i, data) in t.data.chunks_mut(CHUNK * dtype.size()).enumerate() {
+            chunks.push((Location { tensor, index: (i * CHUNK) as u64 }, dtype, data, Partial::EMPTY));
+        }
     }
-    // Many tiny tensors make tiny chunks: a task takes as many as fill a chunk on average.
-    let in_a_task = (chunks.len() * CHUNK / usize::try_from(elements).unwrap_or(usize::MAX)).clamp(1, CHUNK);
-    let partials: Vec<_> = chunks.into_par_iter().with_min_len(in_a_task).map(task).collect();
-    merge(&partials)
+    let bytes = chunks.iter().map(|(_, _, data, _)| data.len()).sum();
+    in_parallel(chunks.iter_mut().collect(), bytes, |(at, dtype, data, partial)| {
+        progress.measured(data.len());
+        with_element!(*dtype, T => *partial = clamp::clamp::<T>(clip, *at, data));
+    });
+    chunks.iter().fold(Partial::EMPTY, |a, (.., b)| a.merge(*b))
 }
 
-fn chunks<'a>(tensors: &[Tensor<'a>]) -> Vec<(Location, Dtype, &'a [u8])> {
-    let pieces = |(tensor, t): (usize, &Tensor<'a>)| {
-        let (dtype, pieces) = (t.dtype, t.data.chunks(CHUNK * t.dtype.size()));
-        pieces.enumerate().map(move |(i, data)| (Location { tensor, index: (i * CHUNK) as u64 }, dtype, data))
-    };
-    tensors.iter().enumerate().flat_map(pieces).collect()
+/// A rectangle of a tensor's matrix, from its first element to its last.
+struct Task<'a> {
+    at: Location,
+    dtype: Dtype,
+    data: &'a [u8],
+    shape: Shape,
+    /// Its first segment; the others follow.
+    segment: u32,
 }
 
-fn chunks_mut<'a>(tensors: &'a mut [TensorMut<'_>]) -> Vec<(Location, Dtype, &'a mut [u8])> {
-    let pieces = |(tensor, t): (usize, &'a mut TensorMut<'_>)| {
-        let (dtype, pieces) = (t.dtype, t.data.chunks_mut(CHUNK * t.dtype.size()));
-        pieces.enumerate().map(move |(i, data)| (Location { tensor, index: (i * CHUNK) as u64 }, dtype, data))
-    };
-    tensors.iter_mut().enumerate().flat_map(pieces).collect()
+#[derive(Clone, Copy)]
+enum Shape {
+    /// Part of one segment.
+    Run,
+    /// So many whole rows of such a length, each a segment.
+    Rows(usize, usize),
+    /// So many columns, each a segment, with so many elements from row to row.
+    Columns(usize, usize),
 }
 
-fn elements(tensors: &[Tensor<'_>]) -> u64 {
-    tensors.iter().map(|t| t.len() as u64).sum()
+impl Task<'_> {
+    /// How many bytes of elements it has; between those of columns lie others'.
+    fn bytes(&self) -> usize {
+        match self.shape {
+            Shape::Run | Shape::Rows(..) => self.data.len(),
+            Shape::Columns(count, stride) => {
+                let size = self.dtype.size();
+                self.data.len().div_ceil(stride * size) * count * size
+            }
+        }
+    }
+
+    /// How many segments it meets.
+    fn slots(&self) -> usize {
+        match self.shape {
+            Shape::Run => 1,
+            Shape::Rows(count, _) | Shape::Columns(count, _) => count,
+        }
+    }
+
+    /// The partial of each segment.
+    fn norm(&self, norm_type: NormType, slots: &mut [Partial]) {
+        with_element!(self.dtype, T => match self.shape {
+            Shape::Run => slots[0] = norm::norm::<T>(norm_type, self.at, self.data),
+            Shape::Rows(_, len) => {
+                for (i, (row, slot)) in self.data.chunks(len * self.dtype.size()).zip(slots).enumerate() {
+                    let at = Location { index: self.at.index + (i * len) as u64, ..self.at };
+                    *slot = norm::norm::<T>(norm_type, at, row);
+                }
+            }
+            Shape::Columns(_, stride) => columns::norms::<T>(norm_type, self.at, self.data, stride, slots),
+        });
+    }
+}
+
+/// Cuts tensors into tasks, segment by segment within each.
+fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
+    let mut tasks = Vec::new();
+    for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate() {
+        let (size, all) = (t.dtype.size(), t.len());
+        let mut add = |first: usize, len: usize, shape, segment: usize| {
+            let at = Location { tensor, index: first as u64 };
+            let data = &t.data[first * size..(first + len) * size];
+            tasks.push(Task { at, dtype: t.dtype, data, shape, segment: layout.segment + segment as u32 });
+        };
+        // No layout has longer rows than the tensor is long.
+        let columns = layout.columns as usize;
+        match layout.by {
+            By::Whole => {
+                for first in (0..all).step_by(CHUNK) {
+                    add(first, CHUNK.min(all - first), Shape::Run, 0);
+                }
+            }
+            By::Rows if columns > CHUNK / 2 => {
+                for (row, start) in (0..all).step_by(columns).enumerate() {
+                    for first in (0..columns).step_by(CHUNK) {
+                        add(start + first, CHUNK.min(columns - first), Shape::Run, row);
+                    }
+                }
+            }
+            By::Rows => {
+                let rows = CHUNK / columns.max(1);
+                for (i, first) in (0..all).step_by(rows * columns.max(1)).enumerate() {
+                    let len = (rows * columns).min(all - first);
+                    add(first, len, Shape::Rows(len / columns, columns), i * rows);
+                }
+            }
+            By::Columns => {
+                let rows = (CHUNK / COLUMNS * 4).min(all / columns.max(1));
+                for top in (0..all).step_by((rows * columns).max(1)) {
+                    let rows = rows.min((all - top) / columns);
+                    for left in (0..columns).step_by(COLUMNS) {
+                        let width = COLUMNS.min(columns - left);
+                        add(top + left, (rows - 1) * columns + width, Shape::Columns(width, columns), left);
+                    }
+                }
+            }
+        }
+    }
+    tasks
+}
+
+/// The partial of each segment: runs `task` on every task, in parallel if there are many, and merges what it leaves in
+/// its slots from first to last.
+fn merged(
+    tensors: &[Tensor<'_>],
+    segments: &Segments,
+    task: impl Fn(&Task<'_>, &mut [Partial]) + Send + Sync,
+) -> Vec<Partial> {
+    let tasks = tasks(tensors, segments);
+    let mut slots = vec![Partial::EMPTY; tasks.iter().map(Task::slots).sum()];
+    let mut rest = &mut slots[..];
+    let mut work = Vec::new();
+    for task in &tasks {
+        let (own, others) = rest.split_at_mut(task.slots());
+        rest = others;
+        work.push((task, own));
+    }
+    in_parallel(work, tensors.iter().map(|t| t.data.len()).sum(), |(of, slots)| task(of, slots));
+    let mut partials = vec![Partial::EMPTY; segments.count as usize];
+    let mut next = slots.iter();
+    for task in &tasks {
+        for (partial, slot) in partials[task.segment as usize..].iter_mut().zip(next.by_ref().take(task.slots())) {
+            *partial = partial.merge(*slot);
+        }
+    }
+    partials
+}
+
+/// Runs `task` on every piece of work, in parallel if there are many of `bytes` together.
+fn in_parallel<W: Send>(work: Vec<W>, bytes: usize, task: impl Fn(W) + Send + Sync) {
+    if bytes < PARALLEL_FROM * size_of::<f32>() {
+        return work.into_iter().for_each(task);
+    }
+    // Many tiny tensors make tiny pieces: a task takes as many as fill a chunk on average.
+    let in_a_task = (work.len() * CHUNK * size_of::<f32>() / bytes).clamp(1, CHUNK);
+    work.into_par_iter().with_min_len(in_a_task).for_each(task);
 }

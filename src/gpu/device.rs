@@ -86,31 +86,23 @@ impl GpuDevice {
         contents: &[u8],
         usage: wgpu::BufferUsages,
     ) -> Result<wgpu::Buffer, Error> {
-        let usage = usage | wgpu::BufferUsages::COPY_DST;
-        self.scoped(|| {
-            let descriptor = wgpu::BufferDescriptor {
-                label: Some(label),
-                size: contents.len() as u64,
-                usage,
-                mapped_at_creation: false,
-            };
-            let buffer = self.device.create_buffer(&descriptor);
-            self.queue.write_buffer(&buffer, 0, contents);
-            buffer
-        })
+        let buffer = self.storage(label, contents.len() as u64, usage | wgpu::BufferUsages::COPY_DST)?;
+        self.scoped(|| self.queue.write_buffer(&buffer, 0, contents))?;
+        Ok(buffer)
     }
 
-    /// Copies part of a buffer to the host and waits for it.
+    /// A buffer of so many bytes, all 0.
+    pub(super) fn storage(&self, label: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer, Error> {
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        self.scoped(|| self.device.create_buffer(&descriptor))
+    }
+
+    /// Copies parts of buffers (offset and size) to the host, one after another, and waits for them.
     ///
     /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
     /// never needs it.
-    pub(super) async fn read(
-        &self,
-        buffer: &wgpu::Buffer,
-        offset: u64,
-        size: u64,
-        wait: Wait,
-    ) -> Result<Vec<u8>, Error> {
+    pub(super) async fn read(&self, parts: &[(&wgpu::Buffer, u64, u64)], wait: Wait) -> Result<Vec<u8>, Error> {
+        let size = parts.iter().map(|(.., size)| size).sum();
         let staging = self.scoped(|| {
             let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("gradclip readback"),
@@ -119,7 +111,11 @@ impl GpuDevice {
                 mapped_at_creation: false,
             });
             let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, Some(size));
+            let mut at = 0;
+            for (buffer, offset, size) in parts {
+                encoder.copy_buffer_to_buffer(buffer, *offset, &staging, at, Some(*size));
+                at += size;
+            }
             self.queue.submit([encoder.finish()]);
             staging
         })?;

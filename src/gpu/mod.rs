@@ -36,10 +36,13 @@
 mod device;
 mod host;
 mod kernels;
+mod merge;
 mod number;
 mod plan;
 mod readback;
+mod running;
 mod table;
+mod threshold;
 pub mod tuning;
 
 use std::collections::HashMap;
@@ -47,19 +50,22 @@ use std::sync::Arc;
 
 use device::GpuDevice;
 use kernels::Kernels;
-use plan::Parts;
+use plan::{Follows, GroupParts, Job, Parts};
 use table::Piece;
 use tuning::Tuning;
 
 use crate::error::tensor_label;
+use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
 pub use crate::tensor::GpuTensor;
-use crate::{Clip, Error};
+use crate::{Clip, Dtype, Error, Scope};
 
 pub(crate) use device::Wait;
 pub use device::adapters;
 #[cfg(not(target_arch = "wasm32"))]
 pub use device::adapters_blocking;
 pub use plan::GpuPlan;
+pub use running::{GpuRunning, GpuRunningPlan};
+pub use threshold::DeviceThreshold;
 
 /// Everything public may be sent to and used from any thread.
 #[cfg(not(target_arch = "wasm32"))]
@@ -169,27 +175,170 @@ impl GpuClipper {
     /// [`Error::Overlap`] if two tensors share elements; [`Error::TooLarge`], [`Error::OutOfMemory`] or
     /// [`Error::Device`] if the device cannot hold or bind what the plan needs. The tensors are not touched.
     pub fn plan(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        #[expect(clippy::mutable_key_type, reason = "buffers compare and hash by identity, which never changes")]
-        let mut places = HashMap::new();
-        let mut buffers = Vec::new();
-        let mut pieces = Vec::new();
-        for (i, t) in tensors.iter().enumerate() {
-            let buffer = *places.entry(t.buffer.clone()).or_insert_with(|| {
-                buffers.push(t.buffer.clone());
-                buffers.len() - 1
-            });
-            let (dtype, start, len) = (t.dtype, t.start, t.len());
-            pieces.push(Piece { buffer, dtype, start, len, tensor: i, first_element: 0, segment: 0 });
+        self.plan_groups(&[(*clip, tensors)])
+    }
+
+    /// Plans a clip of groups of tensors, each by a clip of its own, in one compute pass. [`GpuPlan::reports`] are theirs,
+    /// in order.
+    ///
+    /// The clips must agree on `grad_scale` and on the policy for non-finite gradients, which holds for all groups
+    /// together.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if the clips disagree, and those of [`GpuClipper::plan`].
+    pub fn plan_groups(&self, groups: &[(Clip, &[GpuTensor])]) -> Result<GpuPlan, Error> {
+        check_groups(groups.iter().map(|(clip, _)| clip))?;
+        let mut gathered = Gathered::default();
+        for (clip, tensors) in groups {
+            gathered.add(clip, tensors)?;
         }
-        let label = |piece: &Piece| tensor_label(tensors[piece.tensor].name.as_deref(), piece.tensor);
-        let mut by_address: Vec<_> = pieces.iter().filter(|p| p.len > 0).collect();
-        by_address.sort_by_key(|p| (p.buffer, p.bytes().start));
-        let overlap =
-            |pair: &&[&Piece]| pair[0].buffer == pair[1].buffer && pair[1].bytes().start < pair[0].bytes().end;
-        if let Some(pair) = by_address.windows(2).find(overlap) {
-            return Err(Error::Overlap { first: label(pair[0]), second: label(pair[1]) });
+        gathered.check_overlaps()?;
+        self.build(gathered, Job::Clip, Follows::Clip)
+    }
+
+    /// Plans to measure what a clip would do. Nothing is written but the report and [`GpuPlan::coefficients`], for an
+    /// optimizer to fold in.
+    ///
+    /// # Errors
+    /// Those of [`GpuClipper::plan`].
+    pub fn plan_measure(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
+        let mut gathered = Gathered::default();
+        gathered.add(clip, tensors)?;
+        self.build(gathered, Job::Measure, Follows::Clip)
+    }
+
+    /// Plans a clip by norms that something else has put into GPU memory: one float32 N for each segment, in the order of
+    /// the report and, like the report's, divided by `grad_scale` already. The host can write it too
+    /// (`queue.write_buffer`).
+    ///
+    /// Gradients are read only where they are written, so that non-finite ones go uncounted. What a norm that is not
+    /// finite leads to is the policy's choice; `Error`, `Skip` and `Drop` leave what it is the norm of as it is.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if the number of norms is not that of segments; [`Error::Unfit`] if they are not float32, and for
+    /// a clip by value and AGC; those of [`GpuClipper::plan`].
+    pub fn plan_scale(&self, clip: &Clip, norms: &GpuTensor, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
+        clip.check_adaptive()?;
+        if norms.dtype != Dtype::F32 {
+            return Err(Error::Unfit("norms from outside must be float32"));
+        }
+        let mut gathered = Gathered::default();
+        gathered.add(clip, tensors)?;
+        gathered.check_overlaps()?;
+        let expected = gathered.groups[0].segments.count.into();
+        if norms.len() != expected {
+            return Err(Error::Length { what: "norms by segment", expected, found: norms.len() });
+        }
+        let layout = Layout { by: By::Rows, columns: 1, segment: 0 };
+        let piece = Piece { tensor: tensors.len(), ..gathered.piece(norms, layout) };
+        self.build(gathered, Job::Scale(piece), Follows::Clip)
+    }
+
+    /// Plans a clip by a threshold that follows the norms on the device: no step waits for the host. The clip's own
+    /// `max_norm` stays an upper bound; infinity sets none. [`GpuPlan::threshold`] reads the state back.
+    ///
+    /// # Errors
+    /// [`Error::ThresholdState`] if the threshold is that of other tensors or another scope; [`Error::Unfit`] if the clip
+    /// is not one by norm; those of [`GpuClipper::plan`].
+    pub fn plan_adaptive(
+        &self,
+        clip: &Clip,
+        threshold: DeviceThreshold,
+        tensors: &[GpuTensor],
+    ) -> Result<GpuPlan, Error> {
+        let mut gathered = Gathered::default();
+        gathered.add(clip, tensors)?;
+        gathered.check_overlaps()?;
+        self.build(gathered, Job::Clip, Follows::Device(threshold))
+    }
+
+    /// Plans to clip each example by itself and to sum the clipped ones: `sums[i]`, float32, becomes the sum over
+    /// dimension 0 of the clipped `tensors[i]`, which stay as they are. The scope must be [`Scope::Example`] or
+    /// [`Scope::ExampleTensor`].
+    ///
+    /// A sum is off by at most (32 + examples / 256) · 2^-24 of the sum of the sizes of what it adds. Under the policies
+    /// `Error` and `Skip` sums stay as they were if anything is not finite.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] under another scope; [`Error::Length`] or [`Error::Shape`] if the sums are not as many, not as
+    /// long or not float32; those of [`GpuClipper::plan`].
+    pub fn plan_sum(&self, clip: &Clip, tensors: &[GpuTensor], sums: &[GpuTensor]) -> Result<GpuPlan, Error> {
+        if clip.measured().is_none() || !matches!(clip.scope, Scope::Example | Scope::ExampleTensor) {
+            return Err(Error::Unfit("only examples are summed: the scope must be Example or ExampleTensor"));
+        }
+        let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
+        crate::tensor::check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)?;
+        let mut gathered = Gathered::default();
+        gathered.add(clip, tensors)?;
+        let mut pairs = Vec::new();
+        for (i, sum) in sums.iter().enumerate() {
+            let of = gathered.groups[0].pieces[i];
+            let into = Piece { tensor: i, ..gathered.piece(sum, of.layout) };
+            gathered.written.push((into, tensor_label(sum.name.as_deref(), i)));
+            pairs.push((of, into));
+        }
+        gathered.check_overlaps()?;
+        self.build(gathered, Job::Sum(pairs), Follows::Clip)
+    }
+
+    fn build(&self, gathered: Gathered, job: Job, follows: Follows) -> Result<GpuPlan, Error> {
+        let Gathered { buffers, groups, .. } = gathered;
+        GpuPlan::new(self, Parts { buffers, groups, job, follows })
+    }
+}
+
+/// The tensors of a plan, with each buffer once.
+#[derive(Default)]
+struct Gathered {
+    places: HashMap<wgpu::Buffer, usize>,
+    buffers: Vec<wgpu::Buffer>,
+    groups: Vec<GroupParts>,
+    /// What is written, or stands where sums are read from, and how errors call it.
+    written: Vec<(Piece, String)>,
+}
+
+impl Gathered {
+    fn piece(&mut self, t: &GpuTensor, layout: Layout) -> Piece {
+        let buffers = &mut self.buffers;
+        let buffer = *self.places.entry(t.buffer.clone()).or_insert_with(|| {
+            buffers.push(t.buffer.clone());
+            buffers.len() - 1
+        });
+        Piece { buffer, dtype: t.dtype, start: t.start, len: t.len(), tensor: 0, first_element: 0, layout }
+    }
+
+    /// Adds a group.
+    fn add(&mut self, clip: &Clip, tensors: &[GpuTensor]) -> Result<(), Error> {
+        let dims: Vec<_> = tensors.iter().map(GpuTensor::dims).collect();
+        let segments = Segments::new(clip, &dims, |i| tensors[i].name.as_deref())?;
+        let (mut pieces, mut parameters) = (Vec::new(), Vec::new());
+        for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate() {
+            let label = || tensor_label(t.name.as_deref(), tensor);
+            if clip.needs_parameters() {
+                let parameter = t.parameter.as_deref();
+                let of = parameter.map(|p| (p.dims(), p.name.as_deref()));
+                check_parameter(label, (t.dims(), t.name.as_deref()), of)?;
+                parameters.extend(parameter.map(|p| Piece { tensor, ..self.piece(p, *layout) }));
+            }
+            let piece = Piece { tensor, ..self.piece(t, *layout) };
+            self.written.push((piece, label()));
+            pieces.push(piece);
         }
         let names = tensors.iter().map(|t| t.name.clone()).collect();
-        GpuPlan::new(self, clip, Parts { buffers, pieces, names }, true)
+        self.groups.push(GroupParts { clip: *clip, segments, names, pieces, parameters });
+        Ok(())
+    }
+
+    /// That nothing is written twice.
+    fn check_overlaps(&self) -> Result<(), Error> {
+        let mut by_address: Vec<_> = self.written.iter().filter(|(p, _)| p.len > 0).collect();
+        by_address.sort_by_key(|(p, _)| (p.buffer, p.bytes().start));
+        for pair in by_address.windows(2) {
+            let [(a, first), (b, second)] = pair else { continue };
+            if a.buffer == b.buffer && b.bytes().start < a.bytes().end {
+                return Err(Error::Overlap { first: first.clone(), second: second.clone() });
+            }
+        }
+        Ok(())
     }
 }

@@ -37,7 +37,7 @@ impl Number {
     }
 
     pub(super) fn to_f64(self) -> f64 {
-        ldexp(f64::from(self.mantissa), self.exponent)
+        ldexp(f64::from(self.mantissa), self.exponent.into())
     }
 }
 
@@ -48,7 +48,7 @@ fn split(x: f64) -> (f64, i32) {
     }
     let (x, lifted) = if x.is_normal() { (x, 0) } else { (x * 2f64.powi(64), -64) };
     let exponent = (x.to_bits() >> 52) as i32 - 1023;
-    (ldexp(x, -exponent), exponent + lifted)
+    (ldexp(x, (-exponent).into()), exponent + lifted)
 }
 
 #[cfg(test)]

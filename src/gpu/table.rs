@@ -1,19 +1,23 @@
-//! The tables that a plan gives to the kernels: which words of which buffer each workgroup reads, what it may write,
-//! and which partials merge. Pure arithmetic on sizes, so that it can be tested at any size without a device.
+//! The tables that a plan gives to the kernels: which elements of which buffer each workgroup reads, what it may write,
+//! and which segments they belong to. Pure arithmetic on sizes, so that it can be tested at any size without a device.
 //!
 //! - A *piece* is a run of elements in one buffer, and a run of elements of one tensor. Tensors in GPU memory are one
 //!   piece each; host tensors larger than a buffer are several.
-//! - A *chunk* is part of a piece, for one workgroup. Partials are in chunk order, which is list order.
+//! - A *chunk* is part of a piece, for one workgroup: either a run of elements, or so many segments with so many
+//!   elements each, evenly spaced (rows or columns of a matrix), of which each invocation takes one.
+//! - A *slot* is the place of a partial. The slots of a segment are consecutive, in the order of its pieces; segments
+//!   follow one another. `merge.rs` plans what becomes of them.
 //! - A *window* is the part of one buffer that is bound in a dispatch. Offsets are 64-bit up to here; within a window
-//!   they count 32-bit words: a binding is at most 2^31 - 1 bytes, so fewer than 2^29 words.
+//!   they count elements: a binding is at most 2^31 - 1 bytes, so fewer than 2^30 elements.
+//! - An *origin* is where counting the elements of a tensor begins, so that 32 bits suffice to say where one is.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::tuning::MERGED_PARTIALS;
 use crate::Dtype;
+use crate::segment::{By, Layout};
 
 /// A run of elements in a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,18 +31,35 @@ pub(super) struct Piece {
     /// Which tensor the elements belong to, and the place of the first of them in it.
     pub(super) tensor: usize,
     pub(super) first_element: u64,
-    pub(super) segment: u32,
+    /// The segments of the tensor.
+    pub(super) layout: Layout,
 }
 
 impl Piece {
-    fn words(&self) -> Range<u64> {
-        let bytes = self.bytes();
-        bytes.start / 4..bytes.end.div_ceil(4)
+    fn per_word(&self) -> u64 {
+        4 / self.dtype.size() as u64
     }
 
     pub(super) fn bytes(&self) -> Range<u64> {
         let size = self.dtype.size() as u64;
         self.start * size..(self.start + self.len) * size
+    }
+
+    /// Where in the buffer an element of the tensor is.
+    fn at(&self, element: u64) -> u64 {
+        self.start + (element - self.first_element)
+    }
+
+    /// Runs of at most so many words, cut where words are, as elements of the tensor.
+    fn runs(&self, elements: Range<u64>, chunk_words: u32) -> impl Iterator<Item = Range<u64>> + use<> {
+        let step = u64::from(chunk_words) * self.per_word();
+        // Elements of the first word that come before.
+        let back = self.at(elements.start) % self.per_word();
+        let len = elements.end - elements.start;
+        (0..(back + len).div_ceil(step)).map(move |i| {
+            let (from, to) = ((i * step).saturating_sub(back), ((i + 1) * step - back).min(len));
+            elements.start + from..elements.start + to
+        })
     }
 }
 
@@ -46,14 +67,18 @@ impl Piece {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct ChunkRow {
-    pub(super) word: u32,
-    pub(super) words: u32,
-    pub(super) skip: u32,
+    pub(super) first: u32,
     pub(super) elements: u32,
-    pub(super) own_from: u32,
-    pub(super) own_to: u32,
-    pub(super) partial: u32,
     pub(super) segment: u32,
+    pub(super) column: u32,
+    pub(super) columns: u32,
+    pub(super) origin: u32,
+    pub(super) origin_element: u32,
+    pub(super) slot: u32,
+    pub(super) count: u32,
+    pub(super) segment_stride: u32,
+    pub(super) element_stride: u32,
+    pub(super) slot_stride: u32,
 }
 
 /// Twin of `Edge` in `shaders/edges.wgsl`.
@@ -69,16 +94,6 @@ pub(super) struct EdgeRow {
 /// `NOWHERE` of the shaders.
 pub(super) const NOWHERE: u32 = u32::MAX;
 
-/// Twin of `MergeRow` in `shaders/merge.wgsl`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-pub(super) struct MergeRow {
-    pub(super) from: u32,
-    pub(super) count: u32,
-    pub(super) into: u32,
-    padding: u32,
-}
-
 /// Twin of the `DTYPE_*` constants in `shaders/shared/half.wgsl`. None for dtypes without a kernel.
 pub(super) fn dtype_code(dtype: Dtype) -> Option<u32> {
     match dtype {
@@ -89,6 +104,19 @@ pub(super) fn dtype_code(dtype: Dtype) -> Option<u32> {
     }
 }
 
+/// What the rows of a table are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Use {
+    /// Runs of one segment, to be measured and scaled.
+    Whole,
+    /// Runs of one segment, to be measured.
+    Run,
+    /// Rows or columns, to be measured by an invocation each.
+    Each,
+    /// Runs over many segments, to be scaled.
+    Mixed,
+}
+
 /// What is bound together, and the rows that lie in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Window {
@@ -96,17 +124,20 @@ pub(super) struct Window {
     /// In bytes from the start of the buffer.
     pub(super) offset: u64,
     pub(super) size: u64,
-    /// One table for each dtype that occurs: each is a dispatch.
-    pub(super) chunks: Vec<(Dtype, Vec<ChunkRow>)>,
+    /// One table for each use and dtype that occurs: each is a dispatch.
+    pub(super) chunks: Vec<((Use, Dtype), Vec<ChunkRow>)>,
     pub(super) edges: Vec<EdgeRow>,
 }
 
-/// Where the elements of a chunk are in the caller's list.
+/// Where counting the elements of a tensor begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ChunkOrigin {
+pub(super) struct Origin {
     pub(super) tensor: usize,
     pub(super) first_element: u64,
 }
+
+/// Elements from one origin to the next; a chunk that begins before the next may end behind it.
+const ORIGIN_SPAN: u64 = 1 << 31;
 
 /// What a device and its tuning ask of the tables.
 #[derive(Clone, Copy, Debug)]
@@ -115,30 +146,266 @@ pub(super) struct Limits {
     /// The largest binding, in bytes, and what offsets of bindings must be multiples of.
     pub(super) binding_bytes: u64,
     pub(super) alignment: u64,
+    /// Invocations in a workgroup, and so segments in a chunk at most.
+    pub(super) workgroup: u32,
+    /// Rows of so many elements and fewer are measured by one invocation each.
+    pub(super) lane_row: u32,
+    /// So many elements of a column are measured by one invocation.
+    pub(super) lane_column: u32,
 }
 
-/// Cuts pieces into chunks and gathers those in windows. Pieces must be in list order and must not overlap.
-pub(super) fn windows(pieces: &[Piece], limits: Limits) -> (Vec<Window>, Vec<ChunkOrigin>) {
-    let mut origins = Vec::new();
-    let mut cuts = Vec::new();
-    for piece in pieces.iter().filter(|p| p.len > 0) {
-        let words = piece.words();
-        for word in words.clone().step_by(limits.chunk_words as usize) {
-            let cut = Cut {
-                piece,
-                words: word..words.end.min(word + u64::from(limits.chunk_words)),
-                partial: u32::try_from(origins.len()).unwrap_or(NOWHERE),
+/// The tables of pieces.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Tables {
+    pub(super) windows: Vec<Window>,
+    pub(super) origins: Vec<Origin>,
+    /// How many slots each segment has, one segment after another.
+    pub(super) slots: Vec<u32>,
+}
+
+impl Tables {
+    /// Each table of rows, with its window.
+    pub(super) fn rows(&self) -> impl Iterator<Item = (&Window, Use, Dtype, &[ChunkRow])> {
+        self.windows.iter().flat_map(|w| w.chunks.iter().map(move |((of, dtype), rows)| (w, *of, *dtype, &rows[..])))
+    }
+
+    /// Cuts pieces into chunks and gathers those in windows. Pieces must be in list order and must not overlap; their
+    /// segments are `segments`, and slots and origins are counted from where the caller's list has got to. With
+    /// `measures_only`, nothing is planned that writes. None if 2^32 slots or segments do not suffice.
+    pub(super) fn new(
+        pieces: &[Piece],
+        segments: Range<u32>,
+        (first_slot, first_origin): (u32, u32),
+        measures_only: bool,
+        limits: Limits,
+    ) -> Option<Self> {
+        let mut cutter = Cutter { limits, cuts: Vec::new(), origins: Vec::new(), first_origin };
+        for piece in pieces.iter().filter(|p| p.len > 0) {
+            cutter.cut(piece, measures_only)?;
+        }
+        let Cutter { mut cuts, origins, .. } = cutter;
+        let mut slots = vec![0u32; segments.len()];
+        let first = segments.start as usize;
+        for cut in cuts.iter().filter(|c| c.use_ != Use::Mixed) {
+            for count in &mut slots[cut.row.segment as usize - first..][..cut.row.count as usize] {
+                *count += 1;
+            }
+        }
+        let mut next = first_slot;
+        let mut starts = Vec::with_capacity(slots.len());
+        for count in &slots {
+            starts.push(next);
+            next = next.checked_add(*count)?;
+        }
+        let mut placed = Vec::with_capacity(cuts.len());
+        for cut in cuts.drain(..) {
+            if cut.use_ == Use::Mixed {
+                placed.push(cut);
+            } else {
+                cut.place(&mut starts[cut.row.segment as usize - first..][..cut.row.count as usize], &mut placed);
+            }
+        }
+        let mut windows = gather(placed, limits)?;
+        if !measures_only {
+            add_edges(&mut windows, pieces);
+        }
+        Some(Self { windows, origins, slots })
+    }
+}
+
+/// A chunk, before it has a window: `row.first` is not told yet.
+#[derive(Clone, Copy)]
+struct Cut {
+    buffer: usize,
+    dtype: Dtype,
+    use_: Use,
+    /// The first element and one past the last, counted from the start of the buffer.
+    first: u64,
+    end: u64,
+    row: ChunkRow,
+}
+
+impl Cut {
+    /// Gives each segment of the chunk the next of its slots. A chunk knows the first slot and the distance to the next
+    /// segment's, so it is cut where that distance changes.
+    fn place(self, next: &mut [u32], placed: &mut Vec<Self>) {
+        let mut from = 0;
+        while from < next.len() {
+            let stride = next.get(from + 1).map_or(0, |second| second - next[from]);
+            let even = next[from..].windows(2).take_while(|pair| pair[1] - pair[0] == stride).count();
+            let count = even + 1;
+            let skipped = from as u64 * u64::from(self.row.segment_stride);
+            let row = ChunkRow {
+                segment: self.row.segment + from as u32,
+                origin_element: self.row.origin_element + skipped as u32,
+                slot: next[from],
+                count: count as u32,
+                slot_stride: stride,
+                ..self.row
             };
-            let first_element = piece.first_element + (cut.elements().start - piece.start);
-            origins.push(ChunkOrigin { tensor: piece.tensor, first_element });
-            cuts.push(cut);
+            let left_out = (next.len() - from - count) as u64 * u64::from(self.row.segment_stride);
+            placed.push(Self { first: self.first + skipped, end: self.end - left_out, row, ..self });
+            from += count;
+        }
+        for slot in next {
+            *slot += 1;
         }
     }
-    cuts.sort_by_key(|cut| (cut.piece.buffer, cut.words.start));
+}
+
+struct Cutter {
+    limits: Limits,
+    cuts: Vec<Cut>,
+    origins: Vec<Origin>,
+    first_origin: u32,
+}
+
+impl Cutter {
+    fn cut(&mut self, piece: &Piece, measures_only: bool) -> Option<()> {
+        let all = piece.first_element..piece.first_element + piece.len;
+        let mut from = all.start;
+        while from < all.end {
+            self.origins.push(Origin { tensor: piece.tensor, first_element: from });
+            // At the beginning of a word, so that no word has two writers.
+            let to = all.end.min(from + ORIGIN_SPAN - piece.at(from) % piece.per_word());
+            self.cut_from_origin(piece, from..to, measures_only)?;
+            from = to;
+        }
+        Some(())
+    }
+
+    /// Cuts elements of a piece's tensor that are counted from one origin.
+    fn cut_from_origin(&mut self, piece: &Piece, elements: Range<u64>, measures_only: bool) -> Option<()> {
+        let Layout { by, columns, .. } = piece.layout;
+        let origin = elements.start;
+        let chunk_words = self.limits.chunk_words;
+        if by == By::Whole {
+            for run in piece.runs(elements, chunk_words) {
+                self.run(piece, Use::Whole, origin, run)?;
+            }
+            return Some(());
+        }
+        if !measures_only {
+            for run in piece.runs(elements.clone(), chunk_words) {
+                self.run(piece, Use::Mixed, origin, run)?;
+            }
+        }
+        // Whole rows, and parts of rows before and behind them.
+        let first_row = elements.start.next_multiple_of(columns).min(elements.end);
+        let last_row = (elements.end / columns * columns).max(first_row);
+        self.row(piece, origin, elements.start..first_row)?;
+        if by == By::Columns {
+            self.columns(piece, origin, first_row..last_row)?;
+        } else if columns > u64::from(self.limits.lane_row) {
+            for row in (first_row..last_row).step_by(columns as usize) {
+                self.row(piece, origin, row..row + columns)?;
+            }
+        } else {
+            let rows = (last_row - first_row) / columns;
+            for row in (0..rows).step_by(self.limits.workgroup as usize) {
+                let count = (rows - row).min(self.limits.workgroup.into());
+                self.each(piece, origin, first_row + row * columns, (count, columns), (columns, 1))?;
+            }
+        }
+        self.row(piece, origin, last_row..elements.end)
+    }
+
+    /// A row, or part of one.
+    fn row(&mut self, piece: &Piece, origin: u64, elements: Range<u64>) -> Option<()> {
+        if piece.layout.by == By::Columns {
+            for first in elements.clone().step_by(self.limits.workgroup as usize) {
+                let count = (elements.end - first).min(self.limits.workgroup.into());
+                self.each(piece, origin, first, (count, 1), (1, 1))?;
+            }
+        } else if !elements.is_empty() {
+            for run in piece.runs(elements, self.limits.chunk_words) {
+                self.run(piece, Use::Run, origin, run)?;
+            }
+        }
+        Some(())
+    }
+
+    /// Whole rows, column by column.
+    fn columns(&mut self, piece: &Piece, origin: u64, elements: Range<u64>) -> Option<()> {
+        let columns = piece.layout.columns;
+        // From its first element to its last, a chunk must fit into a window, wherever it begins.
+        let fitting = (self.limits.binding_bytes - self.limits.alignment) / (columns * piece.dtype.size() as u64);
+        let rows_at_once = fitting.clamp(1, self.limits.lane_column.into());
+        for top in elements.clone().step_by((rows_at_once * columns) as usize) {
+            let rows = rows_at_once.min((elements.end - top) / columns);
+            for left in (0..columns).step_by(self.limits.workgroup as usize) {
+                let count = (columns - left).min(self.limits.workgroup.into());
+                self.each(piece, origin, top + left, (count, rows), (1, columns))?;
+            }
+        }
+        Some(())
+    }
+
+    fn run(&mut self, piece: &Piece, use_: Use, origin: u64, run: Range<u64>) -> Option<()> {
+        let Layout { by, columns, segment } = piece.layout;
+        // Beyond that a chunk meets the end of a row once at most, and only the distance to it counts.
+        let folded = columns.min(1 << 31);
+        let column = folded - (columns - run.start.checked_rem(columns)?).min(folded);
+        let segment = if by == By::Rows { piece.layout.segment_of(run.start) } else { segment };
+        let narrow = |x: u64| u32::try_from(x).ok();
+        let row = ChunkRow {
+            elements: narrow(run.end - run.start)?,
+            segment,
+            column: if by == By::Whole { 0 } else { narrow(column)? },
+            columns: narrow(folded)?,
+            origin: self.origin()?,
+            origin_element: narrow(run.start - origin)?,
+            slot: NOWHERE,
+            count: 1,
+            ..ChunkRow::default()
+        };
+        let (first, end) = (piece.at(run.start), piece.at(run.end));
+        self.cuts.push(Cut { buffer: piece.buffer, dtype: piece.dtype, use_, first, end, row });
+        Some(())
+    }
+
+    /// So many segments of so many elements from an element on, with their strides.
+    fn each(
+        &mut self,
+        piece: &Piece,
+        origin: u64,
+        element: u64,
+        (count, elements): (u64, u64),
+        (segment_stride, element_stride): (u64, u64),
+    ) -> Option<()> {
+        let narrow = |x: u64| u32::try_from(x).ok();
+        let row = ChunkRow {
+            elements: narrow(elements)?,
+            segment: piece.layout.segment_of(element),
+            origin: self.origin()?,
+            origin_element: narrow(element - origin)?,
+            slot: NOWHERE,
+            count: narrow(count)?,
+            segment_stride: narrow(segment_stride)?,
+            element_stride: narrow(element_stride)?,
+            ..ChunkRow::default()
+        };
+        let first = piece.at(element);
+        let end = first + (count - 1) * segment_stride + (elements - 1) * element_stride + 1;
+        self.cuts.push(Cut { buffer: piece.buffer, dtype: piece.dtype, use_: Use::Each, first, end, row });
+        Some(())
+    }
+
+    fn origin(&self) -> Option<u32> {
+        u32::try_from(self.origins.len() - 1).ok()?.checked_add(self.first_origin)
+    }
+}
+
+/// Gathers chunks in windows, by address.
+fn gather(mut cuts: Vec<Cut>, limits: Limits) -> Option<Vec<Window>> {
+    let bytes = |cut: &Cut| {
+        let size = cut.dtype.size() as u64;
+        cut.first * size / 4 * 4..(cut.end * size).next_multiple_of(4)
+    };
+    cuts.sort_by_key(|cut| (cut.buffer, bytes(cut).start));
     let mut windows: Vec<Window> = Vec::new();
     for cut in &cuts {
-        let (buffer, dtype) = (cut.piece.buffer, cut.piece.dtype);
-        let bytes = cut.words.start * 4..cut.words.end * 4;
+        let (buffer, bytes) = (cut.buffer, bytes(cut));
         let fits = |w: &&mut Window| w.buffer == buffer && bytes.end - w.offset <= limits.binding_bytes;
         let window = if let Some(window) = windows.last_mut().filter(fits) {
             window.size = window.size.max(bytes.end - window.offset);
@@ -146,69 +413,38 @@ pub(super) fn windows(pieces: &[Piece], limits: Limits) -> (Vec<Window>, Vec<Chu
         } else {
             let offset = bytes.start - bytes.start % limits.alignment;
             let size = bytes.end - offset;
+            if size > limits.binding_bytes {
+                return None;
+            }
             windows.push(Window { buffer, offset, size, chunks: Vec::new(), edges: Vec::new() });
-            windows.last_mut().expect("one was just pushed")
+            windows.last_mut()?
         };
-        let row = cut.row(window.offset);
-        match window.chunks.iter_mut().find(|(of, _)| *of == dtype) {
+        let first = u32::try_from(cut.first - window.offset / cut.dtype.size() as u64).ok()?;
+        let (key, row) = ((cut.use_, cut.dtype), ChunkRow { first, ..cut.row });
+        match window.chunks.iter_mut().find(|(of, _)| *of == key) {
             Some((_, rows)) => rows.push(row),
-            None => window.chunks.push((dtype, vec![row])),
+            None => window.chunks.push((key, vec![row])),
         }
     }
-    add_edges(&mut windows, pieces);
-    (windows, origins)
+    Some(windows)
 }
 
-/// A chunk, before it has a window.
-struct Cut<'a> {
-    piece: &'a Piece,
-    words: Range<u64>,
-    partial: u32,
-}
-
-impl Cut<'_> {
-    /// Counted from the start of the buffer.
-    fn elements(&self) -> Range<u64> {
-        let per_word = 4 / self.piece.dtype.size() as u64;
-        let end = self.piece.start + self.piece.len;
-        self.piece.start.max(self.words.start * per_word)..end.min(self.words.end * per_word)
-    }
-
-    fn row(&self, window_offset: u64) -> ChunkRow {
-        let per_word = 4 / self.piece.dtype.size() as u64;
-        let elements = self.elements();
-        // A window holds fewer than 2^29 words and a chunk lies in one.
-        let narrow = |x: u64| u32::try_from(x).expect("a window is below 2^31 bytes");
-        let words = narrow(self.words.end - self.words.start);
-        let skip = narrow(elements.start - self.words.start * per_word);
-        ChunkRow {
-            word: narrow(self.words.start - window_offset / 4),
-            words,
-            skip,
-            elements: narrow(elements.end - elements.start),
-            own_from: skip,
-            own_to: words - narrow(self.words.end * per_word - elements.end),
-            partial: self.partial,
-            segment: self.piece.segment,
-        }
-    }
-}
-
-/// Lists the words that an element of half precision shares with something else, each in a window that holds it.
+/// Lists the words that an element of half precision shares with something else than its tensor, each in a window that
+/// holds it.
 fn add_edges(windows: &mut [Window], pieces: &[Piece]) {
     let mut edges: BTreeMap<(usize, u64), EdgeRow> = BTreeMap::new();
     for piece in pieces.iter().filter(|p| p.len > 0 && p.dtype.size() == 2) {
-        let code = dtype_code(piece.dtype).expect("half precision has kernels");
+        let Some(code) = dtype_code(piece.dtype) else { continue };
         let (start, end) = (piece.start, piece.start + piece.len);
         let nobody = EdgeRow { word: 0, low: NOWHERE, high: NOWHERE, dtypes: 0 };
         if start % 2 == 1 {
             let edge = edges.entry((piece.buffer, start / 2)).or_insert(nobody);
-            edge.high = piece.segment;
+            edge.high = piece.layout.segment_of(piece.first_element);
             edge.dtypes |= code << 8;
         }
         if end % 2 == 1 {
             let edge = edges.entry((piece.buffer, end / 2)).or_insert(nobody);
-            edge.low = piece.segment;
+            edge.low = piece.layout.segment_of(piece.first_element + piece.len - 1);
             edge.dtypes |= code;
         }
     }
@@ -218,70 +454,105 @@ fn add_edges(windows: &mut [Window], pieces: &[Piece]) {
         let after = windows.partition_point(|w| (w.buffer, w.offset / 4) <= (buffer, word));
         let holds = |w: &&mut Window| w.buffer == buffer && (word + 1) * 4 <= w.offset + w.size;
         if let Some(window) = windows[..after].iter_mut().rev().find(holds) {
-            let word = u32::try_from(word - window.offset / 4).expect("a window is below 2^31 bytes");
-            window.edges.push(EdgeRow { word, ..edge });
+            // A window is below 2^31 bytes.
+            window.edges.push(EdgeRow { word: (word - window.offset / 4) as u32, ..edge });
         }
     }
 }
 
-/// How partials merge: levels of rows, to be run one after another, and where the results are.
+/// A dispatch of `sum`: rows of a table, with the part of a tensor and the part of its sums that they lie in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct MergeTree {
-    pub(super) levels: Vec<Vec<MergeRow>>,
-    /// The first of the segments' partials, which are consecutive.
-    pub(super) segment_partials: u32,
-    /// The partial of everything.
-    pub(super) total_partial: u32,
-    /// How many partials there are room for.
-    pub(super) partials: u32,
+pub(super) struct SumWindow {
+    pub(super) dtype: Dtype,
+    /// Buffer, offset and size in bytes; None if there are no examples, and nothing to read.
+    pub(super) examples: Option<(usize, u64, u64)>,
+    pub(super) sums: (usize, u64, u64),
+    pub(super) rows: Vec<ChunkRow>,
 }
 
-/// Plans the merging of so many chunks' partials for each segment, in order: first within segments, then over them.
-/// `chunks` of consecutive segments are consecutive. None if 2^32 rows do not suffice.
-pub(super) fn merge_tree(chunks: &[u32]) -> Option<MergeTree> {
-    let mut next = chunks.iter().try_fold(0u32, |sum, n| sum.checked_add(*n))?;
-    let mut levels = Vec::new();
-    let mut runs = Vec::new();
-    let mut from = 0;
-    for count in chunks {
-        runs.push((from, *count));
-        from += count;
-    }
-    let segment_partials = loop {
-        let start = next;
-        runs = merge_level(&runs, &mut levels, &mut next)?;
-        if runs.iter().all(|(_, count)| *count == 1) {
-            break start;
+/// Cuts the summing of examples: each piece of a tensor of examples is given with the piece of its sums. Pieces of one
+/// tensor must be in order. None if the device cannot bind a row.
+pub(super) fn sum_windows(pieces: &[(Piece, Piece)], limits: Limits) -> Option<Vec<SumWindow>> {
+    let mut found = Vec::new();
+    for (of, into) in pieces {
+        let columns = into.len;
+        let all = of.first_element..of.first_element + of.len;
+        if columns == 0 {
+            continue;
         }
-    };
-    let total_partial = if chunks.len() == 1 {
-        segment_partials
-    } else {
-        let mut run = vec![(segment_partials, u32::try_from(chunks.len()).ok()?)];
-        loop {
-            run = merge_level(&run, &mut levels, &mut next)?;
-            if let [(from, 1)] = run[..] {
-                break from;
+        if of.len == 0 {
+            add_sums(&mut found, (of, into), (0..columns, 0..0), limits)?;
+            continue;
+        }
+        // Part of a row, whole rows, part of a row.
+        let first_row = all.start.next_multiple_of(columns).min(all.end);
+        let last_row = (all.end / columns * columns).max(first_row);
+        for part in [all.start..first_row, last_row..all.end] {
+            if !part.is_empty() {
+                let (row, column) = (part.start / columns, part.start % columns);
+                let end = column + (part.end - part.start);
+                add_sums(&mut found, (of, into), (column..end, row..row + 1), limits)?;
             }
         }
-    };
-    Some(MergeTree { levels, segment_partials, total_partial, partials: next })
+        if first_row < last_row {
+            add_sums(&mut found, (of, into), (0..columns, first_row / columns..last_row / columns), limits)?;
+        }
+    }
+    // The first row starts a sum, and must come before those that add to it.
+    found.sort_by_key(|(tensor, first_row, _)| (*tensor, *first_row));
+    Some(found.into_iter().map(|(.., window)| window).collect())
 }
 
-/// Merges each run of partials into a shorter one; an empty run into one empty partial. Returns the new runs.
-fn merge_level(runs: &[(u32, u32)], levels: &mut Vec<Vec<MergeRow>>, next: &mut u32) -> Option<Vec<(u32, u32)>> {
-    let mut rows = Vec::new();
-    let mut merged = Vec::new();
-    for &(from, count) in runs {
-        let first = *next;
-        for at in (0..count.max(1)).step_by(MERGED_PARTIALS as usize) {
-            rows.push(MergeRow { from: from + at, count: (count - at).min(MERGED_PARTIALS), into: *next, padding: 0 });
-            *next = next.checked_add(1)?;
+/// A rectangle of columns and rows, in bands of rows and of columns that can be bound.
+fn add_sums(
+    found: &mut Vec<(usize, u64, SumWindow)>,
+    (of, into): (&Piece, &Piece),
+    (columns, rows): (Range<u64>, Range<u64>),
+    limits: Limits,
+) -> Option<()> {
+    let fitting = limits.binding_bytes - limits.alignment;
+    let (size, stride) = (of.dtype.size() as u64, into.len);
+    let rows_at_once = (fitting / (stride * size)).clamp(1, 1 << 20);
+    // A word more, for an element that begins in the middle of one.
+    let columns_at_once = ((fitting - 4) / 4).min(columns.end - columns.start);
+    let window = |buffer: usize, first: u64, end: u64| {
+        let offset = first / 4 * 4 / limits.alignment * limits.alignment;
+        (buffer, offset, end.next_multiple_of(4) - offset)
+    };
+    for left in columns.clone().step_by(columns_at_once as usize) {
+        let right = columns.end.min(left + columns_at_once);
+        let sums = window(into.buffer, (into.start + left) * 4, (into.start + right) * 4);
+        let mut top = rows.start;
+        loop {
+            let bottom = rows.end.min(top + rows_at_once);
+            let at = |row: u64, column: u64| of.at(row * stride + column);
+            let examples =
+                (bottom > top).then(|| window(of.buffer, at(top, left) * size, (at(bottom - 1, right - 1) + 1) * size));
+            let mut table = Vec::new();
+            for column in (left..right).step_by(limits.workgroup as usize) {
+                let count = (right - column).min(limits.workgroup.into());
+                let first = examples.map_or(0, |(_, offset, _)| at(top, column) - offset / size);
+                let narrow = |x: u64| u32::try_from(x).ok();
+                table.push(ChunkRow {
+                    first: narrow(first)?,
+                    elements: narrow(bottom - top)?,
+                    segment: of.layout.segment + narrow(top)?,
+                    column: u32::from(top > 0),
+                    slot: narrow(into.start + column - sums.1 / 4)?,
+                    count: narrow(count)?,
+                    segment_stride: 1,
+                    element_stride: narrow(stride)?,
+                    ..ChunkRow::default()
+                });
+            }
+            found.push((of.tensor, top, SumWindow { dtype: of.dtype, examples, sums, rows: table }));
+            top = bottom;
+            if top >= rows.end {
+                break;
+            }
         }
-        merged.push((first, *next - first));
     }
-    levels.push(rows);
-    Some(merged)
+    Some(())
 }
 
 #[cfg(test)]
@@ -289,29 +560,114 @@ mod tests {
     use super::*;
 
     fn piece(buffer: usize, dtype: Dtype, start: u64, len: u64) -> Piece {
-        Piece { buffer, dtype, start, len, tensor: 0, first_element: 0, segment: 0 }
+        Piece { buffer, dtype, start, len, tensor: 0, first_element: 0, layout: whole(len, 0) }
     }
 
-    /// Every element is in exactly one chunk, every word in at most one writer, and nothing leaves its window.
-    fn check(pieces: &[Piece], limits: Limits) -> (Vec<Window>, Vec<ChunkOrigin>) {
-        let (windows, origins) = windows(pieces, limits);
-        let mut seen: Vec<(usize, u64, u64)> = Vec::new();
-        let mut written: Vec<(usize, u64, u64)> = Vec::new();
-        let mut chunks = 0;
-        for w in &windows {
+    fn whole(columns: u64, segment: u32) -> Layout {
+        Layout { by: By::Whole, columns, segment }
+    }
+
+    /// As [`piece`], as a matrix.
+    fn matrix(by: By, columns: u64, of: Piece) -> Piece {
+        Piece { layout: Layout { by, columns, segment: 0 }, ..of }
+    }
+
+    /// How many segments pieces have that begin with segment 0.
+    fn segments(pieces: &[Piece]) -> u32 {
+        let last = |p: &Piece| match p.layout.by {
+            By::Columns => p.layout.segment + p.layout.columns as u32 - 1,
+            _ => p.layout.segment_of(p.first_element + p.len.max(1) - 1),
+        };
+        pieces.iter().map(|p| last(p) + 1).max().unwrap_or(1)
+    }
+
+    /// Runs of bytes or words (buffer, from, to), merged where they touch. No two may overlap.
+    fn united(mut runs: Vec<(usize, u64, u64)>) -> Vec<(usize, u64, u64)> {
+        runs.sort_unstable();
+        let mut united: Vec<(usize, u64, u64)> = Vec::new();
+        for run in runs.into_iter().filter(|run| run.1 < run.2) {
+            match united.last_mut() {
+                Some(last) if last.0 == run.0 && last.2 >= run.1 => {
+                    assert_eq!(last.2, run.1, "covered twice");
+                    last.2 = run.2;
+                }
+                _ => united.push(run),
+            }
+        }
+        united
+    }
+
+    /// Every element is measured once, into a slot of its segment that no other chunk has, and found by its origin;
+    /// every word has at most one writer, which knows the segment of each of its elements; nothing leaves its window.
+    fn check(pieces: &[Piece], limits: Limits) -> Tables {
+        let count = segments(pieces);
+        let tables = Tables::new(pieces, 0..count, (3, 0), false, limits).expect("fits");
+        let first_slot = |segment: u32| 3 + tables.slots[..segment as usize].iter().sum::<u32>();
+        let mut measured = Vec::new();
+        let mut written = Vec::new();
+        let mut used = vec![false; tables.slots.iter().sum::<u32>() as usize];
+        for w in &tables.windows {
             assert_eq!(w.offset % limits.alignment, 0);
             assert!(w.size <= limits.binding_bytes && w.size > 0 && w.size.is_multiple_of(4));
-            for (dtype, rows) in &w.chunks {
+            for ((of, dtype), rows) in &w.chunks {
+                let (size, per_word) = (dtype.size() as u64, 4 / dtype.size() as u64);
                 for row in rows {
-                    chunks += 1;
-                    assert!(u64::from(row.word + row.words) * 4 <= w.size);
-                    assert!(row.words > 0 && row.words <= limits.chunk_words);
-                    let first = (w.offset / 4 + u64::from(row.word)) * (4 / dtype.size() as u64) + u64::from(row.skip);
-                    let size = dtype.size() as u64;
-                    seen.push((w.buffer, first * size, (first + u64::from(row.elements)) * size));
-                    let base = w.offset / 4 + u64::from(row.word);
-                    if row.own_from < row.own_to {
-                        written.push((w.buffer, base + u64::from(row.own_from), base + u64::from(row.own_to)));
+                    let at = |i: u64| w.offset / size + u64::from(row.first) + i;
+                    let origin = tables.origins[row.origin as usize];
+                    let piece = pieces.iter().find(|p| {
+                        (p.buffer, p.dtype) == (w.buffer, *dtype) && (p.start..p.start + p.len).contains(&at(0))
+                    });
+                    let piece = piece.expect("a chunk lies in a piece");
+                    assert_eq!((origin.tensor, piece.dtype), (piece.tensor, *dtype));
+                    let place = |i: u64| origin.first_element + u64::from(row.origin_element) + i;
+                    assert_eq!(piece.at(place(0)), at(0));
+                    let (count, elements) = (u64::from(row.count), u64::from(row.elements));
+                    let (segment_stride, element_stride) = match of {
+                        Use::Each => (u64::from(row.segment_stride), u64::from(row.element_stride)),
+                        _ => (0, 1),
+                    };
+                    let last = at((count - 1) * segment_stride + (elements - 1) * element_stride);
+                    assert!((last + 1) * size <= w.offset + w.size);
+                    assert!(row.count >= 1 && row.count <= limits.workgroup && row.elements >= 1);
+                    if *of != Use::Each {
+                        let words = (at(elements) - 1) / per_word - at(0) / per_word + 1;
+                        assert!(row.count == 1 && words <= limits.chunk_words.into());
+                    }
+                    if *of != Use::Mixed {
+                        for s in 0..row.count {
+                            let slot = row.slot + s * row.slot_stride;
+                            let segment = row.segment + s;
+                            assert!(slot >= first_slot(segment) && slot < first_slot(segment + 1));
+                            assert!(!std::mem::replace(&mut used[slot as usize - 3], true), "a slot taken twice");
+                            let first = at(u64::from(s) * segment_stride);
+                            // All elements of a run are of one segment if its first and its last are.
+                            let some =
+                                if element_stride == 1 { vec![0, elements - 1] } else { (0..elements).collect() };
+                            for i in some {
+                                let element = u64::from(s) * segment_stride + i * element_stride;
+                                assert_eq!(piece.layout.segment_of(place(element)), segment);
+                            }
+                            if element_stride == 1 {
+                                measured.push((w.buffer, first * size, (first + elements) * size));
+                            } else {
+                                let each = (0..elements).map(|i| (first + i * element_stride) * size);
+                                measured.extend(each.map(|byte| (w.buffer, byte, byte + size)));
+                            }
+                        }
+                    }
+                    if matches!(of, Use::Whole | Use::Mixed) {
+                        written.push((w.buffer, at(0).div_ceil(per_word), at(elements) / per_word));
+                    }
+                    if *of == Use::Mixed {
+                        for i in (0..elements).step_by(1 + elements as usize / 64).chain([elements - 1]) {
+                            let at = u64::from(row.column) + i;
+                            let step = if piece.layout.by == By::Rows {
+                                at / u64::from(row.columns)
+                            } else {
+                                at % u64::from(row.columns)
+                            };
+                            assert_eq!(u64::from(row.segment) + step, u64::from(piece.layout.segment_of(place(i))));
+                        }
                     }
                 }
             }
@@ -321,38 +677,24 @@ mod tests {
                 written.push((w.buffer, w.offset / 4 + u64::from(edge.word), w.offset / 4 + u64::from(edge.word) + 1));
             }
         }
-        assert_eq!(chunks, origins.len());
-        // Elements: merging what was seen gives back the pieces.
-        let merge = |mut runs: Vec<(usize, u64, u64)>| {
-            runs.sort_unstable();
-            assert!(runs.windows(2).all(|w| w[0].0 < w[1].0 || w[0].2 <= w[1].1), "covered twice");
-            let mut merged: Vec<(usize, u64, u64)> = Vec::new();
-            for run in runs {
-                match merged.last_mut() {
-                    Some(last) if last.0 == run.0 && last.2 == run.1 => last.2 = run.2,
-                    _ => merged.push(run),
-                }
+        assert!(used.iter().all(|used| *used), "a slot that nothing is measured into");
+        let bytes = |p: &Piece| (p.buffer, p.bytes().start, p.bytes().end);
+        assert_eq!(united(measured), united(pieces.iter().map(bytes).collect()));
+        // Two pieces may share a word.
+        let mut words: Vec<_> =
+            pieces.iter().map(bytes).filter(|b| b.1 < b.2).map(|b| (b.0, b.1 / 4, b.2.div_ceil(4))).collect();
+        words.sort_unstable();
+        for i in 1..words.len() {
+            if words[i].0 == words[i - 1].0 {
+                words[i].1 = words[i].1.max(words[i - 1].2);
             }
-            merged
-        };
-        let wanted = |unit: fn(&Piece) -> (u64, u64)| {
-            let mut runs: Vec<_> =
-                pieces.iter().filter(|p| p.len > 0).map(|p| (p.buffer, unit(p).0, unit(p).1)).collect();
-            runs.sort_unstable();
-            runs.dedup_by(|b, a| {
-                a.0 == b.0 && b.1 <= a.2 && {
-                    a.2 = a.2.max(b.2);
-                    true
-                }
-            });
-            runs
-        };
-        assert_eq!(merge(seen), wanted(|p| (p.bytes().start, p.bytes().end)));
-        assert_eq!(merge(written), wanted(|p| (p.words().start, p.words().end)));
-        (windows, origins)
+        }
+        assert_eq!(united(written), united(words));
+        tables
     }
 
-    const SMALL: Limits = Limits { chunk_words: 16, binding_bytes: 512, alignment: 256 };
+    const SMALL: Limits =
+        Limits { chunk_words: 16, binding_bytes: 512, alignment: 256, workgroup: 4, lane_row: 6, lane_column: 5 };
 
     #[test]
     fn every_offset_and_length_is_covered_once() {
@@ -368,19 +710,19 @@ mod tests {
     #[test]
     fn neighbours_that_share_a_word_have_one_writer() {
         let pieces = [
-            Piece { segment: 7, ..piece(0, Dtype::F16, 1, 4) },
-            Piece { segment: 8, ..piece(0, Dtype::BF16, 5, 1) },
-            Piece { segment: 9, ..piece(0, Dtype::F16, 6, 5) },
-            Piece { segment: 4, ..piece(0, Dtype::F32, 6, 3) },
+            Piece { layout: whole(4, 2), ..piece(0, Dtype::F16, 1, 4) },
+            Piece { layout: whole(1, 1), ..piece(0, Dtype::BF16, 5, 1) },
+            Piece { layout: whole(5, 3), ..piece(0, Dtype::F16, 6, 5) },
+            Piece { layout: whole(3, 0), ..piece(0, Dtype::F32, 6, 3) },
         ];
-        let (windows, _) = check(&pieces, SMALL);
-        let edges = &windows[0].edges;
+        let tables = check(&pieces, SMALL);
+        let edges = &tables.windows[0].edges;
         assert_eq!(
             edges[..],
             [
-                EdgeRow { word: 0, low: NOWHERE, high: 7, dtypes: 1 << 8 },
-                EdgeRow { word: 2, low: 7, high: 8, dtypes: 1 | 2 << 8 },
-                EdgeRow { word: 5, low: 9, high: NOWHERE, dtypes: 1 },
+                EdgeRow { word: 0, low: NOWHERE, high: 2, dtypes: 1 << 8 },
+                EdgeRow { word: 2, low: 2, high: 1, dtypes: 1 | 2 << 8 },
+                EdgeRow { word: 5, low: 3, high: NOWHERE, dtypes: 1 },
             ]
         );
     }
@@ -394,28 +736,112 @@ mod tests {
     }
 
     #[test]
-    fn pieces_out_of_address_order_keep_list_order_in_their_partials() {
+    fn pieces_out_of_address_order_keep_list_order_in_their_slots() {
         let mut pieces = [piece(1, Dtype::F32, 100, 50), piece(0, Dtype::F32, 8, 40), piece(1, Dtype::F32, 0, 20)];
         for (i, p) in pieces.iter_mut().enumerate() {
             p.tensor = i;
         }
-        let (windows, origins) = check(&pieces, SMALL);
-        assert_eq!(origins.iter().map(|o| o.tensor).collect::<Vec<_>>(), [0, 0, 0, 0, 1, 1, 1, 2, 2]);
-        for w in &windows {
-            for (_, rows) in &w.chunks {
-                for row in rows {
-                    let origin = origins[row.partial as usize];
-                    let element = pieces[origin.tensor].start + origin.first_element;
-                    assert_eq!(element, w.offset / 4 + u64::from(row.word));
+        let tables = check(&pieces, SMALL);
+        assert_eq!(tables.slots, [9]);
+        let mut slots: Vec<_> = tables.rows().flat_map(|(.., rows)| rows).map(|row| (row.slot, row.origin)).collect();
+        slots.sort_unstable();
+        assert_eq!(slots.iter().map(|(_, origin)| *origin).collect::<Vec<_>>(), [0, 0, 0, 0, 1, 1, 1, 2, 2]);
+    }
+
+    #[test]
+    fn rows_and_columns_of_every_shape() {
+        for dtype in [Dtype::F32, Dtype::F16] {
+            for by in [By::Rows, By::Columns] {
+                for columns in [1, 2, 3, 5, 6, 7, 16, 33, 100] {
+                    for rows in [1, 2, 5, 6, 11] {
+                        for start in [0, 1, 63] {
+                            check(&[matrix(by, columns, piece(0, dtype, start, rows * columns))], SMALL);
+                        }
+                    }
                 }
             }
         }
     }
 
     #[test]
+    fn a_matrix_in_pieces_that_end_within_rows() {
+        for by in [By::Rows, By::Columns] {
+            for columns in [3, 7, 40] {
+                for cut in [1, 2, 7, 8, 41, 80] {
+                    let total = columns * 5;
+                    let part = |buffer, first_element: u64, len| Piece {
+                        first_element,
+                        ..matrix(by, columns, piece(buffer, Dtype::F32, 3, len))
+                    };
+                    let cut = cut.min(total - 1);
+                    check(&[part(0, 0, cut), part(1, cut, total - cut)], SMALL);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn examples_over_all_tensors() {
+        // Two tensors with three examples each: every segment has slots of both.
+        let second = Piece { tensor: 1, ..matrix(By::Rows, 40, piece(1, Dtype::F16, 1, 120)) };
+        let tables = check(&[matrix(By::Rows, 2, piece(0, Dtype::F32, 0, 6)), second], SMALL);
+        assert!(tables.slots.iter().all(|n| *n >= 2));
+    }
+
+    #[test]
+    fn every_example_is_added_to_every_sum_once() {
+        for (dtype, columns, examples, cut) in [
+            (Dtype::F32, 5u64, 3u64, 15u64),
+            (Dtype::F16, 7, 9, 20),
+            (Dtype::BF16, 100, 4, 250),
+            (Dtype::F32, 60, 40, 61),
+        ] {
+            let len = columns * examples;
+            let into = piece(2, Dtype::F32, 9, columns);
+            let part = |buffer, first_element, len| Piece {
+                first_element,
+                ..matrix(By::Rows, columns, piece(buffer, dtype, 2, len))
+            };
+            let pairs = [(part(0, 0, cut.min(len)), into), (part(1, cut.min(len), len - cut.min(len)), into)];
+            let mut added = vec![Vec::new(); columns as usize];
+            for window in sum_windows(&pairs[..if cut < len { 2 } else { 1 }], SMALL).expect("fits") {
+                let (buffer, offset, bytes) = window.examples.expect("there are examples");
+                assert!(bytes <= SMALL.binding_bytes && window.sums.2 <= SMALL.binding_bytes);
+                for row in &window.rows {
+                    for (lane, i) in (0..row.count).flat_map(|lane| (0..row.elements).map(move |i| (lane, i))) {
+                        let at = u64::from(row.first + lane + i * row.element_stride);
+                        assert!((at + 1) * dtype.size() as u64 <= bytes);
+                        let element = offset / dtype.size() as u64 + at - 2 + if buffer == 1 { cut } else { 0 };
+                        let sum = window.sums.1 / 4 + u64::from(row.slot + lane) - 9;
+                        assert_eq!(element % columns, sum);
+                        assert_eq!(element / columns, u64::from(row.segment + i));
+                        let sums = &mut added[sum as usize];
+                        assert_eq!(
+                            row.column == 0,
+                            element / columns == u64::from(i) && sums.len() as u64 == element / columns
+                        );
+                        sums.push(element / columns);
+                    }
+                }
+            }
+            assert!(
+                added.iter().all(|of| of.iter().copied().eq(0..examples)),
+                "{dtype} {columns}x{examples}: {added:?}"
+            );
+        }
+    }
+
+    #[test]
     fn sizes_beyond_this_machine_add_up() {
         // 2^33 elements of float32 in buffers just below 2 GiB, as drivers give them, with 128 MiB bindings.
-        let limits = Limits { chunk_words: 1 << 20, binding_bytes: 128 << 20, alignment: 256 };
+        let limits = Limits {
+            chunk_words: 1 << 20,
+            binding_bytes: 128 << 20,
+            alignment: 256,
+            workgroup: 256,
+            lane_row: 64,
+            lane_column: 256,
+        };
         let each = (1u64 << 29) - 64;
         let mut first_element = 0;
         let mut pieces = Vec::new();
@@ -424,35 +850,14 @@ mod tests {
             pieces.push(Piece { first_element, ..piece(pieces.len(), Dtype::F32, 0, len) });
             first_element += len;
         }
-        let (windows, origins) = check(&pieces, limits);
-        assert!(windows.len() >= 256);
-        assert_eq!(origins.last().map(|o| o.first_element + (1 << 20) > 1 << 33), Some(true));
-        let tree = merge_tree(&[u32::try_from(origins.len()).expect("small")]).expect("fits");
-        assert_eq!(tree.levels.len(), 2);
+        let tables = check(&pieces, limits);
+        assert!(tables.windows.len() >= 256);
+        assert!(tables.slots[0] >= 1 << 13);
         // One piece of 2^36 bytes in a single buffer, with the largest binding there is.
         let limits = Limits { binding_bytes: (1 << 31) - 256, ..limits };
-        check(&[piece(0, Dtype::BF16, 3, 1 << 35)], limits);
-    }
-
-    #[test]
-    fn partials_merge_to_one_for_each_segment_and_one_for_all() {
-        let tree = merge_tree(&[0]).expect("fits");
-        assert_eq!((tree.segment_partials, tree.total_partial, tree.partials), (0, 0, 1));
-        assert_eq!(tree.levels, [[MergeRow { from: 0, count: 0, into: 0, padding: 0 }]]);
-        for chunks in [vec![1], vec![1024], vec![1025], vec![3, 0, 5000], vec![1; 3000], vec![2_000_000]] {
-            let tree = merge_tree(&chunks).expect("fits");
-            // Follow the tree with sums in place of partials.
-            let mut values = vec![1u64; chunks.iter().sum::<u32>() as usize];
-            values.resize(tree.partials as usize, 0);
-            for row in tree.levels.iter().flatten() {
-                let (from, count) = (row.from as usize, row.count as usize);
-                values[row.into as usize] = values[from..from + count].iter().sum();
-            }
-            for (i, count) in chunks.iter().enumerate() {
-                assert_eq!(values[tree.segment_partials as usize + i], u64::from(*count));
-            }
-            assert_eq!(values[tree.total_partial as usize], chunks.iter().map(|c| u64::from(*c)).sum());
-        }
-        assert!(merge_tree(&[u32::MAX, 1]).is_none());
+        let huge = piece(0, Dtype::BF16, 3, 1 << 35);
+        assert_eq!(check(&[huge], limits).origins.len(), 17);
+        check(&[matrix(By::Rows, (1 << 32) + 5, huge)], limits);
+        check(&[matrix(By::Rows, 1 << 25, Piece { len: 1 << 33, ..huge })], limits);
     }
 }

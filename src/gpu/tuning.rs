@@ -37,6 +37,16 @@ pub const HARDWARE: Tuning =
 /// How many partials one workgroup merges. At most 16 one after another for each of 64 invocations.
 pub const MERGED_PARTIALS: u32 = 1024;
 
+/// Segments of so many partials and fewer are merged by one invocation each: a workgroup's tree has 6 to 8 steps
+/// anyway.
+pub const LANE_PARTIALS: u32 = 16;
+
+/// Rows of so many elements and fewer are measured by one invocation each; longer ones by a workgroup.
+pub const LANE_ROW: u32 = 64;
+
+/// So many elements of a column are measured by one invocation: 1,024 bytes read for the 64 that a partial costs.
+pub const LANE_COLUMN: u32 = 256;
+
 /// The size of the pieces in which host tensors are uploaded and read back, in bytes.
 pub const STAGING_BYTES: u64 = 64 << 20;
 

@@ -183,11 +183,26 @@ pub(crate) fn gpu_tensor(buffer: &wgpu::Buffer, t: &Data, first: u64) -> GpuTens
         Dtype::BF16 => GpuTensor::bf16(buffer, range),
         other => GpuTensor::new(buffer, other, range),
     };
-    let view = view.expect("the range fits");
-    match &t.name {
-        Some(name) => view.named(name),
+    let mut view = view.expect("the range fits");
+    if let Some(name) = &t.name {
+        view = view.named(name);
+    }
+    match &t.shape {
+        Some(shape) => view.shape(shape).expect("the shape fits"),
         None => view,
     }
+}
+
+/// Gives views of tensors their parameters, which lie in a buffer of their own.
+fn with_parameters(gpu: &GpuClipper, mut views: Vec<GpuTensor>, tensors: &[Data]) -> Vec<GpuTensor> {
+    let (owners, parameters): (Vec<_>, Vec<_>) =
+        tensors.iter().enumerate().filter_map(|(i, t)| Some((i, t.parameter.as_deref()?.clone()))).unzip();
+    let layout = Layout::with_gaps(&parameters, |i| [0, 1, 3][i % 3]);
+    let buffer = upload(gpu, &layout.bytes(&parameters));
+    for (owner, parameter) in owners.into_iter().zip(layout.tensors(&buffer, &parameters)) {
+        views[owner] = views[owner].clone().parameter(parameter);
+    }
+    views
 }
 
 /// Clips copies that lie in one buffer.
@@ -199,7 +214,8 @@ pub(crate) fn clip_in_one_buffer(gpu: &GpuClipper, clip: &Clip, tensors: &[Data]
 #[track_caller]
 pub(crate) fn clip_laid_out(gpu: &GpuClipper, clip: &Clip, tensors: &[Data], layout: &Layout) -> Done {
     let buffer = upload(gpu, &layout.bytes(tensors));
-    let report = clip_tensors(gpu, clip, &layout.tensors(&buffer, tensors));
+    let views = with_parameters(gpu, layout.tensors(&buffer, tensors), tensors);
+    let report = clip_tensors(gpu, clip, &views);
     let after = layout.taken_from(&download(gpu, &buffer), tensors);
     Done { report, after }
 }

@@ -5,8 +5,9 @@
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 pub(crate) mod numbers;
+pub(crate) mod reference;
 
-use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, Tensor, TensorMut};
+use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, NormType, Tensor, TensorMut};
 use numbers::{from_bits, rounded_bits};
 
 /// A gradient: bytes of one dtype.
@@ -15,6 +16,9 @@ pub(crate) struct Data {
     pub(crate) name: Option<String>,
     pub(crate) dtype: Dtype,
     pub(crate) bytes: Vec<u8>,
+    /// One dimension if it is not told.
+    pub(crate) shape: Option<Vec<usize>>,
+    pub(crate) parameter: Option<Box<Data>>,
 }
 
 /// The first few numbers only: sets are long.
@@ -26,7 +30,7 @@ impl std::fmt::Debug for Data {
 
 impl Data {
     pub(crate) fn of<T: Element>(elements: &[T]) -> Self {
-        Self { name: None, dtype: T::DTYPE, bytes: bytemuck::cast_slice(elements).to_vec() }
+        Self::from_bytes(T::DTYPE, bytemuck::cast_slice(elements).to_vec())
     }
 
     /// Numbers, each rounded to the dtype.
@@ -35,12 +39,31 @@ impl Data {
         for x in numbers {
             bytes.extend_from_slice(&rounded_bits(dtype, x).to_le_bytes()[..dtype.size()]);
         }
-        Self { name: None, dtype, bytes }
+        Self::from_bytes(dtype, bytes)
+    }
+
+    pub(crate) fn from_bytes(dtype: Dtype, bytes: Vec<u8>) -> Self {
+        Self { name: None, dtype, bytes, shape: None, parameter: None }
     }
 
     pub(crate) fn named(mut self, name: &str) -> Self {
         self.name = Some(name.to_owned());
         self
+    }
+
+    pub(crate) fn shaped(mut self, shape: &[usize]) -> Self {
+        self.shape = Some(shape.to_vec());
+        self
+    }
+
+    pub(crate) fn with_parameter(mut self, parameter: Self) -> Self {
+        self.parameter = Some(Box::new(parameter));
+        self
+    }
+
+    /// The shape, told or not.
+    pub(crate) fn dims(&self) -> Vec<usize> {
+        self.shape.clone().unwrap_or_else(|| vec![self.len()])
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -73,20 +96,47 @@ impl Data {
     }
 
     pub(crate) fn view(&self) -> Tensor<'_> {
-        let view = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements");
-        match &self.name {
-            Some(name) => view.named(name),
+        let mut view = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements");
+        if let Some(name) = &self.name {
+            view = view.named(name);
+        }
+        match &self.shape {
+            Some(shape) => view.shape(shape).expect("the shape fits"),
             None => view,
         }
     }
 
     pub(crate) fn view_mut(&mut self) -> TensorMut<'_> {
-        let view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements");
-        match &self.name {
-            Some(name) => view.named(name),
+        let mut view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements");
+        if let Some(name) = &self.name {
+            view = view.named(name);
+        }
+        match &self.shape {
+            Some(shape) => view.shape(shape).expect("the shape fits"),
             None => view,
         }
     }
+}
+
+/// Views of the parameters, for [`views`] and [`views_mut`] to borrow.
+pub(crate) fn parameters(tensors: &[Data]) -> Vec<Option<Tensor<'_>>> {
+    tensors.iter().map(|t| t.parameter.as_deref().map(Data::view)).collect()
+}
+
+pub(crate) fn views<'a>(tensors: &'a [Data], parameters: &'a [Option<Tensor<'a>>]) -> Vec<Tensor<'a>> {
+    let view = |(t, parameter): (&'a Data, &'a Option<_>)| match parameter {
+        Some(parameter) => t.view().parameter(parameter),
+        None => t.view(),
+    };
+    tensors.iter().zip(parameters).map(view).collect()
+}
+
+pub(crate) fn views_mut<'a>(tensors: &'a mut [Data], parameters: &'a [Option<Tensor<'a>>]) -> Vec<TensorMut<'a>> {
+    let view = |(t, parameter): (&'a mut Data, &'a Option<_>)| match parameter {
+        Some(parameter) => t.view_mut().parameter(parameter),
+        None => t.view_mut(),
+    };
+    tensors.iter_mut().zip(parameters).map(view).collect()
 }
 
 /// Every element of every tensor, exactly.
@@ -134,26 +184,64 @@ impl Path {
         }
     }
 
+    /// The paths that take host tensors.
+    #[cfg(feature = "gpu")]
+    pub(crate) const HOST: &[Self] = &[Self::Cpu, Self::GpuHost];
+    #[cfg(not(feature = "gpu"))]
+    pub(crate) const HOST: &[Self] = &[Self::Cpu];
+
+    /// What clips host tensors on this path.
+    pub(crate) fn clipper(self) -> Clipper {
+        match self {
+            Self::Cpu => Clipper::cpu(),
+            #[cfg(feature = "gpu")]
+            _ => Clipper::gpu(gpu::gpu().clone()),
+        }
+    }
+
     /// The promised relative error of the norm.
     pub(crate) fn norm_tolerance(self) -> f64 {
         if self == Self::Cpu { 1e-7 } else { 1e-6 }
     }
 
-    pub(crate) fn clip(self, clip: &Clip, tensors: &[Data]) -> Done {
-        match self {
-            Self::Cpu => clip_host(&Clipper::cpu(), clip, tensors),
-            #[cfg(feature = "gpu")]
-            Self::GpuHost => clip_host(&Clipper::gpu(gpu::gpu().clone()), clip, tensors),
-            #[cfg(feature = "gpu")]
-            Self::GpuBuffers => gpu::clip_in_one_buffer(gpu::gpu(), clip, tensors),
+    /// The same for a norm of any p.
+    pub(crate) fn tolerance_of(self, norm_type: NormType) -> f64 {
+        match norm_type.power() {
+            _ if self == Self::Cpu => self.norm_tolerance(),
+            p if p > 4e6 && p.is_finite() => 5e-6,
+            p => self.norm_tolerance() / p.min(1.0),
         }
     }
+
+    pub(crate) fn clip(self, clip: &Clip, tensors: &[Data]) -> Done {
+        match self {
+            #[cfg(feature = "gpu")]
+            Self::GpuBuffers => gpu::clip_in_one_buffer(gpu::gpu(), clip, tensors),
+            _ => clip_host(&self.clipper(), clip, tensors),
+        }
+    }
+
+    /// Sums clipped examples. What comes `after` are the sums, which hold [`UNWRITTEN`] before.
+    pub(crate) fn sum_examples(self, clip: &Clip, tensors: &[Data]) -> Done {
+        let sum_of = |t: &Data| {
+            let dtype = if t.dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
+            Data::rounded(dtype, vec![UNWRITTEN; t.dims()[1..].iter().product()])
+        };
+        let mut after: Vec<_> = tensors.iter().map(sum_of).collect();
+        let parameters = parameters(tensors);
+        let mut sums: Vec<_> = after.iter_mut().map(Data::view_mut).collect();
+        let report = self.clipper().sum_examples(clip, &views(tensors, &parameters), &mut sums);
+        Done { report, after }
+    }
 }
+
+/// What a sum holds until it is written.
+pub(crate) const UNWRITTEN: f64 = 7.25;
 
 /// Clips copies of host tensors.
 pub(crate) fn clip_host(clipper: &Clipper, clip: &Clip, tensors: &[Data]) -> Done {
     let mut after = tensors.to_vec();
-    let report = clipper.apply(clip, &mut after.iter_mut().map(Data::view_mut).collect::<Vec<_>>());
+    let report = clipper.apply(clip, &mut views_mut(&mut after, &parameters(tensors)));
     Done { report, after }
 }
 
@@ -166,21 +254,27 @@ pub(crate) fn assert_scaled(before: &[Data], after: &[Data], factor: f64, relati
         assert_eq!((before.len(), dtype), (after.len(), after.dtype), "{what}");
         for (i, (x, got)) in before.numbers().zip(after.numbers()).enumerate() {
             let want = x * factor;
-            // The factor and the product are rounded to float32 before the result is rounded to the dtype.
-            let inner = if dtype == Dtype::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
-            let slack = want.abs() * (relative + inner) + numbers::ulp(dtype, want) * 0.5001;
             assert!(
-                (got - want).abs() <= slack || (want == 0.0 && got == 0.0),
+                is_scaled(dtype, got, want, relative),
                 "{what}: element {i} of tensor {t} ({dtype}) was {x:e}; it is {got:e} and should be {want:e}"
             );
         }
     }
 }
 
+/// Whether a product is `want`, up to a relative error of its factor and the rounding of the result.
+pub(crate) fn is_scaled(dtype: Dtype, got: f64, want: f64, relative: f64) -> bool {
+    // The factor and the product are rounded to float32 before the result is rounded to the dtype.
+    let inner = if dtype == Dtype::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
+    let slack = want.abs() * (relative + inner) + numbers::ulp(dtype, want) * 0.5001;
+    (got - want).abs() <= slack || got == want || (got.is_nan() && want.is_nan())
+}
+
 /// That a norm is the true one, within a relative error.
 #[track_caller]
 pub(crate) fn assert_norm(got: f64, want: f64, tolerance: f64, what: &str) {
-    let error = if got == want { 0.0 } else { ((got - want) / want).abs() };
+    let same = got == want || (got.is_nan() && want.is_nan());
+    let error = if same { 0.0 } else { ((got - want) / want).abs() };
     assert!(error <= tolerance, "{what}: the norm is {got:e}, it should be {want:e}: off by {error:e}");
 }
 
@@ -201,5 +295,15 @@ pub(crate) fn assert_same_bits(got: &[Data], want: &[Data], what: &str) {
                 want.get(i)
             );
         }
+    }
+}
+
+/// That an error is one line which says all of this.
+#[track_caller]
+pub(crate) fn assert_says(error: &Error, words: &[&str]) {
+    let message = error.to_string();
+    assert!(!message.contains('\n'), "one line: {message}");
+    for word in words {
+        assert!(message.contains(word), "{message:?} does not say {word:?}");
     }
 }

@@ -61,10 +61,20 @@ pub(crate) fn exact_norm(norm_type: NormType, numbers: impl Iterator<Item = f64>
     if max == 0.0 || norm_type == NormType::Inf {
         return max;
     }
+    let mut sum = Sum::default();
+    if !matches!(norm_type, NormType::L1 | NormType::L2) {
+        // By the largest, so that no term exceeds 1 whatever p is.
+        let p = norm_type.power();
+        for x in finite {
+            sum.add((x.abs() / max).powf(p));
+        }
+        // In two steps: the root alone may leave the range where the norm does not.
+        let root = sum.total().powf(0.5 / p);
+        return max * root * root;
+    }
     // By powers of two, in two steps, so that neither the scale nor a scaled number leaves the range.
     let exponent = exponent(max);
     let (half, rest) = (exponent / 2, exponent - exponent / 2);
-    let mut sum = Sum::default();
     for x in finite {
         let x = x.abs() * 2f64.powi(-half) * 2f64.powi(-rest);
         sum.add(if norm_type == NormType::L1 { x } else { x * x });

@@ -1,0 +1,16 @@
+// accumulate: takes the partial of some tensors into a running one or, with MOVES, moves the running one to where the
+// report finds it, and begins anew. Host side: src/gpu/running.rs; twin: src/running.rs.
+
+@group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
+@group(1) @binding(0) var<storage, read_write> into: array<Partial>;
+
+@compute @workgroup_size(1)
+fn main() {
+    let own = partials[params.total_partial];
+    if MOVES {
+        into[0] = own;
+        partials[params.total_partial] = EMPTY_PARTIAL;
+    } else {
+        into[0] = merge(into[0], own);
+    }
+}

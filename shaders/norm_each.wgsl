@@ -1,0 +1,58 @@
+// norm_each: the partial of each of a chunk's segments, one invocation a segment: of columns, which lie side by side, and
+// of short rows. Host side: src/gpu/plan.rs; twin: src/cpu/columns.rs.
+
+@group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
+
+const BLOCK: u32 = 16u;
+
+// The magnitude of element `k` of the segment whose first element is `first`; 0 behind its last.
+fn magnitude_of(chunk: Chunk, first: u32, k: u32) -> u32 {
+    if k >= chunk.elements {
+        return 0u;
+    }
+    let at = first + k * chunk.element_stride;
+    let word = words[at / PER_WORD];
+    let bits = select((word >> (16u * (at & 1u))) & 0xffffu, word, DTYPE == DTYPE_F32);
+    return widened(DTYPE, bits) & MAGNITUDE;
+}
+
+fn four_of(chunk: Chunk, first: u32, k: u32) -> vec4<u32> {
+    return vec4<u32>(
+        magnitude_of(chunk, first, k),
+        magnitude_of(chunk, first, k + 1u),
+        magnitude_of(chunk, first, k + 2u),
+        magnitude_of(chunk, first, k + 3u),
+    );
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = group.x + group.y * groups.x;
+    if row >= arrayLength(&chunks) {
+        return;
+    }
+    let chunk = chunks[row];
+    if lane >= chunk.count {
+        return;
+    }
+    let first = chunk.first + lane * chunk.segment_stride;
+    begin();
+    for (var k = 0u; k < chunk.elements; k += BLOCK) {
+        let again = take(Sixteen(
+            four_of(chunk, first, k),
+            four_of(chunk, first, k + 4u),
+            four_of(chunk, first, k + 8u),
+            four_of(chunk, first, k + 12u),
+        ));
+        for (var i = k; i < min(k + BLOCK, chunk.elements) && again; i += 1u) {
+            let place = chunk.origin_element + lane * chunk.segment_stride + i * chunk.element_stride;
+            take_one(magnitude_of(chunk, first, i), chunk.origin, place);
+        }
+        settle();
+    }
+    partials[chunk.slot + lane * chunk.slot_stride] = partial;
+}

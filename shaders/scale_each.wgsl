@@ -1,0 +1,95 @@
+// scale_each: multiplies each element of each chunk by the factor of its own segment, one workgroup a chunk: of rows or,
+// with COLUMNS, of columns. Twin: src/cpu/scale.rs.
+
+// Where the elements of a word are in the matrix: an invocation takes words at even distances, so that one division is
+// enough to begin with.
+struct Place {
+    row: u32,
+    column: u32,
+}
+
+fn next(place: Place, columns: u32) -> Place {
+    if place.column + 1u == columns {
+        return Place(place.row + 1u, 0u);
+    }
+    return Place(place.row, place.column + 1u);
+}
+
+fn segment_at(chunk: Chunk, place: Place) -> u32 {
+    return chunk.segment + select(place.row, place.column, COLUMNS);
+}
+
+// `applied` where the outcome is LEAVE or APPLY, and neither factor nor element nor product is unusual.
+fn quickly_applied_each(bits: u32, segment: u32) -> u32 {
+    let outcome = results.outcomes[segment];
+    unusual |= outcome.action != LEAVE && (outcome.action != APPLY || outcome.factor.is_float == 0u);
+    if outcome.action == LEAVE {
+        return bits;
+    }
+    return quickly_applied(bits, bitcast<f32>(outcome.factor.value));
+}
+
+// Likewise, with a half of bits.
+fn quickly_applied_half_each(half: u32, segment: u32) -> u32 {
+    let bits = widened(DTYPE, half);
+    let result = quickly_applied_each(bits, segment);
+    return select(narrowed(DTYPE, result), half, result == bits);
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = group.x + group.y * groups.x;
+    if row >= arrayLength(&chunks) || results.refused != 0u {
+        return;
+    }
+    let chunk = chunks[row];
+    let run = run_of(chunk);
+    let step = WORKGROUP * PER_WORD;
+    // The first word may begin with an element that is not the chunk's; it writes nothing, and is looked up in place of
+    // the chunk's own first.
+    let start = chunk.column + max(lane * PER_WORD, run.skip) - run.skip;
+    var place = Place(start / chunk.columns, start % chunk.columns);
+    let rows_on = step / chunk.columns;
+    let columns_on = step % chunk.columns;
+    for (var i = lane; i < run.own_to; i += WORKGROUP) {
+        unusual = false;
+        let word = words[run.word + i];
+        let low = segment_at(chunk, place);
+        let high = segment_at(chunk, next(place, chunk.columns));
+        var after = word;
+        if DTYPE == DTYPE_F32 {
+            after = quickly_applied_each(word, low);
+        } else {
+            after = quickly_applied_half_each(word & 0xffffu, low)
+                | (quickly_applied_half_each(word >> 16u, high) << 16u);
+        }
+        for (var again = unusual; again; again = false) {
+            if DTYPE == DTYPE_F32 {
+                after = applied(word, DTYPE, results.outcomes[low]);
+            } else {
+                after = applied_half(word & 0xffffu, DTYPE, results.outcomes[low])
+                    | (applied_half(word >> 16u, DTYPE, results.outcomes[high]) << 16u);
+            }
+        }
+        write(run, i, word, after);
+        // On by `step` elements; by one fewer from a first word that is not wholly the chunk's.
+        let skipped = select(0u, run.skip, i == 0u);
+        place.column += columns_on;
+        place.row += rows_on;
+        if place.column >= chunk.columns {
+            place.column -= chunk.columns;
+            place.row += 1u;
+        }
+        if skipped == 1u {
+            if place.column == 0u {
+                place = Place(place.row - 1u, chunk.columns - 1u);
+            } else {
+                place.column -= 1u;
+            }
+        }
+    }
+}

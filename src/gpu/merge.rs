@@ -1,0 +1,158 @@
+//! Which partials merge, level by level. Host side of `shaders/merge.wgsl`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::tuning::{LANE_PARTIALS, MERGED_PARTIALS};
+
+/// Twin of `MergeRow` in `shaders/merge.wgsl`: `runs` times, `count` consecutive partials become one; runs and results
+/// follow one another.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub(super) struct MergeRow {
+    pub(super) from: u32,
+    pub(super) count: u32,
+    pub(super) into: u32,
+    pub(super) runs: u32,
+}
+
+/// How partials merge: levels of rows, to be run one after another.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct MergeTree {
+    pub(super) levels: Vec<Vec<MergeRow>>,
+    /// How many partials there are room for.
+    pub(super) partials: u32,
+}
+
+impl MergeTree {
+    /// Nothing to merge yet among so many partials.
+    pub(super) fn new(partials: u32) -> Self {
+        Self { levels: Vec::new(), partials }
+    }
+
+    /// Plans the merging of the slots of each segment, which follow one another from `first` on, to one partial for each
+    /// segment. Returns the first of those, which are consecutive, and the level from which on they are there. Trees of
+    /// other segments may be planned on the same levels. None if 2^32 partials do not suffice.
+    pub(super) fn segments(&mut self, first: u32, slots: &[u32], workgroup: u32) -> Option<(u32, usize)> {
+        let mut runs = Vec::with_capacity(slots.len());
+        let mut from = first;
+        for count in slots {
+            runs.push((from, *count));
+            from = from.checked_add(*count)?;
+        }
+        let mut start = first;
+        let mut level = 0;
+        // Where each segment has one slot they are in place already.
+        while runs.iter().any(|(_, count)| *count != 1) {
+            start = self.partials;
+            runs = self.level(level, &runs, workgroup)?;
+            level += 1;
+        }
+        Some((start, level))
+    }
+
+    /// Plans the merging of consecutive partials that are there from a level on, to one. Returns its place.
+    pub(super) fn total(&mut self, first: u32, count: u32, from_level: usize, workgroup: u32) -> Option<u32> {
+        let mut runs = vec![(first, count)];
+        let mut level = from_level;
+        while runs[0].1 != 1 {
+            runs = self.level(level, &runs, workgroup)?;
+            level += 1;
+        }
+        Some(runs[0].0)
+    }
+
+    /// Plans the merging of totals, which are there after all levels so far. Returns the place of what they make.
+    pub(super) fn everything(&mut self, totals: &[u32]) -> Option<u32> {
+        if let [total] = totals {
+            return Some(*total);
+        }
+        // First side by side, then together.
+        let first = self.partials;
+        let mut rows = Vec::new();
+        for total in totals {
+            rows.push(MergeRow { from: *total, count: 1, into: self.partials, runs: 1 });
+            self.partials = self.partials.checked_add(1)?;
+        }
+        if !rows.is_empty() {
+            self.levels.push(rows);
+        }
+        self.total(first, u32::try_from(totals.len()).ok()?, self.levels.len(), u32::MAX)
+    }
+
+    /// Merges each run of partials into a shorter one; an empty run into one empty partial. Returns the new runs.
+    fn level(&mut self, level: usize, runs: &[(u32, u32)], workgroup: u32) -> Option<Vec<(u32, u32)>> {
+        if self.levels.len() <= level {
+            self.levels.resize_with(level + 1, Vec::new);
+        }
+        let mut rows: Vec<MergeRow> = std::mem::take(&mut self.levels[level]);
+        let before = rows.len();
+        let mut merged = Vec::with_capacity(runs.len());
+        for &(from, count) in runs {
+            let first = self.partials;
+            for at in (0..count.max(1)).step_by(MERGED_PARTIALS as usize) {
+                let row = MergeRow {
+                    from: from + at,
+                    count: (count - at).min(MERGED_PARTIALS),
+                    into: self.partials,
+                    runs: 1,
+                };
+                let follows = |last: &&mut MergeRow| {
+                    last.count == row.count
+                        && row.count <= LANE_PARTIALS
+                        && last.runs < workgroup
+                        && last.from + last.count * last.runs == row.from
+                        && last.into + last.runs == row.into
+                };
+                match rows[before..].last_mut().filter(follows) {
+                    Some(last) => last.runs += 1,
+                    None => rows.push(row),
+                }
+                self.partials = self.partials.checked_add(1)?;
+            }
+            merged.push((first, self.partials - first));
+        }
+        self.levels[level] = rows;
+        Some(merged)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn partials_merge_to_one_for_each_segment_and_one_for_all() {
+        for slots in [
+            vec![],
+            vec![0],
+            vec![1],
+            vec![1024],
+            vec![1025],
+            vec![3, 0, 5000],
+            vec![1; 3000],
+            vec![2; 3000],
+            vec![2_000_000],
+        ] {
+            let first = 5;
+            let count = slots.iter().sum::<u32>();
+            let mut tree = MergeTree::new(first + count);
+            let (segments, level) = tree.segments(first, &slots, 64).expect("fits");
+            let total = tree.total(segments, slots.len() as u32, level, 64).expect("fits");
+            // Follow the tree with sums in place of partials.
+            let mut values = vec![1u64; (first + count) as usize];
+            values.resize(tree.partials as usize, 0);
+            for row in tree.levels.iter().flatten() {
+                assert!(row.runs == 1 || (row.runs <= 64 && row.count <= LANE_PARTIALS));
+                for run in 0..row.runs {
+                    let (from, count) = ((row.from + run * row.count) as usize, row.count as usize);
+                    values[(row.into + run) as usize] = values[from..from + count].iter().sum();
+                }
+            }
+            for (i, slots) in slots.iter().enumerate() {
+                assert_eq!(values[segments as usize + i], u64::from(*slots));
+            }
+            assert_eq!(values[total as usize], u64::from(count), "{} segments", slots.len());
+        }
+        assert!(MergeTree::new(u32::MAX).segments(0, &[2], 64).is_none());
+    }
+}

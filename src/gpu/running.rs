@@ -1,0 +1,202 @@
+//! A norm that is measured set by set on the device. Host side of `shaders/accumulate.wgsl`; twin: `src/running.rs`.
+
+use bytemuck::Zeroable;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::device::Wait;
+use super::kernels::{Kernel, Norm};
+use super::plan::{
+    Dispatch, Follows, GpuPlan, Job, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
+};
+use super::readback::{OutcomeRow, PartialRow, ResultsHead};
+use super::table::Origin;
+use super::threshold::StateRow;
+use super::{Gathered, GpuClipper, GpuTensor};
+use crate::clip::Mode;
+use crate::segment::Segments;
+use crate::{Clip, ClipReport, Error, Scope};
+
+/// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
+/// them, or one micro-batch after another.
+///
+/// [`GpuRunning::plan`] plans a set. In each step record, in this order, [`GpuRunningPlan::accumulate`] for every set,
+/// [`GpuRunning::finish`], and [`GpuRunningPlan::scale`] for every set that is to be clipped. `finish` also begins the
+/// next norm.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, wgpu};
+/// # use wgpu::util::DeviceExt;
+/// # let gpu = GpuClipper::open_blocking()?;
+/// # let (device, queue) = (gpu.device(), gpu.queue());
+/// # let buffer = |x: f32| device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+/// #     label: None, contents: bytemuck::cast_slice(&[x]), usage: wgpu::BufferUsages::STORAGE });
+/// # let (w, b) = (buffer(3.0), buffer(4.0));
+/// let running = gpu.running(&Clip::norm(1.0)?)?;
+/// let sets = [running.plan(&[GpuTensor::f32(&w, ..)?])?, running.plan(&[GpuTensor::f32(&b, ..)?])?];
+/// let mut encoder = device.create_command_encoder(&Default::default());
+/// for set in &sets {
+///     set.accumulate(&mut encoder)?;
+/// }
+/// running.finish(&mut encoder)?;
+/// for set in &sets {
+///     set.scale(&mut encoder)?;
+/// }
+/// queue.submit([encoder.finish()]);
+/// assert!((running.report_blocking()?.total_norm - 5.0).abs() < 1e-5);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct GpuRunning {
+    gpu: GpuClipper,
+    clip: Clip,
+    segments: Segments,
+    /// The one partial of it is the last finished one, for the report.
+    memory: Memory,
+    /// What is being accumulated.
+    partial: wgpu::Buffer,
+    finish: [Dispatch; 2],
+    sets: Mutex<Sets>,
+}
+
+/// The tensors of all sets so far, in the order in which they were planned.
+#[derive(Debug, Default)]
+struct Sets {
+    origins: Vec<Origin>,
+    names: Vec<Option<Arc<str>>>,
+    elements: u64,
+}
+
+/// A set of tensors that belongs to a [`GpuRunning`].
+#[derive(Debug)]
+pub struct GpuRunningPlan(GpuPlan);
+
+impl GpuClipper {
+    /// Begins a running norm.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] unless the clip is one by norm with [`Scope::Global`]; the device's own.
+    pub fn running(&self, clip: &Clip) -> Result<GpuRunning, Error> {
+        let (Mode::Norm { .. }, Scope::Global, Some(norm_type)) = (clip.mode, clip.scope, clip.measured()) else {
+            return Err(Error::Unfit("a running partial on the device needs a clip by norm with Scope::Global"));
+        };
+        let clip = &clip.with_power_in(POWERS);
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let partial = self.device.filled("gradclip running partial", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
+        let segments = Segments::new(clip, &[], |_| None)?;
+        let memory = Memory::new(self, [(clip, &segments, false)].into_iter(), 1, &[StateRow::zeroed()], None)?;
+        let params = Params::new(clip, clip.only_measures());
+        let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params)?;
+        let whole = |buffer: &wgpu::Buffer| (buffer.clone(), 0, buffer.size());
+        let one = |kernel, parts: &[_]| dispatch(self, kernel, clips.of(kernel), parts, 1);
+        let finalise = Kernel::Finalise { norm: Some(Norm::from(norm_type)), given: false };
+        let finish = [
+            one(finalise, &[whole(&memory.thresholds), whole(&memory.coefficients)])?,
+            one(Kernel::Accumulate { moves: true }, &[whole(&memory.partials)])?,
+        ];
+        let gpu = self.clone();
+        Ok(GpuRunning { gpu, clip: *clip, segments, memory, partial, finish, sets: Mutex::default() })
+    }
+}
+
+impl GpuRunning {
+    /// Plans a set of tensors. The report counts tensors in the order in which sets were planned.
+    ///
+    /// # Errors
+    /// Those of [`GpuClipper::plan`].
+    pub fn plan(&self, tensors: &[GpuTensor]) -> Result<GpuRunningPlan, Error> {
+        let mut sets = self.sets();
+        let mut gathered = Gathered::default();
+        gathered.add(&self.clip, tensors)?;
+        gathered.check_overlaps()?;
+        let first_tensor = sets.names.len();
+        let memory = RunningMemory {
+            partial: self.partial.clone(),
+            results: self.memory.results.clone(),
+            origins: u32::try_from(sets.origins.len()).unwrap_or(u32::MAX),
+        };
+        let plan = self.gpu.build(gathered, Job::Running(memory), Follows::Clip)?;
+        let moved = |origin: &Origin| Origin { tensor: origin.tensor + first_tensor, ..*origin };
+        sets.origins.extend(plan.origins().iter().map(moved));
+        sets.names.extend(tensors.iter().map(|t| t.name.clone()));
+        sets.elements += plan.elements();
+        Ok(GpuRunningPlan(plan))
+    }
+
+    /// Records the decision over everything accumulated since the last one, and begins anew.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
+    pub fn finish(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.gpu.device.check_not_lost()?;
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
+        self.finish.iter().for_each(|dispatch| dispatch.record(&mut pass));
+        Ok(())
+    }
+
+    /// What each `finish` leaves for a kernel of the caller's to read: see [`GpuPlan::coefficients`].
+    #[must_use]
+    pub fn coefficients(&self) -> &wgpu::Buffer {
+        &self.memory.coefficients
+    }
+
+    /// The report on the last `finish` that was submitted. `elements` are those of all sets that were planned, each
+    /// counted once.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if none has run; the device's own errors.
+    pub async fn report(&self) -> Result<ClipReport, Error> {
+        self.report_by(Wait::Polling).await
+    }
+
+    /// [`GpuRunning::report`], waiting for the answer.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn report_blocking(&self) -> Result<ClipReport, Error> {
+        pollster::block_on(self.report_by(Wait::Sleeping))
+    }
+
+    async fn report_by(&self, wait: Wait) -> Result<ClipReport, Error> {
+        let memory = &self.memory;
+        let parts = [(&memory.partials, 0, PARTIAL_BYTES), (&memory.results, 0, memory.results.size())];
+        let bytes = self.gpu.device.read(&parts, wait).await?;
+        let (total, results) = bytes.split_at(size_of::<PartialRow>());
+        let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
+        if bytemuck::pod_read_unaligned::<ResultsHead>(head).steps == 0 {
+            return Err(Error::NotSubmitted);
+        }
+        let outcome: OutcomeRow = bytemuck::pod_read_unaligned(&outcomes[..size_of::<OutcomeRow>()]);
+        let sets = self.sets();
+        let total = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| sets.origins[i]);
+        let totals = (self.clip.known(&total).norm, &total);
+        let outcomes = [outcome.to_outcome(&self.clip, 1.0)];
+        self.clip.report((&self.segments, &outcomes), totals, sets.elements, |i| sets.names[i].as_deref())
+    }
+
+    fn sets(&self) -> std::sync::MutexGuard<'_, Sets> {
+        // A panic elsewhere cannot leave the lists half changed.
+        self.sets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GpuRunningPlan {
+    /// Records the measuring of these tensors as they are then, and takes it into the running norm.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
+    pub fn accumulate(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.0.encode_phases(encoder, &[Phase::Measure, Phase::Decide])
+    }
+
+    /// Records the scaling of these tensors by the last [`GpuRunning::finish`].
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
+    pub fn scale(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.0.encode_phases(encoder, &[Phase::Apply])
+    }
+}

@@ -1,0 +1,118 @@
+//! Thresholds that are computed on the device, between the norm and the decision. Host side of
+//! `shaders/threshold.wgsl`.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::number::Number;
+use crate::clip::Mode;
+use crate::threshold::Threshold;
+use crate::{AdaGc, Clip, Error, ZClip};
+
+/// An adaptive threshold whose state lives on the device: no step waits for the host.
+///
+/// [`AutoClip`](crate::AutoClip) needs a history, and stays on the host.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum DeviceThreshold {
+    /// For the scope `Global`.
+    ZClip(ZClip),
+    /// For a norm for each tensor: the scope `Tensor`.
+    AdaGc(AdaGc),
+}
+
+/// Twin of `State` in `shaders/threshold.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub(super) struct StateRow {
+    mean: Number,
+    variance: Number,
+    steps: u32,
+    padding: [u32; 3],
+}
+
+/// Which formula a kernel follows: its constants in `shaders/threshold.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Formula {
+    Agc = 0,
+    ZClip = 1,
+    AdaGc = 2,
+}
+
+/// `UNBOUNDED` of the shader.
+const UNBOUNDED: Number = Number { mantissa: u32::MAX, exponent: 0x2000_0000 };
+
+/// A threshold that may be infinite.
+pub(super) fn threshold_number(x: f64) -> Number {
+    if x == f64::INFINITY { UNBOUNDED } else { Number::product(x, 1.0) }
+}
+
+/// What the kernel goes by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rule {
+    pub(super) formula: Formula,
+    pub(super) warm_up: u32,
+    pub(super) numbers: [Number; 4],
+}
+
+impl Rule {
+    /// What a clip needs by itself: nothing, unless it goes by parameters.
+    pub(super) fn of(clip: &Clip) -> Option<Self> {
+        let Mode::Agc { clip_factor, agc_eps } = clip.mode else { return None };
+        let numbers = [clip_factor, agc_eps, 0.0, 0.0].map(threshold_number);
+        Some(Self { formula: Formula::Agc, warm_up: 0, numbers })
+    }
+}
+
+impl DeviceThreshold {
+    fn as_threshold(&mut self) -> &mut dyn Threshold {
+        match self {
+            Self::ZClip(zclip) => zclip,
+            Self::AdaGc(adagc) => adagc,
+        }
+    }
+
+    /// Ties the state to its segments, and takes it to the device's form: the rule, and a row for each segment.
+    pub(super) fn start(&mut self, clip: &Clip, labels: &[String]) -> Result<(Rule, Vec<StateRow>), Error> {
+        let Mode::Norm { max_norm } = clip.mode else {
+            return Err(Error::Unfit("a threshold on the device follows a clip by norm"));
+        };
+        self.as_threshold().bind(labels)?;
+        let row = |mean: f64, variance: f64, steps: u64| StateRow {
+            mean: threshold_number(mean),
+            variance: Number::product(variance, 1.0),
+            steps: u32::try_from(steps).unwrap_or(u32::MAX),
+            padding: [0; 3],
+        };
+        Ok(match self {
+            Self::ZClip(z) => {
+                let numbers = [1.0 - z.alpha, z.alpha, z.z_threshold, max_norm].map(threshold_number);
+                let rule = Rule { formula: Formula::ZClip, warm_up: z.warm_up, numbers };
+                (rule, vec![row(z.mean, z.variance, z.steps)])
+            }
+            Self::AdaGc(a) => {
+                let numbers = [1.0 - a.beta, a.lambda_rel, a.lambda_abs, max_norm].map(threshold_number);
+                let rule = Rule { formula: Formula::AdaGc, warm_up: a.warm_up, numbers };
+                let gamma = |i| a.gammas.get(i).copied().unwrap_or(f64::INFINITY);
+                (rule, (0..labels.len()).map(|i| row(gamma(i), 0.0, a.steps)).collect())
+            }
+        })
+    }
+
+    /// The same threshold with the state of the device.
+    pub(super) fn with(mut self, rows: &[StateRow]) -> Self {
+        let number = |n: Number| if n.exponent >= UNBOUNDED.exponent / 2 { f64::INFINITY } else { n.to_f64() };
+        let steps = rows.first().map_or(0, |row| u64::from(row.steps));
+        match &mut self {
+            Self::ZClip(z) => {
+                if let [row] = rows {
+                    (z.mean, z.variance, z.steps) = (number(row.mean), number(row.variance), steps);
+                }
+            }
+            Self::AdaGc(a) => {
+                a.gammas = rows.iter().map(|row| number(row.mean)).collect();
+                a.steps = steps;
+            }
+        }
+        self
+    }
+}

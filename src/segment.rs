@@ -1,0 +1,327 @@
+//! Segments: which elements share a norm and a coefficient, and what each segment's threshold is. One description for
+//! both backends: a scope becomes, for each tensor, a matrix whose rows or columns are consecutive segments.
+
+use crate::clip::Mode;
+use crate::error::tensor_label;
+use crate::partial::{Known, Outcome};
+use crate::tensor::Dims;
+use crate::{Budget, Clip, Error, Scope, SegmentReport, UnitAxis};
+
+/// How the elements of a tensor, taken as a matrix in row-major order, belong to segments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// All of them to one segment.
+    Whole,
+    /// Each row to the next.
+    Rows,
+    /// Each column to the next.
+    Columns,
+}
+
+/// The segments of one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub(crate) by: By,
+    /// The length of a row; the whole length for [`By::Whole`].
+    pub(crate) columns: u64,
+    /// The first of its segments.
+    pub(crate) segment: u32,
+}
+
+impl Layout {
+    /// The segment of an element.
+    pub(crate) fn segment_of(&self, element: u64) -> u32 {
+        let step = match self.by {
+            By::Whole => 0,
+            By::Rows => element / self.columns,
+            By::Columns => element % self.columns,
+        };
+        // There are fewer than 2^32 segments: `Segments::new` saw to it.
+        self.segment + step as u32
+    }
+
+    /// The same, with the tensor's own segments numbered from 0.
+    pub(crate) fn numbered_from_zero(self) -> Self {
+        Self { segment: 0, ..self }
+    }
+}
+
+/// Consecutive segments that look alike.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Family {
+    first: u32,
+    count: u32,
+    /// Elements in each.
+    pub(crate) elements: u64,
+    /// The part of the threshold that is theirs.
+    pub(crate) share: f64,
+    /// The tensor that they are of, unless they are of all.
+    tensor: Option<usize>,
+    /// Whether they are told apart by a unit or an example.
+    indexed: bool,
+}
+
+/// The segments of a list of tensors.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Segments {
+    /// One for each tensor.
+    pub(crate) layouts: Vec<Layout>,
+    families: Vec<Family>,
+    pub(crate) count: u32,
+}
+
+impl Segments {
+    /// The segments of a clip. Checks shapes and parameters.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a tensor has no such segments; [`Error::TooLarge`] if there are 2^32 of them.
+    pub(crate) fn new<'a>(
+        clip: &Clip,
+        dims: &[Dims<'_>],
+        name_of: impl Fn(usize) -> Option<&'a str>,
+    ) -> Result<Self, Error> {
+        let label = |i| tensor_label(name_of(i), i);
+        let fail = |i: usize, reason: String| Err(Error::Shape { tensor: label(i), reason });
+        // A value clip measures nothing that could be shared.
+        let scope = if matches!(clip.mode, Mode::Value { .. }) { Scope::Global } else { clip.scope };
+        let examples = if matches!(scope, Scope::Example | Scope::ExampleTensor) {
+            let mut examples = None;
+            for (i, d) in dims.iter().enumerate() {
+                let Some(first) = d.first() else {
+                    return fail(i, "it is a scalar, and has no dimension 0 to take examples along".into());
+                };
+                let (of, known) = *examples.get_or_insert((i, first));
+                if first != known {
+                    let other = label(of);
+                    return fail(i, format!("its dimension 0 holds {first} examples, that of {other} {known}"));
+                }
+            }
+            examples.map_or(0, |(_, count)| count)
+        } else {
+            0
+        };
+        let total: u64 = dims.iter().map(|d| d.len).sum();
+        let mut found = Self { layouts: Vec::new(), families: Vec::new(), count: 0 };
+        for (i, d) in dims.iter().enumerate() {
+            let whole = (By::Whole, d.len, 1);
+            let by_example = (By::Rows, d.len.checked_div(examples).unwrap_or(0), examples);
+            let (by, columns, segments) = match scope {
+                Scope::Global | Scope::Tensor => whole,
+                Scope::Example | Scope::ExampleTensor => by_example,
+                Scope::Unit if d.len == 0 => whole,
+                Scope::Unit => match (clip.unit_axis, d.first(), d.last()) {
+                    (Some(_), None, _) => {
+                        return fail(i, "it is a scalar, and has no axis to take units along".into());
+                    }
+                    (None | Some(UnitAxis::First), Some(first), _) if d.rank() > 1 => {
+                        (By::Rows, d.len.checked_div(first).unwrap_or(0), first)
+                    }
+                    (Some(UnitAxis::Last), _, Some(last)) if d.rank() > 1 => (By::Columns, last, last),
+                    _ => whole,
+                },
+            };
+            let share = match (scope, clip.budget) {
+                (Scope::ExampleTensor, Budget::Uniform) => (1.0 / dims.len() as f64).sqrt(),
+                (Scope::ExampleTensor, Budget::Sized) if d.len > 0 => (d.len as f64 / total as f64).sqrt(),
+                _ => 1.0,
+            };
+            let shared = matches!(scope, Scope::Global | Scope::Example);
+            let first = if shared {
+                if i == 0 {
+                    let elements = if scope == Scope::Global { total } else { total / examples.max(1) };
+                    found.add(segments, elements, 1.0, None, scope == Scope::Example)?;
+                }
+                0
+            } else {
+                let first = found.count;
+                let elements = d.len.checked_div(segments).unwrap_or(0);
+                let indexed = by != By::Whole;
+                found.add(segments, elements, share, Some(i), indexed)?;
+                first
+            };
+            // A single row or column is the whole tensor.
+            let by = match by {
+                By::Rows if columns == d.len => By::Whole,
+                By::Columns if columns <= 1 => By::Whole,
+                by => by,
+            };
+            let columns = if by == By::Whole { d.len } else { columns };
+            found.layouts.push(Layout { by, columns, segment: first });
+        }
+        if dims.is_empty() && scope == Scope::Global {
+            // The norm of nothing is 0.
+            found.add(1, 0, 1.0, None, false)?;
+        }
+        Ok(found)
+    }
+
+    fn add(
+        &mut self,
+        count: u64,
+        elements: u64,
+        share: f64,
+        tensor: Option<usize>,
+        indexed: bool,
+    ) -> Result<(), Error> {
+        let limit = u64::from(u32::MAX);
+        let end = u64::from(self.count).saturating_add(count);
+        if end > limit {
+            return Err(Error::TooLarge { what: "the number of segments", value: end, limit });
+        }
+        let (first, count) = (self.count, count as u32);
+        self.families.push(Family { first, count, elements, share, tensor, indexed });
+        self.count = end as u32;
+        Ok(())
+    }
+
+    /// Each segment in order, with its family.
+    pub(crate) fn families(&self) -> impl Iterator<Item = &Family> {
+        self.families.iter().flat_map(|family| std::iter::repeat_n(family, family.count as usize))
+    }
+
+    /// What the measured norm of each segment is compared with. `parameters` are the norms of the parameters, and
+    /// `thresholds` those of an adaptive threshold, each empty if there are none.
+    pub(crate) fn max_norms(&self, clip: &Clip, parameters: &[f64], thresholds: &[f64]) -> Vec<f64> {
+        let of = |(i, family): (usize, &Family)| {
+            let parameter = parameters.get(i).copied().unwrap_or(0.0);
+            let own = clip.max_norm(family.elements, family.share, parameter);
+            // An adaptive threshold is in units of N, as the report's norms are.
+            let adaptive = thresholds.get(i).map_or(f64::INFINITY, |t| t / clip.weight(family.elements));
+            own.min(adaptive)
+        };
+        self.families().enumerate().map(of).collect()
+    }
+
+    /// What becomes of each segment: see [`Clip::outcome`].
+    pub(crate) fn outcomes(&self, clip: &Clip, known: &[Known], max_norms: &[f64], refused: bool) -> Vec<Outcome> {
+        let of = |((family, known), max_norm): ((&Family, &Known), &f64)| {
+            clip.outcome(*known, *max_norm, clip.weight(family.elements), refused)
+        };
+        self.families().zip(known).zip(max_norms).map(of).collect()
+    }
+
+    /// Which tensor, and which unit or example, each segment is.
+    pub(crate) fn places(&self) -> impl Iterator<Item = (Option<usize>, Option<u64>)> {
+        self.families.iter().flat_map(|f| (0..f.count).map(|i| (f.tensor, f.indexed.then_some(u64::from(i)))))
+    }
+
+    /// How messages and states call each segment.
+    pub(crate) fn labels<'a>(&self, name_of: impl Fn(usize) -> Option<&'a str>) -> Vec<String> {
+        let label = |place| match place {
+            (None, None) => "all tensors".into(),
+            (None, Some(i)) => format!("example {i}"),
+            (Some(t), None) => tensor_label(name_of(t), t),
+            (Some(t), Some(i)) => format!("{} at {i}", tensor_label(name_of(t), t)),
+        };
+        self.places().map(label).collect()
+    }
+
+    /// What a report says of each segment; nothing under the scope `Global`, where the totals say it.
+    pub(crate) fn reports(&self, outcomes: &[Outcome]) -> Vec<SegmentReport> {
+        if let [Family { tensor: None, indexed: false, .. }] = self.families[..] {
+            return Vec::new();
+        }
+        let report = |((tensor, index), outcome): ((Option<usize>, Option<u64>), &Outcome)| {
+            let (norm, clip_coef, clipped) = (outcome.norm, outcome.clip_coef, outcome.clipped);
+            SegmentReport { tensor, index, norm, clip_coef, clipped }
+        };
+        self.places().zip(outcomes).map(report).collect()
+    }
+}
+
+/// That clips which run together take the same decision about non-finite gradients.
+///
+/// # Errors
+/// [`Error::Unfit`]
+pub(crate) fn check_groups<'a>(mut clips: impl Iterator<Item = &'a Clip>) -> Result<(), Error> {
+    let key = |clip: &Clip| (clip.grad_scale, clip.non_finite);
+    match clips.next() {
+        Some(first) if clips.any(|clip| key(clip) != key(first)) => {
+            Err(Error::Unfit("the clips of one call must share grad_scale and the non-finite policy"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// That every gradient comes with its parameter, if the clip needs them: given the gradient's shape and name, and the
+/// parameter's.
+///
+/// # Errors
+/// [`Error::Parameter`], which names the gradient.
+pub(crate) fn check_parameter(
+    label: impl Fn() -> String,
+    gradient: (Dims<'_>, Option<&str>),
+    parameter: Option<(Dims<'_>, Option<&str>)>,
+) -> Result<(), Error> {
+    let reason = match (gradient, parameter) {
+        (_, None) => "adaptive gradient clipping needs its parameter; give it with parameter(..)".into(),
+        ((dims, _), Some((other, _))) if !dims.same_as(other) => {
+            format!("its shape is {dims}, but that of its parameter is {other}")
+        }
+        ((_, Some(name)), Some((_, Some(other)))) if name != other => {
+            format!("it was given the parameter of {other:?}")
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::Parameter { tensor: label(), reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dims<'a>(shapes: &[&'a [usize]]) -> Vec<Dims<'a>> {
+        shapes.iter().map(|s| Dims { shape: Some(s), len: s.iter().product::<usize>() as u64 }).collect()
+    }
+
+    fn segments(scope: Scope, shapes: &[&[usize]]) -> Segments {
+        let clip = Clip::norm(2.0).expect("valid").scope(scope);
+        Segments::new(&clip, &dims(shapes), |_| None).expect("valid")
+    }
+
+    #[test]
+    fn every_element_has_its_segment() {
+        let shapes: [&[usize]; 3] = [&[2, 3], &[2], &[2, 2, 2]];
+        let all = |scope, axis: Option<UnitAxis>| {
+            let mut clip = Clip::norm(1.0).expect("valid").scope(scope);
+            clip.unit_axis = axis;
+            let found = Segments::new(&clip, &dims(&shapes), |_| None).expect("valid");
+            let of =
+                |(layout, dims): (&Layout, Dims<'_>)| (0..dims.len).map(|i| layout.segment_of(i)).collect::<Vec<_>>();
+            let each: Vec<_> = found.layouts.iter().zip(dims(&shapes)).map(of).collect();
+            (each, found.families().map(|f| f.elements).collect::<Vec<_>>())
+        };
+        assert_eq!(all(Scope::Global, None), (vec![vec![0; 6], vec![0; 2], vec![0; 8]], vec![16]));
+        assert_eq!(all(Scope::Tensor, None), (vec![vec![0; 6], vec![1; 2], vec![2; 8]], vec![6, 2, 8]));
+        let rows = vec![vec![0, 0, 0, 1, 1, 1], vec![2, 2], vec![3, 3, 3, 3, 4, 4, 4, 4]];
+        assert_eq!(all(Scope::Unit, None), (rows, vec![3, 3, 2, 4, 4]));
+        let columns = vec![vec![0, 1, 2, 0, 1, 2], vec![3, 3], vec![4, 5, 4, 5, 4, 5, 4, 5]];
+        assert_eq!(all(Scope::Unit, Some(UnitAxis::Last)), (columns, vec![2, 2, 2, 2, 4, 4]));
+        let examples = vec![vec![0, 0, 0, 1, 1, 1], vec![0, 1], vec![0, 0, 0, 0, 1, 1, 1, 1]];
+        assert_eq!(all(Scope::Example, None), (examples, vec![8, 8]));
+        let both = vec![vec![0, 0, 0, 1, 1, 1], vec![2, 3], vec![4, 4, 4, 4, 5, 5, 5, 5]];
+        assert_eq!(all(Scope::ExampleTensor, None), (both, vec![3, 3, 1, 1, 4, 4]));
+    }
+
+    #[test]
+    fn thresholds_are_shared_out() {
+        let shapes: [&[usize]; 2] = [&[2, 3], &[2, 9]];
+        let thresholds = |budget| {
+            let clip = Clip::norm(2.0).expect("valid").scope(Scope::ExampleTensor).budget(budget);
+            let found = Segments::new(&clip, &dims(&shapes), |_| None).expect("valid");
+            found.max_norms(&clip, &[], &[])
+        };
+        assert_eq!(thresholds(Budget::Each), [2.0; 4]);
+        assert_eq!(thresholds(Budget::Uniform), [2.0 * 0.5f64.sqrt(); 4]);
+        assert_eq!(thresholds(Budget::Sized), [1.0, 1.0, 2.0 * 0.75f64.sqrt(), 2.0 * 0.75f64.sqrt()]);
+    }
+
+    #[test]
+    fn nothing_and_empty_tensors_have_segments() {
+        assert_eq!(segments(Scope::Global, &[]).count, 1);
+        assert_eq!(segments(Scope::Tensor, &[]).count, 0);
+        assert_eq!(segments(Scope::Example, &[&[0, 3]]).count, 0);
+        assert_eq!(segments(Scope::Unit, &[&[0, 3], &[4, 0]]).count, 2);
+        assert_eq!(segments(Scope::Unit, &[&[]]).count, 1);
+    }
+}

@@ -1,0 +1,401 @@
+//! What a clip should do, the slow way: the segment of an element from its place in its shape, norms by
+//! [`exact_norm`], and the formulas as they are written in the documentation of [`Clip`].
+
+use std::collections::HashMap;
+
+use gradclip::{Budget, Clip, ClipReport, Dtype, NonFinite, NormType, Scope, UnitAxis};
+
+use super::numbers::{Sum, exact_norm, ulp};
+use super::{Data, Done, Path, UNWRITTEN, assert_norm, assert_same_bits, is_scaled, numbers_of};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Norm,
+    Rms,
+    AverageNorm,
+    Agc,
+}
+
+/// A clip that can be looked into.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    pub(crate) mode: Mode,
+    /// `max_norm`, or what the mode has in its place.
+    pub(crate) threshold: f64,
+    pub(crate) norm_type: NormType,
+    pub(crate) scope: Scope,
+    pub(crate) axis: Option<UnitAxis>,
+    pub(crate) budget: Budget,
+    pub(crate) eps: f64,
+    pub(crate) agc_eps: f64,
+    pub(crate) grad_scale: f64,
+    pub(crate) policy: NonFinite,
+}
+
+/// What becomes of a segment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fate {
+    Left,
+    Zeroed,
+    Times(f64),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    pub(crate) tensor: Option<usize>,
+    pub(crate) index: Option<u64>,
+    /// N.
+    pub(crate) norm: f64,
+    pub(crate) clip_coef: f64,
+    /// The threshold that this segment just does not exceed.
+    load: f64,
+    fate: Fate,
+}
+
+/// What a clip should do to a set.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    asked: Asked,
+    pub(crate) total_norm: f64,
+    pub(crate) segments: Vec<Segment>,
+    /// The segment of each element of each tensor.
+    of: Vec<Vec<usize>>,
+    /// How many elements are not finite, and the tensor and place of the first.
+    bad: Option<(u64, usize, u64)>,
+}
+
+/// A place in a shape, row-major.
+fn set_multi_index(place: &mut [usize], shape: &[usize], mut i: usize) {
+    for (at, size) in place.iter_mut().zip(shape).rev() {
+        *at = i % size;
+        i /= size;
+    }
+}
+
+impl Asked {
+    pub(crate) fn new(mode: Mode, threshold: f64) -> Self {
+        let scope = if mode == Mode::Agc { Scope::Unit } else { Scope::Global };
+        Self {
+            mode,
+            threshold,
+            norm_type: NormType::L2,
+            scope,
+            axis: None,
+            budget: Budget::Each,
+            eps: 1e-6,
+            agc_eps: 1e-3,
+            grad_scale: 1.0,
+            policy: NonFinite::Error,
+        }
+    }
+
+    pub(crate) fn clip(&self) -> Clip {
+        let clip = match self.mode {
+            Mode::Norm => Clip::norm(self.threshold).expect("valid").norm_type(self.norm_type),
+            Mode::Rms => Clip::rms(self.threshold).expect("valid"),
+            Mode::AverageNorm => Clip::average_norm(self.threshold).expect("valid"),
+            Mode::Agc => Clip::agc(self.threshold).expect("valid").agc_eps(self.agc_eps).expect("valid"),
+        };
+        let clip = clip.scope(self.scope).budget(self.budget).eps(self.eps).expect("valid");
+        let clip = self.axis.map_or(clip, |axis| clip.unit_axis(axis));
+        clip.grad_scale(self.grad_scale).expect("valid").non_finite(self.policy)
+    }
+
+    /// The same with a threshold that some segments exceed and others do not, and none nearly; of a single segment's
+    /// norm a part.
+    pub(crate) fn at_the_middle(mut self, set: &[Data]) -> Self {
+        self.threshold = f64::MAX;
+        let mut loads: Vec<_> = self.expected(set).segments.iter().map(|s| s.load).collect();
+        loads.retain(|load| load.is_normal());
+        loads.sort_by(f64::total_cmp);
+        let third = loads.len() / 3;
+        let gaps = loads[third..].windows(2).take(third + 1).map(|pair| (pair[1] / pair[0], pair));
+        let widest = gaps.max_by(|a, b| a.0.total_cmp(&b.0));
+        self.threshold = match widest {
+            Some((_, pair)) => pair[0].sqrt() * pair[1].sqrt(),
+            None => loads.first().map_or(1.0, |load| load * 0.7),
+        };
+        self
+    }
+
+    /// What is promised of a norm, and so of a coefficient.
+    pub(crate) fn tolerance(&self, path: Path) -> f64 {
+        match self.mode {
+            Mode::Norm => path.tolerance_of(self.norm_type),
+            Mode::Rms | Mode::AverageNorm => path.norm_tolerance(),
+            // The parameter's norm has an error of its own.
+            Mode::Agc => 2.0 * path.norm_tolerance(),
+        }
+    }
+
+    /// The place of the segment of an element: its tensor, and the unit or example.
+    fn place(&self, tensor: usize, at: &[usize]) -> (Option<usize>, Option<u64>) {
+        match self.scope {
+            Scope::Global => (None, None),
+            Scope::Tensor => (Some(tensor), None),
+            Scope::Unit if at.len() < 2 => (Some(tensor), None),
+            Scope::Unit if self.axis == Some(UnitAxis::Last) => (Some(tensor), Some(at[at.len() - 1] as u64)),
+            Scope::Unit => (Some(tensor), Some(at[0] as u64)),
+            Scope::Example => (None, Some(at[0] as u64)),
+            Scope::ExampleTensor => (Some(tensor), Some(at[0] as u64)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// All places in order, those without elements too.
+    fn places(&self, shapes: &[Vec<usize>]) -> Vec<(Option<usize>, Option<u64>)> {
+        let one_each = |t: usize, n: usize| (0..n).map(move |i| self.place(t, &vec![i; shapes[t].len()]));
+        let of_tensor = |t: usize| match (self.scope, &shapes[t][..]) {
+            (Scope::Tensor, _) | (Scope::Unit, [] | [_]) => vec![(Some(t), None)],
+            (Scope::Unit, shape) if shape.contains(&0) => vec![(Some(t), None)],
+            (Scope::Unit, [.., last]) if self.axis == Some(UnitAxis::Last) => one_each(t, *last).collect(),
+            (_, [first, ..]) => one_each(t, *first).collect(),
+            (scope, []) => panic!("{scope:?} of a scalar"),
+        };
+        match self.scope {
+            Scope::Global => vec![(None, None)],
+            Scope::Example => (0..shapes.len().min(1)).flat_map(of_tensor).collect(),
+            _ => (0..shapes.len()).flat_map(of_tensor).collect(),
+        }
+    }
+
+    /// N of some elements.
+    fn norm_of(&self, numbers: impl Iterator<Item = f64> + Clone) -> f64 {
+        let measured = match self.mode {
+            Mode::Norm => self.norm_type,
+            Mode::Rms | Mode::AverageNorm | Mode::Agc => NormType::L2,
+        };
+        let norm = if self.policy == NonFinite::Drop || numbers.clone().all(f64::is_finite) {
+            exact_norm(measured, numbers.clone()) / self.grad_scale
+        } else if numbers.clone().any(f64::is_nan) {
+            f64::NAN
+        } else {
+            f64::INFINITY
+        };
+        let n = numbers.count().max(1) as f64;
+        match self.mode {
+            Mode::Norm | Mode::Agc => norm,
+            Mode::Rms => norm / n.sqrt(),
+            Mode::AverageNorm => norm / n,
+        }
+    }
+
+    pub(crate) fn expected(&self, set: &[Data]) -> Expected {
+        let shapes: Vec<_> = set.iter().map(Data::dims).collect();
+        let places = self.places(&shapes);
+        let number: HashMap<_, _> = places.iter().enumerate().map(|(i, place)| (*place, i)).collect();
+        assert_eq!(number.len(), places.len());
+        let mut members = vec![Vec::new(); places.len()];
+        let mut parameters = vec![Vec::new(); places.len()];
+        let mut bad = None;
+        let mut of = Vec::new();
+        for (t, (data, shape)) in set.iter().zip(&shapes).enumerate() {
+            let (mut own, mut at) = (Vec::new(), shape.clone());
+            for (i, x) in data.numbers().enumerate() {
+                set_multi_index(&mut at, shape, i);
+                let segment = number[&self.place(t, &at)];
+                members[segment].push(x);
+                if let Some(parameter) = &data.parameter {
+                    parameters[segment].push(parameter.get(i));
+                }
+                if !x.is_finite() {
+                    bad.get_or_insert((0, t, i as u64)).0 += 1;
+                }
+                own.push(segment);
+            }
+            of.push(own);
+        }
+        let refused = bad.is_some() && matches!(self.policy, NonFinite::Error | NonFinite::Skip);
+        let elements = numbers_of(set).count().max(1) as f64;
+        let share = |tensor: Option<usize>| match (self.scope, self.budget, tensor) {
+            (Scope::ExampleTensor, Budget::Uniform, _) => 1.0 / (set.len() as f64).sqrt(),
+            (Scope::ExampleTensor, Budget::Sized, Some(t)) if set[t].len() > 0 => {
+                (set[t].len() as f64 / elements).sqrt()
+            }
+            _ => 1.0,
+        };
+        let segment = |(((tensor, index), members), parameter): (((_, _), &Vec<f64>), &Vec<f64>)| {
+            let norm = self.norm_of(members.iter().copied());
+            let by = match self.mode {
+                Mode::Agc if parameter.iter().any(|x| !x.is_finite()) => f64::INFINITY,
+                Mode::Agc => exact_norm(NormType::L2, parameter.iter().copied()).max(self.agc_eps),
+                _ => share(tensor),
+            };
+            let limit = self.threshold * by;
+            let ratio = match self.mode {
+                Mode::Norm => limit / (norm + self.eps),
+                Mode::Rms | Mode::AverageNorm => limit / norm,
+                Mode::Agc if norm > limit => limit / norm.max(1e-6),
+                Mode::Agc => 1.0,
+            };
+            let wanted = match (norm.is_nan(), ratio.is_nan()) {
+                (true, _) => f64::NAN,
+                // 0 / 0: nothing is above the threshold.
+                (false, true) => 1.0,
+                (false, false) => ratio.min(1.0),
+            };
+            assert!(ratio == 1.0 || (ratio - 1.0).abs() > 1e-5 || ratio.is_nan(), "a tie tells nothing: {self:?}");
+            let is_bad = members.iter().any(|x| !x.is_finite());
+            let measures = self.threshold == f64::INFINITY && self.mode != Mode::Agc;
+            let fate = if refused || measures {
+                Fate::Left
+            } else if is_bad && self.policy == NonFinite::Zero {
+                Fate::Zeroed
+            } else if wanted == 1.0 && self.grad_scale == 1.0 && !(is_bad && self.policy == NonFinite::Drop) {
+                Fate::Left
+            } else {
+                Fate::Times(wanted / self.grad_scale)
+            };
+            let clip_coef = match fate {
+                Fate::Left => 1.0,
+                Fate::Zeroed => 0.0,
+                Fate::Times(_) => wanted,
+            };
+            let eps = if self.mode == Mode::Norm { self.eps } else { 0.0 };
+            Segment { tensor, index, norm, clip_coef, load: (norm + eps) / by, fate }
+        };
+        let segments = places.into_iter().zip(&members).zip(&parameters).map(segment).collect();
+        let total_norm = self.norm_of(numbers_of(set));
+        Expected { asked: *self, total_norm, segments, of, bad }
+    }
+
+    /// That a path does to a set what is expected.
+    #[track_caller]
+    pub(crate) fn check(&self, path: Path, set: &[Data], what: &str) -> Expected {
+        let expected = self.expected(set);
+        expected.check(&path.clip(&self.clip(), set), set, self.tolerance(path), &format!("{what} {path:?} {self:?}"));
+        expected
+    }
+
+    /// That a path sums examples as expected.
+    #[track_caller]
+    pub(crate) fn check_sums(&self, path: Path, set: &[Data], what: &str) -> Expected {
+        let what = format!("the sum of {what} {path:?} {self:?}");
+        let expected = self.expected(set);
+        let done = path.sum_examples(&self.clip(), set);
+        let tolerance = self.tolerance(path);
+        if expected.check_report(&done, set, tolerance, &what) && expected.refused() {
+            assert!(numbers_of(&done.after).all(|x| x == UNWRITTEN), "{what}: written");
+        } else if done.report.is_ok() {
+            expected.check_summed(set, &done.after, tolerance, &what);
+        }
+        expected
+    }
+}
+
+impl Expected {
+    pub(crate) fn clipped(&self) -> Vec<bool> {
+        self.segments.iter().map(|s| s.clip_coef != 1.0).collect()
+    }
+
+    fn refused(&self) -> bool {
+        self.bad.is_some() && matches!(self.asked.policy, NonFinite::Error | NonFinite::Skip)
+    }
+
+    /// What an element becomes; None if it keeps its bits.
+    fn want(&self, x: f64, segment: usize) -> Option<f64> {
+        match self.segments[segment].fate {
+            Fate::Left => None,
+            Fate::Zeroed => Some(0.0),
+            Fate::Times(_) if self.asked.policy == NonFinite::Drop && !x.is_finite() => Some(0.0),
+            Fate::Times(factor) => Some(x * factor),
+        }
+    }
+
+    /// That the report, and the gradients afterwards, are right.
+    #[track_caller]
+    pub(crate) fn check(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) {
+        self.check_report(done, before, tolerance, what);
+        self.check_elements(before, &done.after, tolerance, what);
+    }
+
+    /// True unless it is an error, which is checked too.
+    #[track_caller]
+    fn check_report(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) -> bool {
+        let found = match &done.report {
+            Ok(report) => {
+                assert!(self.bad.is_none() || self.asked.policy != NonFinite::Error, "{what}: no error");
+                self.check_told(report, before, tolerance, what);
+                report.non_finite.clone()
+            }
+            Err(gradclip::Error::NonFinite(found)) if self.asked.policy == NonFinite::Error => Some(found.clone()),
+            Err(error) => panic!("{what}: {error}"),
+        };
+        let name = found.as_ref().and_then(|found| found.name.clone());
+        assert_eq!(found.map(|found| (found.count, found.tensor, found.index)), self.bad, "{what}");
+        assert_eq!(name, self.bad.and_then(|(_, tensor, _)| before[tensor].name.clone()), "{what}");
+        done.report.is_ok() || self.refused()
+    }
+
+    #[track_caller]
+    fn check_told(&self, report: &ClipReport, before: &[Data], tolerance: f64, what: &str) {
+        assert_eq!(report.elements, numbers_of(before).count() as u64, "{what}");
+        assert_norm(report.total_norm, self.total_norm, tolerance, &format!("{what}, total"));
+        let coefs = || self.segments.iter().map(|s| s.clip_coef);
+        let least = if coefs().any(f64::is_nan) { f64::NAN } else { coefs().fold(1.0, f64::min) };
+        assert_norm(report.clip_coef, least, tolerance, &format!("{what}, clip_coef"));
+        assert_eq!(report.clipped, self.clipped().contains(&true), "{what}");
+        if self.asked.scope == Scope::Global {
+            assert!(report.segments.is_empty(), "{what}");
+            return;
+        }
+        assert_eq!(report.segments.len(), self.segments.len(), "{what}");
+        for (got, want) in report.segments.iter().zip(&self.segments) {
+            let what = format!("{what}, segment {:?} {:?}", want.tensor, want.index);
+            assert_eq!((got.tensor, got.index), (want.tensor, want.index), "{what}");
+            assert_norm(got.norm, want.norm, tolerance, &what);
+            assert_norm(got.clip_coef, want.clip_coef, tolerance, &format!("{what}, clip_coef"));
+            assert_eq!(got.clipped, want.clip_coef != 1.0, "{what}");
+        }
+        assert_eq!(report.num_clipped(), self.clipped().iter().filter(|clipped| **clipped).count(), "{what}");
+    }
+
+    #[track_caller]
+    pub(crate) fn check_elements(&self, before: &[Data], after: &[Data], tolerance: f64, what: &str) {
+        // What is left keeps every bit, the payloads of NaNs too.
+        let mut kept = before.to_vec();
+        assert_eq!(before.len(), after.len(), "{what}");
+        for (t, (before, after)) in before.iter().zip(after).enumerate() {
+            for (i, x) in before.numbers().enumerate() {
+                let Some(want) = self.want(x, self.of[t][i]) else { continue };
+                let got = after.get(i);
+                assert!(
+                    is_scaled(before.dtype, got, want, tolerance),
+                    "{what}: element {i} of tensor {t} ({} {:?}) was {x:e}; it is {got:e} and should be {want:e}",
+                    before.dtype,
+                    before.shape
+                );
+                kept[t].set_bits(i, after.bits(i));
+            }
+        }
+        assert_same_bits(after, &kept, what);
+    }
+
+    #[track_caller]
+    fn check_summed(&self, before: &[Data], sums: &[Data], tolerance: f64, what: &str) {
+        for (t, (data, sum)) in before.iter().zip(sums).enumerate() {
+            for column in 0..sum.len() {
+                let (mut want, mut size) = (Sum::default(), 0.0);
+                let mut rows = 0;
+                for i in (column..data.len()).step_by(sum.len()) {
+                    let x = data.get(i);
+                    let x = self.want(x, self.of[t][i]).unwrap_or(x);
+                    want.add(x);
+                    size += x.abs();
+                    rows += 1;
+                }
+                let (got, want) = (sum.get(column), if size.is_finite() { want.total() } else { f64::NAN });
+                // Terms that cancel leave their own rounding errors, so the bound is by their sizes: each product is
+                // rounded as often as a clip rounds it, and the GPU adds in float32.
+                let rounding = if data.dtype == Dtype::F64 { f64::from(rows + 2) * f64::EPSILON } else { 3e-7 };
+                let slack = size * (tolerance + rounding) + ulp(sum.dtype, want) * 0.5001;
+                assert!(
+                    (got - want).abs() <= slack || (got.is_nan() && want.is_nan()),
+                    "{what}: element {column} of sum {t} ({} {:?}) is {got:e} and should be {want:e}",
+                    data.dtype,
+                    data.shape
+                );
+            }
+        }
+    }
+}
