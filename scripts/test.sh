@@ -24,4 +24,4 @@ if ! vulkan_is_there; then
     vulkan_is_there || { echo "error: still no Vulkan device; see: cargo run -p gradclip-cli -- devices" >&2; exit 1; }
 fi
 
-cargo test --workspace "$@"
+cargo test --workspace --all-features "$@"

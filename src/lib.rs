@@ -23,6 +23,27 @@
 //!   assert_eq!((bad.count, bad.name.as_deref(), bad.index), (1, Some("decoder.weight"), 1));
 //!   # Ok::<(), gradclip::Error>(())
 //!   ```
+//! - The clip that a trainer has elsewhere, by its name there:
+//!
+//!   | there | here |
+//!   |---|---|
+//!   | PyTorch `clip_grad_norm_(parameters, m, norm_type=p)` | `Clip::norm(m)?.norm_type(NormType::p(p)?)` |
+//!   | PyTorch `clip_grad_value_(parameters, v)` | `Clip::value(v)?` |
+//!   | PyTorch `GradScaler.unscale_`, its `found_inf`, then a clip | `.grad_scale(s)?.non_finite(NonFinite::Skip)`, [`ClipReport::found_inf`] |
+//!   | Optax `clip_by_global_norm(m)`, TensorFlow `clip_by_global_norm`, Keras `global_clipnorm` | `Clip::norm(m)?.eps(0.0)?` |
+//!   | TensorFlow `clip_by_norm(t, m)`, Keras `clipnorm`, burn's norm clipping | the same with `.scope(Scope::Tensor)` |
+//!   | TensorFlow `clip_by_norm(t, m, axes)` | the same with `.scope(Scope::Unit).unit_axis(..)` |
+//!   | TensorFlow 1 `clip_by_average_norm(t, m)` | `Clip::average_norm(m)?.scope(Scope::Tensor)` |
+//!   | Optax `clip_by_block_rms(t)` | `Clip::rms(t)?.scope(Scope::Tensor)` |
+//!   | Optax `clip(v)`, Keras `clipvalue`, burn's value clipping | `Clip::value(v)?` |
+//!   | timm `adaptive_clip_grad`, Optax `adaptive_grad_clip` | `Clip::agc(f)?`, for Optax with `.unit_axis(UnitAxis::Last)` |
+//!   | Optax `per_example_global_norm_clip`, Opacus flat clipping | [`Clipper::sum_examples`] with `Scope::Example` |
+//!   | Optax `per_example_layer_norm_clip`, Opacus per-layer clipping | the same with `Scope::ExampleTensor` and a [`Budget`] |
+//! - A threshold that follows the run: [`ZClip`], [`AutoClip`] and [`AdaGc`], with [`Clipper::apply_adaptive`] or, wholly
+//!   on the device, [`gpu::GpuClipper::plan_adaptive`].
+//! - Norm and scaling apart: [`Clipper::measure`], [`Clipper::scale`], [`RunningPartial`], and on the device
+//!   [`gpu::GpuClipper::plan_measure`], [`gpu::GpuPlan::coefficients`], [`gpu::GpuClipper::plan_scale`] and
+//!   [`gpu::GpuRunning`].
 //! - Gradients in wgpu buffers: [`gpu::GpuClipper`] plans once and records each step into the caller's own encoder,
 //!   without a wait, a copy or an allocation. Its page has an example.
 //! - Whether GPU and CPU agree on a clip: [`verify_blocking`].
@@ -34,6 +55,20 @@
 //!   1e-25-sized gradients overflow or underflow.
 //! - The same input gives the same bits on the same adapter, run after run; on the CPU also for every number of threads.
 //! - Non-finite gradients are counted and located, and by default nothing is written then ([`NonFinite`]).
+//!
+//! # Where it differs from its peers on purpose
+//!
+//! | peer | what it does | what this does |
+//! |---|---|---|
+//! | PyTorch | p = 0 counts the tensors | an error: no clip can use it |
+//! | PyTorch | float32 gradients around 1e20 overflow its norm, and the clip zeroes them | they are scaled |
+//! | PyTorch | a negative `max_norm` turns the gradients round | an error |
+//! | PyTorch | p = ∞ raises on a tensor without elements | its norm is 0 |
+//! | PyTorch | the norm of half-precision gradients is rounded to half precision | it is summed in float32 or better, and told in float64 |
+//! | Optax | N = `max_norm` = 0 gives NaN | zeros are left alone |
+//! | TensorFlow | gradients below the threshold change in their last bits | they keep every bit |
+//! | timm | a NaN in a parameter makes the gradients of its unit NaN | the unit is not clipped |
+//! | timm | AGC clips a unit whose N is the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
 //!
 //! # Features
 //!

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::GpuClipper;
+use super::build::{Follows, GroupParts, Job, Parts, Phase};
 use super::device::Wait;
-use super::plan::{Follows, GpuPlan, GroupParts, Job, Parts, Phase};
+use super::plan::GpuPlan;
 use super::table::{Piece, dtype_code};
 use super::tuning::STAGING_BYTES;
 use crate::cpu::{self, views};

@@ -1,10 +1,12 @@
 //! The GPU path: gradients in wgpu buffers, clipped where they lie.
 //!
 //! ```text
-//! for each window of each buffer: norm       partials of chunks         shaders/norm.wgsl
+//! for each window of each buffer: norm       partials of chunks         shaders/norm.wgsl, norm_each.wgsl
 //! merge                                      partials, in list order    shaders/merge.wgsl
+//! threshold, where it has to be computed     what norms may be          shaders/threshold.wgsl
 //! finalise                                   norm, coefficient, counts  shaders/finalise.wgsl
-//! for each window: scale or clamp, edges     in place                   shaders/scale.wgsl, clamp.wgsl, edges.wgsl
+//! for each window: scale or clamp, edges     in place                   shaders/scale.wgsl, scale_each.wgsl, clamp.wgsl,
+//!                                                                       edges.wgsl
 //! ```
 //!
 //! All of it is one compute pass without a wait. A value clip of which no element decides about another needs no norm:
@@ -33,6 +35,7 @@
 //! # }
 //! ```
 
+mod build;
 mod device;
 mod host;
 mod kernels;
@@ -48,9 +51,9 @@ pub mod tuning;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use build::{Follows, GroupParts, Job, Parts};
 use device::GpuDevice;
 use kernels::Kernels;
-use plan::{Follows, GroupParts, Job, Parts};
 use table::Piece;
 use tuning::Tuning;
 

@@ -3,11 +3,12 @@
 use bytemuck::Zeroable;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::build::{
+    Dispatch, Follows, Job, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
+};
 use super::device::Wait;
 use super::kernels::{Kernel, Norm};
-use super::plan::{
-    Dispatch, Follows, GpuPlan, Job, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
-};
+use super::plan::GpuPlan;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::Origin;
 use super::threshold::StateRow;

@@ -460,6 +460,10 @@ fn add_edges(windows: &mut [Window], pieces: &[Piece]) {
     }
 }
 
+/// Examples that one invocation adds up: with its loops over them it stays below the 65,535 iterations after which
+/// llvmpipe silently ends it.
+const SUMMED_ROWS: u64 = 1 << 15;
+
 /// A dispatch of `sum`: rows of a table, with the part of a tensor and the part of its sums that they lie in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SumWindow {
@@ -512,7 +516,7 @@ fn add_sums(
 ) -> Option<()> {
     let fitting = limits.binding_bytes - limits.alignment;
     let (size, stride) = (of.dtype.size() as u64, into.len);
-    let rows_at_once = (fitting / (stride * size)).clamp(1, 1 << 20);
+    let rows_at_once = (fitting / (stride * size)).clamp(1, SUMMED_ROWS);
     // A word more, for an element that begins in the middle of one.
     let columns_at_once = ((fitting - 4) / 4).min(columns.end - columns.start);
     let window = |buffer: usize, first: u64, end: u64| {

@@ -1,0 +1,149 @@
+//! Tasks: what is measured in parallel, and how their partials merge.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::tuning::{CHUNK, COLUMNS, PARALLEL_FROM};
+use super::{columns, norm, with_element};
+use crate::partial::{Location, Partial};
+use crate::segment::{By, Segments};
+use crate::{Dtype, NormType, Tensor};
+
+/// A rectangle of a tensor's matrix, from its first element to its last.
+pub(super) struct Task<'a> {
+    pub(super) at: Location,
+    pub(super) dtype: Dtype,
+    pub(super) data: &'a [u8],
+    shape: Shape,
+    /// Its first segment; the others follow.
+    segment: u32,
+}
+
+#[derive(Clone, Copy)]
+enum Shape {
+    /// Part of one segment.
+    Run,
+    /// So many whole rows of such a length, each a segment.
+    Rows(usize, usize),
+    /// So many columns, each a segment, with so many elements from row to row.
+    Columns(usize, usize),
+}
+
+impl Task<'_> {
+    /// How many bytes of elements it has; between those of columns lie others'.
+    pub(super) fn bytes(&self) -> usize {
+        match self.shape {
+            Shape::Run | Shape::Rows(..) => self.data.len(),
+            Shape::Columns(count, stride) => {
+                let size = self.dtype.size();
+                self.data.len().div_ceil(stride * size) * count * size
+            }
+        }
+    }
+
+    /// How many segments it meets.
+    fn slots(&self) -> usize {
+        match self.shape {
+            Shape::Run => 1,
+            Shape::Rows(count, _) | Shape::Columns(count, _) => count,
+        }
+    }
+
+    /// The partial of each segment.
+    pub(super) fn norm(&self, norm_type: NormType, slots: &mut [Partial]) {
+        with_element!(self.dtype, T => match self.shape {
+            Shape::Run => slots[0] = norm::norm::<T>(norm_type, self.at, self.data),
+            Shape::Rows(_, len) => {
+                for (i, (row, slot)) in self.data.chunks(len * self.dtype.size()).zip(slots).enumerate() {
+                    let at = Location { index: self.at.index + (i * len) as u64, ..self.at };
+                    *slot = norm::norm::<T>(norm_type, at, row);
+                }
+            }
+            Shape::Columns(_, stride) => columns::norms::<T>(norm_type, self.at, self.data, stride, slots),
+        });
+    }
+}
+
+/// Cuts tensors into tasks, segment by segment within each.
+fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
+    let mut tasks = Vec::new();
+    for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate() {
+        let (size, all) = (t.dtype.size(), t.len());
+        let mut add = |first: usize, len: usize, shape, segment: usize| {
+            let at = Location { tensor, index: first as u64 };
+            let data = &t.data[first * size..(first + len) * size];
+            tasks.push(Task { at, dtype: t.dtype, data, shape, segment: layout.segment + segment as u32 });
+        };
+        // No layout has longer rows than the tensor is long.
+        let columns = layout.columns as usize;
+        match layout.by {
+            By::Whole => {
+                for first in (0..all).step_by(CHUNK) {
+                    add(first, CHUNK.min(all - first), Shape::Run, 0);
+                }
+            }
+            By::Rows if columns > CHUNK / 2 => {
+                for (row, start) in (0..all).step_by(columns).enumerate() {
+                    for first in (0..columns).step_by(CHUNK) {
+                        add(start + first, CHUNK.min(columns - first), Shape::Run, row);
+                    }
+                }
+            }
+            By::Rows => {
+                let rows = CHUNK / columns.max(1);
+                for (i, first) in (0..all).step_by(rows * columns.max(1)).enumerate() {
+                    let len = (rows * columns).min(all - first);
+                    add(first, len, Shape::Rows(len / columns, columns), i * rows);
+                }
+            }
+            By::Columns => {
+                let rows = (CHUNK / COLUMNS * 4).min(all / columns.max(1));
+                for top in (0..all).step_by((rows * columns).max(1)) {
+                    let rows = rows.min((all - top) / columns);
+                    for left in (0..columns).step_by(COLUMNS) {
+                        let width = COLUMNS.min(columns - left);
+                        add(top + left, (rows - 1) * columns + width, Shape::Columns(width, columns), left);
+                    }
+                }
+            }
+        }
+    }
+    tasks
+}
+
+/// The partial of each segment: runs `task` on every task, in parallel if there are many, and merges what it leaves in
+/// its slots from first to last.
+pub(super) fn merged(
+    tensors: &[Tensor<'_>],
+    segments: &Segments,
+    task: impl Fn(&Task<'_>, &mut [Partial]) + Send + Sync,
+) -> Vec<Partial> {
+    let tasks = tasks(tensors, segments);
+    let mut slots = vec![Partial::EMPTY; tasks.iter().map(Task::slots).sum()];
+    let mut rest = &mut slots[..];
+    let mut work = Vec::new();
+    for task in &tasks {
+        let (own, others) = rest.split_at_mut(task.slots());
+        rest = others;
+        work.push((task, own));
+    }
+    in_parallel(work, tensors.iter().map(|t| t.data.len()).sum(), |(of, slots)| task(of, slots));
+    let mut partials = vec![Partial::EMPTY; segments.count as usize];
+    let mut next = slots.iter();
+    for task in &tasks {
+        for (partial, slot) in partials[task.segment as usize..].iter_mut().zip(next.by_ref().take(task.slots())) {
+            *partial = partial.merge(*slot);
+        }
+    }
+    partials
+}
+
+/// Runs `task` on every piece of work, in parallel if there are many of `bytes` together.
+pub(super) fn in_parallel<W: Send>(work: Vec<W>, bytes: usize, task: impl Fn(W) + Send + Sync) {
+    if bytes < PARALLEL_FROM * size_of::<f32>() {
+        return work.into_iter().for_each(task);
+    }
+    // Many tiny tensors make tiny pieces: a task takes as many as fill a chunk on average.
+    let in_a_task = (work.len() * CHUNK * size_of::<f32>() / bytes).clamp(1, CHUNK);
+    work.into_par_iter().with_min_len(in_a_task).for_each(task);
+}

@@ -1,0 +1,662 @@
+//! What a plan is built from, and its building: tables, buffers, and the dispatches of each phase.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::GpuClipper;
+use super::kernels::{ClipGroup, Kernel, Norm, PARAMS, PARTIALS, RESULTS};
+use super::merge::MergeTree;
+use super::number::Number;
+use super::readback::{OutcomeRow, PartialRow, ResultsHead};
+use super::table::{Limits, Origin, Piece, SumWindow, Tables, Use, Window, sum_windows};
+use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
+use super::tuning::{LANE_COLUMN, LANE_ROW};
+use crate::clip::Mode;
+use crate::segment::{By, Segments};
+use crate::{Clip, Error, NonFinite, NormType};
+
+/// What [`GpuPlan`](super::GpuPlan) is once it is built.
+#[derive(Debug)]
+pub(super) struct Built {
+    pub(super) groups: Vec<Group>,
+    /// By [`Phase`].
+    pub(super) phases: [Vec<Dispatch>; 3],
+    pub(super) memory: Memory,
+    pub(super) origins: Vec<Origin>,
+    pub(super) threshold: Option<DeviceThreshold>,
+}
+
+/// Tensors that one clip is for.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) clip: Clip,
+    pub(super) segments: Segments,
+    pub(super) first_segment: u32,
+    /// Where the partial of all its segments is.
+    pub(super) total: u32,
+    pub(super) names: Vec<Option<Arc<str>>>,
+    pub(super) elements: u64,
+    pub(super) given: bool,
+}
+
+/// A dispatch, with all that it binds.
+#[derive(Debug)]
+pub(super) struct Dispatch {
+    pipeline: wgpu::ComputePipeline,
+    clip_group: wgpu::BindGroup,
+    subject: wgpu::BindGroup,
+    workgroups: (u32, u32),
+}
+
+/// The parts of a step, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Measure,
+    Decide,
+    Apply,
+}
+
+/// The buffers of a plan.
+#[derive(Clone, Debug)]
+pub(super) struct Memory {
+    pub(super) partials: wgpu::Buffer,
+    pub(super) results: wgpu::Buffer,
+    pub(super) thresholds: wgpu::Buffer,
+    pub(super) coefficients: wgpu::Buffer,
+    /// What thresholds follow; a row without meaning if nothing does.
+    pub(super) states: wgpu::Buffer,
+}
+
+/// What a plan is made of, once names and buffers have been sorted out.
+pub(super) struct Parts {
+    pub(super) buffers: Vec<wgpu::Buffer>,
+    pub(super) groups: Vec<GroupParts>,
+    pub(super) job: Job,
+    pub(super) follows: Follows,
+}
+
+/// The tensors of one clip.
+pub(super) struct GroupParts {
+    pub(super) clip: Clip,
+    pub(super) segments: Segments,
+    pub(super) names: Vec<Option<Arc<str>>>,
+    pub(super) pieces: Vec<Piece>,
+    /// The parameters, if the clip needs them.
+    pub(super) parameters: Vec<Piece>,
+}
+
+/// What a plan does.
+pub(super) enum Job {
+    /// Measures, and writes nothing but reports and coefficients.
+    Measure,
+    Clip,
+    /// Scales by norms from outside: one float32 for each segment.
+    Scale(Piece),
+    /// Adds up the clipped examples: pieces of the tensors with those of their sums.
+    Sum(Vec<(Piece, Piece)>),
+    /// Measures into a running partial, and scales by what is decided of it.
+    Running(RunningMemory),
+}
+
+/// Whose thresholds a plan compares with.
+pub(super) enum Follows {
+    /// The clip's own.
+    Clip,
+    /// The host's, which writes them between measuring and deciding.
+    Host,
+    /// Those that the device makes of the norms.
+    Device(DeviceThreshold),
+}
+
+/// What the plans of one running partial share.
+#[derive(Clone, Debug)]
+pub(super) struct RunningMemory {
+    pub(super) partial: wgpu::Buffer,
+    pub(super) results: wgpu::Buffer,
+    /// The first origin that is free.
+    pub(super) origins: u32,
+}
+
+/// Twin of `Params` in `shaders/shared/outcome.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct Params {
+    grad_scale: Number,
+    eps_scaled: Number,
+    floor_scaled: Number,
+    power: Number,
+    root: Number,
+    unscale_exact: Number,
+    unscale_value: f32,
+    unscale_is_float: u32,
+    policy: u32,
+    only_measures: u32,
+    first_segment: u32,
+    segments: u32,
+    segment_partials: u32,
+    group_partial: u32,
+    total_partial: u32,
+    parameter_partials: u32,
+    warm_up: u32,
+    padding: u32,
+    threshold: [Number; 4],
+    min: [f32; 4],
+    max: [f32; 4],
+}
+
+impl Params {
+    /// For one segment, whose partial is the first; the rest is for the caller to fill in.
+    pub(super) fn new(clip: &Clip, only_measures: bool) -> Self {
+        let scale = clip.grad_scale;
+        let (min, max) = if let Mode::Value { min, max } = clip.mode { (min, max) } else { (0.0, 0.0) };
+        let rounded = |bound: f64| {
+            // By dtype code; through float32, like every element. See `Clamp::new` in src/cpu/clamp.rs.
+            let bound = bound as f32;
+            [bound, half::f16::from_f32(bound).to_f32(), half::bf16::from_f32(bound).to_f32(), 0.0]
+        };
+        let (eps, floor) = clip.eps_and_floor();
+        let p = if let Some(NormType::P(power)) = clip.measured() { power.get() } else { 1.0 };
+        let unscale_value = (1.0 / scale) as f32;
+        let unscale_is_float = unscale_value.is_normal();
+        Self {
+            grad_scale: Number::product(scale, 1.0),
+            eps_scaled: Number::product(eps, scale),
+            floor_scaled: Number::product(floor, scale),
+            power: Number::product(p, 1.0),
+            root: Number::reciprocal(p),
+            unscale_exact: if unscale_is_float {
+                Number::product(f64::from(unscale_value), 1.0)
+            } else {
+                Number::reciprocal(scale)
+            },
+            unscale_value: if unscale_is_float { unscale_value } else { 0.0 },
+            unscale_is_float: unscale_is_float.into(),
+            policy: match clip.non_finite {
+                NonFinite::Error => 0,
+                NonFinite::Propagate => 1,
+                NonFinite::Skip => 2,
+                NonFinite::Zero => 3,
+                NonFinite::Drop => 4,
+            },
+            only_measures: only_measures.into(),
+            first_segment: 0,
+            segments: 1,
+            segment_partials: 0,
+            group_partial: 0,
+            total_partial: 0,
+            parameter_partials: 0,
+            warm_up: 0,
+            padding: 0,
+            threshold: [Number::default(); 4],
+            min: rounded(min),
+            max: rounded(max),
+        }
+    }
+}
+
+/// What `shaders/shared/power.wgsl` has room for. Beyond, p is taken for these: of 2^30 equal elements the norm is then
+/// 5e-6 too large at most, and below 2^-20 the norm of two elements already exceeds every float64.
+pub(super) const POWERS: std::ops::RangeInclusive<f64> = 1.0 / 1_048_576.0..=4_194_304.0;
+
+/// The size of a `Partial` in `shaders/shared/partial.wgsl`.
+pub(super) const PARTIAL_BYTES: u64 = size_of::<PartialRow>() as u64;
+
+impl Memory {
+    /// For groups of a clip, its segments, and whether their norms are given.
+    pub(super) fn new<'a>(
+        gpu: &GpuClipper,
+        groups: impl Iterator<Item = (&'a Clip, &'a Segments, bool)>,
+        partials: u32,
+        states: &[StateRow],
+        results: Option<wgpu::Buffer>,
+    ) -> Result<Self, Error> {
+        let mut thresholds = Vec::new();
+        for (clip, segments, given) in groups {
+            let max_norms = segments.max_norms(clip, &[], &[]);
+            for (max_norm, family) in max_norms.into_iter().zip(segments.families()) {
+                // Norms from outside are N, not measured ones.
+                let weight = if given { clip.weight(family.elements) } else { 1.0 };
+                thresholds.push(threshold_number(max_norm * weight));
+            }
+        }
+        thresholds.push(threshold_number(f64::INFINITY));
+        // One more than there are segments, so that no buffer is empty.
+        let segments = thresholds.len() as u64;
+        let storage = wgpu::BufferUsages::STORAGE;
+        let results_bytes = size_of::<ResultsHead>() as u64 + segments * size_of::<OutcomeRow>() as u64;
+        let device = &gpu.device;
+        let read = storage | wgpu::BufferUsages::COPY_SRC;
+        Ok(Self {
+            partials: device.storage("gradclip partials", u64::from(partials.max(1)) * PARTIAL_BYTES, read)?,
+            results: match results {
+                Some(results) => results,
+                None => device.storage("gradclip results", results_bytes, read)?,
+            },
+            thresholds: device.filled("gradclip thresholds", bytemuck::cast_slice(&thresholds), storage)?,
+            coefficients: device.storage("gradclip coefficients", 4 + 4 * segments, read)?,
+            states: device.filled("gradclip states", bytemuck::cast_slice(states), read)?,
+        })
+    }
+}
+
+impl Dispatch {
+    pub(super) fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.clip_group, &[]);
+        pass.set_bind_group(1, &self.subject, &[]);
+        let (x, y) = self.workgroups;
+        pass.dispatch_workgroups(x, y, 1);
+    }
+}
+
+impl Built {
+    pub(super) fn new(gpu: &GpuClipper, parts: Parts) -> Result<Self, Error> {
+        let Parts { buffers, groups, job, follows } = parts;
+        // A sum is one even of examples that nothing exceeds.
+        let may_only_measure = matches!(follows, Follows::Clip) && !matches!(job, Job::Sum(_));
+        let mut layout = PlanLayout::new(gpu, groups, &job, may_only_measure)?;
+        let mut threshold = None;
+        let mut states = vec![StateRow::zeroed()];
+        let mut rules: Vec<_> = layout.groups.iter().map(|g| Rule::of(&g.clip)).collect();
+        if let Follows::Device(mut wanted) = follows {
+            let group = &layout.groups[0];
+            let labels = group.segments.labels(|i| group.names[i].as_deref());
+            let (rule, rows) = wanted.start(&group.clip, &labels)?;
+            (threshold, states, rules[0]) = (Some(wanted), rows, Some(rule));
+        }
+        for (params, rule) in layout.params.iter_mut().zip(&rules) {
+            if let Some(rule) = rule {
+                (params.warm_up, params.threshold) = (rule.warm_up, rule.numbers);
+            }
+        }
+        let results = if let Job::Running(running) = &job { Some(running.results.clone()) } else { None };
+        let of = layout.groups.iter().map(|g| (&g.clip, &g.segments, g.given));
+        let memory = Memory::new(gpu, of, layout.tree.partials, &states, results)?;
+        let mut builder = Builder::new(gpu, &buffers);
+        layout.measure(&mut builder, &job);
+        layout.decide(&mut builder, &job, &rules);
+        layout.apply(&mut builder, &job);
+        let running = if let Job::Running(running) = &job { Some(&running.partial) } else { None };
+        let phases = builder.build(&memory, running, &layout.params)?;
+        Ok(Self { groups: layout.groups, phases, memory, origins: layout.origins, threshold })
+    }
+}
+
+/// Everything about a plan that needs no device but its limits.
+struct PlanLayout {
+    groups: Vec<Group>,
+    params: Vec<Params>,
+    parts: Vec<GroupTables>,
+    origins: Vec<Origin>,
+    tree: MergeTree,
+    limits: Limits,
+    sums: Vec<SumWindow>,
+}
+
+/// The tables of a group.
+struct GroupTables {
+    measured: Tables,
+    parameters: Option<Tables>,
+    /// What is scaled, if that is not what is measured.
+    applied: Option<Tables>,
+    writes: bool,
+}
+
+impl PlanLayout {
+    fn new(gpu: &GpuClipper, groups: Vec<GroupParts>, job: &Job, may_only_measure: bool) -> Result<Self, Error> {
+        let device_limits = gpu.device.device.limits();
+        let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
+        let binding_bytes = device_limits.max_storage_buffer_binding_size & !3;
+        let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
+        let words = pieces().map(|p| p.len.div_ceil(4 / p.dtype.size() as u64)).sum();
+        // A chunk must fit into a binding wherever it starts.
+        let fitting = (binding_bytes - alignment) / 4;
+        let limits = Limits {
+            chunk_words: gpu.tuning.chunk_words(words).min(u32::try_from(fitting).unwrap_or(u32::MAX)),
+            binding_bytes,
+            alignment,
+            workgroup: gpu.kernels.workgroup,
+            lane_row: LANE_ROW,
+            lane_column: LANE_COLUMN,
+        };
+        // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
+        let limit = binding_bytes / PARTIAL_BYTES;
+        let segments = groups.iter().map(|g| u64::from(g.segments.count)).sum();
+        if segments + 2 > limit {
+            return Err(Error::TooLarge { what: "the number of segments", value: segments, limit: limit - 2 });
+        }
+        let elements = pieces().map(|p| p.len).sum();
+        let many = || Error::TooLarge { what: "the number of chunks, for so many elements,", value: elements, limit };
+        let sums = if let Job::Sum(pieces) = job { sum_windows(pieces, limits).ok_or_else(many)? } else { Vec::new() };
+        let mut found = Self {
+            groups: Vec::new(),
+            params: Vec::new(),
+            parts: Vec::new(),
+            origins: Vec::new(),
+            tree: MergeTree::default(),
+            limits,
+            sums,
+        };
+        found.lay_out(groups, job, may_only_measure).ok_or_else(many)?;
+        if u64::from(found.tree.partials) > limit {
+            return Err(many());
+        }
+        Ok(found)
+    }
+
+    /// None if there is no room for so many rows.
+    fn lay_out(&mut self, groups: Vec<GroupParts>, job: &Job, may_only_measure: bool) -> Option<()> {
+        let limits = self.limits;
+        let free_origin = if let Job::Running(running) = job { running.origins } else { 0 };
+        let mut first_segment = 0;
+        let mut slot = 0u32;
+        // Where the slots of each group begin, and those of its parameters.
+        let mut starts = Vec::new();
+        for mut of in groups {
+            of.clip = of.clip.with_power_in(POWERS);
+            let pieces = of.pieces.iter_mut().chain(&mut of.parameters);
+            pieces.for_each(|piece| piece.layout.segment += first_segment);
+            let segments = first_segment..first_segment + of.segments.count;
+            let mut tables = |pieces: &[Piece], measures_only| {
+                let origin = free_origin.checked_add(u32::try_from(self.origins.len()).ok()?)?;
+                let found = Tables::new(pieces, segments.clone(), (slot, origin), measures_only, limits)?;
+                starts.push(slot);
+                slot = found.slots.iter().try_fold(slot, |sum, n| sum.checked_add(*n))?;
+                self.origins.extend_from_slice(&found.origins);
+                Some(found)
+            };
+            let writes = !matches!(job, Job::Measure | Job::Sum(_));
+            let (measured, applied) = if let Job::Scale(norms) = job {
+                // What would be measured of the tensors themselves is of no use here.
+                let applied = Tables::new(&of.pieces, segments.clone(), (0, 0), false, limits)?;
+                (tables(&[*norms], true)?, Some(applied))
+            } else {
+                (tables(&of.pieces, !writes)?, None)
+            };
+            let parameters = if of.clip.needs_parameters() { Some(tables(&of.parameters, true)?) } else { None };
+            self.parts.push(GroupTables { measured, parameters, applied, writes });
+            let mut params = Params::new(&of.clip, may_only_measure && of.clip.only_measures());
+            (params.first_segment, params.segments) = (first_segment, of.segments.count);
+            self.params.push(params);
+            self.groups.push(Group {
+                clip: of.clip,
+                first_segment,
+                total: 0,
+                names: of.names,
+                elements: of.pieces.iter().map(|p| p.len).sum(),
+                given: matches!(job, Job::Scale(_)),
+                segments: of.segments,
+            });
+            first_segment = segments.end;
+        }
+        self.tree = MergeTree::new(slot);
+        let mut starts = starts.into_iter();
+        let mut level = 0;
+        for (tables, params) in self.parts.iter().zip(&mut self.params) {
+            let mut merged = |of: &Tables| {
+                let (at, until) = self.tree.segments(starts.next()?, &of.slots, limits.workgroup)?;
+                level = level.max(until);
+                Some(at)
+            };
+            params.segment_partials = merged(&tables.measured)?;
+            if let Some(parameters) = &tables.parameters {
+                params.parameter_partials = merged(parameters)?;
+            }
+        }
+        let mut totals = Vec::new();
+        for (group, params) in self.groups.iter_mut().zip(&mut self.params) {
+            group.total = self.tree.total(params.segment_partials, params.segments, level, limits.workgroup)?;
+            params.group_partial = group.total;
+            totals.push(group.total);
+        }
+        let everything = self.tree.everything(&totals)?;
+        self.params.iter_mut().for_each(|params| params.total_partial = everything);
+        Some(())
+    }
+
+    fn measure(&self, builder: &mut Builder<'_>, job: &Job) {
+        for (i, (group, tables)) in self.groups.iter().zip(&self.parts).enumerate() {
+            let norm = match job {
+                Job::Scale(_) => Some(Norm::Inf),
+                _ => group.clip.measured().map(Norm::from),
+            };
+            let guarded = group.clip.reads_first();
+            for (window, of, dtype, rows) in tables.measured.rows() {
+                let kernel = match (of, norm) {
+                    (Use::Mixed, _) => continue,
+                    (Use::Whole | Use::Run, Some(norm)) => Kernel::Norm { dtype, norm },
+                    (Use::Each, Some(norm)) => Kernel::NormEach { dtype, norm },
+                    (_, None) => Kernel::Clamp { dtype, guarded: false, writes: tables.writes && !guarded },
+                };
+                builder.window(Phase::Measure, kernel, i, window, rows);
+            }
+            if norm.is_none() && tables.writes && !guarded {
+                builder.edges(Phase::Measure, i, &tables.measured, Kernel::Edges { value: true, guarded: false });
+            }
+            if let (Some(parameters), Some(norm)) = (&tables.parameters, norm) {
+                for (window, of, dtype, rows) in parameters.rows() {
+                    let kernel =
+                        if of == Use::Each { Kernel::NormEach { dtype, norm } } else { Kernel::Norm { dtype, norm } };
+                    builder.window(Phase::Measure, kernel, i, window, rows);
+                }
+            }
+        }
+        for rows in &self.tree.levels {
+            builder.rows(Phase::Measure, Kernel::Merge, rows);
+        }
+    }
+
+    fn decide(&self, builder: &mut Builder<'_>, job: &Job, rules: &[Option<Rule>]) {
+        if let Job::Running(_) = job {
+            builder.push(Phase::Decide, Kernel::Accumulate { moves: false }, 0, Subject::Running, 1);
+            return;
+        }
+        for (i, (group, rule)) in self.groups.iter().zip(rules).enumerate() {
+            let given = group.given;
+            let norm = if given { Some(Norm::Inf) } else { group.clip.measured().map(Norm::from) };
+            let workgroups = group.segments.count.max(1).div_ceil(self.limits.workgroup);
+            if let (Some(rule), Some(norm)) = (rule, norm) {
+                let kernel = Kernel::Threshold { formula: rule.formula, norm };
+                builder.push(Phase::Decide, kernel, i, Subject::Threshold, workgroups);
+            }
+            builder.push(Phase::Decide, Kernel::Finalise { norm, given }, i, Subject::Decide, workgroups);
+        }
+    }
+
+    fn apply(&self, builder: &mut Builder<'_>, job: &Job) {
+        for sum in &self.sums {
+            builder.sum(Kernel::Sum { dtype: sum.dtype }, sum);
+        }
+        for (i, (group, tables)) in self.groups.iter().zip(&self.parts).enumerate() {
+            let value = group.clip.measured().is_none();
+            let measures = self.params[i].only_measures != 0 && !matches!(job, Job::Running(_));
+            if !tables.writes || measures || (value && !group.clip.reads_first()) {
+                continue;
+            }
+            let applied = tables.applied.as_ref().unwrap_or(&tables.measured);
+            let columns = group.segments.layouts.iter().any(|layout| layout.by == By::Columns);
+            for (window, of, dtype, rows) in applied.rows() {
+                let kernel = match of {
+                    Use::Run | Use::Each => continue,
+                    Use::Whole if value => Kernel::Clamp { dtype, guarded: true, writes: true },
+                    Use::Whole => Kernel::Scale { dtype },
+                    Use::Mixed => Kernel::ScaleEach { dtype, columns },
+                };
+                builder.window(Phase::Apply, kernel, i, window, rows);
+            }
+            builder.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true });
+        }
+    }
+}
+
+/// What a dispatch binds as its group 1, until there are buffers.
+enum Subject {
+    /// Rows of the plan's tables.
+    Rows(Range<u64>),
+    /// A window (buffer, offset and size) and rows in it.
+    Window((usize, u64, u64), Range<u64>),
+    /// A window of examples, if there are any, rows, and a window of sums.
+    Sums(Option<(usize, u64, u64)>, Range<u64>, (usize, u64, u64)),
+    Decide,
+    Threshold,
+    Running,
+}
+
+/// Gathers the dispatches of a plan, then makes them.
+struct Builder<'a> {
+    gpu: &'a GpuClipper,
+    buffers: &'a [wgpu::Buffer],
+    /// All tables of the plan, each at an offset that can be bound.
+    tables: Vec<u8>,
+    /// Where each table is, by its address here: what is measured is often what is scaled.
+    places: HashMap<usize, Range<u64>>,
+    pending: Vec<(Phase, Kernel, usize, Subject, u32)>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(gpu: &'a GpuClipper, buffers: &'a [wgpu::Buffer]) -> Self {
+        Self { gpu, buffers, tables: Vec::new(), places: HashMap::new(), pending: Vec::new() }
+    }
+
+    fn push(&mut self, phase: Phase, kernel: Kernel, group: usize, subject: Subject, workgroups: u32) {
+        self.pending.push((phase, kernel, group, subject, workgroups));
+    }
+
+    fn table<T: Pod>(&mut self, rows: &[T]) -> Range<u64> {
+        if let Some(place) = self.places.get(&(rows.as_ptr() as usize)) {
+            return place.clone();
+        }
+        let alignment = self.gpu.device.device.limits().min_storage_buffer_offset_alignment as usize;
+        self.tables.resize(self.tables.len().next_multiple_of(alignment), 0);
+        let start = self.tables.len() as u64;
+        self.tables.extend_from_slice(bytemuck::cast_slice(rows));
+        let place = start..self.tables.len() as u64;
+        self.places.insert(rows.as_ptr() as usize, place.clone());
+        place
+    }
+
+    fn rows<T: Pod>(&mut self, phase: Phase, kernel: Kernel, rows: &[T]) {
+        let table = self.table(rows);
+        self.push(phase, kernel, 0, Subject::Rows(table), count(rows));
+    }
+
+    fn window<T: Pod>(&mut self, phase: Phase, kernel: Kernel, group: usize, window: &Window, rows: &[T]) {
+        let table = self.table(rows);
+        let subject = Subject::Window((window.buffer, window.offset, window.size), table);
+        let workgroups = match kernel {
+            Kernel::Edges { .. } => count(rows).div_ceil(self.gpu.kernels.workgroup),
+            _ => count(rows),
+        };
+        self.push(phase, kernel, group, subject, workgroups);
+    }
+
+    fn edges(&mut self, phase: Phase, group: usize, tables: &Tables, kernel: Kernel) {
+        for window in tables.windows.iter().filter(|w| !w.edges.is_empty()) {
+            self.window(phase, kernel, group, window, &window.edges);
+        }
+    }
+
+    fn sum(&mut self, kernel: Kernel, sum: &SumWindow) {
+        let table = self.table(&sum.rows);
+        self.push(Phase::Apply, kernel, 0, Subject::Sums(sum.examples, table, sum.sums), count(&sum.rows));
+    }
+
+    /// The dispatches of each phase.
+    fn build(
+        self,
+        memory: &Memory,
+        running: Option<&wgpu::Buffer>,
+        params: &[Params],
+    ) -> Result<[Vec<Dispatch>; 3], Error> {
+        let Self { gpu, buffers, mut tables, pending, .. } = self;
+        if tables.is_empty() {
+            tables.resize(4, 0);
+        }
+        let tables = gpu.device.filled("gradclip tables", &tables, wgpu::BufferUsages::STORAGE)?;
+        let mut clips = Vec::new();
+        for params in params {
+            clips.push(clip_group(gpu, memory, params)?);
+        }
+        let part = |buffer: &wgpu::Buffer, offset, size| (buffer.clone(), offset, size);
+        let rows = |range: Range<u64>| part(&tables, range.start, range.end - range.start);
+        let window = |(buffer, offset, size): (usize, u64, u64)| part(&buffers[buffer], offset, size);
+        let whole = |buffer: &wgpu::Buffer| part(buffer, 0, buffer.size());
+        let mut phases = [const { Vec::new() }; 3];
+        for (phase, kernel, group, subject, workgroups) in pending {
+            let parts = match subject {
+                Subject::Rows(range) => vec![rows(range)],
+                Subject::Window(of, range) => vec![window(of), rows(range)],
+                Subject::Sums(of, range, sums) => {
+                    // Where there are no examples, nothing is read of what stands for them.
+                    vec![of.map_or_else(|| whole(&memory.thresholds), window), rows(range), window(sums)]
+                }
+                Subject::Decide => vec![whole(&memory.thresholds), whole(&memory.coefficients)],
+                Subject::Threshold => {
+                    vec![whole(&memory.thresholds), whole(&memory.states)]
+                }
+                Subject::Running => running.map(whole).into_iter().collect(),
+            };
+            phases[phase as usize].push(dispatch(gpu, kernel, clips[group].of(kernel), &parts, workgroups)?);
+        }
+        Ok(phases)
+    }
+}
+
+fn count<T>(rows: &[T]) -> u32 {
+    // There are fewer rows than partials, whose number was checked.
+    u32::try_from(rows.len()).unwrap_or(u32::MAX)
+}
+
+/// Group 0 of a group of tensors.
+pub(super) fn clip_group(
+    gpu: &GpuClipper,
+    memory: &Memory,
+    params: &Params,
+) -> Result<ClipGroup<wgpu::BindGroup>, Error> {
+    let params = gpu.device.filled("gradclip params", bytemuck::bytes_of(params), wgpu::BufferUsages::UNIFORM)?;
+    let all = [(PARTIALS, &memory.partials), (PARAMS, &params), (RESULTS, &memory.results)];
+    let group = |layout, buffers: &[(u32, &wgpu::Buffer)]| {
+        let mut entries = Vec::new();
+        for (binding, buffer) in buffers {
+            entries.push(wgpu::BindGroupEntry { binding: *binding, resource: buffer.as_entire_binding() });
+        }
+        gpu.device.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
+    };
+    let layouts = &gpu.kernels.layouts.clip;
+    gpu.device.scoped(|| ClipGroup {
+        measure: group(&layouts.measure, &all),
+        finalise: group(&layouts.finalise, &all),
+        apply: group(&layouts.apply, &all[1..]),
+    })
+}
+
+/// A dispatch that binds parts of buffers (offset and size) as its group 1.
+pub(super) fn dispatch(
+    gpu: &GpuClipper,
+    kernel: Kernel,
+    clip_group: &wgpu::BindGroup,
+    parts: &[(wgpu::Buffer, u64, u64)],
+    workgroups: u32,
+) -> Result<Dispatch, Error> {
+    let widest = gpu.device.device.limits().max_compute_workgroups_per_dimension;
+    let x = workgroups.clamp(1, widest);
+    if workgroups.div_ceil(x) > widest {
+        let limit = u64::from(widest) * u64::from(widest);
+        return Err(Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit });
+    }
+    let pipeline = gpu.kernels.pipeline(&gpu.device, kernel)?;
+    let subject = gpu.device.scoped(|| {
+        let mut entries = Vec::new();
+        for (binding, (buffer, offset, size)) in (0..).zip(parts) {
+            let (offset, size) = (*offset, wgpu::BufferSize::new(*size));
+            let resource = wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size });
+            entries.push(wgpu::BindGroupEntry { binding, resource });
+        }
+        let layout = gpu.kernels.subject(kernel);
+        gpu.device.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
+    })?;
+    Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups: (x, workgroups.div_ceil(x)) })
+}
