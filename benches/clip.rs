@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use gradclip::{Clip, Clipper, Tensor, TensorMut};
+use gradclip::{Clip, Clipper, NormType, Scope, Tensor, TensorMut, UnitAxis};
 
 const SIZES: [usize; 3] = [64 << 10, 1 << 20, 16 << 20];
 
@@ -58,6 +58,52 @@ fn cpu(c: &mut Criterion) {
                     spent += start.elapsed();
                     assert!(report.clipped);
                     assert_close(report.total_norm, norm);
+                }
+                spent
+            });
+        });
+    }
+}
+
+/// A matrix, so that rows and columns are alike many.
+const SIDE: usize = 4096;
+
+/// Every way in which a matrix is read and scaled.
+fn shapes_of_work() -> Vec<(&'static str, Clip)> {
+    let clip = |norm_type| Clip::norm(1e-3).expect("valid").norm_type(norm_type);
+    let norm = clip(NormType::L2);
+    vec![
+        ("L2", norm),
+        ("L1", clip(NormType::L1)),
+        ("inf", clip(NormType::Inf)),
+        ("p = 3", clip(NormType::p(3.0).expect("valid"))),
+        ("p = 1.5", clip(NormType::p(1.5).expect("valid"))),
+        ("rows", norm.scope(Scope::Unit)),
+        ("columns", norm.scope(Scope::Unit).unit_axis(UnitAxis::Last)),
+    ]
+}
+
+fn cpu_scopes(c: &mut Criterion) {
+    let mut group = c.benchmark_group("cpu scopes");
+    group.sample_size(10);
+    let data = gradients(SIDE * SIDE);
+    let mut copy = data.clone();
+    for (name, clip) in shapes_of_work() {
+        group.throughput(Throughput::Bytes(4 * data.len() as u64));
+        let tensor = Tensor::new(&data).shape(&[SIDE, SIDE]).expect("it fits");
+        group.bench_function(BenchmarkId::new("measure", name), |b| {
+            b.iter(|| assert!(Clipper::cpu().measure(&clip, &[tensor]).expect("finite").clipped));
+        });
+        group.throughput(Throughput::Bytes(12 * data.len() as u64));
+        group.bench_function(BenchmarkId::new("clip", name), |b| {
+            b.iter_custom(|times| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..times {
+                    copy.copy_from_slice(&data);
+                    let tensor = TensorMut::new(&mut copy).shape(&[SIDE, SIDE]).expect("it fits");
+                    let start = Instant::now();
+                    assert!(Clipper::cpu().apply(&clip, &mut [tensor]).expect("finite").clipped);
+                    spent += start.elapsed();
                 }
                 spent
             });
@@ -129,6 +175,34 @@ fn gpu(c: &mut Criterion) {
             });
         });
     }
+
+    let data = gradients(SIDE * SIDE);
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+    let size = 4 * data.len() as u64;
+    let grads = device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
+    queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
+    for (name, clip) in shapes_of_work() {
+        let tensor = GpuTensor::f32(&grads, ..).and_then(|t| t.shape(&[SIDE, SIDE])).expect("valid");
+        let (measure, both) = (gpu.plan_measure(&clip, &[tensor.clone()]), gpu.plan(&clip, &[tensor]));
+        let (measure, both) = (measure.expect("planned"), both.expect("planned"));
+        group.throughput(Throughput::Bytes(4 * data.len() as u64));
+        group.bench_function(BenchmarkId::new("measure", name), |b| {
+            b.iter_custom(|times| (0..times).map(|_| run(&|e| measure.encode(e).expect("encoded"))).sum());
+        });
+        group.throughput(Throughput::Bytes(12 * data.len() as u64));
+        group.bench_function(BenchmarkId::new("clip", name), |b| {
+            b.iter_custom(|times| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..times {
+                    queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
+                    run(&|_| ());
+                    spent += run(&|e| both.encode(e).expect("encoded"));
+                }
+                assert!(both.report_blocking().expect("finite").clipped);
+                spent
+            });
+        });
+    }
 }
 
 #[cfg(not(feature = "gpu"))]
@@ -137,6 +211,6 @@ fn gpu(_: &mut Criterion) {}
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
-    targets = cpu, gpu
+    targets = cpu, cpu_scopes, gpu
 }
 criterion_main!(benches);

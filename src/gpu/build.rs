@@ -27,6 +27,8 @@ pub(super) struct Built {
     pub(super) memory: Memory,
     pub(super) origins: Vec<Origin>,
     pub(super) threshold: Option<DeviceThreshold>,
+    /// Whether the host may set the thresholds.
+    pub(super) follows_host: bool,
 }
 
 /// Tensors that one clip is for.
@@ -258,6 +260,7 @@ impl Built {
         // A sum is one even of examples that nothing exceeds.
         let may_only_measure = matches!(follows, Follows::Clip) && !matches!(job, Job::Sum(_));
         let mut layout = PlanLayout::new(gpu, groups, &job, may_only_measure)?;
+        let follows_host = matches!(follows, Follows::Host);
         let mut threshold = None;
         let mut states = vec![StateRow::zeroed()];
         let mut rules: Vec<_> = layout.groups.iter().map(|g| Rule::of(&g.clip)).collect();
@@ -281,7 +284,7 @@ impl Built {
         layout.apply(&mut builder, &job);
         let running = if let Job::Running(running) = &job { Some(&running.partial) } else { None };
         let phases = builder.build(&memory, running, &layout.params)?;
-        Ok(Self { groups: layout.groups, phases, memory, origins: layout.origins, threshold })
+        Ok(Self { groups: layout.groups, phases, memory, origins: layout.origins, threshold, follows_host })
     }
 }
 

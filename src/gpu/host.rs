@@ -77,15 +77,8 @@ impl GpuClipper {
         let views = [(*clip, views(tensors))];
         let on_device = self.upload(&views, |_| Job::Clip, Follows::Host, progress)?;
         let plan = &on_device.plan;
-        let (segments, names) = plan.segments();
-        threshold.bind(&segments.labels(|i| names[i].as_deref()))?;
         self.submit(plan, &[Phase::Measure, Phase::Decide])?;
-        let (measured, _) = plan.reports_by(wait).await?;
-        let measured = &measured[0];
-        let total_norm = if measured.found_inf() { f64::NAN } else { measured.total_norm };
-        let own: Vec<_> = measured.segments.iter().map(|s| s.norm).collect();
-        let norms = if own.is_empty() && segments.count == 1 { vec![measured.total_norm] } else { own };
-        plan.write_thresholds(&segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms)))?;
+        plan.adapt_by(wait, threshold).await?;
         self.submit(plan, &[Phase::Decide, Phase::Apply])?;
         let (mut reports, wrote) = plan.reports_by(wait).await?;
         if wrote {

@@ -199,6 +199,20 @@ impl GpuClipper {
         self.build(gathered, Job::Clip, Follows::Clip)
     }
 
+    /// Plans the norm and the scaling apart: [`GpuPlan::encode_measure`], then [`GpuPlan::adapt`] to a threshold on the
+    /// host, which waits for the norm, then [`GpuPlan::encode_scale`]. The clip's own threshold stays an upper bound;
+    /// infinity sets none. [`GpuClipper::plan_adaptive`] needs no wait.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] for a clip by value and for AGC; those of [`GpuClipper::plan`].
+    pub fn plan_apart(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
+        clip.check_adaptive()?;
+        let mut gathered = Gathered::default();
+        gathered.add(clip, tensors)?;
+        gathered.check_overlaps()?;
+        self.build(gathered, Job::Clip, Follows::Host)
+    }
+
     /// Plans to measure what a clip would do. Nothing is written but the report and [`GpuPlan::coefficients`], for an
     /// optimizer to fold in.
     ///

@@ -1,7 +1,7 @@
 //! [`GpuPlan`]: everything that a clip needs, built once; each step is then a list of dispatches to record.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use super::GpuClipper;
 use super::build::{Built, Group, PARTIAL_BYTES, Parts, Phase};
@@ -10,8 +10,8 @@ use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::Origin;
 use super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use crate::partial::{Action, Outcome};
-use crate::segment::Segments;
-use crate::{ClipReport, Error};
+use crate::threshold::Threshold;
+use crate::{ClipReport, Error, Scope};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
@@ -49,6 +49,22 @@ impl GpuPlan {
     /// submitted.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
         self.encode_phases(encoder, &[Phase::Measure, Phase::Decide, Phase::Apply])
+    }
+
+    /// Records the norm and the decision, and writes nothing but the report and the coefficients.
+    ///
+    /// # Errors
+    /// As [`GpuPlan::encode`].
+    pub fn encode_measure(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.encode_phases(encoder, &[Phase::Measure, Phase::Decide])
+    }
+
+    /// Records the decision, from the last norms and the thresholds as they are by then, and the scaling.
+    ///
+    /// # Errors
+    /// As [`GpuPlan::encode`].
+    pub fn encode_scale(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.encode_phases(encoder, &[Phase::Decide, Phase::Apply])
     }
 
     pub(super) fn encode_phases(&self, encoder: &mut wgpu::CommandEncoder, phases: &[Phase]) -> Result<(), Error> {
@@ -181,16 +197,43 @@ impl GpuPlan {
         Ok(Some(threshold.clone().with(&bytemuck::pod_collect_to_vec::<u8, StateRow>(&bytes))))
     }
 
-    /// Sets what norms are compared with, in the plan of one group.
-    pub(super) fn write_thresholds(&self, max_norms: &[f64]) -> Result<(), Error> {
+    /// Lets a threshold on the host follow the norms of the last step that was submitted, waiting for them, and sets what
+    /// they are compared with: between [`GpuPlan::encode_measure`] and [`GpuPlan::encode_scale`] of a plan that
+    /// [`GpuClipper::plan_apart`] made.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] for any other plan; [`Error::ThresholdState`] if the threshold is that of other tensors; those of
+    /// [`GpuPlan::report`].
+    pub async fn adapt(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
+        self.adapt_by(Wait::Polling, threshold).await
+    }
+
+    /// [`GpuPlan::adapt`], waiting for the answer.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn adapt_blocking(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
+        pollster::block_on(self.adapt_by(Wait::Sleeping, threshold))
+    }
+
+    pub(super) async fn adapt_by(&self, wait: Wait, threshold: &mut dyn Threshold) -> Result<(), Error> {
+        let ([group], true) = (&self.built.groups[..], self.built.follows_host) else {
+            return Err(Error::Unfit(
+                "only a plan of norm and scaling apart (plan_apart) follows a threshold on the host",
+            ));
+        };
+        let (segments, clip) = (&group.segments, &group.clip);
+        threshold.bind(&segments.labels(|i| group.names[i].as_deref()))?;
+        let (measured, _) = self.reports_by(wait).await?;
+        let measured = &measured[0];
+        let total_norm = if measured.found_inf() { f64::NAN } else { measured.total_norm };
+        let own = measured.segments.iter().map(|s| s.norm).collect();
+        let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
+        let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
         let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(*m)).collect();
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
         self.gpu.device.scoped(|| queue.write_buffer(buffer, 0, bytemuck::cast_slice(&numbers)))
-    }
-
-    /// The segments and the names of the first group.
-    pub(super) fn segments(&self) -> (&Segments, &[Option<Arc<str>>]) {
-        (&self.built.groups[0].segments, &self.built.groups[0].names)
     }
 
     pub(super) fn origins(&self) -> &[Origin] {
