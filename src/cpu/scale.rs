@@ -18,17 +18,36 @@ pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: Layout, first: u64, 
                 (rest, at) = (others, at + left);
             }
         }
-        By::Columns => update_blocks::<T>(
-            data,
-            |_, _| true,
-            |at, block| {
-                let mut column = ((first + at) % layout.columns) as usize;
-                for x in block {
-                    *x = scaled(&outcomes[column], drop, *x);
-                    column = if column + 1 == outcomes.len() { 0 } else { column + 1 };
-                }
-            },
-        ),
+        By::Columns => {
+            let factors: Option<Vec<_>> =
+                outcomes.iter().map(|outcome| plain_factor::<T::Wide>(outcome, drop)).collect();
+            update_blocks::<T>(
+                data,
+                |_, _| true,
+                |at, block| {
+                    let (mut rest, mut column) = (block, ((first + at) % layout.columns) as usize);
+                    while !rest.is_empty() {
+                        let (run, others) = rest.split_at_mut((outcomes.len() - column).min(rest.len()));
+                        if let Some(factors) = &factors {
+                            run.iter_mut().zip(&factors[column..]).for_each(|(x, factor)| *x = x.scaled(*factor));
+                        } else {
+                            run.iter_mut().zip(&outcomes[column..]).for_each(|(x, o)| *x = scaled(o, drop, *x));
+                        }
+                        (rest, column) = (others, 0);
+                    }
+                },
+            );
+        }
+    }
+}
+
+/// What all elements of a segment are multiplied by, if that is all that is done with them.
+fn plain_factor<W: Wide>(outcome: &Outcome, drop: bool) -> Option<W> {
+    match outcome.action {
+        // Where others are scaled, a segment that is left alone holds finite elements only.
+        Action::Leave => W::factor(1.0),
+        Action::Apply if !drop => W::factor(outcome.factor),
+        _ => None,
     }
 }
 
