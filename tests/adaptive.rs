@@ -207,3 +207,50 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
         }
     }
 }
+
+/// Gradients that lie on the device, and a threshold that lies on the host.
+#[cfg(feature = "gpu")]
+#[test]
+fn a_threshold_on_the_host_follows_gradients_on_the_device() {
+    use common::gpu::{Layout, download, encoder, gpu, upload, write};
+    use gradclip::{Dtype, Error};
+    let clip = measuring(Clip::norm(f64::INFINITY).expect("valid"));
+    let mut random = Random(104);
+    let mut gradients = |step| {
+        let mut set = [Data::rounded(Dtype::F32, random.normals(100, 1.0 + (step % 7) as f64))];
+        if step == NAN_STEP / 2 {
+            set[0].set(20, f64::NAN);
+        }
+        set
+    };
+    let shape = gradients(0);
+    let layout = Layout::with_gaps(&shape, |_| 1);
+    let buffer = upload(gpu(), &layout.bytes(&shape));
+    let tensors = layout.tensors(&buffer, &shape);
+    let plan = gpu().plan_apart(&clip, &tensors).expect("valid");
+    let (mut on_device, mut by_hand) = (AutoClip::new(), AutoClip::new());
+    for step in 0..60 {
+        let set = gradients(step);
+        write(gpu(), &buffer, 0, &layout.bytes(&set));
+        let submit = |record: &dyn Fn(&mut gradclip::wgpu::CommandEncoder)| {
+            let mut encoder = encoder(gpu());
+            record(&mut encoder);
+            gpu().queue().submit([encoder.finish()]);
+        };
+        submit(&|e| plan.encode_measure(e).expect("the device works"));
+        plan.adapt_blocking(&mut on_device).expect("one norm");
+        submit(&|e| plan.encode_scale(e).expect("the device works"));
+        let after = layout.taken_from(&download(gpu(), &buffer), &set);
+        let report = plan.report_blocking().expect("it ran");
+        let max_norm = by_hand.max_norm(if report.found_inf() { f64::NAN } else { report.total_norm });
+        assert_eq!(on_device, by_hand, "step {step}");
+        let coef = if report.found_inf() { 1.0 } else { (max_norm / report.total_norm).min(1.0) };
+        if coef < 1.0 {
+            assert_scaled(&set, &after, coef, 1e-6, &format!("step {step}"));
+        } else {
+            assert_same_bits(&after, &set, &format!("step {step}"));
+        }
+    }
+    let other = gpu().plan(&clip, &tensors).expect("valid");
+    assert!(matches!(other.adapt_blocking(&mut on_device), Err(Error::Unfit(_))));
+}

@@ -268,7 +268,9 @@ impl Built {
             let group = &layout.groups[0];
             let labels = group.segments.labels(|i| group.names[i].as_deref());
             let (rule, rows) = wanted.start(&group.clip, &labels)?;
-            (threshold, states, rules[0]) = (Some(wanted), rows, Some(rule));
+            (threshold, rules[0]) = (Some(wanted), Some(rule));
+            // No buffer may be empty, even if there are no tensors.
+            states.splice(..usize::from(!rows.is_empty()), rows);
         }
         for (params, rule) in layout.params.iter_mut().zip(&rules) {
             if let Some(rule) = rule {

@@ -188,9 +188,12 @@ impl GpuClipper {
     /// together.
     ///
     /// # Errors
-    /// [`Error::Unfit`] if the clips disagree, and those of [`GpuClipper::plan`].
+    /// [`Error::Unfit`] if the clips disagree or there is no group; those of [`GpuClipper::plan`].
     pub fn plan_groups(&self, groups: &[(Clip, &[GpuTensor])]) -> Result<GpuPlan, Error> {
         check_groups(groups.iter().map(|(clip, _)| clip))?;
+        if groups.is_empty() {
+            return Err(Error::Unfit("a plan needs a group of tensors, be it an empty one"));
+        }
         let mut gathered = Gathered::default();
         for (clip, tensors) in groups {
             gathered.add(clip, tensors)?;

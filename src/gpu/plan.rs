@@ -193,7 +193,9 @@ impl GpuPlan {
 
     async fn threshold_by(&self, wait: Wait) -> Result<Option<DeviceThreshold>, Error> {
         let (Some(threshold), states) = (&self.built.threshold, &self.built.memory.states) else { return Ok(None) };
-        let bytes = self.gpu.device.read(&[(states, 0, states.size())], wait).await?;
+        let rows = self.built.groups[0].segments.count as usize;
+        let mut bytes = self.gpu.device.read(&[(states, 0, states.size())], wait).await?;
+        bytes.truncate(rows * size_of::<StateRow>());
         Ok(Some(threshold.clone().with(&bytemuck::pod_collect_to_vec::<u8, StateRow>(&bytes))))
     }
 
