@@ -183,7 +183,8 @@ fn gpu(c: &mut Criterion) {
     queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
     for (name, clip) in shapes_of_work() {
         let tensor = GpuTensor::f32(&grads, ..).and_then(|t| t.shape(&[SIDE, SIDE])).expect("valid");
-        let (measure, both) = (gpu.plan_measure(&clip, &[tensor.clone()]), gpu.plan(&clip, &[tensor]));
+        let (measure, both) =
+            (gpu.plan_measure(&clip, std::slice::from_ref(&tensor)), gpu.plan(&clip, std::slice::from_ref(&tensor)));
         let (measure, both) = (measure.expect("planned"), both.expect("planned"));
         group.throughput(Throughput::Bytes(4 * data.len() as u64));
         group.bench_function(BenchmarkId::new("measure", name), |b| {

@@ -213,7 +213,7 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
 #[test]
 fn a_threshold_on_the_host_follows_gradients_on_the_device() {
     use common::gpu::{Layout, download, encoder, gpu, upload, write};
-    use gradclip::{Dtype, Error};
+    use gradclip::{Dtype, Error, wgpu};
     let clip = measuring(Clip::norm(f64::INFINITY).expect("valid"));
     let mut random = Random(104);
     let mut gradients = |step| {
@@ -232,7 +232,7 @@ fn a_threshold_on_the_host_follows_gradients_on_the_device() {
     for step in 0..60 {
         let set = gradients(step);
         write(gpu(), &buffer, 0, &layout.bytes(&set));
-        let submit = |record: &dyn Fn(&mut gradclip::wgpu::CommandEncoder)| {
+        let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
             let mut encoder = encoder(gpu());
             record(&mut encoder);
             gpu().queue().submit([encoder.finish()]);

@@ -35,6 +35,12 @@ pub(crate) fn device(limits: wgpu::Limits) -> (wgpu::Device, wgpu::Queue) {
     block_on(adapter().request_device(&descriptor)).expect("the adapter gives a device")
 }
 
+/// A clipper on a device as a caller would make it, with these limits.
+pub(crate) fn clipper(limits: wgpu::Limits) -> GpuClipper {
+    let (device, queue) = device(limits);
+    GpuClipper::new(&device, &queue).expect("these limits suffice")
+}
+
 /// The smallest executor: sleeps until woken.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(std::thread::Thread);
@@ -110,6 +116,42 @@ pub(crate) fn step(gpu: &GpuClipper, plan: &GpuPlan) {
     let mut encoder = encoder(gpu);
     plan.encode(&mut encoder).expect("the device works");
     gpu.queue().submit([encoder.finish()]);
+}
+
+/// A kernel as a caller would write it, bound to whole buffers, in order.
+pub(crate) struct OwnKernel {
+    pipeline: wgpu::ComputePipeline,
+    buffers: wgpu::BindGroup,
+}
+
+impl OwnKernel {
+    pub(crate) fn new(gpu: &GpuClipper, source: &str, buffers: &[&wgpu::Buffer]) -> Self {
+        let device = gpu.device();
+        let source = wgpu::ShaderSource::Wgsl(source.into());
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: None,
+            layout: None,
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        let mut entries = Vec::new();
+        for (binding, buffer) in (0..).zip(buffers) {
+            entries.push(wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() });
+        }
+        let layout = &pipeline.get_bind_group_layout(0);
+        let buffers = device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries });
+        Self { pipeline, buffers }
+    }
+
+    pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder, workgroups: u32) {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.buffers, &[]);
+        pass.dispatch_workgroups(workgroups, 1, 1);
+    }
 }
 
 /// Plans, encodes, submits and reports.
@@ -190,6 +232,73 @@ pub(crate) fn gpu_tensor(buffer: &wgpu::Buffer, t: &Data, first: u64) -> GpuTens
     match &t.shape {
         Some(shape) => view.shape(shape).expect("the shape fits"),
         None => view,
+    }
+}
+
+/// Sets of tensors in one buffer: a tensor of each set by turns, each before its parameter.
+pub(crate) struct Interleaved {
+    gpu: GpuClipper,
+    pub(crate) buffer: wgpu::Buffer,
+    layout: Layout,
+    /// The set of what lies there, its place in it, and whether it is the parameter of that.
+    places: Vec<(usize, usize, bool)>,
+}
+
+impl Interleaved {
+    /// With gaps as in [`Layout::with_gaps`].
+    pub(crate) fn new(gpu: &GpuClipper, sets: &[Vec<Data>], gap: impl Fn(usize) -> usize) -> Self {
+        let mut places = Vec::new();
+        for i in 0..sets.iter().map(Vec::len).max().unwrap_or(0) {
+            for (set, tensors) in sets.iter().enumerate().filter(|(_, tensors)| i < tensors.len()) {
+                places.push((set, i, false));
+                places.extend(tensors[i].parameter.as_ref().map(|_| (set, i, true)));
+            }
+        }
+        let layout = Layout::with_gaps(&Self::in_order(&places, sets), gap);
+        let placed = Self { gpu: gpu.clone(), buffer: upload(gpu, &vec![0; layout.size]), layout, places };
+        placed.write(sets);
+        placed
+    }
+
+    fn in_order(places: &[(usize, usize, bool)], sets: &[Vec<Data>]) -> Vec<Data> {
+        let data = |(set, i, is_parameter): &(usize, usize, bool)| {
+            let t = &sets[*set][*i];
+            if *is_parameter { t.parameter.as_deref().expect("it has one") } else { t }.clone()
+        };
+        places.iter().map(data).collect()
+    }
+
+    /// Puts other numbers there, in tensors of the same shapes.
+    pub(crate) fn write(&self, sets: &[Vec<Data>]) {
+        write(&self.gpu, &self.buffer, 0, &self.layout.bytes(&Self::in_order(&self.places, sets)));
+    }
+
+    /// The views of each set.
+    pub(crate) fn views(&self, sets: &[Vec<Data>]) -> Vec<Vec<GpuTensor>> {
+        let mut views = vec![Vec::new(); sets.len()];
+        let all = self.layout.tensors(&self.buffer, &Self::in_order(&self.places, sets));
+        for ((set, _, is_parameter), view) in self.places.iter().zip(all) {
+            let views = &mut views[*set];
+            let view = if *is_parameter { views.pop().map(|of: GpuTensor| of.parameter(view)) } else { Some(view) };
+            views.extend(view);
+        }
+        views
+    }
+
+    /// What became of sets that were there. That nothing else has changed is asserted.
+    #[track_caller]
+    pub(crate) fn read(&self, sets: &[Vec<Data>]) -> Vec<Vec<Data>> {
+        let before = Self::in_order(&self.places, sets);
+        let mut after = vec![Vec::new(); sets.len()];
+        let all = self.layout.taken_from(&download(&self.gpu, &self.buffer), &before);
+        for (((set, _, is_parameter), now), before) in self.places.iter().zip(all).zip(before) {
+            if *is_parameter {
+                super::assert_same_bits(&[now], &[before], "a parameter");
+            } else {
+                after[*set].push(now);
+            }
+        }
+        after
     }
 }
 

@@ -223,11 +223,7 @@ impl Path {
 
     /// Sums clipped examples. What comes `after` are the sums, which hold [`UNWRITTEN`] before.
     pub(crate) fn sum_examples(self, clip: &Clip, tensors: &[Data]) -> Done {
-        let sum_of = |t: &Data| {
-            let dtype = if t.dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
-            Data::rounded(dtype, vec![UNWRITTEN; t.dims()[1..].iter().product()])
-        };
-        let mut after: Vec<_> = tensors.iter().map(sum_of).collect();
+        let mut after = unwritten_sums(tensors);
         let parameters = parameters(tensors);
         let mut sums: Vec<_> = after.iter_mut().map(Data::view_mut).collect();
         let report = self.clipper().sum_examples(clip, &views(tensors, &parameters), &mut sums);
@@ -237,6 +233,15 @@ impl Path {
 
 /// What a sum holds until it is written.
 pub(crate) const UNWRITTEN: f64 = 7.25;
+
+/// What the sums of examples are before.
+pub(crate) fn unwritten_sums(tensors: &[Data]) -> Vec<Data> {
+    let sum_of = |t: &Data| {
+        let dtype = if t.dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
+        Data::rounded(dtype, vec![UNWRITTEN; t.dims()[1..].iter().product()])
+    };
+    tensors.iter().map(sum_of).collect()
+}
 
 /// Clips copies of host tensors.
 pub(crate) fn clip_host(clipper: &Clipper, clip: &Clip, tensors: &[Data]) -> Done {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use gradclip::{Budget, Clip, ClipReport, Dtype, NonFinite, NormType, Scope, UnitAxis};
 
-use super::numbers::{Sum, exact_norm, ulp};
+use super::numbers::{Random, Sum, exact_norm, ulp};
 use super::{Data, Done, Path, UNWRITTEN, assert_norm, assert_same_bits, is_scaled, numbers_of};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,17 @@ pub(crate) struct Expected {
     of: Vec<Vec<usize>>,
     /// How many elements are not finite, and the tensor and place of the first.
     bad: Option<(u64, usize, u64)>,
+}
+
+/// A gradient of this shape. Rows, columns and tensors differ in size, so that a segment mistaken for its neighbour shows.
+pub(crate) fn uneven(dtype: Dtype, shape: &[usize], random: &mut Random) -> Data {
+    let len: usize = shape.iter().product();
+    let last = shape.last().copied().unwrap_or(1).max(1);
+    let row = len.checked_div(shape.first().copied().unwrap_or(1)).unwrap_or(0).max(1);
+    let scale = random.normal().exp();
+    let size = |i: usize| scale * (1.0 + (i % last % 7) as f64) * (1.0 + (i / row % 5) as f64);
+    let numbers: Vec<_> = (0..len).map(|i| random.normal() * size(i)).collect();
+    Data::rounded(dtype, numbers).shaped(shape)
 }
 
 /// A place in a shape, row-major.
@@ -259,26 +270,26 @@ impl Asked {
         Expected { asked: *self, total_norm, segments, of, bad }
     }
 
+    /// That a report, and what became of a set on a path, are as expected.
+    #[track_caller]
+    pub(crate) fn check_done(&self, done: &Done, path: Path, set: &[Data], what: &str) -> Expected {
+        let expected = self.expected(set);
+        expected.check(done, set, self.tolerance(path), &format!("{what} {path:?} {self:?}"));
+        expected
+    }
+
     /// That a path does to a set what is expected.
     #[track_caller]
     pub(crate) fn check(&self, path: Path, set: &[Data], what: &str) -> Expected {
-        let expected = self.expected(set);
-        expected.check(&path.clip(&self.clip(), set), set, self.tolerance(path), &format!("{what} {path:?} {self:?}"));
-        expected
+        self.check_done(&path.clip(&self.clip(), set), path, set, what)
     }
 
     /// That a path sums examples as expected.
     #[track_caller]
     pub(crate) fn check_sums(&self, path: Path, set: &[Data], what: &str) -> Expected {
-        let what = format!("the sum of {what} {path:?} {self:?}");
         let expected = self.expected(set);
         let done = path.sum_examples(&self.clip(), set);
-        let tolerance = self.tolerance(path);
-        if expected.check_report(&done, set, tolerance, &what) && expected.refused() {
-            assert!(numbers_of(&done.after).all(|x| x == UNWRITTEN), "{what}: written");
-        } else if done.report.is_ok() {
-            expected.check_summed(set, &done.after, tolerance, &what);
-        }
+        expected.check_sums(&done, set, self.tolerance(path), &format!("the sum of {what} {path:?} {self:?}"));
         expected
     }
 }
@@ -288,7 +299,17 @@ impl Expected {
         self.segments.iter().map(|s| s.clip_coef != 1.0).collect()
     }
 
-    fn refused(&self) -> bool {
+    /// What the gradients of each segment are multiplied by.
+    pub(crate) fn factors(&self) -> Vec<f64> {
+        let factor = |s: &Segment| match s.fate {
+            Fate::Left => 1.0,
+            Fate::Zeroed => 0.0,
+            Fate::Times(factor) => factor,
+        };
+        self.segments.iter().map(factor).collect()
+    }
+
+    pub(crate) fn refused(&self) -> bool {
         self.bad.is_some() && matches!(self.asked.policy, NonFinite::Error | NonFinite::Skip)
     }
 
@@ -307,6 +328,16 @@ impl Expected {
     pub(crate) fn check(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) {
         self.check_report(done, before, tolerance, what);
         self.check_elements(before, &done.after, tolerance, what);
+    }
+
+    /// That the report, and the sums that came out, are right.
+    #[track_caller]
+    pub(crate) fn check_sums(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) {
+        if self.check_report(done, before, tolerance, what) && self.refused() {
+            assert!(numbers_of(&done.after).all(|x| x == UNWRITTEN), "{what}: written");
+        } else if done.report.is_ok() {
+            self.check_summed(before, &done.after, tolerance, what);
+        }
     }
 
     /// True unless it is an error, which is checked too.
