@@ -6,9 +6,12 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use gradclip::{Budget, NonFinite, NormType, Scope, UnitAxis};
 
-use crate::spec::{Mode, Spec};
+use crate::failure::Failure;
+use crate::spec::{AXES, BUDGETS, Mode, Names, POLICIES, SCOPES, Spec};
 
 #[derive(Debug, Parser)]
 #[command(name = "gradclip", version, about, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
@@ -26,17 +29,24 @@ const EXIT_CODES: &str = "Exit codes: 0 done; 1 could not (file, device); 2 usag
 3 non-finite gradients under --non-finite error; 4 GPU and CPU disagree.";
 
 const CLIP_USAGE: &str = "gradclip clip FILE -o OUT --max-norm N [OPTIONS]
+       gradclip clip FILE -o OUT --max-rms R [OPTIONS]
+       gradclip clip FILE -o OUT --max-average-norm A [OPTIONS]
+       gradclip clip FILE -o OUT --agc FACTOR --params FILE [OPTIONS]
        gradclip clip FILE -o OUT --clip-value V [OPTIONS]
        gradclip clip FILE -o OUT --clip-range MIN,MAX [OPTIONS]";
 
+const VERIFY_USAGE: &str = "gradclip verify [--seed N] [--cases N] [OPTIONS]
+       gradclip verify FILE [MODE and options of clip] [OPTIONS]";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Measure the global norm of all gradients in the files
+    /// Measure the gradients in the files: their norm, and which are the largest
     Norm(NormArgs),
     /// Clip the gradients of a file into a new file
     #[command(override_usage = CLIP_USAGE)]
     Clip(ClipArgs),
     /// Clip on GPU and CPU, and compare
+    #[command(override_usage = VERIFY_USAGE)]
     Verify(VerifyArgs),
     /// List the devices that the GPU backend can use
     Devices(DevicesArgs),
@@ -47,12 +57,17 @@ pub(crate) struct NormArgs {
     /// Safetensors files or indexes; one norm is measured over all of them
     #[arg(value_name = "FILE", required = true)]
     pub(crate) files: Vec<PathBuf>,
-    /// Which norm
-    #[arg(long, value_enum, value_name = "P", default_value = "2")]
-    pub(crate) norm_type: NormType,
-    /// The loss scale that the gradients carry: the norm is divided by it
-    #[arg(long, value_name = "S", default_value_t = 1.0, allow_hyphen_values = true)]
-    pub(crate) grad_scale: f64,
+    #[command(flatten)]
+    pub(crate) measure: MeasureArgs,
+    /// How many of the largest norms to list
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub(crate) top: usize,
+    /// Draw the norm of each tensor into a new file
+    #[arg(long, value_name = "OUT.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Replace OUT.svg if it exists
+    #[arg(long, requires = "plot")]
+    pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Print one JSON object
@@ -72,19 +87,10 @@ pub(crate) struct ClipArgs {
     #[arg(long, short, value_name = "OUT")]
     pub(crate) out: PathBuf,
     #[command(flatten)]
-    pub(crate) mode: ModeArgs,
-    /// Which norm [default: 2]
-    #[arg(long, value_enum, value_name = "P", conflicts_with_all = ["clip_value", "clip_range"])]
-    pub(crate) norm_type: Option<NormType>,
-    /// Added to the norm before dividing; 0 is Optax's and TensorFlow's arithmetic [default: 1e-6, PyTorch's]
-    #[arg(long, value_name = "E", conflicts_with_all = ["clip_value", "clip_range"], allow_hyphen_values = true)]
-    pub(crate) eps: Option<f64>,
-    /// The loss scale that the gradients carry: they are divided by it
-    #[arg(long, value_name = "S", default_value_t = 1.0, allow_hyphen_values = true)]
-    pub(crate) grad_scale: f64,
-    /// What NaN and infinity lead to [default: error; with bounds on the values: propagate]
-    #[arg(long, value_enum, value_name = "POLICY")]
-    pub(crate) non_finite: Option<NonFinite>,
+    pub(crate) how: HowArgs,
+    /// Write the sum of the clipped examples: in float32, float64 for float64
+    #[arg(long)]
+    pub(crate) sum: bool,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Before OUT is written, clip on GPU and CPU in memory and compare
@@ -101,18 +107,69 @@ pub(crate) struct ClipArgs {
     pub(crate) quiet: bool,
 }
 
-#[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
-pub(crate) struct ModeArgs {
-    /// Scale all gradients so that their norm is at most N
+/// The mode of a clip, and what goes with it.
+#[derive(Debug, Default, PartialEq, Args)]
+pub(crate) struct HowArgs {
+    #[command(flatten)]
+    mode: ModeArgs,
+    /// The parameters of the gradients, for --agc: a safetensors file or index
+    #[arg(long, value_name = "FILE")]
+    pub(crate) params: Option<PathBuf>,
+    #[command(flatten)]
+    measure: MeasureArgs,
+    /// How tensors share N out under --scope example-tensor [default: each]
+    #[arg(long, value_name = "HOW", value_parser = one_of(BUDGETS))]
+    budget: Option<Budget>,
+    /// Added to the norm before dividing; 0 is Optax's and TensorFlow's arithmetic [default: 1e-6, PyTorch's]
+    #[arg(long, value_name = "E", allow_hyphen_values = true)]
+    eps: Option<f64>,
+    /// What --agc takes the norm of a parameter for at least [default: 1e-3]
+    #[arg(long, value_name = "E", allow_hyphen_values = true)]
+    agc_eps: Option<f64>,
+    /// What NaN and infinity lead to [default: error; with bounds on the values: propagate]
+    #[arg(long, value_name = "POLICY", value_parser = one_of(POLICIES))]
+    non_finite: Option<NonFinite>,
+}
+
+#[derive(Debug, Default, PartialEq, Args)]
+#[group(multiple = false)]
+struct ModeArgs {
+    /// Scale gradients so that their norm is at most N
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
-    pub(crate) max_norm: Option<f64>,
+    max_norm: Option<f64>,
+    /// Scale gradients so that their root mean square is at most R
+    #[arg(long, value_name = "R", allow_hyphen_values = true)]
+    max_rms: Option<f64>,
+    /// Scale gradients so that their L2 norm is at most A times their number
+    #[arg(long, value_name = "A", allow_hyphen_values = true)]
+    max_average_norm: Option<f64>,
+    /// Adaptive gradient clipping: scale gradients so that their norm is at most FACTOR times that of the parameters; by
+    /// unit, if --scope says nothing else
+    #[arg(long, value_name = "FACTOR", allow_hyphen_values = true)]
+    agc: Option<f64>,
     /// Clamp each element to -V..V
     #[arg(long, value_name = "V", allow_hyphen_values = true)]
-    pub(crate) clip_value: Option<f64>,
+    clip_value: Option<f64>,
     /// Clamp each element to MIN..MAX
     #[arg(long, value_name = "MIN,MAX", allow_hyphen_values = true, value_parser = range)]
-    pub(crate) clip_range: Option<(f64, f64)>,
+    clip_range: Option<(f64, f64)>,
+}
+
+/// What a norm is.
+#[derive(Debug, Default, PartialEq, Args)]
+pub(crate) struct MeasureArgs {
+    /// Which norm: 2, 1, inf or any P above 0 [default: 2]
+    #[arg(long, value_name = "P", allow_hyphen_values = true)]
+    norm_type: Option<f64>,
+    /// Which gradients share a norm [default: global]
+    #[arg(long, value_name = "SCOPE", value_parser = one_of(SCOPES))]
+    scope: Option<Scope>,
+    /// Which axis of a tensor counts its units [default: first]
+    #[arg(long, value_name = "AXIS", value_parser = one_of(AXES))]
+    unit_axis: Option<UnitAxis>,
+    /// The loss scale that the gradients carry: they are divided by it [default: 1]
+    #[arg(long, value_name = "S", allow_hyphen_values = true)]
+    grad_scale: Option<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -139,6 +196,8 @@ pub(crate) struct VerifyArgs {
     /// How many sets of gradients to make
     #[arg(long, value_name = "N", default_value = "20", conflicts_with = "file")]
     pub(crate) cases: NonZeroUsize,
+    #[command(flatten)]
+    pub(crate) how: HowArgs,
     /// Use the first GPU whose name contains NAME
     #[arg(long, value_name = "NAME")]
     pub(crate) adapter: Option<String>,
@@ -164,67 +223,98 @@ pub(crate) enum BackendChoice {
     Cpu,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum NormType {
-    #[value(name = "2")]
-    L2,
-    #[value(name = "1")]
-    L1,
-    #[value(name = "inf")]
-    Inf,
+/// One of these values, by its name.
+fn one_of<T: Copy + Send + Sync + 'static>(names: &'static Names<T>) -> impl TypedValueParser<Value = T> {
+    let named = |(name, _, help): &(&'static str, _, &'static str)| PossibleValue::new(name).help(help);
+    PossibleValuesParser::new(names.iter().map(named)).try_map(|text| {
+        let found = names.iter().find(|(name, ..)| *name == text);
+        found.map(|(_, value, _)| *value).ok_or("no such value")
+    })
 }
 
-impl From<NormType> for gradclip::NormType {
-    fn from(norm_type: NormType) -> Self {
-        match norm_type {
-            NormType::L2 => Self::L2,
-            NormType::L1 => Self::L1,
-            NormType::Inf => Self::Inf,
-        }
+impl MeasureArgs {
+    /// What is measured, or clipped by this mode; its numbers not yet checked.
+    pub(crate) fn spec(&self, mode: Mode) -> Result<Spec, Failure> {
+        let defaults = Spec::new(mode);
+        let spec = Spec {
+            norm_type: self.norm_type.map(NormType::p).transpose()?.unwrap_or_default(),
+            scope: self.scope.unwrap_or(defaults.scope),
+            unit_axis: self.unit_axis,
+            grad_scale: self.grad_scale.unwrap_or(defaults.grad_scale),
+            ..defaults
+        };
+        refuse(&[(spec.unit_axis.is_some() && spec.scope != Scope::Unit, "--unit-axis needs --scope unit")])?;
+        Ok(spec)
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum NonFinite {
-    /// Stop with exit code 3
-    Error,
-    /// Compute with them, as PyTorch does
-    Propagate,
-    /// Leave all gradients as they are
-    Skip,
-    /// Set all gradients to 0
-    Zero,
-    /// Set these elements to 0 and clip the rest
-    Drop,
-}
-
-impl From<NonFinite> for gradclip::NonFinite {
-    fn from(policy: NonFinite) -> Self {
-        match policy {
-            NonFinite::Error => Self::Error,
-            NonFinite::Propagate => Self::Propagate,
-            NonFinite::Skip => Self::Skip,
-            NonFinite::Zero => Self::Zero,
-            NonFinite::Drop => Self::Drop,
-        }
+impl HowArgs {
+    /// The clip asked for, its numbers not yet checked; `None` if none is.
+    pub(crate) fn spec(&self) -> Result<Option<Spec>, Failure> {
+        let ModeArgs { max_norm, max_rms, max_average_norm, agc, clip_value, clip_range } = self.mode;
+        let modes = [
+            max_norm.map(Mode::Norm),
+            max_rms.map(Mode::Rms),
+            max_average_norm.map(Mode::AverageNorm),
+            agc.map(Mode::Agc),
+            clip_value.map(Mode::Value),
+            clip_range.map(Mode::Range),
+        ];
+        let Some(mode) = modes.into_iter().flatten().next() else {
+            refuse(&[(*self != Self::default(), MODE_NEEDED)])?;
+            return Ok(None);
+        };
+        let spec = Spec {
+            budget: self.budget.unwrap_or_default(),
+            eps: self.eps,
+            agc_eps: self.agc_eps,
+            non_finite: self.non_finite,
+            ..self.measure.spec(mode)?
+        };
+        let by_norm = max_norm.is_some();
+        refuse(&[
+            (self.measure.norm_type.is_some() && !by_norm, "--norm-type goes with --max-norm only"),
+            (self.eps.is_some() && !by_norm, "--eps goes with --max-norm only"),
+            (
+                self.measure.scope.is_some() && spec.clamps(),
+                "--scope says what shares a norm, and a clamp measures none",
+            ),
+            (self.budget.is_some() && spec.scope != Scope::ExampleTensor, "--budget needs --scope example-tensor"),
+            (
+                agc.is_some() && spec.by_example(),
+                "parameters have no examples: --agc needs --scope unit, tensor or global",
+            ),
+            (agc.is_some() && self.params.is_none(), "--agc needs the parameters of the gradients: --params FILE"),
+            (agc.is_none() && self.params.is_some(), "--params goes with --agc only"),
+            (agc.is_none() && self.agc_eps.is_some(), "--agc-eps goes with --agc only"),
+        ])?;
+        Ok(Some(spec))
     }
 }
 
 impl ClipArgs {
     /// The clip asked for, its numbers not yet checked.
-    pub(crate) fn spec(&self) -> Spec {
-        // The group guarantees one mode; were there none, infinity would clip nothing.
-        let norm = || Mode::Norm(self.mode.max_norm.unwrap_or(f64::INFINITY));
-        let value = || self.mode.clip_value.map(Mode::Value);
-        let mode = self.mode.clip_range.map(Mode::Range).or_else(value).unwrap_or_else(norm);
-        Spec {
-            norm_type: self.norm_type.map(Into::into).unwrap_or_default(),
-            eps: self.eps,
-            grad_scale: self.grad_scale,
-            non_finite: self.non_finite.map(Into::into),
-            ..Spec::new(mode)
-        }
+    pub(crate) fn spec(&self) -> Result<Spec, Failure> {
+        let spec = self.how.spec()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
+        let skips = spec.non_finite == Some(NonFinite::Skip);
+        refuse(&[
+            (
+                self.sum && !spec.by_example(),
+                "--sum adds up clipped examples: it needs --scope example or example-tensor",
+            ),
+            (self.sum && skips, "a sum cannot be left as it was: --sum needs another policy than --non-finite skip"),
+            (self.sum && self.verify, "--verify compares clipped gradients, not their sums: leave it or --sum out"),
+        ])?;
+        Ok(spec)
     }
+}
+
+const MODE_NEEDED: &str = "a mode is required: --max-norm N, --max-rms R, --max-average-norm A, \
+    --agc FACTOR --params FILE, --clip-value V or --clip-range MIN,MAX";
+
+/// Fails with the message of the first that is true. What would change nothing is refused, lest someone rely on it.
+pub(crate) fn refuse(wrong: &[(bool, &str)]) -> Result<(), Failure> {
+    wrong.iter().find(|(wrong, _)| *wrong).map_or(Ok(()), |(_, why)| Err(Failure::Usage((*why).into())))
 }
 
 fn range(text: &str) -> Result<(f64, f64), String> {

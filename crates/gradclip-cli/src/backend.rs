@@ -80,6 +80,20 @@ impl Backend {
         Ok(self.pool.install(|| self.clipper.measure(clip, tensors))?)
     }
 
+    pub(crate) fn sum_examples(
+        &self,
+        clip: &Clip,
+        tensors: &[Tensor<'_>],
+        sums: &mut [TensorMut<'_>],
+    ) -> Result<ClipReport, Failure> {
+        Ok(self.pool.install(|| self.clipper.sum_examples(clip, tensors, sums))?)
+    }
+
+    /// Runs other work on the same threads.
+    pub(crate) fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.pool.install(work)
+    }
+
     /// Clips copies of the tensors on a GPU, the chosen one if one was, and on the CPU.
     #[cfg(feature = "gpu")]
     pub(crate) fn verify(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<gradclip::Verification, Failure> {

@@ -2,25 +2,28 @@
 
 use std::time::Instant;
 
-use gradclip::{Clip, ClipReport, NonFinite, Tensor};
+use gradclip::{Clip, ClipReport, NonFinite, Scope, Tensor};
+use indicatif::HumanCount;
 
 use crate::args::ClipArgs;
 use crate::backend::Backend;
 use crate::failure::Failure;
-use crate::input::Input;
+use crate::input::{Input, with_parameters};
 use crate::output::Output;
 use crate::progress;
-use crate::report::{Outcome, number, print, remark, table};
-use crate::spec::{Mode, Spec, norm_name};
+use crate::report::{Outcome, number, print, remark, segments, shown, table};
+use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
-    let spec = args.spec();
+    let spec = args.spec()?;
     let clip = spec.clip()?;
     let input = Input::open(&args.file)?;
-    let output = Output::new(&input, &args.out, args.force)?;
-    let tensors = input.tensors()?;
-    let mut backend = Backend::choose(&args.backend, &tensors)?;
+    let params = args.how.params.as_deref().map(Input::open).transpose()?;
+    let output = Output::new(&input, params.as_ref(), &args.out, args.sum, args.force)?;
+    let parameters = input.parameters(params.as_ref())?;
+    let tensors = with_parameters(input.tensors()?, &parameters);
+    let mut backend = Backend::choose(&args.backend, &[&tensors[..], &parameters].concat())?;
     if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
         remark(&format!("{why}: clipping on the CPU"));
     }
@@ -32,15 +35,17 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
 
     let (start, bar) = (Instant::now(), progress::bytes(output.bytes(), "copying", hidden));
     let gradients = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
-    let report = output.write(&bar, |copies| {
+    let report = output.write(&parameters, &bar, |written| {
         bar.finish_and_clear();
         let bar = progress::bytes(gradients, "clipping", hidden);
         backend.show_progress(&bar);
-        let report = backend.apply(&clip, copies);
+        let report =
+            if args.sum { backend.sum_examples(&clip, &tensors, written) } else { backend.apply(&clip, written) };
         bar.finish_and_clear();
         report
     })?;
-    let outcome = Outcome { report: &report, tensors: tensors.len(), backend: &backend, time: start.elapsed() };
+    let (scope, sum, time) = (spec.scope, args.sum, start.elapsed());
+    let outcome = Outcome { report: &report, scope, tensors: &tensors, sum, backend: &backend, time };
 
     if args.json {
         return outcome.print_json();
@@ -49,35 +54,51 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let mut lines = Vec::new();
-    if let Mode::Norm(_) = spec.mode {
-        let norm = number(report.total_norm, 9);
-        lines.push(("total norm", format!("{norm} ({})", norm_name(spec.norm_type))));
-        lines.push(("coefficient", number(report.clip_coef, 9)));
+    if !spec.clamps() {
+        lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), spec.norm_name())));
+        let least = if scope == Scope::Global { "" } else { " at the least" };
+        lines.push(("coefficient", number(report.clip_coef, 9) + least));
     }
     if let Some(found) = &report.non_finite {
         lines.push(("non-finite", found.to_string()));
     }
-    lines.push(("result", result(&spec, &report)));
-    lines.extend(outcome.lines(input.others(), output.bytes()));
+    lines.push(("result", result(&spec, &report, args.sum)));
+    if scope != Scope::Global {
+        let all = segments(scope, report.segments.len());
+        lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
+    }
+    for (i, segment) in outcome.largest(3).into_iter().enumerate() {
+        let (norm, coefficient) = (number(segment.norm, 6), number(segment.clip_coef, 6));
+        let name = shown(&outcome.name(segment));
+        lines.push((if i == 0 { "largest" } else { "" }, format!("{norm} times {coefficient}: {name}")));
+    }
+    lines.extend(outcome.lines(input.others(), input.bytes()));
     lines.push(("written to", args.out.display().to_string()));
     print(&table(&lines))
 }
 
 /// What became of the gradients, in words.
-fn result(spec: &Spec, report: &ClipReport) -> String {
+fn result(spec: &Spec, report: &ClipReport, sum: bool) -> String {
     let mut words = match (spec.mode, report.clipped) {
-        (Mode::Norm(max_norm), true) => format!("clipped to {}", number(max_norm, 9)),
+        (Mode::Norm(to) | Mode::Rms(to) | Mode::AverageNorm(to), true) => format!("clipped to {}", number(to, 9)),
+        (Mode::Agc(factor), true) => format!("clipped to {} of the parameters' norms", number(factor, 9)),
         (Mode::Value(bound), true) => format!("clipped to {} .. {}", number(-bound, 9), number(bound, 9)),
         (Mode::Range((min, max)), true) => format!("clipped to {} .. {}", number(min, 9), number(max, 9)),
-        (_, false) if spec.grad_scale != 1.0 => "not clipped".into(),
+        (_, false) if spec.grad_scale != 1.0 || sum => "not clipped".into(),
         (_, false) => "unchanged".into(),
     };
     if spec.grad_scale != 1.0 {
         words += &format!(", divided by the scale {}", spec.grad_scale);
     }
+    if sum {
+        words += ", summed over examples";
+    }
     match (&report.non_finite, spec.non_finite) {
         (Some(_), Some(NonFinite::Skip)) => "unchanged, because not all are finite".into(),
-        (Some(_), Some(NonFinite::Zero)) => "all set to 0, because not all are finite".into(),
+        (Some(_), Some(NonFinite::Zero)) if spec.scope == Scope::Global => {
+            "all set to 0, because not all are finite".into()
+        }
+        (Some(_), Some(NonFinite::Zero)) => words + ", what shares a norm with non-finite elements set to 0",
         (Some(_), Some(NonFinite::Drop)) if !report.clipped => {
             "non-finite elements set to 0, else ".to_owned() + &words
         }

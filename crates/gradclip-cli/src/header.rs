@@ -17,25 +17,32 @@ use std::ops::Range;
 use gradclip::Dtype;
 use serde::de::value::{Error as DtypeError, StrDeserializer};
 use serde::de::{Deserialize, Deserializer, IntoDeserializer, MapAccess, Visitor};
+use serde_json::json;
 use serde_json::value::RawValue;
 
 /// The longest header that readers of the format accept.
 pub(crate) const MAX_HEADER: u64 = 100_000_000;
 
+/// The key that belongs to no tensor.
+const METADATA: &str = "__metadata__";
+
 /// One tensor of a file.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) name: String,
+    /// What the header calls its elements.
+    pub(crate) kind: safetensors::Dtype,
     /// As what it is clipped; `None` for integers and booleans, which pass through.
     pub(crate) dtype: Option<Dtype>,
+    pub(crate) shape: Vec<usize>,
     /// Where its bytes lie in the file.
     pub(crate) bytes: Range<usize>,
 }
 
-/// Reads the header of a whole file. The entries come in the order of their data.
+/// Reads the header of a whole file: its entries in the order of their data, and the text of its metadata.
 ///
 /// An error is a sentence about the file, to stand behind its name.
-pub(crate) fn parse(file: &[u8]) -> Result<Vec<Entry>, String> {
+pub(crate) fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String> {
     let not_one = "it is truncated, or not a safetensors file";
     let Some((length, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("the file has {} bytes, too few for a header: {not_one}", file.len()));
@@ -54,13 +61,10 @@ pub(crate) fn parse(file: &[u8]) -> Result<Vec<Entry>, String> {
     if let Some(name) = duplicate(&tensors) {
         return Err(format!("the header lists tensor {name:?} twice: write the file again with unique names"));
     }
+    let (metadata, tensors): (Vec<_>, Vec<_>) = tensors.into_iter().partition(|(name, _)| name == METADATA);
     let mut entries = tensors
         .into_iter()
-        .filter(|(name, _)| name != "__metadata__")
-        .map(|(name, tensor)| match entry(tensor, data.len()) {
-            Ok((dtype, bytes)) => Ok(Entry { name, dtype, bytes }),
-            Err(problem) => Err(format!("tensor {name:?}: {problem}")),
-        })
+        .map(|(name, tensor)| entry(&name, tensor, data.len()).map_err(|problem| format!("tensor {name:?}: {problem}")))
         .collect::<Result<Vec<_>, _>>()?;
     entries.sort_by_key(|entry| (entry.bytes.start, entry.bytes.end));
     cover(&entries, data.len())?;
@@ -68,15 +72,28 @@ pub(crate) fn parse(file: &[u8]) -> Result<Vec<Entry>, String> {
         entry.bytes.start += file.len() - data.len();
         entry.bytes.end += file.len() - data.len();
     }
-    Ok(entries)
+    Ok((entries, metadata.first().map(|(_, text)| text.to_string())))
+}
+
+/// A header that describes these entries, padded so that the data behind it are aligned.
+pub(crate) fn compose<'a>(entries: impl Iterator<Item = &'a Entry>, metadata: Option<&str>) -> Vec<u8> {
+    let tensor = |Entry { name, kind, shape, bytes, .. }: &Entry| {
+        let described = json!({ "dtype": kind, "shape": shape, "data_offsets": [bytes.start, bytes.end] });
+        format!("{}:{described}", json!(name))
+    };
+    let metadata = metadata.map(|text| format!("\"{METADATA}\":{text}"));
+    let pairs: Vec<_> = metadata.into_iter().chain(entries.map(tensor)).collect();
+    let mut header = format!("{{{}}}", pairs.join(","));
+    header += &" ".repeat(header.len().next_multiple_of(8) - header.len());
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat()
 }
 
 /// Checks one tensor by itself. The range is relative to the data.
-fn entry(tensor: &RawValue, data: usize) -> Result<(Option<Dtype>, Range<usize>), String> {
+fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
     #[derive(serde::Deserialize)]
     struct Described {
         dtype: String,
-        shape: Vec<u64>,
+        shape: Vec<usize>,
         data_offsets: (u64, u64),
     }
     let Described { dtype, shape, data_offsets: (start, end) } =
@@ -92,11 +109,11 @@ fn entry(tensor: &RawValue, data: usize) -> Result<(Option<Dtype>, Range<usize>)
             "its data ends at byte {end}, but the file holds only {data} bytes of data: is it truncated?"
         ));
     }
-    let bits = shape.iter().try_fold(kind.bitsize() as u64, |bits, &n| bits.checked_mul(n));
+    let bits = shape.iter().try_fold(kind.bitsize() as u64, |bits, &n| bits.checked_mul(n as u64));
     if bits != Some((end - start) * 8) {
         return Err(format!("its shape {shape:?} of {dtype} does not fit its {} bytes", end - start));
     }
-    Ok((clipped_as(kind)?, start as usize..end as usize))
+    Ok(Entry { name: name.to_owned(), kind, dtype: clipped_as(kind)?, shape, bytes: start as usize..end as usize })
 }
 
 /// `None` for what is no gradient. What is one, but cannot be clipped, must not pass as if it had been.

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
-use gradclip::{Tensor, TensorMut};
+use gradclip::Tensor;
 use memmap2::Mmap;
 
 use crate::failure::Failure;
@@ -37,6 +37,8 @@ pub(crate) struct Input {
 pub(crate) struct Part {
     pub(crate) path: PathBuf,
     pub(crate) entries: Vec<Entry>,
+    /// The text of the header's metadata.
+    pub(crate) metadata: Option<String>,
     map: Mmap,
 }
 
@@ -53,15 +55,36 @@ impl Input {
 
     /// The gradients, in the order of the parts and of their data.
     pub(crate) fn tensors(&self) -> Result<Vec<Tensor<'_>>, gradclip::Error> {
-        let mut tensors = Vec::new();
-        for part in &self.parts {
-            for entry in &part.entries {
-                if let Some(dtype) = entry.dtype {
-                    tensors.push(Tensor::from_bytes(dtype, &part.map[entry.bytes.clone()])?.named(&entry.name));
-                }
+        let parts = self.parts.iter();
+        parts.flat_map(|part| part.entries.iter().filter_map(|entry| part.tensor(entry).transpose())).collect()
+    }
+
+    /// The parameters of the gradients, in their order: the tensors of the same names in another input, if there is one.
+    pub(crate) fn parameters<'p>(&self, params: Option<&'p Self>) -> Result<Vec<Tensor<'p>>, Failure> {
+        let Some(params) = params else { return Ok(Vec::new()) };
+        let entries = |part: &'p Part| part.entries.iter().map(move |entry| (entry.name.as_str(), (part, entry)));
+        let found: HashMap<_, _> = params.parts.iter().flat_map(entries).collect();
+        let of = |gradient: &Entry| {
+            let bad = |problem| Failure::file(&params.path, format!("tensor {:?} {problem}", gradient.name));
+            let Some((part, entry)) = found.get(gradient.name.as_str()) else {
+                return Err(bad("is missing, but --agc needs the parameter of each gradient".into()));
+            };
+            if entry.shape != gradient.shape {
+                return Err(bad(format!("has the shape {:?}, but its gradient {:?}", entry.shape, gradient.shape)));
             }
-        }
-        Ok(tensors)
+            part.tensor(entry)?.ok_or_else(|| bad(format!("is {}, but a parameter must be floating-point", entry.kind)))
+        };
+        self.gradients().map(of).collect()
+    }
+
+    /// What the headers say of the gradients, in the same order.
+    pub(crate) fn gradients(&self) -> impl Iterator<Item = &Entry> {
+        self.parts.iter().flat_map(|part| &part.entries).filter(|entry| entry.dtype.is_some())
+    }
+
+    /// How large its files are together.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.bytes().len() as u64).sum()
     }
 
     /// How many tensors are no gradients.
@@ -78,8 +101,8 @@ impl Part {
         // every bit pattern is a valid byte and the header is read once, nothing worse; if it truncates the file, the
         // operating system ends this process at the next access. Neither can be prevented without copying the file.
         let map = unsafe { Mmap::map(&file) }.map_err(Failure::io(path, "map the file into memory"))?;
-        let entries = header::parse(&map).map_err(|problem| Failure::file(path, problem))?;
-        Ok(Self { path: path.to_owned(), entries, map })
+        let (entries, metadata) = header::parse(&map).map_err(|problem| Failure::file(path, problem))?;
+        Ok(Self { path: path.to_owned(), entries, metadata, map })
     }
 
     /// The whole file.
@@ -87,20 +110,22 @@ impl Part {
         &self.map
     }
 
-    /// The gradients in a copy of the file, in the order of [`Input::tensors`].
-    pub(crate) fn tensors_of<'a>(&'a self, mut copy: &'a mut [u8]) -> Result<Vec<TensorMut<'a>>, gradclip::Error> {
-        let mut tensors = Vec::new();
-        let mut taken = 0;
-        for entry in &self.entries {
-            let (data, rest) = copy.split_at_mut(entry.bytes.end - taken);
-            if let Some(dtype) = entry.dtype {
-                let data = &mut data[entry.bytes.start - taken..];
-                tensors.push(TensorMut::from_bytes(dtype, data)?.named(&entry.name));
-            }
-            (copy, taken) = (rest, entry.bytes.end);
-        }
-        Ok(tensors)
+    /// One tensor; `None` if it is no gradient.
+    fn tensor<'a>(&'a self, entry: &'a Entry) -> Result<Option<Tensor<'a>>, gradclip::Error> {
+        let of = |dtype| {
+            let tensor = Tensor::from_bytes(dtype, &self.map[entry.bytes.clone()])?;
+            tensor.named(&entry.name).shape(&entry.shape)
+        };
+        entry.dtype.map(of).transpose()
     }
+}
+
+/// Gives each gradient its parameter, unless there are none.
+pub(crate) fn with_parameters<'a>(mut gradients: Vec<Tensor<'a>>, parameters: &'a [Tensor<'a>]) -> Vec<Tensor<'a>> {
+    for (gradient, parameter) in gradients.iter_mut().zip(parameters) {
+        *gradient = gradient.parameter(parameter);
+    }
+    gradients
 }
 
 /// Opening anything else could block for ever (a pipe) or not be mapped.

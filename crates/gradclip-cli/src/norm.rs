@@ -1,19 +1,34 @@
-//! `gradclip norm`: one global norm over all files.
+//! `gradclip norm`: one norm over all files, and which of its parts are the largest.
 
 use std::time::Instant;
 
-use crate::args::NormArgs;
+use gradclip::{Dtype, NormType, Scope, SegmentReport, Tensor};
+use rayon::prelude::*;
+
+use crate::args::{NormArgs, refuse};
 use crate::backend::Backend;
 use crate::failure::Failure;
+use crate::header::Entry;
 use crate::input::Input;
+use crate::output;
+use crate::plot::{self, Row};
 use crate::progress;
-use crate::report::{Outcome, number, print, remark, table};
-use crate::spec::{Spec, norm_name};
+use crate::report::{Outcome, number, print, remark, segments, shown, table};
+use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
-    let clip = Spec::measuring(args.norm_type.into(), args.grad_scale).clip()?;
+    let spec = args.measure.spec(Mode::Norm(f64::INFINITY))?.measuring();
+    let by_tensor = matches!(spec.scope, Scope::Global | Scope::Tensor);
+    refuse(&[(args.plot.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
+    // Measured by tensor, everything has the same norm.
+    let parts = args.plot.is_some() || (args.top > 0 && !hidden);
+    let measured = if by_tensor && parts { Spec { scope: Scope::Tensor, ..spec } } else { spec };
+    let clip = measured.clip()?;
     let inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(plot) = &args.plot {
+        output::check(std::slice::from_ref(plot), inputs.iter(), args.force)?;
+    }
     let tensors = inputs.iter().map(Input::tensors).collect::<Result<Vec<_>, _>>()?;
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();
     let tensors = tensors.concat();
@@ -26,17 +41,27 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", hidden));
     backend.show_progress(&bar);
     let report = backend.measure(&clip, &tensors)?;
-    let outcome = Outcome { report: &report, tensors: tensors.len(), backend: &backend, time: start.elapsed() };
+    let (scope, time) = (spec.scope, start.elapsed());
+    let outcome = Outcome { report: &report, scope, tensors: &tensors, sum: false, backend: &backend, time };
     bar.finish_and_clear();
 
+    if let Some(path) = &args.plot {
+        let row = |segment: &SegmentReport| {
+            let tensor = &tensors[segment.tensor.unwrap_or_default()];
+            let non_finite = if segment.norm.is_finite() { 0 } else { backend.install(|| census(tensor))[0] };
+            Row { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
+        };
+        let rows: Vec<_> = report.segments.iter().map(row).collect();
+        let drawing = plot::draw(&title(args, &spec), &rows, report.total_norm);
+        output::write_file(drawing.as_bytes(), path, args.force)?;
+    }
     if args.json {
         return outcome.print_json();
     }
     if args.quiet {
         return print(&format!("{}\n", report.total_norm));
     }
-    let norm = number(report.total_norm, 9);
-    let mut lines = vec![("total norm", format!("{norm} ({})", norm_name(args.norm_type.into())))];
+    let mut lines = vec![("total norm", format!("{} ({})", number(report.total_norm, 9), spec.norm_name()))];
     if let Some(found) = &report.non_finite {
         let mut before = 0;
         let holder = tensors_of.iter().position(|count| {
@@ -48,5 +73,85 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
         lines.push(("non-finite", format!("{found}{}", file.unwrap_or_default())));
     }
     lines.extend(outcome.lines(inputs.iter().map(Input::others).sum(), bytes));
-    print(&table(&lines))
+    if let Some(path) = &args.plot {
+        lines.push(("plot", path.display().to_string()));
+    }
+    let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
+    print(&(table(&lines) + &largest(&outcome, &entries, &spec, args.top)))
+}
+
+/// The largest norms, one a line.
+fn largest(outcome: &Outcome<'_>, entries: &[&Entry], spec: &Spec, top: usize) -> String {
+    let (found, all) = (outcome.largest(top), outcome.report.segments.len());
+    if found.is_empty() {
+        return String::new();
+    }
+    let by_tensor = matches!(spec.scope, Scope::Global | Scope::Tensor);
+    let share = if spec.norm_type == NormType::Inf { "of max" } else { "share" };
+    let counts = if by_tensor { format!("{:>10} {:>8}  ", "non-finite", "zeros") } else { String::new() };
+    let what = format!("largest {} of {}", found.len(), segments(spec.scope, all));
+    let mut text = format!("\n{:>12} {share:>8}  {counts}{what}\n", "norm");
+    for segment in found {
+        let share = percent(share_of(segment.norm, outcome.report.total_norm, spec.norm_type));
+        text += &format!("{:>12} {share:>8}  ", number(segment.norm, 6));
+        let name = shown(&outcome.name(segment));
+        match segment.tensor.filter(|_| by_tensor) {
+            Some(i) => {
+                let tensor = &outcome.tensors[i];
+                let [non_finite, zeros] = outcome.backend.install(|| census(tensor));
+                let zeros = percent(zeros as f64 / tensor.len() as f64);
+                let shape = &entries[i].shape;
+                text += &format!("{non_finite:>10} {zeros:>8}  {name} {shape:?} {}\n", tensor.dtype());
+            }
+            None => text += &format!("{name}\n"),
+        }
+    }
+    text
+}
+
+/// The part of the sum under the total's root; for the largest absolute value, of that.
+fn share_of(norm: f64, total: f64, norm_type: NormType) -> f64 {
+    let of = norm / total;
+    if norm_type == NormType::Inf { of } else { of.powf(norm_type.power()) }
+}
+
+fn percent(part: f64) -> String {
+    if part.is_finite() { format!("{}%", number(100.0 * part, 3)) } else { "-".into() }
+}
+
+/// How many elements are not finite, and how many are 0.
+fn census(tensor: &Tensor<'_>) -> [u64; 2] {
+    match tensor.dtype() {
+        Dtype::F16 => count::<2>(tensor.bytes(), 0x7c00),
+        Dtype::BF16 => count::<2>(tensor.bytes(), 0x7f80),
+        Dtype::F32 => count::<4>(tensor.bytes(), 0x7f80_0000),
+        _ => count::<8>(tensor.bytes(), 0x7ff0_0000_0000_0000),
+    }
+}
+
+/// The same of elements of so many bytes, given the bits of their infinity.
+fn count<const SIZE: usize>(bytes: &[u8], infinity: u64) -> [u64; 2] {
+    let magnitude = |element: &[u8; SIZE]| {
+        let mut bits = [0; 8];
+        bits[..SIZE].copy_from_slice(element);
+        u64::from_le_bytes(bits) & !(1 << (8 * SIZE - 1))
+    };
+    let of_chunk = |chunk: &[[u8; SIZE]]| {
+        chunk
+            .iter()
+            .map(magnitude)
+            .fold([0; 2], |[bad, zeros], bits| [bad + u64::from(bits >= infinity), zeros + u64::from(bits == 0)])
+    };
+    let chunks = bytes.as_chunks().0.par_chunks(1 << 16);
+    chunks.map(of_chunk).reduce(|| [0; 2], |a, b| [a[0] + b[0], a[1] + b[1]])
+}
+
+/// What a plot shows.
+fn title(args: &NormArgs, spec: &Spec) -> String {
+    let first = args.files.first().and_then(|file| file.file_name()).unwrap_or_default();
+    let more = match args.files.len() {
+        0 | 1 => String::new(),
+        count => format!(" and {} more", count - 1),
+    };
+    format!("{} norms in {}{more}", spec.norm_name(), shown(&first.to_string_lossy()))
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! check      no target may be an input, or exist (unless forced)
-//! copy       each input to a temporary file in the target's folder, byte for byte
+//! copy       each input to a temporary file in the target's folder, byte for byte, or room for its sums
 //! clip       in the copies, mapped
 //! sync       every copy
 //! rename     every copy to its target, an index last
@@ -15,17 +15,20 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
+use std::iter::once;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use gradclip::TensorMut;
+use gradclip::{Tensor, TensorMut};
 use indicatif::ProgressBar;
 use memmap2::MmapMut;
 use same_file::Handle;
+use serde_json::Value;
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::failure::Failure;
 use crate::input::{INDEX_SUFFIX, Input, folder_of, is_index};
+use crate::layout::Layout;
 
 /// How much is copied between two steps of the progress bar.
 const BLOCK: usize = 8 << 20;
@@ -33,15 +36,24 @@ const BLOCK: usize = 8 << 20;
 /// Where an input's parts, and its index if it has one, will be written.
 #[derive(Debug)]
 pub(crate) struct Output<'a> {
-    input: &'a Input,
-    /// One for each part; then the index.
+    layouts: Vec<Layout<'a>>,
+    /// The text of the index of a sharded set.
+    index: Option<Vec<u8>>,
+    /// One for each layout; then the index.
     targets: Vec<PathBuf>,
     force: bool,
 }
 
 impl<'a> Output<'a> {
-    /// Decides the targets and checks them, so that hopeless work is not begun.
-    pub(crate) fn new(input: &'a Input, out: &Path, force: bool) -> Result<Self, Failure> {
+    /// Decides the targets and checks them, so that hopeless work is not begun. With `sum`, sums of examples will be
+    /// written.
+    pub(crate) fn new(
+        input: &'a Input,
+        parameters: Option<&Input>,
+        out: &Path,
+        sum: bool,
+        force: bool,
+    ) -> Result<Self, Failure> {
         match (&input.index, is_index(out)) {
             (Some(_), false) => {
                 let message = format!("the input is a sharded set, so OUT must end in {INDEX_SUFFIX}");
@@ -53,80 +65,55 @@ impl<'a> Output<'a> {
             }
             _ => {}
         }
-        if out.file_name().is_none() {
-            return Err(Failure::Usage(format!("OUT must name a file, which {:?} does not", out.display())));
-        }
         let beside = |part: &Path| out.with_file_name(part.file_name().unwrap_or_default());
         let mut targets = Vec::new();
         if input.index.is_some() {
             targets.extend(input.parts.iter().map(|part| beside(&part.path)));
         }
         targets.push(out.to_owned());
-        let output = Self { input, targets, force };
-        output.check()?;
-        Ok(output)
-    }
-
-    fn check(&self) -> Result<(), Failure> {
-        let sources = self.input.parts.iter().map(|part| &part.path).chain([&self.input.path]);
-        let sources = sources
-            .map(|path| Handle::from_path(path).map_err(Failure::io(path, "open")))
-            .collect::<Result<Vec<_>, _>>()?;
-        let mut distinct = HashSet::new();
-        for target in &self.targets {
-            let folder = folder_of(target);
-            if !folder.is_dir() {
-                return Err(Failure::file(folder, "not a folder, so OUT cannot be written there: make it first"));
-            }
-            if !distinct.insert(target) {
-                return Err(Failure::file(target, "OUT has the name of one of the shards: choose another"));
-            }
-            match target.symlink_metadata() {
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => return Err(Failure::io(target, "write")(error)),
-                Ok(_) => {}
-            }
-            // Looking through links: OUT may be one that leads to an input, to a device, or nowhere.
-            match target.metadata() {
-                Ok(found) if found.is_dir() => return Err(Failure::file(target, "a folder: OUT must name a file")),
-                Ok(found) if !found.is_file() => {
-                    return Err(Failure::file(target, "not a regular file: choose another OUT"));
-                }
-                Ok(_) if Handle::from_path(target).is_ok_and(|target| sources.contains(&target)) => {
-                    let message = format!("{}: OUT would replace its own input: choose another OUT", target.display());
-                    return Err(Failure::Usage(message));
-                }
-                _ if self.force => {}
-                _ => return Err(exists(target)),
-            }
+        check(&targets, once(input).chain(parameters), force)?;
+        let layout = |part| if sum { Layout::sums(part) } else { Ok(Layout::copy(part)) };
+        let layouts = input.parts.iter().map(layout).collect::<Result<Vec<_>, _>>()?;
+        let mut index = input.index.clone();
+        if sum {
+            let size = layouts.iter().map(Layout::data_len).sum();
+            index = index.map(|text| with_total_size(text, size));
         }
-        Ok(())
+        Ok(Self { layouts, index, targets, force })
     }
 
     /// How many bytes will be copied.
     pub(crate) fn bytes(&self) -> u64 {
-        self.input.parts.iter().map(|part| part.bytes().len() as u64).sum()
+        self.layouts.iter().map(Layout::len).sum()
     }
 
-    /// Copies the input, lets `clip` work on the copies of its gradients, and puts them in place.
+    /// Copies the input, lets `clip` work on the copies of its gradients, or on the zeros that are to be their sums, and
+    /// puts them in place. `parameters` are those of the gradients, or none.
     pub(crate) fn write<T>(
         &self,
+        parameters: &[Tensor<'_>],
         progress: &ProgressBar,
         clip: impl FnOnce(&mut [TensorMut<'_>]) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let temporaries = Temporaries::new()?;
-        let copies = self.input.parts.iter().zip(&self.targets);
+        let copies = self.layouts.iter().zip(&self.targets);
         let mut copies = copies
-            .map(|(part, target)| temporaries.copy(part.bytes(), target, progress))
+            .map(|(layout, target)| temporaries.copy(layout.blocks(), target, progress))
             .collect::<Result<Vec<_>, _>>()?;
-        let index = self.input.index.as_ref().zip(self.targets.last());
-        let index = index.map(|(text, target)| temporaries.copy(text, target, progress)).transpose()?;
+        let index = self.index.as_deref().zip(self.targets.last());
+        let index = index.map(|(text, target)| temporaries.copy(once(text), target, progress)).transpose()?;
 
         let mut maps = copies.iter_mut().map(map).collect::<Result<Vec<_>, _>>()?;
         let mut tensors = Vec::new();
-        for (part, map) in self.input.parts.iter().zip(&mut maps) {
-            tensors.append(&mut part.tensors_of(map)?);
+        for (layout, map) in self.layouts.iter().zip(&mut maps) {
+            tensors.append(&mut layout.tensors_in(map)?);
         }
+        let mut parameters = parameters.iter();
+        let with_parameter = |tensor| match parameters.next() {
+            Some(parameter) => TensorMut::parameter(tensor, parameter),
+            None => tensor,
+        };
+        let mut tensors: Vec<_> = tensors.into_iter().map(with_parameter).collect();
         let result = clip(&mut tensors)?;
         drop(tensors);
 
@@ -140,6 +127,68 @@ impl<'a> Output<'a> {
         temporaries.place(copies.into_iter().chain(index).zip(&self.targets), self.force)?;
         Ok(result)
     }
+}
+
+/// Writes a file that is no input: whole or not at all.
+pub(crate) fn write_file(bytes: &[u8], target: &Path, force: bool) -> Result<(), Failure> {
+    let temporaries = Temporaries::new()?;
+    let copy = temporaries.copy(once(bytes), target, &ProgressBar::hidden())?;
+    copy.as_file().sync_all().map_err(Failure::io(target, "write"))?;
+    temporaries.place(once((copy, &target.to_owned())), force)
+}
+
+/// Checks that targets can be written: none may be an input, or exist unless forced.
+pub(crate) fn check<'a>(
+    targets: &[PathBuf],
+    inputs: impl Iterator<Item = &'a Input>,
+    force: bool,
+) -> Result<(), Failure> {
+    let sources = inputs.flat_map(|input| input.parts.iter().map(|part| &part.path).chain([&input.path]));
+    let sources = sources
+        .map(|path| Handle::from_path(path).map_err(Failure::io(path, "open")))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut distinct = HashSet::new();
+    for target in targets {
+        if target.file_name().is_none() {
+            return Err(Failure::Usage(format!("OUT must name a file, which {:?} does not", target.display())));
+        }
+        let folder = folder_of(target);
+        if !folder.is_dir() {
+            return Err(Failure::file(folder, "not a folder, so OUT cannot be written there: make it first"));
+        }
+        if !distinct.insert(target) {
+            return Err(Failure::file(target, "OUT has the name of one of the shards: choose another"));
+        }
+        match target.symlink_metadata() {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(Failure::io(target, "write")(error)),
+            Ok(_) => {}
+        }
+        // Looking through links: OUT may be one that leads to an input, to a device, or nowhere.
+        match target.metadata() {
+            Ok(found) if found.is_dir() => return Err(Failure::file(target, "a folder: OUT must name a file")),
+            Ok(found) if !found.is_file() => {
+                return Err(Failure::file(target, "not a regular file: choose another OUT"));
+            }
+            Ok(_) if Handle::from_path(target).is_ok_and(|target| sources.contains(&target)) => {
+                let message = format!("{}: OUT would replace its own input: choose another OUT", target.display());
+                return Err(Failure::Usage(message));
+            }
+            _ if force => {}
+            _ => return Err(exists(target)),
+        }
+    }
+    Ok(())
+}
+
+/// The text of an index, if it states how large its tensors are, with what they have become.
+fn with_total_size(text: Vec<u8>, size: u64) -> Vec<u8> {
+    let mut index: Value = serde_json::from_slice(&text).unwrap_or_default();
+    match index.pointer_mut("/metadata/total_size") {
+        Some(stated) => *stated = size.into(),
+        None => return text,
+    }
+    index.to_string().into_bytes()
 }
 
 fn exists(target: &Path) -> Failure {
@@ -177,7 +226,12 @@ impl Temporaries {
     }
 
     /// A copy in the target's folder, with the permissions of an ordinary new file.
-    fn copy(&self, bytes: &[u8], target: &Path, progress: &ProgressBar) -> Result<NamedTempFile, Failure> {
+    fn copy<'a>(
+        &self,
+        blocks: impl Iterator<Item = &'a [u8]>,
+        target: &Path,
+        progress: &ProgressBar,
+    ) -> Result<NamedTempFile, Failure> {
         let mut builder = tempfile::Builder::new();
         builder.prefix(".gradclip-").suffix(".tmp");
         #[cfg(unix)]
@@ -188,7 +242,7 @@ impl Temporaries {
         unfinished.push(copy.path().to_owned());
         drop(unfinished);
         // Written rather than mapped: a full disk is then an error, not a signal.
-        for block in bytes.chunks(BLOCK) {
+        for block in blocks.flat_map(|block| block.chunks(BLOCK)) {
             copy.write_all(block).map_err(Failure::io(target, "write"))?;
             progress.inc(block.len() as u64);
         }
@@ -236,7 +290,7 @@ mod tests {
     use super::*;
 
     fn copies(folder: &Path, targets: &[PathBuf]) -> Vec<NamedTempFile> {
-        let make = |target: &PathBuf| Temporaries(()).copy(b"new", target, &ProgressBar::hidden()).unwrap();
+        let make = |target: &PathBuf| Temporaries(()).copy(once(&b"new"[..]), target, &ProgressBar::hidden()).unwrap();
         let copies: Vec<_> = targets.iter().map(make).collect();
         assert_eq!(fs::read_dir(folder).unwrap().count(), targets.len() + 1);
         copies

@@ -4,9 +4,10 @@ use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use gradclip::ClipReport;
+use gradclip::{ClipReport, Scope, SegmentReport, Tensor};
 use indicatif::HumanCount;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::backend::Backend;
 use crate::failure::Failure;
@@ -37,7 +38,10 @@ pub(crate) fn remark(text: &str) {
 #[derive(Debug)]
 pub(crate) struct Outcome<'a> {
     pub(crate) report: &'a ClipReport,
-    pub(crate) tensors: usize,
+    pub(crate) scope: Scope,
+    pub(crate) tensors: &'a [Tensor<'a>],
+    /// Whether clipped examples were summed.
+    pub(crate) sum: bool,
     pub(crate) backend: &'a Backend,
     pub(crate) time: Duration,
 }
@@ -54,6 +58,10 @@ struct Json<'a> {
     adapter: Option<&'a str>,
     non_finite: Option<NonFiniteJson<'a>>,
     seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    segments: Option<Vec<SegmentJson>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    num_clipped: Option<Value>,
 }
 
 #[derive(Serialize)]
@@ -63,25 +71,70 @@ struct NonFiniteJson<'a> {
     index: u64,
 }
 
+#[derive(Serialize)]
+struct SegmentJson {
+    name: String,
+    norm: f64,
+    clip_coef: f64,
+}
+
 impl Outcome<'_> {
     pub(crate) fn print_json(&self) -> Result<(), Failure> {
         let found = self.report.non_finite.as_ref();
+        let segments = || {
+            let json = |s: &SegmentReport| SegmentJson { name: self.name(s), norm: s.norm, clip_coef: s.clip_coef };
+            self.report.segments.iter().map(json).collect()
+        };
         print_json(&Json {
             total_norm: self.report.total_norm,
             clip_coef: self.report.clip_coef,
             clipped: self.report.clipped,
             elements: self.report.elements,
-            tensors: self.tensors,
+            tensors: self.tensors.len(),
             backend: if self.backend.adapter().is_some() { "gpu" } else { "cpu" },
             adapter: self.backend.adapter(),
             non_finite: found.map(|n| NonFiniteJson { count: n.count, tensor: n.name.as_deref(), index: n.index }),
             seconds: self.time.as_secs_f64(),
+            segments: (self.scope != Scope::Global).then(segments),
+            num_clipped: self.sum.then(|| self.num_clipped()),
         })
+    }
+
+    /// How many examples were clipped: of all tensors, or a list by tensor.
+    fn num_clipped(&self) -> Value {
+        if self.scope == Scope::Example {
+            return self.report.num_clipped().into();
+        }
+        let mut counts = vec![0; self.tensors.len()];
+        for tensor in self.report.segments.iter().filter(|s| s.clipped).filter_map(|s| s.tensor) {
+            counts[tensor] += 1;
+        }
+        counts.into()
+    }
+
+    /// What a segment is called.
+    pub(crate) fn name(&self, segment: &SegmentReport) -> String {
+        let tensor = segment.tensor.and_then(|i| self.tensors[i].name()).unwrap_or_default();
+        match segment.index {
+            None => tensor.to_owned(),
+            Some(index) if self.scope == Scope::Unit => format!("{tensor}[{index}]"),
+            Some(index) => format!("{tensor} example {index}").trim_start().to_owned(),
+        }
+    }
+
+    /// The segments of the largest norms, what is not finite before all.
+    pub(crate) fn largest(&self, count: usize) -> Vec<&SegmentReport> {
+        let mut segments: Vec<_> = self.report.segments.iter().collect();
+        // A NaN may carry a sign.
+        segments.sort_by(|a, b| b.norm.abs().total_cmp(&a.norm.abs()));
+        segments.truncate(count);
+        segments
     }
 
     /// The lines that both commands share; `others` tensors were no gradients, `bytes` were read.
     pub(crate) fn lines(&self, others: usize, bytes: u64) -> Vec<(&'static str, String)> {
-        let mut size = format!("{} in {}", HumanCount(self.report.elements), plural(self.tensors as u64, "tensor"));
+        let mut size =
+            format!("{} in {}", HumanCount(self.report.elements), plural(self.tensors.len() as u64, "tensor"));
         if others > 0 {
             size += &format!(" ({} other{} passed by)", HumanCount(others as u64), if others == 1 { "" } else { "s" });
         }
@@ -93,6 +146,21 @@ impl Outcome<'_> {
             ("time", format!("{} s, {} GB/s", number(seconds, 3), number(speed, 3))),
         ]
     }
+}
+
+/// What so many segments of a scope are called.
+pub(crate) fn segments(scope: Scope, count: usize) -> String {
+    let what = match scope {
+        Scope::Unit => "unit",
+        Scope::Example | Scope::ExampleTensor => "example",
+        _ => "tensor",
+    };
+    plural(count as u64, what)
+}
+
+/// A name from a file as it is printed: in one line, and without what a terminal would obey.
+pub(crate) fn shown(name: &str) -> String {
+    name.escape_debug().to_string()
 }
 
 /// Lays out labels and what they label.

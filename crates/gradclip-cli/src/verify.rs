@@ -1,14 +1,16 @@
 //! `gradclip verify`: the same clips on GPU and CPU.
 
+use std::path::PathBuf;
+
 use gradclip::gpu::GpuClipper;
-use gradclip::{ClipReport, NonFinite, NonFiniteElements, NormType, Tensor, Verification};
+use gradclip::{ClipReport, NonFinite, NonFiniteElements, NormType, Scope, Tensor, Verification};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::args::VerifyArgs;
+use crate::args::{VerifyArgs, refuse};
 use crate::backend;
 use crate::failure::Failure;
-use crate::input::Input;
+use crate::input::{Input, with_parameters};
 use crate::made::{self, Case};
 use crate::progress;
 use crate::report::{number, plural, print, print_json};
@@ -29,10 +31,19 @@ struct Json<'a> {
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
-    let input = args.file.as_deref().map(Input::open).transpose()?;
+    let spec = args.how.spec()?;
+    let without_file = spec.is_some() && args.file.is_none();
+    refuse(&[(without_file, "made gradients come with clips of their own: name a FILE, or leave the mode out")])?;
+    let open = |path: &Option<PathBuf>| path.as_deref().map(Input::open).transpose();
+    let (input, params) = (open(&args.file)?, open(&args.how.params)?);
     let gpu = backend::open_gpu(args.adapter.as_deref())?;
     let compared = match &input {
-        Some(input) => of_file(&input.tensors()?, &gpu, hidden)?,
+        Some(input) => {
+            let parameters = input.parameters(params.as_ref())?;
+            let tensors = with_parameters(input.tensors()?, &parameters);
+            let specs = spec.map_or_else(|| specs_for(&tensors), |spec| Ok(vec![spec]))?;
+            of_file(&tensors, &specs, &gpu, hidden)?
+        }
         None => of_made(args, &gpu, hidden)?,
     };
 
@@ -64,23 +75,33 @@ fn tell(compared: &[Compared], adapter: &str, json: bool, quiet: bool) -> Result
     }
 }
 
-/// Clips of every kind, with thresholds that suit the file.
-fn of_file(tensors: &[Tensor<'_>], gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
-    let size = |norm_type| made::size(tensors, norm_type, 1.0);
-    let l2 = size(NormType::L2)?;
-    let elements: usize = tensors.iter().map(Tensor::len).sum();
-    // The root of the mean square: a third of normally distributed elements lie beyond it.
-    let bound = l2 / (elements.max(1) as f64).sqrt();
-    let mut specs = Vec::new();
-    for norm_type in [NormType::L2, NormType::L1, NormType::Inf] {
-        specs.push(Spec { norm_type, ..Spec::new(Mode::Norm(0.5 * size(norm_type)?)) });
-    }
-    specs.push(Spec::new(Mode::Value(bound)));
-    specs.push(Spec::new(Mode::Norm(2.0 * l2)));
-    // If there are non-finite elements, the norms above are refused on both sides; these are not.
-    let policies = [NonFinite::Propagate, NonFinite::Drop];
-    specs.extend(policies.map(|policy| Spec { non_finite: Some(policy), ..Spec::new(Mode::Norm(0.5 * l2)) }));
+/// Clips of every kind, with thresholds that suit the gradients.
+fn specs_for(tensors: &[Tensor<'_>]) -> Result<Vec<Spec>, Failure> {
+    let size = |spec: Spec| made::size(tensors, spec);
+    // Half of the largest norm is exceeded by at least one segment.
+    let half = |to: fn(f64) -> Mode, norm_type, scope| {
+        let spec = Spec { norm_type, scope, ..Spec::new(to(0.0)) };
+        Ok::<_, Failure>(Spec { mode: to(0.5 * size(spec)?), ..spec })
+    };
+    let l2 = half(Mode::Norm, NormType::L2, Scope::Global)?;
+    Ok(vec![
+        l2,
+        half(Mode::Norm, NormType::L1, Scope::Global)?,
+        half(Mode::Norm, NormType::Inf, Scope::Global)?,
+        half(Mode::Norm, NormType::p(3.0)?, Scope::Global)?,
+        half(Mode::Norm, NormType::L2, Scope::Tensor)?,
+        half(Mode::Norm, NormType::L2, Scope::Unit)?,
+        half(Mode::Rms, NormType::L2, Scope::Tensor)?,
+        // A third of normally distributed elements lie beyond the root of their mean square.
+        Spec::new(Mode::Value(size(Spec::new(Mode::Rms(0.0)))?)),
+        Spec::new(Mode::Norm(2.0 * size(l2)?)),
+        // If there are non-finite elements, the norms above are refused on both sides; these are not.
+        Spec { non_finite: Some(NonFinite::Propagate), ..l2 },
+        Spec { non_finite: Some(NonFinite::Drop), ..l2 },
+    ])
+}
 
+fn of_file(tensors: &[Tensor<'_>], specs: &[Spec], gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
     let bar = progress::count(specs.len() as u64, "verifying", hidden);
     let one = |spec: &Spec| {
         let verification = gradclip::verify_blocking(&spec.clip()?, tensors, gpu)?;
@@ -95,7 +116,7 @@ fn of_made(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result<Vec<Comp
     let bar = progress::count(cases, "verifying", hidden);
     let one = |number| {
         let case = Case::new(args.seed, number)?;
-        let verification = gradclip::verify_blocking(&case.spec.clip()?, &case.views()?, gpu)?;
+        let verification = case.verify(gpu)?;
         bar.inc(1);
         Ok(Compared { clip: format!("{number}: {}", case.spec), verification })
     };
@@ -107,7 +128,10 @@ impl Compared {
         let v = &self.verification;
         let disagreement = disagreement(v).map(|what| format!("    {what}\n")).unwrap_or_default();
         let verdict = if v.agrees() { "agree" } else { "DIFFER" };
-        format!("{:<54} {:>10.1e} {:>5}  {verdict}\n{disagreement}", self.clip, v.norm_error, ulps(v.worst_ulps))
+        // What is too long for the column stands on a line of its own.
+        let clip =
+            if self.clip.len() > 54 { format!("{}\n{:54}", self.clip, "") } else { format!("{:<54}", self.clip) };
+        format!("{clip} {:>10.1e} {:>5}  {verdict}\n{disagreement}", v.norm_error, ulps(v.worst_ulps))
     }
 
     fn json(&self) -> Value {
@@ -170,7 +194,8 @@ mod tests {
     #[test]
     fn a_mismatch_is_told_and_ends_with_4() {
         let gpu = backend::open_gpu(None).expect("a Vulkan device: apt-get install mesa-vulkan-drivers libvulkan1");
-        let mut compared = of_file(&[Tensor::new(&[3.0f32, 4.0]).named("w")], &gpu, true).unwrap();
+        let tensors = [Tensor::new(&[3.0f32, 4.0]).named("w")];
+        let mut compared = of_file(&tensors, &specs_for(&tensors).unwrap(), &gpu, true).unwrap();
         assert!(tell(&compared, "card", false, true).is_ok());
         assert_eq!(disagreement(&compared[0].verification), None);
 
@@ -183,14 +208,14 @@ mod tests {
 
         for json in [false, true] {
             let failure = tell(&compared, "card", json, true).unwrap_err();
-            assert_eq!((failure.exit_code(), failure.to_string().contains("2 of 7 clips on card")), (4, true));
+            assert_eq!((failure.exit_code(), failure.to_string().contains("2 of 11 clips on card")), (4, true));
         }
         assert!(compared[0].row().contains("DIFFER\n    norm: CPU 5"), "{}", compared[0].row());
         assert_eq!(compared[1].json()["agrees"], false);
     }
 
     fn gpu_found(gpu: &GpuClipper) -> Option<NonFiniteElements> {
-        let clip = Spec::measuring(NormType::L2, 1.0).clip().unwrap();
+        let clip = Spec::new(Mode::Norm(1.0)).measuring().clip().unwrap();
         gradclip::verify_blocking(&clip, &[Tensor::new(&[f32::NAN])], gpu).unwrap().gpu.unwrap().non_finite
     }
 }

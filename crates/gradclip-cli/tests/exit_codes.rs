@@ -8,7 +8,7 @@ use common::{EXAMPLE, Folder, clip, f32s, file, gradclip, last_f32s};
 
 #[test]
 fn usage_is_2_and_begins_nothing() {
-    let cases: [(&[&str], &str); 21] = [
+    let cases: [(&[&str], &str); 46] = [
         (&[], "required"),
         (&["--max-norm", "1", "--clip-value", "1"], "cannot be used with"),
         (&["--clip-range", "0,1", "--clip-value", "1"], "cannot be used with"),
@@ -25,11 +25,36 @@ fn usage_is_2_and_begins_nothing() {
         (&["--max-norm", "1", "--eps", "-1"], "eps is -1"),
         (&["--max-norm", "1", "--grad-scale", "0"], "grad_scale is 0"),
         (&["--max-norm", "1", "--grad-scale", "-2"], "grad_scale is -2"),
-        (&["--max-norm", "1", "--norm-type", "3"], "possible values: 2, 1, inf"),
+        (&["--max-norm", "1", "--norm-type", "much"], "invalid"),
+        (&["--max-norm", "1", "--norm-type", "0"], "norm_type is 0; it must be above 0"),
+        (&["--max-norm", "1", "--norm-type", "-2"], "norm_type is -2"),
+        (&["--max-norm", "1", "--norm-type", "nan"], "norm_type is NaN"),
         (&["--max-norm", "1", "--threads", "0"], "zero"),
         (&["--max-norm", "1", "--adapter", "x"], "--adapter"),
         (&["--clip-value", "1", "--eps", "0"], "--eps"),
         (&["--clip-value", "1", "--norm-type", "1"], "--norm-type"),
+        (&["--max-rms", "1", "--max-average-norm", "1"], "cannot be used with"),
+        (&["--max-rms", "-1"], "max_rms is -1"),
+        (&["--max-rms", "1", "--norm-type", "2"], "--norm-type goes with --max-norm"),
+        (&["--max-rms", "1", "--eps", "0"], "--eps goes with --max-norm"),
+        (&["--max-average-norm", "nan"], "max_average_norm is NaN"),
+        (&["--agc", "0.01"], "--params FILE"),
+        (&["--agc", "inf", "--params", EXAMPLE], "clip_factor is inf"),
+        (&["--agc", "-1", "--params", EXAMPLE], "clip_factor is -1"),
+        (&["--agc", "1", "--params", EXAMPLE, "--agc-eps", "-1"], "agc_eps is -1"),
+        (&["--agc", "1", "--params", EXAMPLE, "--scope", "example"], "parameters have no examples"),
+        (&["--agc", "1", "--params", EXAMPLE, "--scope", "tensor", "--unit-axis", "last"], "--scope unit"),
+        (&["--max-norm", "1", "--params", EXAMPLE], "--params goes with --agc"),
+        (&["--max-norm", "1", "--agc-eps", "1"], "--agc-eps goes with --agc"),
+        (&["--max-norm", "1", "--scope", "layer"], "possible values: global, tensor, unit, example, example-tensor"),
+        (&["--clip-value", "1", "--scope", "tensor"], "a clamp measures none"),
+        (&["--max-norm", "1", "--unit-axis", "last"], "--unit-axis needs --scope unit"),
+        (&["--max-norm", "1", "--scope", "example", "--budget", "sized"], "--budget needs --scope example-tensor"),
+        (&["--max-norm", "1", "--sum"], "--sum adds up clipped examples: it needs --scope example or example-tensor"),
+        (&["--max-norm", "1", "--sum", "--scope", "unit"], "--sum adds up clipped examples"),
+        (&["--clip-value", "1", "--sum"], "--sum adds up clipped examples"),
+        (&["--max-norm", "1", "--sum", "--scope", "example", "--verify"], "--verify compares"),
+        (&["--max-norm", "1", "--sum", "--scope", "example", "--non-finite", "skip"], "another policy"),
     ];
     let folder = Folder::new();
     for (args, says) in cases {
@@ -38,6 +63,14 @@ fn usage_is_2_and_begins_nothing() {
     }
     gradclip(["norm"]).failed(2, &["required"]);
     gradclip(["norm", EXAMPLE, "--grad-scale", "nan"]).failed(2, &["grad_scale is NaN"]);
+    let out = folder.path("out.svg");
+    let out = out.to_str().unwrap();
+    gradclip(["norm", EXAMPLE, "--norm-type", "0"]).failed(2, &["norm_type is 0"]);
+    gradclip(["norm", EXAMPLE, "--unit-axis", "first"]).failed(2, &["--unit-axis needs --scope unit"]);
+    gradclip(["norm", EXAMPLE, "--scope", "unit", "--plot", out]).failed(2, &["--plot draws tensors"]);
+    gradclip(["norm", EXAMPLE, "--eps", "0"]).failed(2, &["--eps"]);
+    gradclip(["norm", EXAMPLE, "--force"]).failed(2, &["--plot"]);
+    assert!(folder.names().is_empty());
     gradclip(["verify", EXAMPLE, "--seed", "1"]).failed(2, &["--seed"]);
     gradclip(["verify", "--cases", "0"]).failed(2, &["--cases"]);
 }

@@ -84,7 +84,13 @@ fn float64_stays_off_the_gpu() {
     on_gpu(&["clip", input, "-o", out, "--max-norm", "1", "--backend", "cpu", "--verify"]).failed(1, &says);
     on_gpu(&["norm", input, "--backend", "gpu"]).failed(1, &says);
     on_gpu(&["verify", input]).failed(1, &says);
-    assert_eq!(folder.names(), ["in"]);
+    let grads = folder.write("grads", file(&[("wide", "F32", f32s(&[1.0]))]));
+    let params = folder.write("params", file(&[("wide", "F64", 2f64.to_le_bytes().to_vec())]));
+    let agc = ["clip", grads.to_str().unwrap(), "-o", out, "--agc", "1", "--params", params.to_str().unwrap()];
+    on_gpu(&[&agc[..], &["--backend", "gpu"]].concat()).failed(1, &says);
+    on_gpu(&[&agc[..], &["--backend", "cpu", "--verify"]].concat()).failed(1, &says);
+    assert_eq!(on_gpu(&agc).code, Some(0));
+    assert_eq!(folder.names(), ["grads", "in", "out", "params"]);
     let run = on_gpu(&["norm", input]);
     assert!(run.code == Some(0) && run.stderr.contains("\"wide\" is float64"), "{run:?}");
 }
@@ -142,6 +148,20 @@ fn verify_a_file() {
 }
 
 #[test]
+fn verify_the_clip_that_is_asked_for() {
+    let of = |options: &[&str]| {
+        let object = on_gpu(&[&["verify", EXAMPLE, "--json"], options].concat()).succeeded().json();
+        object["cases"].as_array().unwrap().iter().map(|case| case["clip"].clone()).collect::<Vec<_>>()
+    };
+    let columns = ["--max-norm", "0.01", "--norm-type", "3", "--scope", "unit", "--unit-axis", "last"];
+    assert_eq!(of(&columns), ["L3 norm to 0.01 per unit (last)"]);
+    let agc = ["--agc", "0.5", "--params", EXAMPLE, "--agc-eps", "0.1", "--non-finite", "drop"];
+    assert_eq!(of(&agc), ["AGC by 0.5 per unit, agc-eps 0.1, drop"]);
+    gradclip(["verify", "--max-norm", "1"]).failed(2, &["name a FILE"]);
+    gradclip(["verify", EXAMPLE, "--scope", "tensor"]).failed(2, &["a mode is required"]);
+}
+
+#[test]
 fn verify_non_finite_gradients() {
     let folder = Folder::new();
     let input = folder.write("in", file(&[("a", "F32", f32s(&[1.0, f32::NAN, 5.0, f32::INFINITY]))]));
@@ -166,5 +186,8 @@ fn clip_verifies_before_it_writes() {
     let out = folder.path("out");
     let args = ["clip", EXAMPLE, "-o", out.to_str().unwrap(), "--max-norm", "0.2", "--verify", "--backend", "cpu"];
     on_gpu(&args).succeeded();
+    let agc = ["--agc", "0.01", "--params", EXAMPLE, "--force"];
+    on_gpu(&[&args[..4], &args[6..], &agc].concat()).succeeded();
+    on_gpu(&[&args[..], &["--scope", "tensor", "--force"]].concat()).succeeded();
     assert_eq!(folder.names(), ["out"]);
 }

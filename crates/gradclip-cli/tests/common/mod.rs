@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test uses a part")]
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -109,21 +110,50 @@ pub(crate) fn raw(header: &str, data: &[u8]) -> Vec<u8> {
 
 /// A well-formed file of tensors (name, dtype, data) with one dimension.
 pub(crate) fn file(tensors: &[(&str, &str, Vec<u8>)]) -> Vec<u8> {
+    let shapes: Vec<_> = tensors.iter().map(|(_, dtype, bytes)| [bytes.len() / size(dtype)]).collect();
+    let shaped = tensors.iter().zip(&shapes);
+    shaped_file(
+        &shaped.map(|((name, dtype, bytes), shape)| (*name, *dtype, &shape[..], bytes.clone())).collect::<Vec<_>>(),
+    )
+}
+
+/// A well-formed file of tensors (name, dtype, shape, data).
+pub(crate) fn shaped_file(tensors: &[(&str, &str, &[usize], Vec<u8>)]) -> Vec<u8> {
     let mut data = Vec::new();
     let mut entries = Vec::new();
-    for (name, dtype, bytes) in tensors {
-        let size = match *dtype {
-            "F64" | "I64" => 8,
-            "F32" => 4,
-            "F16" | "BF16" => 2,
-            _ => 1,
-        };
+    for (name, dtype, shape, bytes) in tensors {
         let (start, end) = (data.len(), data.len() + bytes.len());
-        let shape = bytes.len() / size;
-        entries.push(format!(r#""{name}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}"#));
+        let name = serde_json::Value::from(*name);
+        entries.push(format!(r#"{name}:{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#));
         data.extend_from_slice(bytes);
     }
     raw(&format!("{{{}}}", entries.join(",")), &data)
+}
+
+fn size(dtype: &str) -> usize {
+    match dtype {
+        "F64" | "I64" => 8,
+        "F32" => 4,
+        "F16" | "BF16" => 2,
+        _ => 1,
+    }
+}
+
+/// One of the files that the peers were asked about, or answered with.
+pub(crate) fn fixture(path: &str) -> PathBuf {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures")).join(path)
+}
+
+/// The float32 tensors of a file, by name: shape and elements.
+pub(crate) fn f32_tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
+        assert_eq!(view.dtype(), safetensors::Dtype::F32, "{name}");
+        let values = view.data().chunks(4).map(|x| f32::from_le_bytes(x.try_into().unwrap()));
+        (name, (view.shape().to_vec(), values.collect()))
+    };
+    file.tensors().into_iter().map(tensor).collect()
 }
 
 pub(crate) fn f32s(values: &[f32]) -> Vec<u8> {
