@@ -27,9 +27,10 @@ fn factor_of(exact: Number) -> Factor {
     return Factor(0u, 0u, exact);
 }
 
-// What elements are multiplied by, as well as a float32 can say it.
-fn coefficient_of(action: u32, factor: Factor) -> f32 {
-    if action == LEAVE {
+// What elements are to be multiplied by, as well as a float32 can say it. A clip that only measures writes nothing itself,
+// but whoever folds this in has gradients to unscale.
+fn coefficient_of(action: u32, factor: Factor, refused: bool) -> f32 {
+    if refused {
         return 1.0;
     }
     if action == ZERO || action == ZERO_OR_NAN {
@@ -96,5 +97,5 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
         action = LEAVE;
     }
     results.outcomes[segment] = Outcome(action, kind | select(0u, CLIPPED, clipped), norm, factor);
-    coefficients.factors[segment] = coefficient_of(action, factor);
+    coefficients.factors[segment] = coefficient_of(action, factor, refused);
 }

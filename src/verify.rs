@@ -6,8 +6,11 @@ use crate::gpu::{GpuClipper, Wait};
 use crate::progress::Progress;
 use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, cpu};
 
-/// How far the norms may be apart, relatively: the GPU's promise of 1e-6 and the CPU's of 1e-7 together.
-const NORM_TOLERANCE: f64 = 1.1e-6;
+/// How far the norms may be apart, relatively: what GPU and CPU promise together, as [`NormType::p`](crate::NormType::p)
+/// tells it.
+fn norm_tolerance(clip: &Clip) -> f64 {
+    1e-6 / clip.measured().map_or(1.0, |norm_type| norm_type.power().min(1.0)) + 1e-7
+}
 
 /// How a clip on the GPU compares with the same clip on the CPU. The tensors given are not changed.
 #[derive(Clone, Debug, PartialEq)]
@@ -94,13 +97,15 @@ async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuCli
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
     let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, &unheard))?;
     let gpu = found(gpu.apply_by(wait, &mut [(*clip, &mut views(&mut on_gpu, tensors))], &unheard).await)?;
+    // Where a parameter's norm is the threshold, the coefficient has the error of both.
+    let coef_tolerance = norm_tolerance(clip) * if clip.needs_parameters() { 2.0 } else { 1.0 };
     let (norm_error, same_decision) = match (&cpu, &gpu) {
         (Ok(cpu), Ok(gpu)) => {
             let whole = |r: &ClipReport| (r.total_norm, r.clip_coef, r.clipped);
-            let mut found = compare_decisions(whole(cpu), whole(gpu));
+            let mut found = compare_decisions(whole(cpu), whole(gpu), coef_tolerance);
             for (cpu, gpu) in cpu.segments.iter().zip(&gpu.segments) {
                 let segment = |s: &SegmentReport| (s.norm, s.clip_coef, s.clipped);
-                let (error, same) = compare_decisions(segment(cpu), segment(gpu));
+                let (error, same) = compare_decisions(segment(cpu), segment(gpu), coef_tolerance);
                 found = (found.0.max(error), found.1 && same);
             }
             found
@@ -111,7 +116,7 @@ async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuCli
         cpu,
         gpu,
         norm_error,
-        norm_tolerance: NORM_TOLERANCE,
+        norm_tolerance: norm_tolerance(clip),
         same_decision,
         worst_ulps: 0,
         tolerated: Vec::new(),
@@ -119,7 +124,7 @@ async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuCli
         elements: 0,
     };
     for (i, ((cpu, gpu), tensor)) in on_cpu.iter().zip(&on_gpu).zip(tensors).enumerate() {
-        let tolerance = tolerance(tensor.dtype);
+        let tolerance = tolerance(tensor.dtype, coef_tolerance);
         if !verification.tolerated.contains(&tolerance) {
             verification.tolerated.push(tolerance);
         }
@@ -139,9 +144,9 @@ pub fn verify_blocking(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) ->
 }
 
 /// The error of the norm, and whether the decision is the same: given norm, coefficient and decision of each.
-fn compare_decisions(cpu: (f64, f64, bool), gpu: (f64, f64, bool)) -> (f64, bool) {
+fn compare_decisions(cpu: (f64, f64, bool), gpu: (f64, f64, bool), tolerance: f64) -> (f64, bool) {
     // A value clip measures no norm, so that its coefficients, both 1, excuse nothing.
-    let tie = !cpu.0.is_nan() && (cpu.1 - gpu.1).abs() <= NORM_TOLERANCE;
+    let tie = !cpu.0.is_nan() && (cpu.1 - gpu.1).abs() <= tolerance;
     (relative_error(gpu.0, cpu.0), cpu.2 == gpu.2 || tie)
 }
 
@@ -171,17 +176,22 @@ fn relative_error(a: f64, b: f64) -> f64 {
     }
 }
 
-fn tolerance(dtype: Dtype) -> Tolerance {
+/// For elements that were multiplied by coefficients with such a relative tolerance.
+fn tolerance(dtype: Dtype, coefficient: f64) -> Tolerance {
     match dtype {
-        Dtype::F16 | Dtype::BF16 => Tolerance {
-            dtype,
-            ulps: 1,
-            why: "the coefficients differ by the norms' tolerance, which can tip a rounding",
-        },
+        Dtype::F16 | Dtype::BF16 => {
+            let epsilon = if dtype == Dtype::F16 { f64::from(f16::EPSILON) } else { f64::from(bf16::EPSILON) };
+            Tolerance {
+                dtype,
+                ulps: (coefficient / epsilon).ceil() as u64,
+                why: "the coefficients differ by the norms' tolerance, which can tip a rounding",
+            }
+        }
         Dtype::F32 | Dtype::F64 => Tolerance {
             dtype,
-            ulps: 20,
-            why: "1.1e-6 of the norm is 9 to 19 units of the last place, and one more for the rounding",
+            // A unit of the last place is 2^-23 to 2^-24 of an element.
+            ulps: (coefficient * 2f64.powi(24)).ceil() as u64 + 1,
+            why: "the norms' tolerance in units of the last place, and one more for the rounding",
         },
     }
 }

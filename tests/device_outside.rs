@@ -117,6 +117,20 @@ fn factors_follow_the_policy() {
     }
 }
 
+/// A clip that only measures scales nothing, but whoever folds its factors in has gradients to unscale.
+#[test]
+fn factors_under_an_infinite_threshold() {
+    let sets = [set(3)];
+    let placed = in_one_buffer(&sets);
+    let clip = Clip::norm(f64::INFINITY).expect("valid").grad_scale(65536.0).expect("valid");
+    for plan in [gpu().plan_measure(&clip, &placed.views(&sets)[0]), gpu().plan(&clip, &placed.views(&sets)[0])] {
+        let plan = plan.expect("valid");
+        step(gpu(), &plan);
+        assert_eq!(coefficients(plan.coefficients(), 1), (0, vec![1.0 / 65536.0]));
+        assert_same_bits(&placed.read(&sets)[0], &sets[0], "measured only");
+    }
+}
+
 /// A value clip measures no norm; what it would do to each element is told, and not done.
 #[test]
 fn factors_of_a_value_clip() {

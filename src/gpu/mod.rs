@@ -232,7 +232,8 @@ impl GpuClipper {
     /// (`queue.write_buffer`).
     ///
     /// Gradients are read only where they are written, so that non-finite ones go uncounted. What a norm that is not
-    /// finite leads to is the policy's choice; `Error`, `Skip` and `Drop` leave what it is the norm of as it is.
+    /// finite leads to is the policy's choice; `Error`, `Skip` and `Drop` leave what it is the norm of as it is. The sign
+    /// of a norm is ignored.
     ///
     /// # Errors
     /// [`Error::Length`] if the number of norms is not that of segments; [`Error::Unfit`] if they are not float32, and for
@@ -275,6 +276,8 @@ impl GpuClipper {
     /// Plans to clip each example by itself and to sum the clipped ones: `sums[i]`, float32, becomes the sum over
     /// dimension 0 of the clipped `tensors[i]`, which stay as they are. The scope must be [`Scope::Example`] or
     /// [`Scope::ExampleTensor`].
+    ///
+    /// On the web the sums must lie in buffers of their own, because WebGPU allows no two writable views of one.
     ///
     /// A sum is off by at most (32 + examples / 256) · 2^-24 of the sum of the sizes of what it adds. Under the policies
     /// `Error` and `Skip` sums stay as they were if anything is not finite.

@@ -92,7 +92,8 @@ impl GpuPlan {
     /// @group(0) @binding(0) var<storage, read> coefficients: Coefficients;
     /// ```
     ///
-    /// Segments are in the order of the report, groups one after another. Under the policy `drop` the caller's kernel has
+    /// Segments are in the order of the report, groups one after another; where `skip` is 1 the factors are 1. A clip that
+    /// only measures, by an infinite threshold, leaves `1 / grad_scale`. Under the policy `drop` the caller's kernel has
     /// to drop the non-finite elements itself. A value clip leaves `1 / grad_scale`.
     #[must_use]
     pub fn coefficients(&self) -> &wgpu::Buffer {

@@ -16,7 +16,7 @@ use crate::{AdaGc, Clip, Error, ZClip};
 pub enum DeviceThreshold {
     /// For the scope `Global`.
     ZClip(ZClip),
-    /// For a norm for each tensor: the scope `Tensor`.
+    /// For a norm for each segment: as a rule the scope `Tensor`.
     AdaGc(AdaGc),
 }
 
@@ -100,16 +100,16 @@ impl DeviceThreshold {
 
     /// The same threshold with the state of the device.
     pub(super) fn with(mut self, rows: &[StateRow]) -> Self {
-        let number = |n: Number| if n.exponent >= UNBOUNDED.exponent / 2 { f64::INFINITY } else { n.to_f64() };
         let steps = rows.first().map_or(0, |row| u64::from(row.steps));
         match &mut self {
             Self::ZClip(z) => {
                 if let [row] = rows {
-                    (z.mean, z.variance, z.steps) = (number(row.mean), number(row.variance), steps);
+                    (z.mean, z.variance, z.steps) = (row.mean.to_f64(), row.variance.to_f64(), steps);
                 }
             }
             Self::AdaGc(a) => {
-                a.gammas = rows.iter().map(|row| number(row.mean)).collect();
+                // `UNBOUNDED` exceeds every float64.
+                a.gammas = rows.iter().map(|row| row.mean.to_f64()).collect();
                 a.steps = steps;
             }
         }
