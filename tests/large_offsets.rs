@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::gpu::{Layout, clip_laid_out, clip_tensors, download, gpu, step, upload, write};
+use common::gpu::{Layout, clip_laid_out, clip_tensors, clipper, download, gpu, step, upload, write};
 use common::numbers::{Random, Sum, exact_norm, multiplied_bits};
 use common::{Data, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::gpu::{GpuClipper, GpuTensor};
@@ -148,11 +148,6 @@ fn host_tensors_beyond_one_buffer() {
     bad[3].set(999_999, f64::NAN);
     let Err(Error::NonFinite(found)) = common::clip_host(&clipper, &clip, &bad).report else { panic!("missed") };
     assert_eq!((found.tensor, found.index), (3, 999_999));
-}
-
-fn clipper(limits: wgpu::Limits) -> GpuClipper {
-    let (device, queue) = common::gpu::device(limits);
-    GpuClipper::new(&device, &queue).expect("these limits suffice")
 }
 
 /// Every way of clipping that splits differently under small limits.

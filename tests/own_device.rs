@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::gpu::{block_on, device, download, encoder, gpu_tensor, step, upload};
+use common::gpu::{OwnKernel, block_on, device, download, encoder, gpu_tensor, step, upload};
 use common::numbers::{Random, exact_norm};
 use common::{Data, assert_norm, assert_same_bits, assert_scaled};
 use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
@@ -37,44 +37,20 @@ fn types_can_be_sent_and_shared() {
 fn behind_the_callers_own_pass() {
     const N: u64 = 70_000;
     let gpu = own();
-    let device = gpu.device();
     let grads = upload(&gpu, &vec![0xff; 4 * N as usize]);
     let copy = upload(&gpu, &vec![0; 4 * N as usize]);
-    let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-        label: None,
-        source: wgpu::ShaderSource::Wgsl(
-            "@group(0) @binding(0) var<storage, read_write> grads: array<f32>;
-             @compute @workgroup_size(64) fn main(@builtin(global_invocation_id) id: vec3<u32>) {
-                 if id.x < arrayLength(&grads) { grads[id.x] = f32(id.x % 7u) - 3.0; }
-             }"
-            .into(),
-        ),
-    });
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-        label: None,
-        layout: None,
-        module: &module,
-        entry_point: Some("main"),
-        compilation_options: wgpu::PipelineCompilationOptions::default(),
-        cache: None,
-    });
-    let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
-        label: None,
-        layout: &pipeline.get_bind_group_layout(0),
-        entries: &[wgpu::BindGroupEntry { binding: 0, resource: grads.as_entire_binding() }],
-    });
+    let source = "@group(0) @binding(0) var<storage, read_write> grads: array<f32>;
+         @compute @workgroup_size(64) fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+             if id.x < arrayLength(&grads) { grads[id.x] = f32(id.x % 7u) - 3.0; }
+         }";
+    let kernel = OwnKernel::new(&gpu, source, &[&grads]);
     let clip = Clip::norm(2.0).expect("valid").eps(0.0).expect("valid");
     let plan = gpu.plan(&clip, &[GpuTensor::f32(&grads, ..).expect("it fits")]).expect("valid");
     let made: Vec<f32> = (0..N).map(|i| (i % 7) as f32 - 3.0).collect();
     let norm = exact_norm(NormType::L2, made.iter().map(|x| f64::from(*x)));
     for _ in 0..3 {
         let mut encoder = encoder(&gpu);
-        {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            pass.set_pipeline(&pipeline);
-            pass.set_bind_group(0, &group, &[]);
-            pass.dispatch_workgroups(N.div_ceil(64) as u32, 1, 1);
-        }
+        kernel.encode(&mut encoder, N.div_ceil(64) as u32);
         plan.encode(&mut encoder).expect("the device works");
         encoder.copy_buffer_to_buffer(&grads, 0, &copy, 0, None);
         gpu.queue().submit([encoder.finish()]);

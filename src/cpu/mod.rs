@@ -248,15 +248,13 @@ impl Measured {
                 if norms.len() as u64 != expected {
                     return Err(Error::Length { what: "norms by segment", expected, found: norms.len() as u64 });
                 }
-                let blind = matches!(clip.non_finite, NonFinite::Error | NonFinite::Drop);
-                let unusable =
-                    |n: &&f64| n.is_nan() || **n < 0.0 && !blind || blind && !(0.0..f64::INFINITY).contains(*n);
-                if let Some(norm) = norms.iter().find(unusable) {
-                    return Err(Error::BadParameter {
-                        what: "a given norm",
-                        value: *norm,
-                        must: "0 or more, and finite",
-                    });
+                // These two policies cannot go by an infinity.
+                let (greatest, must) = match clip.non_finite {
+                    NonFinite::Error | NonFinite::Drop => (f64::MAX, "0 or more, and finite under this policy"),
+                    _ => (f64::INFINITY, "0 or more"),
+                };
+                if let Some(norm) = norms.iter().find(|n| !(0.0..=greatest).contains(*n)) {
+                    return Err(Error::BadParameter { what: "a given norm", value: *norm, must });
                 }
                 let mut found = Self::new(clip, tensors, segments, &[]);
                 // Nothing is known of single elements: a policy that drops some looks for them wherever it writes.

@@ -41,10 +41,11 @@ pub const MERGED_PARTIALS: u32 = 1024;
 /// anyway.
 pub const LANE_PARTIALS: u32 = 16;
 
-/// Rows of so many elements and fewer are measured by one invocation each; longer ones by a workgroup.
+/// Rows of so many elements and fewer are measured by one invocation each; longer ones by a workgroup. Not measured yet.
 pub const LANE_ROW: u32 = 64;
 
-/// So many elements of a column are measured by one invocation: 1,024 bytes read for the 64 that a partial costs.
+/// So many elements of a column are measured by one invocation: 1,024 bytes read for the 64 that a partial costs. Not
+/// measured against other lengths yet.
 pub const LANE_COLUMN: u32 = 256;
 
 /// The size of the pieces in which host tensors are uploaded and read back, in bytes.
