@@ -393,6 +393,17 @@ impl Clip {
         Ok(())
     }
 
+    /// That there are examples to sum.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`]
+    pub(crate) fn check_examples(&self) -> Result<(), Error> {
+        if self.measured().is_none() || !matches!(self.scope, Scope::Example | Scope::ExampleTensor) {
+            return Err(Error::Unfit("only examples are summed: the scope must be Example or ExampleTensor"));
+        }
+        Ok(())
+    }
+
     pub(crate) fn needs_parameters(&self) -> bool {
         matches!(self.mode, Mode::Agc { .. })
     }

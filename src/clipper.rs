@@ -3,7 +3,7 @@
 use crate::cpu::{self, Given};
 use crate::progress::Progress;
 use crate::tensor::check_sums;
-use crate::{Clip, ClipReport, Element, Error, RunningPartial, Scope, Tensor, TensorMut, Threshold};
+use crate::{Clip, ClipReport, Element, Error, RunningPartial, Tensor, TensorMut, Threshold};
 
 #[cfg(feature = "gpu")]
 use crate::gpu::{GpuClipper, Wait};
@@ -135,7 +135,8 @@ impl Clipper {
     }
 
     /// Clips in place by norms that were measured elsewhere: one N for each segment, in the order of
-    /// [`ClipReport::segments`], as a report would tell it (divided by `grad_scale`). Under [`Scope::Global`] that is one.
+    /// [`ClipReport::segments`], as a report would tell it (divided by `grad_scale`). Under
+    /// [`Scope::Global`](crate::Scope::Global) that is one.
     ///
     /// Nothing is read before it is written, so that the report counts no non-finite elements, and its `total_norm` is NaN
     /// under any other scope. What an infinite norm leads to is the policy's choice; `Error` and `Drop` cannot go by one,
@@ -162,7 +163,7 @@ impl Clipper {
     /// tensors in the list.
     ///
     /// # Errors
-    /// [`Error::Unfit`] if the partial's clip measures no norm of everything.
+    /// None so far; the signature leaves room for a backend that has some.
     pub fn accumulate(&self, running: &mut RunningPartial, tensors: &[Tensor<'_>]) -> Result<(), Error> {
         let partial = cpu::partial(running.clip(), tensors, &self.progress)?;
         running.add(partial, tensors);
@@ -175,17 +176,19 @@ impl Clipper {
     /// # Errors
     /// [`Error::NonFinite`] under that policy, wherever the element is.
     pub fn finish(&self, running: &RunningPartial, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        running.report()?;
+        // First, because it names the bad element whichever set it was in.
+        let report = running.report()?;
         cpu::scale(running.clip(), running.given(), tensors)?;
-        running.report()
+        Ok(report)
     }
 
     /// Clips each example by itself and sums the clipped ones: `sums[i]` becomes the sum over dimension 0 of the clipped
     /// `tensors[i]`, which stay as they are. This is the gradient of DP-SGD before the noise; Optax's
     /// `differentially_private_aggregate` computes it.
     ///
-    /// The scope must be [`Scope::Example`] or [`Scope::ExampleTensor`]. Sums are float64 for gradients of float64 and
-    /// float32 for all others, whatever the gradients' precision.
+    /// The scope must be [`Scope::Example`](crate::Scope::Example) or
+    /// [`Scope::ExampleTensor`](crate::Scope::ExampleTensor). Sums are float64 for gradients of float64 and float32 for all
+    /// others, whatever the gradients' precision.
     ///
     /// ```
     /// use gradclip::{Clip, Clipper, Scope, Tensor, TensorMut};
@@ -210,9 +213,7 @@ impl Clipper {
         tensors: &[Tensor<'_>],
         sums: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
-        if clip.measured().is_none() || !matches!(clip.scope, Scope::Example | Scope::ExampleTensor) {
-            return Err(Error::Unfit("only examples are summed: the scope must be Example or ExampleTensor"));
-        }
+        clip.check_examples()?;
         let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len() as u64)).collect();
         check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name)), &given)?;
         match &self.backend {

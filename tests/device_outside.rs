@@ -6,23 +6,10 @@ mod common;
 
 use common::gpu::{Interleaved, OwnKernel, download, encoder, gpu, gpu_tensor, step, upload};
 use common::numbers::Random;
-use common::reference::{Asked, Mode, uneven};
-use common::{Data, Done, Path, assert_norm, assert_same_bits, assert_says, assert_scaled, numbers_of};
+use common::reference::{Asked, Mode, SCOPES, uneven};
+use common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, assert_scaled, numbers_of};
 use gradclip::gpu::{GpuRunning, GpuRunningPlan, GpuTensor};
-use gradclip::{Budget, Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope, UnitAxis};
-
-const POLICIES: [NonFinite; 5] =
-    [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
-
-const SCOPES: [(Scope, Option<UnitAxis>, Budget); 7] = [
-    (Scope::Global, None, Budget::Each),
-    (Scope::Tensor, None, Budget::Each),
-    (Scope::Unit, None, Budget::Each),
-    (Scope::Unit, Some(UnitAxis::Last), Budget::Each),
-    (Scope::Example, None, Budget::Each),
-    (Scope::ExampleTensor, None, Budget::Uniform),
-    (Scope::ExampleTensor, None, Budget::Sized),
-];
+use gradclip::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope};
 
 const MODES: [(Mode, NormType); 4] = [
     (Mode::Norm, NormType::L2),

@@ -3,11 +3,9 @@
 mod common;
 
 use common::numbers::{Random, exact_norm};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use common::{Data, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType};
 
-const POLICIES: [NonFinite; 5] =
-    [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
 const MAX_NORM: f64 = 0.7;
 const BOUND: f64 = 0.5;
 

@@ -4,14 +4,9 @@
 mod common;
 
 use common::numbers::Random;
-use common::reference::{Asked, Mode};
-use common::{Data, Done, Path, assert_norm, assert_same_bits, assert_scaled, clip_host, numbers_of};
-use gradclip::{
-    Budget, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType, RunningPartial, Scope, TensorMut, UnitAxis,
-};
-
-const POLICIES: [NonFinite; 5] =
-    [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
+use common::reference::{Asked, Mode, SCOPES};
+use common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, clip_host, numbers_of};
+use gradclip::{Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType, RunningPartial, Scope, TensorMut};
 
 fn set(seed: u64) -> Vec<Data> {
     let mut random = Random(seed);
@@ -41,17 +36,8 @@ fn norms_of(report: &ClipReport, scope: Scope) -> Vec<f64> {
 #[test]
 fn a_clip_by_its_own_norms_is_the_clip() {
     let set = set(81);
-    let scopes = [
-        (Scope::Global, None, Budget::Each),
-        (Scope::Tensor, None, Budget::Each),
-        (Scope::Unit, None, Budget::Each),
-        (Scope::Unit, Some(UnitAxis::Last), Budget::Each),
-        (Scope::Example, None, Budget::Each),
-        (Scope::ExampleTensor, None, Budget::Uniform),
-        (Scope::ExampleTensor, None, Budget::Sized),
-    ];
     let p3 = NormType::p(3.0).expect("valid");
-    for (scope, axis, budget) in scopes {
+    for (scope, axis, budget) in SCOPES {
         for (mode, norm_type) in [
             (Mode::Norm, NormType::L2),
             (Mode::Norm, NormType::Inf),

@@ -3,11 +3,8 @@
 mod common;
 
 use common::numbers::{Random, exact_norm};
-use common::{Data, Path, assert_same_bits, numbers_of};
+use common::{Data, POLICIES, Path, assert_same_bits, numbers_of};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType};
-
-const POLICIES: [NonFinite; 5] =
-    [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
 
 /// (sign bit, bits of infinity)
 fn format(dtype: Dtype) -> (u64, u64) {

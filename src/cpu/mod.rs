@@ -62,8 +62,7 @@ use with_element;
 /// Measures what [`apply`] would do, and writes nothing.
 pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<ClipReport, Error> {
     let found = Measured::of(clip, tensors, progress)?;
-    let leaves = clip.only_measures() || found.bad && clip.refuses_non_finite();
-    found.decide(clip, tensors, leaves).map(|(report, _)| report)
+    found.decide(clip, tensors, clip.only_measures() || found.refused(clip)).map(|(report, _)| report)
 }
 
 /// Some tensors and the clip that is theirs.
@@ -97,7 +96,7 @@ pub(crate) fn apply(
         }
         measured.push(found);
     }
-    let refused = groups.iter().zip(&measured).any(|((clip, _), found)| found.bad && clip.refuses_non_finite());
+    let refused = groups.iter().zip(&measured).any(|((clip, _), found)| found.refused(clip));
     let mut decided = Vec::new();
     for ((clip, tensors), found) in groups.iter().zip(&measured) {
         // A clip that only measures does not even unscale.
@@ -119,7 +118,7 @@ pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]
     clip.check_adaptive()?;
     let segments = segments_of(clip, &views(tensors))?;
     let found = Measured::given(clip, &views(tensors), segments, given)?;
-    let leaves = clip.only_measures() || found.bad && clip.refuses_non_finite();
+    let leaves = clip.only_measures() || found.refused(clip);
     let (report, outcomes) = found.decide(clip, &views(tensors), leaves)?;
     write(clip, &found.segments, &outcomes, tensors);
     Ok(report)
@@ -133,7 +132,7 @@ pub(crate) fn sum_examples(
     progress: &Progress,
 ) -> Result<ClipReport, Error> {
     let found = Measured::of(clip, tensors, progress)?;
-    let refused = found.bad && clip.refuses_non_finite();
+    let refused = found.refused(clip);
     let (report, outcomes) = found.decide(clip, tensors, refused)?;
     if !refused {
         let drop = clip.non_finite == NonFinite::Drop;
@@ -234,9 +233,6 @@ impl Measured {
     fn given(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, given: Given<'_>) -> Result<Self, Error> {
         match given {
             Given::Partial(partial, elements) => {
-                if clip.scope != Scope::Global {
-                    return Err(Error::Unfit("a running partial is of all tensors; the scope must be Global"));
-                }
                 let mut found = Self::new(clip, tensors, segments, &[*partial]);
                 found.elements = elements;
                 found.max_norms = vec![clip.max_norm(elements, 1.0, 0.0)];
@@ -279,6 +275,11 @@ impl Measured {
         let total_norm = if self.bad { f64::NAN } else { self.total_norm };
         self.max_norms = self.segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
         Ok(())
+    }
+
+    /// Whether the policy keeps everything as it is.
+    fn refused(&self, clip: &Clip) -> bool {
+        self.bad && clip.refuses_non_finite()
     }
 
     /// The report and the outcomes; under a refusal every segment is left as it is.

@@ -16,7 +16,7 @@ use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
 use super::tuning::{LANE_COLUMN, LANE_ROW};
 use crate::clip::Mode;
 use crate::segment::{By, Segments};
-use crate::{Clip, Error, NonFinite, NormType};
+use crate::{Clip, Dtype, Error, NonFinite, NormType};
 
 /// What [`GpuPlan`](super::GpuPlan) is once it is built.
 #[derive(Debug)]
@@ -42,6 +42,13 @@ pub(super) struct Group {
     pub(super) names: Vec<Option<Arc<str>>>,
     pub(super) elements: u64,
     pub(super) given: bool,
+}
+
+impl Group {
+    /// What its kernels measure; norms from outside are measured as the largest of one element.
+    fn norm(&self) -> Option<Norm> {
+        if self.given { Some(Norm::Inf) } else { self.clip.measured().map(Norm::from) }
+    }
 }
 
 /// A dispatch, with all that it binds.
@@ -281,7 +288,7 @@ impl Built {
         let of = layout.groups.iter().map(|g| (&g.clip, &g.segments, g.given));
         let memory = Memory::new(gpu, of, layout.tree.partials, &states, results)?;
         let mut builder = Builder::new(gpu, &buffers);
-        layout.measure(&mut builder, &job);
+        layout.measure(&mut builder);
         layout.decide(&mut builder, &job, &rules);
         layout.apply(&mut builder, &job);
         let running = if let Job::Running(running) = &job { Some(&running.partial) } else { None };
@@ -422,18 +429,14 @@ impl PlanLayout {
         Some(())
     }
 
-    fn measure(&self, builder: &mut Builder<'_>, job: &Job) {
+    fn measure(&self, builder: &mut Builder<'_>) {
         for (i, (group, tables)) in self.groups.iter().zip(&self.parts).enumerate() {
-            let norm = match job {
-                Job::Scale(_) => Some(Norm::Inf),
-                _ => group.clip.measured().map(Norm::from),
-            };
+            let norm = group.norm();
             let guarded = group.clip.reads_first();
             for (window, of, dtype, rows) in tables.measured.rows() {
                 let kernel = match (of, norm) {
                     (Use::Mixed, _) => continue,
-                    (Use::Whole | Use::Run, Some(norm)) => Kernel::Norm { dtype, norm },
-                    (Use::Each, Some(norm)) => Kernel::NormEach { dtype, norm },
+                    (of, Some(norm)) => norm_kernel(of, dtype, norm),
                     (_, None) => Kernel::Clamp { dtype, guarded: false, writes: tables.writes && !guarded },
                 };
                 builder.window(Phase::Measure, kernel, i, window, rows);
@@ -443,9 +446,7 @@ impl PlanLayout {
             }
             if let (Some(parameters), Some(norm)) = (&tables.parameters, norm) {
                 for (window, of, dtype, rows) in parameters.rows() {
-                    let kernel =
-                        if of == Use::Each { Kernel::NormEach { dtype, norm } } else { Kernel::Norm { dtype, norm } };
-                    builder.window(Phase::Measure, kernel, i, window, rows);
+                    builder.window(Phase::Measure, norm_kernel(of, dtype, norm), i, window, rows);
                 }
             }
         }
@@ -460,8 +461,7 @@ impl PlanLayout {
             return;
         }
         for (i, (group, rule)) in self.groups.iter().zip(rules).enumerate() {
-            let given = group.given;
-            let norm = if given { Some(Norm::Inf) } else { group.clip.measured().map(Norm::from) };
+            let (norm, given) = (group.norm(), group.given);
             let workgroups = group.segments.count.max(1).div_ceil(self.limits.workgroup);
             if let (Some(rule), Some(norm)) = (rule, norm) {
                 let kernel = Kernel::Threshold { formula: rule.formula, norm };
@@ -495,6 +495,11 @@ impl PlanLayout {
             builder.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true });
         }
     }
+}
+
+/// The kernel that measures such rows.
+fn norm_kernel(of: Use, dtype: Dtype, norm: Norm) -> Kernel {
+    if of == Use::Each { Kernel::NormEach { dtype, norm } } else { Kernel::Norm { dtype, norm } }
 }
 
 /// What a dispatch binds as its group 1, until there are buffers.
@@ -599,9 +604,7 @@ impl<'a> Builder<'a> {
                     vec![of.map_or_else(|| whole(&memory.thresholds), window), rows(range), window(sums)]
                 }
                 Subject::Decide => vec![whole(&memory.thresholds), whole(&memory.coefficients)],
-                Subject::Threshold => {
-                    vec![whole(&memory.thresholds), whole(&memory.states)]
-                }
+                Subject::Threshold => vec![whole(&memory.thresholds), whole(&memory.states)],
                 Subject::Running => running.map(whole).into_iter().collect(),
             };
             phases[phase as usize].push(dispatch(gpu, kernel, clips[group].of(kernel), &parts, workgroups)?);

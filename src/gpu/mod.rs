@@ -60,7 +60,7 @@ use tuning::Tuning;
 use crate::error::tensor_label;
 use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
 pub use crate::tensor::GpuTensor;
-use crate::{Clip, Dtype, Error, Scope};
+use crate::{Clip, Dtype, Error};
 
 pub(crate) use device::Wait;
 pub use device::adapters;
@@ -210,8 +210,7 @@ impl GpuClipper {
     /// [`Error::Unfit`] for a clip by value and for AGC; those of [`GpuClipper::plan`].
     pub fn plan_apart(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
         clip.check_adaptive()?;
-        let mut gathered = Gathered::default();
-        gathered.add(clip, tensors)?;
+        let gathered = Gathered::of(clip, tensors)?;
         gathered.check_overlaps()?;
         self.build(gathered, Job::Clip, Follows::Host)
     }
@@ -222,8 +221,7 @@ impl GpuClipper {
     /// # Errors
     /// Those of [`GpuClipper::plan`].
     pub fn plan_measure(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        let mut gathered = Gathered::default();
-        gathered.add(clip, tensors)?;
+        let gathered = Gathered::of(clip, tensors)?;
         self.build(gathered, Job::Measure, Follows::Clip)
     }
 
@@ -243,8 +241,7 @@ impl GpuClipper {
         if norms.dtype != Dtype::F32 {
             return Err(Error::Unfit("norms from outside must be float32"));
         }
-        let mut gathered = Gathered::default();
-        gathered.add(clip, tensors)?;
+        let mut gathered = Gathered::of(clip, tensors)?;
         gathered.check_overlaps()?;
         let expected = gathered.groups[0].segments.count.into();
         if norms.len() != expected {
@@ -267,15 +264,14 @@ impl GpuClipper {
         threshold: DeviceThreshold,
         tensors: &[GpuTensor],
     ) -> Result<GpuPlan, Error> {
-        let mut gathered = Gathered::default();
-        gathered.add(clip, tensors)?;
+        let gathered = Gathered::of(clip, tensors)?;
         gathered.check_overlaps()?;
         self.build(gathered, Job::Clip, Follows::Device(threshold))
     }
 
     /// Plans to clip each example by itself and to sum the clipped ones: `sums[i]`, float32, becomes the sum over
-    /// dimension 0 of the clipped `tensors[i]`, which stay as they are. The scope must be [`Scope::Example`] or
-    /// [`Scope::ExampleTensor`].
+    /// dimension 0 of the clipped `tensors[i]`, which stay as they are. The scope must be [`Scope::Example`](crate::Scope::Example) or
+    /// [`Scope::ExampleTensor`](crate::Scope::ExampleTensor).
     ///
     /// On the web the sums must lie in buffers of their own, because WebGPU allows no two writable views of one.
     ///
@@ -286,13 +282,10 @@ impl GpuClipper {
     /// [`Error::Unfit`] under another scope; [`Error::Length`] or [`Error::Shape`] if the sums are not as many, not as
     /// long or not float32; those of [`GpuClipper::plan`].
     pub fn plan_sum(&self, clip: &Clip, tensors: &[GpuTensor], sums: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        if clip.measured().is_none() || !matches!(clip.scope, Scope::Example | Scope::ExampleTensor) {
-            return Err(Error::Unfit("only examples are summed: the scope must be Example or ExampleTensor"));
-        }
+        clip.check_examples()?;
         let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
         crate::tensor::check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)?;
-        let mut gathered = Gathered::default();
-        gathered.add(clip, tensors)?;
+        let mut gathered = Gathered::of(clip, tensors)?;
         let mut pairs = Vec::new();
         for (i, sum) in sums.iter().enumerate() {
             let of = gathered.groups[0].pieces[i];
@@ -321,6 +314,13 @@ struct Gathered {
 }
 
 impl Gathered {
+    /// One group.
+    fn of(clip: &Clip, tensors: &[GpuTensor]) -> Result<Self, Error> {
+        let mut gathered = Self::default();
+        gathered.add(clip, tensors)?;
+        Ok(gathered)
+    }
+
     fn piece(&mut self, t: &GpuTensor, layout: Layout) -> Piece {
         let buffers = &mut self.buffers;
         let buffer = *self.places.entry(t.buffer.clone()).or_insert_with(|| {

@@ -193,7 +193,8 @@ impl GpuPlan {
     }
 
     async fn threshold_by(&self, wait: Wait) -> Result<Option<DeviceThreshold>, Error> {
-        let (Some(threshold), states) = (&self.built.threshold, &self.built.memory.states) else { return Ok(None) };
+        let Some(threshold) = &self.built.threshold else { return Ok(None) };
+        let states = &self.built.memory.states;
         let rows = self.built.groups[0].segments.count as usize;
         let mut bytes = self.gpu.device.read(&[(states, 0, states.size())], wait).await?;
         bytes.truncate(rows * size_of::<StateRow>());

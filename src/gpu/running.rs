@@ -108,8 +108,7 @@ impl GpuRunning {
     /// Those of [`GpuClipper::plan`].
     pub fn plan(&self, tensors: &[GpuTensor]) -> Result<GpuRunningPlan, Error> {
         let mut sets = self.sets();
-        let mut gathered = Gathered::default();
-        gathered.add(&self.clip, tensors)?;
+        let gathered = Gathered::of(&self.clip, tensors)?;
         gathered.check_overlaps()?;
         let first_tensor = sets.names.len();
         let memory = RunningMemory {
@@ -190,7 +189,7 @@ impl GpuRunningPlan {
     /// # Errors
     /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
     pub fn accumulate(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
-        self.0.encode_phases(encoder, &[Phase::Measure, Phase::Decide])
+        self.0.encode_measure(encoder)
     }
 
     /// Records the scaling of these tensors by the last [`GpuRunning::finish`].

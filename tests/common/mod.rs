@@ -7,8 +7,12 @@ pub(crate) mod gpu;
 pub(crate) mod numbers;
 pub(crate) mod reference;
 
-use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, NormType, Tensor, TensorMut};
+use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, NonFinite, NormType, Tensor, TensorMut};
 use numbers::{from_bits, rounded_bits};
+
+/// Every policy.
+pub(crate) const POLICIES: [NonFinite; 5] =
+    [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
 
 /// A gradient: bytes of one dtype.
 #[derive(Clone, PartialEq)]

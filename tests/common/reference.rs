@@ -16,6 +16,17 @@ pub(crate) enum Mode {
     Agc,
 }
 
+/// Every scope, with every axis and every budget that makes segments of another kind.
+pub(crate) const SCOPES: [(Scope, Option<UnitAxis>, Budget); 7] = [
+    (Scope::Global, None, Budget::Each),
+    (Scope::Tensor, None, Budget::Each),
+    (Scope::Unit, None, Budget::Each),
+    (Scope::Unit, Some(UnitAxis::Last), Budget::Each),
+    (Scope::Example, None, Budget::Each),
+    (Scope::ExampleTensor, None, Budget::Uniform),
+    (Scope::ExampleTensor, None, Budget::Sized),
+];
+
 /// A clip that can be looked into.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
