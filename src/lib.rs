@@ -75,7 +75,7 @@
 //! - `gpu` (default): the wgpu path. Without it the library is the CPU path alone and builds no wgpu.
 //! - `serde`: [`ZClip`], [`AutoClip`] and [`AdaGc`] can be saved and restored with a checkpoint.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod clip;
 mod clipper;

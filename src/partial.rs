@@ -12,6 +12,13 @@ pub(crate) struct Location {
     pub(crate) index: u64,
 }
 
+impl Location {
+    /// So many elements further on in the tensor.
+    pub(crate) fn ahead(self, elements: usize) -> Self {
+        Self { index: self.index + elements as u64, ..self }
+    }
+}
+
 /// What is known of some elements of a segment. Partials of disjoint pieces merge into that of their union.
 ///
 /// The sum is kept as `sum * 2^exponent`, so that neither the square of 1e300 nor that of 1e-300 is lost. Merging is

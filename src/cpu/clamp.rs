@@ -1,107 +1,199 @@
 //! Takes each element of a chunk to the bounds of a value clip. Twin of `shaders/clamp.wgsl`.
+//!
+//! Block by block: a look at it, and a write if anything changes. The second sweep finds the block in the first-level
+//! cache. Both compare bits as integers, which order like the numbers, so that an element that stays keeps every bit, a NaN
+//! its payload. Where a loss scale is taken out, both work on a copy of the block in the type that is computed in.
 
-use super::block::{Wide, Widen, for_blocks, update_blocks};
-use super::norm::non_finite;
-use super::scale::drop_from;
+use std::marker::PhantomData;
+
+use super::census::census;
+use super::element::{Bits, Wide, Widen, elements, for_groups, load, update_groups};
+use super::isa::{Isa, Kernel, LANES, run};
+use super::scale::{ExactProduct, Map, Product, with_product};
+use super::tuning::BLOCK;
 use crate::clip::Mode;
 use crate::partial::{Location, Partial};
 use crate::{Clip, NonFinite};
 
-/// What a value clip does to elements that are computed in `W`.
-#[derive(Clone, Copy)]
-struct Clamp<W> {
-    min: W,
-    max: W,
-    /// `1 / grad_scale`, and the same in `W` where it fits.
-    factor: f64,
-    narrow_factor: Option<W>,
-    drop_non_finite: bool,
-}
-
-impl<W: Wide> Clamp<W> {
-    /// Bounds are rounded to the stored type first: rounding is monotonic, so clamping to rounded bounds is the same
-    /// as clamping and then rounding, and an element that is stored at the bound counts as inside.
-    fn new<T: Widen<Wide = W>>(clip: &Clip) -> Self {
-        let (min, max) = match clip.mode {
-            Mode::Value { min, max } => (min, max),
-            _ => (f64::NEG_INFINITY, f64::INFINITY),
-        };
-        let factor = 1.0 / clip.grad_scale;
-        Self {
-            min: T::round(min),
-            max: T::round(max),
-            factor,
-            narrow_factor: W::factor(factor),
-            drop_non_finite: clip.non_finite == NonFinite::Drop,
-        }
-    }
-
-    fn unscaled(self, x: W) -> W {
-        if self.factor == 1.0 {
-            x
-        } else {
-            self.narrow_factor.map_or_else(|| x.scaled_by_any(self.factor), |factor| x.scaled(factor))
-        }
-    }
-
-    /// Not `clamp`, which would panic on NaN bounds; NaN stays NaN and -0 within the bounds stays -0.
-    fn clamped(self, x: W) -> W {
-        if x < self.min {
-            self.min
-        } else if x > self.max {
-            self.max
-        } else {
-            x
-        }
-    }
-
-    /// Whether `x` lies outside the bounds. NaN does not; nor does an infinity that will be dropped.
-    fn is_outside(self, x: W) -> bool {
-        let x = self.unscaled(x);
-        (x < self.min || x > self.max) && (x.is_finite() || !self.drop_non_finite)
-    }
-
-    fn partial(self, at: Location, block: &[W]) -> Partial {
-        let outside = block.iter().fold(false, |any, x| any | self.is_outside(*x));
-        let all_finite = block.iter().fold(true, |all, x| all & x.is_finite());
-        let partial = if all_finite {
-            Partial::EMPTY
-        } else {
-            non_finite(block, |i| Location { index: at.index + i as u64, ..at })
-        };
-        Partial { outside, ..partial }
-    }
-}
-
 /// Looks, and writes nothing.
 pub(super) fn scan<T: Widen>(clip: &Clip, at: Location, data: &[u8]) -> Partial {
-    let clamp = Clamp::new::<T>(clip);
-    let mut chunk = Partial::EMPTY;
-    for_blocks::<T>(data, |index, block| {
-        chunk = chunk.merge(clamp.partial(Location { index: at.index + index, ..at }, block));
-    });
-    chunk
+    let clamp = Clamp::<T>::new(clip);
+    let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
+    blocks.fold(Partial::EMPTY, |chunk, (i, block)| chunk.merge(clamp.partial(at.ahead(i * BLOCK), block)))
 }
 
 /// Clamps and tells what it met. Blocks in which nothing changes are not written.
 pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Partial {
-    let clamp = Clamp::new::<T>(clip);
-    let mut chunk = Partial::EMPTY;
-    update_blocks::<T>(
-        data,
-        |index, block| {
-            let partial = clamp.partial(Location { index: at.index + index, ..at }, block);
-            chunk = chunk.merge(partial);
-            partial.outside || (clamp.drop_non_finite && partial.non_finite > 0) || clamp.factor != 1.0
-        },
-        |_, block| {
-            if clamp.drop_non_finite {
-                drop_from(block);
+    let clamp = Clamp::<T>::new(clip);
+    let blocks = data.chunks_mut(BLOCK * size_of::<T>()).enumerate();
+    blocks.fold(Partial::EMPTY, |chunk, (i, block)| {
+        let partial = clamp.partial(at.ahead(i * BLOCK), block);
+        if partial.outside || (clamp.drop && partial.non_finite > 0) || clamp.factor != 1.0 {
+            clamp.write(block);
+        }
+        chunk.merge(partial)
+    })
+}
+
+/// What a value clip does to elements of a type.
+#[derive(Clone, Copy)]
+struct Clamp<T: Widen> {
+    min: T,
+    max: T,
+    /// `1 / grad_scale`.
+    factor: f64,
+    drop: bool,
+}
+
+impl<T: Widen> Clamp<T> {
+    /// Bounds are rounded to the stored type first: rounding is monotonic, so clamping to rounded bounds is the same
+    /// as clamping and then rounding, and an element that is stored at the bound counts as inside.
+    fn new(clip: &Clip) -> Self {
+        let (min, max) = match clip.mode {
+            Mode::Value { min, max } => (min, max),
+            _ => (f64::NEG_INFINITY, f64::INFINITY),
+        };
+        let (min, max) = (T::round(min), T::round(max));
+        Self { min, max, factor: 1.0 / clip.grad_scale, drop: clip.non_finite == NonFinite::Drop }
+    }
+
+    /// What the block has outside the bounds or not finite.
+    fn partial(self, at: Location, block: &[u8]) -> Partial {
+        let [mut outside, non_finite] = run(Look { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
+        if self.factor != 1.0 {
+            let mut wide = [T::Wide::ZERO; BLOCK];
+            let block = self.unscaled(false, block, &mut wide);
+            [outside, _] = run(Look { bounds: self.wide_bounds(), drop: self.drop, block });
+        }
+        let census = if non_finite { census::<T>(block).partial(|i| at.ahead(i)) } else { Partial::EMPTY };
+        Partial { outside, ..census }
+    }
+
+    fn write(self, block: &mut [u8]) {
+        if self.factor == 1.0 {
+            return run(Write { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
+        }
+        let mut wide = [T::Wide::ZERO; BLOCK];
+        let unscaled = self.unscaled(self.drop, block, &mut wide);
+        run(Write { bounds: self.wide_bounds(), drop: false, block: unscaled });
+        run(Round::<T> { wide: &wide, block });
+    }
+
+    fn wide_bounds(self) -> Bounds<T::Wide> {
+        Bounds::new(self.min.wide(), self.max.wide())
+    }
+
+    /// The block without its loss scale, as bytes of `wide`.
+    fn unscaled<'w>(self, drop: bool, block: &[u8], wide: &'w mut [T::Wide; BLOCK]) -> &'w mut [u8] {
+        with_product!(T::Wide, self.factor, drop, map => run(Unscale::<T, _> { block, map, wide, of: PhantomData }));
+        bytemuck::cast_slice_mut(&mut wide[..block.len() / size_of::<T>()])
+    }
+}
+
+/// The bounds, and the integers that they are compared as.
+#[derive(Clone, Copy)]
+struct Bounds<T: Widen> {
+    min: T::Bits,
+    max: T::Bits,
+    low: <T::Bits as Bits>::Signed,
+    high: <T::Bits as Bits>::Signed,
+}
+
+impl<T: Widen> Bounds<T> {
+    fn new(min: T, max: T) -> Self {
+        let (min, max) = (min.bits(), max.bits());
+        // Both zeros are within a bound of 0: 0 comes after -0.
+        let zero = |bound: T::Bits| bound.magnitude() == T::Bits::ZERO;
+        let low = if zero(min) { T::Bits::NEGATIVE_ZERO } else { min }.ordered();
+        let high = if zero(max) { T::Bits::ZERO } else { max }.ordered();
+        Self { min, max, low, high }
+    }
+}
+
+/// Whether anything is outside the bounds, and whether anything is not finite.
+struct Look<'a, T: Widen> {
+    bounds: Bounds<T>,
+    drop: bool,
+    block: &'a [u8],
+}
+
+impl<T: Widen> Kernel for Look<'_, T> {
+    type Output = [bool; 2];
+    #[inline(always)]
+    fn on<I: Isa>(self, _: I) -> [bool; 2] {
+        let Bounds { low, high, .. } = self.bounds;
+        // A NaN is not outside; nor is an infinity that will be dropped.
+        let greatest = if self.drop { T::INFINITY.below() } else { T::INFINITY };
+        let (mut outside, mut non_finite) = (T::Bits::ZERO, T::Bits::ZERO);
+        for x in elements::<T>(self.block) {
+            let (magnitude, ordered) = (x.bits().magnitude(), x.bits().ordered());
+            outside = outside.or(T::Bits::count(((ordered < low) | (ordered > high)) & (magnitude <= greatest)));
+            non_finite = non_finite.or(T::Bits::count(magnitude >= T::INFINITY));
+        }
+        [outside != T::Bits::ZERO, non_finite != T::Bits::ZERO]
+    }
+}
+
+/// Clamps.
+struct Write<'a, T: Widen> {
+    bounds: Bounds<T>,
+    drop: bool,
+    block: &'a mut [u8],
+}
+
+impl<T: Widen> Kernel for Write<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, _: I) {
+        let Bounds { min, max, low, high } = self.bounds;
+        // What is dropped becomes 0, and then what 0 becomes.
+        let dropped_from = if self.drop { T::INFINITY } else { T::Bits::MAX };
+        for bytes in self.block.chunks_exact_mut(size_of::<T>()) {
+            let bits = bytemuck::pod_read_unaligned::<T::Bits>(bytes);
+            let bits = if bits.magnitude() >= dropped_from { T::Bits::ZERO } else { bits };
+            let ordered = bits.ordered();
+            let above = if ordered > high { max } else { bits };
+            let clamped = if ordered < low { min } else { above };
+            let new = if bits.magnitude() > T::INFINITY { bits } else { clamped };
+            bytes.copy_from_slice(bytemuck::bytes_of(&new));
+        }
+    }
+}
+
+/// Writes what becomes of each element in the type that is computed in.
+struct Unscale<'a, T: Widen, M> {
+    block: &'a [u8],
+    map: M,
+    wide: &'a mut [T::Wide; BLOCK],
+    of: PhantomData<T>,
+}
+
+impl<T: Widen, M: Map<T::Wide>> Kernel for Unscale<'_, T, M> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, isa: I) {
+        let mut groups = self.wide.as_chunks_mut::<LANES>().0.iter_mut();
+        for_groups::<T>(self.block, |group| {
+            if let Some(wide) = groups.next() {
+                *wide = T::Wide::numbers(isa, self.map.of(isa, T::widen(isa, load(group))));
             }
-            for x in block {
-                *x = clamp.clamped(clamp.unscaled(*x));
-            }
-        },
-    );
-    chunk
+        });
+    }
+}
+
+/// Rounds elements back.
+struct Round<'a, T: Widen> {
+    wide: &'a [T::Wide; BLOCK],
+    block: &'a mut [u8],
+}
+
+impl<T: Widen> Kernel for Round<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, isa: I) {
+        let mut groups = self.wide.as_chunks::<LANES>().0.iter();
+        update_groups::<T>(self.block, |group| {
+            groups.next().map_or(group, |wide| T::narrow(isa, T::Wide::lanes(isa, *wide)))
+        });
+    }
 }

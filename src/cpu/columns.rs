@@ -1,10 +1,14 @@
 //! The norms of columns, read row by row. Twin of `shaders/norm_each.wgsl`.
 //!
-//! Each column is summed in a float64 of its own. A column that this does not suffice for, because it holds a non-finite
-//! element or its sum leaves the safe range, is gathered and measured like any run.
+//! Each column is summed in a float64 of its own, four rows at a time, by the same tree as a run. A column that this does
+//! not suffice for, because it holds a non-finite element or its sum cannot be trusted, is gathered and walked like one.
 
-use super::block::{Wide, Widen, for_blocks};
-use super::norm::{of_finite_or_not, with_term};
+use std::marker::PhantomData;
+
+use super::element::{Bits, Widen, elements, group_size};
+use super::isa::{Isa, Kernel, LANES, run};
+use super::norm::{STEP, of_block, tree, trusts};
+use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Square, Term, with_term};
 use super::tuning::COLUMNS;
 use crate::NormType;
 use crate::partial::{Location, Partial};
@@ -15,39 +19,92 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], st
     let (size, width) = (size_of::<T>(), slots.len());
     let rows = data.len().div_ceil(stride * size);
     let row = |i: usize| &data[i * stride * size..][..width * size];
-    let mut sums = [0f64; COLUMNS];
-    for i in 0..rows {
-        for_blocks::<T>(row(i), |first, block| {
-            let sums = &mut sums[first as usize..];
-            if norm_type == NormType::Inf {
-                // A NaN is lost in `max`, so it is taken for an infinity.
-                for (sum, x) in sums.iter_mut().zip(block) {
-                    let size = Into::<f64>::into(*x).abs();
-                    *sum = if size.is_nan() { f64::INFINITY } else { sum.max(size) };
-                }
-            } else {
-                with_term!(norm_type, term => {
-                    for (sum, x) in sums.iter_mut().zip(block) {
-                        *sum += term((*x).into());
-                    }
-                });
-            }
-        });
-    }
-    let mut column = Vec::new();
-    for (c, (sum, slot)) in sums.into_iter().zip(slots).enumerate() {
-        if T::Wide::trusts(norm_type, sum) {
-            *slot = match norm_type {
-                NormType::Inf => Partial { max: sum, ..Partial::EMPTY },
-                _ => Partial { sum, ..Partial::EMPTY },
-            };
-            continue;
-        }
-        column.clear();
+    if norm_type == NormType::Inf {
+        let mut maxima = [T::Bits::ZERO; COLUMNS];
+        let maxima = &mut maxima[..width];
         for i in 0..rows {
-            for_blocks::<T>(&row(i)[c * size..][..size], |_, x| column.extend_from_slice(x));
+            run(RowMaxima::<T> { row: row(i), maxima });
         }
-        let place = |i: usize| Location { index: at.index + (i * stride + c) as u64, ..at };
-        *slot = of_finite_or_not(norm_type, &column, place);
+        for (max, slot) in maxima.iter().zip(&mut *slots) {
+            *slot = Partial { max: T::of_bits(*max).wide().into(), ..Partial::EMPTY };
+        }
+    } else {
+        // Whole groups of lanes, so that the last one needs no other code.
+        let mut sums = [[0f64; LANES]; COLUMNS / LANES];
+        let strip = Strip::<T> { data, stride: stride * size, width: width * size, sums: &mut sums, of: PhantomData };
+        if norm_type == NormType::L2 && T::SQUARES_IN_F32_FROM.is_some() {
+            run(ColumnSums { strip, term: NarrowSquare });
+        } else {
+            with_term!(norm_type, term => run(ColumnSums { strip, term }));
+        }
+        for (sum, slot) in sums.as_flattened().iter().zip(&mut *slots) {
+            *slot = Partial { sum: *sum, ..Partial::EMPTY };
+        }
+    }
+    for (c, slot) in slots.iter_mut().enumerate() {
+        if !trusts::<T>(norm_type, slot) {
+            let element = |i: usize| bytemuck::pod_read_unaligned::<T>(&row(i)[c * size..][..size]).wide();
+            let column: Vec<_> = (0..rows).map(element).collect();
+            *slot = of_block(norm_type, &column, |i| at.ahead(i * stride + c));
+        }
+    }
+}
+
+/// Takes a row into the largest magnitudes of its columns.
+struct RowMaxima<'a, T: Widen> {
+    row: &'a [u8],
+    maxima: &'a mut [T::Bits],
+}
+
+impl<T: Widen> Kernel for RowMaxima<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, _: I) {
+        for (max, x) in self.maxima.iter_mut().zip(elements::<T>(self.row)) {
+            *max = (*max).max(x.bits().magnitude());
+        }
+    }
+}
+
+/// Adjacent columns: `width` bytes of each row, with a row every `stride` bytes.
+struct Strip<'a, T> {
+    data: &'a [u8],
+    stride: usize,
+    width: usize,
+    sums: &'a mut [[f64; LANES]],
+    of: PhantomData<T>,
+}
+
+/// Sums the terms of each column.
+struct ColumnSums<'a, T, M> {
+    strip: Strip<'a, T>,
+    term: M,
+}
+
+impl<T: Widen, M: Term<T::Wide>> Kernel for ColumnSums<'_, T, M> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, isa: I) {
+        let Strip { data, stride, width, sums, .. } = self.strip;
+        let size = const { group_size::<T>() };
+        let mut padded = [0; STEP * group_size::<f64>()];
+        for rows in data.chunks(STEP * stride) {
+            let whole_rows = rows.len() >= (STEP - 1) * stride + width;
+            for (sums, start) in sums.iter_mut().zip((0..width).step_by(size)) {
+                let end = width.min(start + size);
+                let (groups, stride) = if whole_rows && end - start == size {
+                    (&rows[start..], stride)
+                } else {
+                    // Zeros where no elements are add nothing.
+                    padded.fill(0);
+                    for (row, group) in rows.chunks(stride).zip(padded.chunks_exact_mut(size)) {
+                        group[..end - start].copy_from_slice(&row[start..end]);
+                    }
+                    (&padded[..], size)
+                };
+                let terms = tree::<T, I, M>(isa, groups, stride, self.term);
+                *sums = isa.doubles(isa.add(isa.d(*sums), terms));
+            }
+        }
     }
 }

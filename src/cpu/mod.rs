@@ -13,11 +13,19 @@
 //! Within a task, elements are taken in blocks that fit the first-level cache. A block is widened once (half precision
 //! to float32; a misaligned one is copied) so that each kernel is written for float32 and float64 only.
 
-mod block;
+mod census;
 mod clamp;
 mod columns;
+mod element;
+// In a build with checks of overflow the compiler cannot make vectors of everything.
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64", not(debug_assertions)))]
+mod instructions;
+mod isa;
 mod norm;
+mod power;
 mod scale;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod sets_agree;
 mod sum;
 mod task;
 mod tuning;

@@ -1,182 +1,213 @@
-//! The norm of a chunk, in one read.
+//! The norms of runs of elements, in one read. Twin of `shaders/norm.wgsl`.
 //!
-//! Elements are summed in float64 in 16 lanes, block by block. Squares of float32 values neither overflow nor underflow
-//! in float64, so the sum of a block is finite exactly if every element is: NaN and infinity cost nothing to detect,
-//! and only a block that has them is walked again to count and locate them. Float64 sums may overflow or underflow by
-//! themselves; a block whose sum leaves 1e±270 is summed again, scaled by the power of two of its largest element.
+//! ```text
+//! for each step of 4 groups of 16 elements:       widened in registers
+//!     terms of the 4 groups add up as a tree
+//!     16 lanes += the tree's root
+//! sum = the lanes, as a tree
+//! if the sum cannot be trusted: block by block, exactly
+//! ```
+//!
+//! 1. One chain of additions a lane, and a tree before it: the chain is a quarter as long, so that the latency of an
+//!    addition does not bound the speed, and rounding errors stay small.
+//! 2. NaN and infinity cost nothing to detect. Squares of float32 values neither overflow nor underflow in float64, so a
+//!    sum is finite exactly if every element is. Only a run whose sum is not is walked again, to count and locate them.
+//! 3. Float64 sums may overflow or underflow by themselves. A run whose sum leaves 1e±270 is walked again in blocks, and
+//!    those that still do are scaled by the power of two of their largest element.
+//! 4. Squares of half-precision values are exact in float32, and four of them add up there, before what is left goes into
+//!    a lane of float64: two roundings, 2^-24 of the norm at most, for a third of the work. Where a bfloat16 is too large
+//!    or too small for that, the sum says so, and the run is walked again.
 
-use super::block::{Wide, Widen, for_blocks};
+use std::marker::PhantomData;
+
+use super::census::census;
+use super::element::{Bits, Lanes, Wide, Widen, elements, group_size, load};
+use super::isa::{Isa, Kernel, LANES, run};
+use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Scaled, Square, Term, with_term};
+use super::tuning::BLOCK;
 use crate::NormType;
-use crate::partial::{Location, Partial, ldexp};
+use crate::partial::{Location, Partial};
 
-const LANES: usize = 16;
+/// Groups whose terms add up before they go into the lanes.
+pub(super) const STEP: usize = 4;
 
-/// Calls `$body` with `$term` standing for |x|^p, in a form that the compiler can make vectors of where there is one.
-macro_rules! with_term {
-    ($norm_type:expr, $term:ident => $body:expr) => {
-        match $norm_type.power() {
-            1.0 => {
-                let $term = |x: f64| x.abs();
-                $body
-            }
-            2.0 => {
-                let $term = |x: f64| x * x;
-                $body
-            }
-            3.0 => {
-                let $term = |x: f64| x.abs() * (x * x);
-                $body
-            }
-            4.0 => {
-                let $term = |x: f64| (x * x) * (x * x);
-                $body
-            }
-            0.5 => {
-                let $term = |x: f64| x.abs().sqrt();
-                $body
-            }
-            p => {
-                let $term = |x: f64| x.abs().powf(p);
-                $body
-            }
-        }
-    };
-}
-pub(super) use with_term;
-
-pub(super) fn norm<T: Widen>(norm_type: NormType, at: Location, data: &[u8]) -> Partial {
-    let mut chunk = Partial::EMPTY;
-    for_blocks::<T>(data, |index, block| {
-        let place = |i: usize| Location { index: at.index + index + i as u64, ..at };
-        chunk = chunk.merge(of_finite_or_not(norm_type, block, place));
-    });
-    chunk
-}
-
-/// The partial of elements, of which number i is at `place(i)`.
-pub(super) fn of_finite_or_not<W: Wide>(
-    norm_type: NormType,
-    block: &[W],
-    place: impl Fn(usize) -> Location,
-) -> Partial {
-    of_finite(norm_type, block).unwrap_or_else(|| {
-        let finite: Vec<_> = block.iter().map(|x| if x.is_finite() { *x } else { Wide::ZERO }).collect();
-        non_finite(block, place).merge(of_finite(norm_type, &finite).unwrap_or(Partial::EMPTY))
-    })
-}
-
-/// The partial of a block, or None if an element is not finite.
-fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
+/// The partials of consecutive runs of `len` elements each, of which the first begins at `at`.
+pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], len: usize, slots: &mut [Partial]) {
+    let size = len * size_of::<T>();
     if norm_type == NormType::Inf {
-        return Some(Partial { max: W::max_abs(block)?, ..Partial::EMPTY });
-    }
-    let direct = with_term!(norm_type, term => sum(block, |x| term(x.into())));
-    if W::trusts(norm_type, direct) {
-        return Some(Partial { sum: direct, ..Partial::EMPTY });
-    }
-    let top = W::max_abs(block)?;
-    let (sum, exponent) = if top == 0.0 {
-        (0.0, 0)
-    } else if let NormType::P(power) = norm_type {
-        // By the largest element itself, so that its term is 1 whatever p is.
-        let p = power.get();
-        let scaled = sum(block, |x| (x.into().abs() / top).powf(p));
-        let log2 = top.log2() * p;
-        (scaled * (log2 - log2.floor()).exp2(), log2.floor() as i64)
+        run(Maxima::<T> { data, size, slots, of: PhantomData });
     } else {
-        let exponent = exponent_of(top);
-        let scaled = with_term!(norm_type, term => sum(block, |x| term(ldexp(x.into(), -exponent))));
-        (scaled, if norm_type == NormType::L2 { 2 * exponent } else { exponent })
-    };
-    Some(Partial { sum, exponent, ..Partial::EMPTY })
-}
-
-/// Counts and locates the non-finite elements among those of which number i is at `place(i)`.
-pub(super) fn non_finite<W: Wide>(block: &[W], place: impl Fn(usize) -> Location) -> Partial {
-    let bad = || block.iter().enumerate().filter(|(_, x)| !x.is_finite());
-    Partial {
-        non_finite: bad().count() as u64,
-        nan: bad().any(|(_, x)| x.is_nan()),
-        first: bad().next().map(|(i, _)| place(i)),
-        ..Partial::EMPTY
+        sums::<T>(norm_type, data, size, slots);
     }
-}
-
-/// Σ term(x) in [`LANES`] lanes, which add up in a fixed order.
-fn sum<W: Copy>(xs: &[W], term: impl Fn(W) -> f64) -> f64 {
-    let mut lanes = [0f64; LANES];
-    let (groups, rest) = xs.as_chunks::<LANES>();
-    for group in groups {
-        for (lane, x) in lanes.iter_mut().zip(group) {
-            *lane += term(*x);
+    for (i, (data, slot)) in data.chunks_exact(size).zip(slots).enumerate() {
+        if !trusts::<T>(norm_type, slot) {
+            *slot = walked::<T>(norm_type, data, |k| at.ahead(i * len + k));
         }
     }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane += term(*x);
+}
+
+/// Whether a plain sum of |x|^p, or a maximum, is right: everything was finite, nothing overflowed, and nothing that
+/// matters underflowed.
+pub(super) fn trusts<T: Widen>(norm_type: NormType, found: &Partial) -> bool {
+    match (norm_type, T::SQUARES_IN_F32_FROM) {
+        (NormType::Inf, _) => found.max.is_finite(),
+        (NormType::L2, Some(least)) => found.sum.is_finite() && found.sum >= least,
+        // Neither squares nor absolute values of float32 leave the range of float64.
+        (NormType::L1 | NormType::L2, _) if size_of::<T::Wide>() < size_of::<f64>() => found.sum.is_finite(),
+        _ => SAFE.contains(&found.sum),
     }
-    lanes.iter().sum()
 }
 
 /// Sums of float64 or of powers outside this range (and 0) are taken again, scaled. Inside it, 2^64 of them add up
 /// without overflow, and what underflowed is below 2^-100 of the sum.
 const SAFE: std::ops::RangeInclusive<f64> = 1e-270..=1e270;
 
-impl Wide for f32 {
-    const ZERO: Self = 0.0;
-    fn is_finite(self) -> bool {
-        self.is_finite()
-    }
-    fn is_nan(self) -> bool {
-        self.is_nan()
-    }
-    fn scaled(self, factor: f32) -> f32 {
-        self * factor
-    }
-    fn factor(factor: f64) -> Option<f32> {
-        let narrow = factor as f32;
-        (narrow.is_normal() || factor == 0.0 || factor.is_nan()).then_some(narrow)
-    }
-    fn scaled_by_any(self, factor: f64) -> f32 {
-        (f64::from(self) * factor) as f32
-    }
-    fn trusts(norm_type: NormType, sum: f64) -> bool {
-        // Neither squares nor absolute values of float32 leave the range of float64.
-        if matches!(norm_type, NormType::P(_)) { SAFE.contains(&sum) } else { sum.is_finite() }
-    }
-    fn max_abs(xs: &[f32]) -> Option<f64> {
-        // Magnitudes order like their bits, and everything that is not finite comes after everything that is.
-        let max = f32::from_bits(xs.iter().fold(0, |max, x| max.max(x.to_bits() & (u32::MAX >> 1))));
-        max.is_finite().then_some(f64::from(max))
-    }
+/// The partial of a run whose plain sum cannot be trusted, and of which element number i is at `place(i)`.
+fn walked<T: Widen>(norm_type: NormType, data: &[u8], place: impl Fn(usize) -> Location) -> Partial {
+    let mut block = Vec::with_capacity(BLOCK);
+    let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
+    blocks.fold(Partial::EMPTY, |partial, (i, bytes)| {
+        block.clear();
+        block.extend(elements::<T>(bytes).map(T::wide));
+        partial.merge(of_block(norm_type, &block, |k| place(i * BLOCK + k)))
+    })
 }
 
-impl Wide for f64 {
-    const ZERO: Self = 0.0;
-    fn is_finite(self) -> bool {
-        self.is_finite()
+/// The partial of a few elements of any kind, of which number i is at `place(i)`.
+pub(super) fn of_block<W: Wide>(norm_type: NormType, block: &[W], place: impl Fn(usize) -> Location) -> Partial {
+    of_finite(norm_type, block).unwrap_or_else(|| {
+        let finite: Vec<_> = block.iter().map(|x| if x.is_finite() { *x } else { W::ZERO }).collect();
+        let census = census::<W>(bytemuck::cast_slice(block));
+        census.partial(place).merge(of_finite(norm_type, &finite).unwrap_or(Partial::EMPTY))
+    })
+}
+
+/// The partial of a few elements, or None if one is not finite.
+fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
+    let (data, mut slot) = (bytemuck::cast_slice(block), [Partial::EMPTY]);
+    run(Maxima::<W> { data, size: data.len(), slots: &mut slot, of: PhantomData });
+    let top = slot[0].max;
+    if norm_type == NormType::Inf || top == 0.0 || !top.is_finite() {
+        return top.is_finite().then_some(slot[0]);
     }
-    fn is_nan(self) -> bool {
-        self.is_nan()
+    sums::<W>(norm_type, data, data.len(), &mut slot);
+    if trusts::<W>(norm_type, &slot[0]) {
+        return Some(slot[0]);
     }
-    fn scaled(self, factor: f64) -> f64 {
-        self * factor
-    }
-    fn factor(factor: f64) -> Option<f64> {
-        Some(factor)
-    }
-    fn scaled_by_any(self, factor: f64) -> f64 {
-        self * factor
-    }
-    fn trusts(norm_type: NormType, sum: f64) -> bool {
-        if norm_type == NormType::Inf { sum.is_finite() } else { SAFE.contains(&sum) }
-    }
-    fn max_abs(xs: &[f64]) -> Option<f64> {
-        let max = f64::from_bits(xs.iter().fold(0, |max, x| max.max(x.to_bits() & (u64::MAX >> 1))));
-        max.is_finite().then_some(max)
-    }
+    let exponent = if let NormType::P(p) = norm_type {
+        // By the largest element itself, so that its term is 1 whatever p is.
+        let (p, log2_top) = (p.get(), top.log2());
+        sum_terms::<W, _>(Power { p, log2_top }, data, data.len(), &mut slot);
+        let whole = (log2_top * p).floor();
+        slot[0].sum *= (log2_top * p - whole).exp2();
+        whole as i64
+    } else {
+        let exponent = exponent_of(top);
+        with_term!(norm_type, term => {
+            sum_terms::<W, _>(Scaled::new(term, exponent), data, data.len(), &mut slot);
+        });
+        if norm_type == NormType::L2 { 2 * exponent } else { exponent }
+    };
+    Some(Partial { exponent, ..slot[0] })
 }
 
 /// The exponent of a finite magnitude; for subnormals that of the smallest normal.
 fn exponent_of(x: f64) -> i64 {
     ((x.to_bits() >> 52) as i64 - 1023).max(-1022)
+}
+
+/// Sums |x|^p over each run of `size` bytes.
+fn sums<T: Widen>(norm_type: NormType, data: &[u8], size: usize, slots: &mut [Partial]) {
+    if norm_type == NormType::L2 && T::SQUARES_IN_F32_FROM.is_some() {
+        sum_terms::<T, _>(NarrowSquare, data, size, slots);
+    } else {
+        with_term!(norm_type, term => sum_terms::<T, _>(term, data, size, slots));
+    }
+}
+
+fn sum_terms<T: Widen, M: Term<T::Wide>>(term: M, data: &[u8], size: usize, slots: &mut [Partial]) {
+    run(Sums::<T, M> { data, size, slots, term, of: PhantomData });
+}
+
+/// Sums the terms of each run of `size` bytes.
+struct Sums<'a, T, M> {
+    data: &'a [u8],
+    size: usize,
+    slots: &'a mut [Partial],
+    term: M,
+    of: PhantomData<T>,
+}
+
+impl<T: Widen, M: Term<T::Wide>> Kernel for Sums<'_, T, M> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, isa: I) {
+        for (run, slot) in self.data.chunks_exact(self.size).zip(self.slots) {
+            *slot = Partial { sum: sum::<T, I, M>(isa, run, self.term), ..Partial::EMPTY };
+        }
+    }
+}
+
+#[inline(always)]
+fn sum<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, run: &[u8], term: M) -> f64 {
+    let size = const { STEP * group_size::<T>() };
+    let (whole, rest) = run.split_at(run.len() - run.len() % size);
+    // Zeros behind the elements add nothing.
+    let mut last = [0; STEP * group_size::<f64>()];
+    last[..rest.len()].copy_from_slice(rest);
+    let padded = if rest.is_empty() { 0 } else { size };
+    let mut lanes = isa.d([0.0; LANES]);
+    for part in [whole, &last[..padded]] {
+        for step in part.chunks_exact(size) {
+            lanes = isa.add(lanes, tree::<T, I, M>(isa, step, group_size::<T>(), term));
+        }
+    }
+    total(isa.doubles(lanes))
+}
+
+/// The sum of the terms of four groups, `stride` bytes apart, lane by lane.
+#[inline(always)]
+pub(super) fn tree<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, groups: &[u8], stride: usize, term: M) -> I::D {
+    let first =
+        M::Sum::add(isa, term_of::<T, I, M>(isa, groups, term), term_of::<T, I, M>(isa, &groups[stride..], term));
+    let [third, fourth] = [&groups[2 * stride..], &groups[3 * stride..]];
+    let second = M::Sum::add(isa, term_of::<T, I, M>(isa, third, term), term_of::<T, I, M>(isa, fourth, term));
+    M::Sum::to_f64(isa, M::Sum::add(isa, first, second))
+}
+
+/// The terms of the first group.
+#[inline(always)]
+fn term_of<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, groups: &[u8], term: M) -> Lanes<I, M::Sum> {
+    term.of(isa, T::widen(isa, load(&groups[..group_size::<T>()])))
+}
+
+fn total(mut lanes: [f64; LANES]) -> f64 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The largest |x| of each run of `size` bytes, NaN or infinite if one is.
+struct Maxima<'a, T> {
+    data: &'a [u8],
+    size: usize,
+    slots: &'a mut [Partial],
+    of: PhantomData<T>,
+}
+
+impl<T: Widen> Kernel for Maxima<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, _: I) {
+        for (run, slot) in self.data.chunks_exact(self.size).zip(self.slots) {
+            // As integers: everything that is not finite comes after everything that is.
+            let max = elements::<T>(run).fold(T::Bits::ZERO, |max, x| max.max(x.bits().magnitude()));
+            *slot = Partial { max: T::of_bits(max).wide().into(), ..Partial::EMPTY };
+        }
+    }
 }

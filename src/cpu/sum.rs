@@ -1,10 +1,13 @@
 //! Sums scaled examples. Twin of `shaders/sum.wgsl`.
 
-use super::block::{Widen, for_blocks};
-use super::scale::scaled;
+use std::marker::PhantomData;
+
+use super::element::{Wide, Widen, for_groups, load};
+use super::isa::{Isa, Kernel, LANES, run};
+use super::scale::{ExactProduct, Map, Product, Same, with_product};
 use super::tuning::COLUMNS;
 use crate::Dtype;
-use crate::partial::Outcome;
+use crate::partial::{Action, Outcome};
 
 /// Writes the sums over the rows of `data` of the columns from `left` on, each element multiplied by its row's factor.
 /// Products are rounded as a clip would round them in the type that is computed in, and summed in float64. `sums` holds
@@ -19,20 +22,48 @@ pub(super) fn sum<T: Widen>(
 ) {
     let wide = if T::DTYPE == Dtype::F64 { 8 } else { 4 };
     let width = sums.len() / wide;
-    let mut totals = [0f64; COLUMNS];
+    let mut totals = [[0f64; LANES]; COLUMNS / LANES];
     for (row, outcome) in outcomes.iter().enumerate() {
         let start = (row * columns + left) * size_of::<T>();
-        for_blocks::<T>(&data[start..start + width * size_of::<T>()], |at, block| {
-            for (total, x) in totals[at as usize..].iter_mut().zip(block) {
-                *total += scaled(outcome, drop, *x).into();
+        let row = &data[start..start + width * size_of::<T>()];
+        let totals = &mut totals[..];
+        match outcome.action {
+            Action::Zero => {}
+            Action::Leave => run(Add::<T, _> { row, totals, map: Same, of: PhantomData }),
+            Action::Apply => {
+                with_product!(T::Wide, outcome.factor, drop, map => run(Add::<T, _> { row, totals, map, of: PhantomData }));
             }
-        });
+        }
     }
-    for (sum, total) in sums.chunks_mut(wide).zip(totals) {
+    for (sum, total) in sums.chunks_mut(wide).zip(totals.as_flattened()) {
         if wide == 8 {
             sum.copy_from_slice(&total.to_ne_bytes());
         } else {
-            sum.copy_from_slice(&(total as f32).to_ne_bytes());
+            sum.copy_from_slice(&(*total as f32).to_ne_bytes());
         }
+    }
+}
+
+/// Adds what becomes of a row's elements to the totals of their columns.
+struct Add<'a, T, M> {
+    row: &'a [u8],
+    totals: &'a mut [[f64; LANES]],
+    map: M,
+    of: PhantomData<T>,
+}
+
+impl<T: Widen, M: Map<T::Wide>> Kernel for Add<'_, T, M> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, isa: I) {
+        let mut rest = self.totals;
+        // Zeros behind the elements add nothing.
+        for_groups::<T>(self.row, |group| {
+            if let Some((totals, others)) = std::mem::take(&mut rest).split_first_mut() {
+                let scaled = T::Wide::to_f64(isa, self.map.of(isa, T::widen(isa, load(group))));
+                *totals = isa.doubles(isa.add(isa.d(*totals), scaled));
+                rest = others;
+            }
+        });
     }
 }

@@ -52,13 +52,8 @@ impl Task<'_> {
     /// The partial of each segment.
     pub(super) fn norm(&self, norm_type: NormType, slots: &mut [Partial]) {
         with_element!(self.dtype, T => match self.shape {
-            Shape::Run => slots[0] = norm::norm::<T>(norm_type, self.at, self.data),
-            Shape::Rows(_, len) => {
-                for (i, (row, slot)) in self.data.chunks(len * self.dtype.size()).zip(slots).enumerate() {
-                    let at = Location { index: self.at.index + (i * len) as u64, ..self.at };
-                    *slot = norm::norm::<T>(norm_type, at, row);
-                }
-            }
+            Shape::Run => norm::norms::<T>(norm_type, self.at, self.data, self.data.len() / size_of::<T>(), slots),
+            Shape::Rows(_, len) => norm::norms::<T>(norm_type, self.at, self.data, len, slots),
             Shape::Columns(_, stride) => columns::norms::<T>(norm_type, self.at, self.data, stride, slots),
         });
     }

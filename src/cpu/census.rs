@@ -1,0 +1,59 @@
+//! Counts what is not finite and what is zero, in one sweep.
+
+use std::marker::PhantomData;
+
+use super::element::{Bits, Widen, elements};
+use super::isa::{Isa, Kernel, run};
+use super::tuning::BLOCK;
+use crate::partial::{Location, Partial};
+
+/// What was counted, and where the first non-finite element is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Census {
+    pub(super) zeros: u64,
+    pub(super) non_finite: u64,
+    pub(super) nan: bool,
+    pub(super) first: Option<usize>,
+}
+
+impl Census {
+    /// As a partial, if element number i is at `place(i)`.
+    pub(super) fn partial(&self, place: impl Fn(usize) -> Location) -> Partial {
+        Partial { non_finite: self.non_finite, nan: self.nan, first: self.first.map(place), ..Partial::EMPTY }
+    }
+}
+
+pub(super) fn census<T: Widen>(data: &[u8]) -> Census {
+    let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
+    blocks.fold(Census::default(), |all, (i, block)| {
+        let [zeros, non_finite, nans] = run(Count::<T> { block, of: PhantomData });
+        let first = || elements::<T>(block).position(|x| x.bits().magnitude() >= T::INFINITY);
+        Census {
+            zeros: all.zeros + zeros,
+            non_finite: all.non_finite + non_finite,
+            nan: all.nan || nans > 0,
+            first: all.first.or_else(|| (non_finite > 0).then(first)?.map(|k| i * BLOCK + k)),
+        }
+    })
+}
+
+/// How many elements of a block are zero, not finite, NaN. A block has so few that integers of an element's size suffice.
+struct Count<'a, T> {
+    block: &'a [u8],
+    of: PhantomData<T>,
+}
+
+impl<T: Widen> Kernel for Count<'_, T> {
+    type Output = [u64; 3];
+    #[inline(always)]
+    fn on<I: Isa>(self, _: I) -> [u64; 3] {
+        let (mut zeros, mut non_finite, mut nans) = (T::Bits::ZERO, T::Bits::ZERO, T::Bits::ZERO);
+        for x in elements::<T>(self.block) {
+            let magnitude = x.bits().magnitude();
+            zeros = zeros.plus(T::Bits::count(magnitude == T::Bits::ZERO));
+            non_finite = non_finite.plus(T::Bits::count(magnitude >= T::INFINITY));
+            nans = nans.plus(T::Bits::count(magnitude > T::INFINITY));
+        }
+        [zeros, non_finite, nans].map(Bits::to_u64)
+    }
+}

@@ -1,0 +1,324 @@
+//! Elements: how groups of [`LANES`] of them come from bytes at any alignment into registers, and back.
+
+use half::{bf16, f16};
+
+use super::isa::{Isa, LANES};
+use crate::Element;
+
+/// An element type.
+pub(super) trait Widen: Element {
+    /// What is computed in: float32 for everything up to 32 bits, float64 for itself.
+    type Wide: Wide;
+    /// An unsigned integer of the same size.
+    type Bits: Bits;
+    /// The bits of infinity: those of every finite magnitude are smaller, those of every NaN larger.
+    const INFINITY: Self::Bits;
+    /// Half precision: from where on a sum of squares that were added in float32 is right. Below it, float32 may have
+    /// underflowed; above its range it has overflowed to infinity.
+    const SQUARES_IN_F32_FROM: Option<f64>;
+
+    /// A group, widened exactly.
+    fn widen<I: Isa>(isa: I, group: [Self; LANES]) -> Lanes<I, Self>;
+
+    /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
+    fn narrow<I: Isa>(isa: I, wide: Lanes<I, Self>) -> [Self; LANES];
+
+    /// One element, widened.
+    fn wide(self) -> Self::Wide;
+
+    /// Rounds to this type: what a bound is once it is stored.
+    fn round(x: f64) -> Self;
+
+    fn bits(self) -> Self::Bits;
+    fn of_bits(bits: Self::Bits) -> Self;
+}
+
+/// A group in registers.
+pub(super) type Lanes<I, T> = <<T as Widen>::Wide as Wide>::Lanes<I>;
+
+/// The bits of an element. Without the sign, magnitudes order like them.
+pub(super) trait Bits: Copy + Ord + bytemuck::Pod {
+    const ZERO: Self;
+    const NEGATIVE_ZERO: Self;
+    const MAX: Self;
+    /// Without the sign.
+    fn magnitude(self) -> Self;
+    /// 1 if it holds.
+    fn count(holds: bool) -> Self;
+    fn plus(self, other: Self) -> Self;
+    fn or(self, other: Self) -> Self;
+    /// The next smaller one.
+    fn below(self) -> Self;
+    fn to_u64(self) -> u64;
+    /// Integers, as if signed, that order like the numbers; -0 is next below 0.
+    fn ordered(self) -> Self::Signed;
+    type Signed: Copy + Ord;
+}
+
+/// The types that are computed in.
+pub(super) trait Wide: Widen<Wide = Self> + PartialOrd + Into<f64> {
+    type Lanes<I: Isa>: Copy;
+    const ZERO: Self;
+
+    fn lanes<I: Isa>(isa: I, numbers: [Self; LANES]) -> Self::Lanes<I>;
+    fn numbers<I: Isa>(isa: I, x: Self::Lanes<I>) -> [Self; LANES];
+    fn add<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
+    fn mul<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
+    /// In float64, rounded once.
+    fn mul_by_f64<I: Isa>(isa: I, x: Self::Lanes<I>, factor: f64) -> Self::Lanes<I>;
+    fn finite_or_zero<I: Isa>(isa: I, x: Self::Lanes<I>) -> Self::Lanes<I>;
+    fn to_f64<I: Isa>(isa: I, x: Self::Lanes<I>) -> I::D;
+
+    fn is_finite(self) -> bool;
+    /// The factor in this type, if it is neither too large nor too small for it; else elements go through
+    /// [`Wide::mul_by_f64`].
+    fn factor(factor: f64) -> Option<Self>;
+}
+
+macro_rules! widen_self {
+    ($t:ty, $bits:ty) => {
+        impl Widen for $t {
+            type Wide = $t;
+            type Bits = $bits;
+            const INFINITY: $bits = <$t>::INFINITY.to_bits();
+            const SQUARES_IN_F32_FROM: Option<f64> = None;
+            #[inline(always)]
+            fn widen<I: Isa>(isa: I, group: [$t; LANES]) -> Lanes<I, $t> {
+                Self::lanes(isa, group)
+            }
+            #[inline(always)]
+            fn narrow<I: Isa>(isa: I, wide: Lanes<I, $t>) -> [$t; LANES] {
+                Self::numbers(isa, wide)
+            }
+            fn wide(self) -> $t {
+                self
+            }
+            fn round(x: f64) -> $t {
+                x as $t
+            }
+            #[inline(always)]
+            fn bits(self) -> $bits {
+                self.to_bits()
+            }
+            #[inline(always)]
+            fn of_bits(bits: $bits) -> $t {
+                <$t>::from_bits(bits)
+            }
+        }
+    };
+}
+widen_self!(f32, u32);
+widen_self!(f64, u64);
+
+macro_rules! widen_half {
+    ($t:ty, $widen:ident, $narrow:ident, $squares_from:expr) => {
+        impl Widen for $t {
+            type Wide = f32;
+            type Bits = u16;
+            const INFINITY: u16 = <$t>::INFINITY.to_bits();
+            const SQUARES_IN_F32_FROM: Option<f64> = Some($squares_from);
+            #[inline(always)]
+            fn widen<I: Isa>(isa: I, group: [$t; LANES]) -> Lanes<I, $t> {
+                isa.$widen(bytemuck::must_cast(group))
+            }
+            #[inline(always)]
+            fn narrow<I: Isa>(isa: I, wide: Lanes<I, $t>) -> [$t; LANES] {
+                bytemuck::must_cast(isa.$narrow(wide))
+            }
+            fn wide(self) -> f32 {
+                self.to_f32()
+            }
+            fn round(x: f64) -> $t {
+                // Through float32, like every other element of this type.
+                <$t>::from_f32(x as f32)
+            }
+            #[inline(always)]
+            fn bits(self) -> u16 {
+                self.to_bits()
+            }
+            #[inline(always)]
+            fn of_bits(bits: u16) -> $t {
+                <$t>::from_bits(bits)
+            }
+        }
+    };
+}
+// The square of the smallest float16 is 2^-48.
+widen_half!(f16, widen_f16, narrow_f16, 0.0);
+// A square that is no normal float32 is off by up to 2^-150: 2^17 of them, a whole chunk, by 2^-70 of this.
+widen_half!(bf16, widen_bf16, narrow_bf16, 1.0 / (1u64 << 63) as f64);
+
+macro_rules! bits {
+    ($t:ty, $signed:ty) => {
+        impl Bits for $t {
+            const ZERO: $t = 0;
+            const NEGATIVE_ZERO: $t = 1 << (<$t>::BITS - 1);
+            const MAX: $t = <$t>::MAX;
+            type Signed = $signed;
+            #[inline(always)]
+            fn magnitude(self) -> $t {
+                self & (<$t>::MAX >> 1)
+            }
+            #[inline(always)]
+            fn count(holds: bool) -> $t {
+                <$t>::from(holds)
+            }
+            #[inline(always)]
+            fn plus(self, other: $t) -> $t {
+                self.wrapping_add(other)
+            }
+            #[inline(always)]
+            fn or(self, other: $t) -> $t {
+                self | other
+            }
+            #[inline(always)]
+            fn below(self) -> $t {
+                self - 1
+            }
+            fn to_u64(self) -> u64 {
+                u64::from(self)
+            }
+            #[inline(always)]
+            fn ordered(self) -> $signed {
+                // All bits but the sign are turned where it is set.
+                let sign = (self as $signed) >> (<$t>::BITS - 1);
+                self as $signed ^ (sign & <$signed>::MAX)
+            }
+        }
+    };
+}
+bits!(u16, i16);
+bits!(u32, i32);
+bits!(u64, i64);
+
+impl Wide for f32 {
+    type Lanes<I: Isa> = I::F;
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn lanes<I: Isa>(isa: I, numbers: [f32; LANES]) -> I::F {
+        isa.f(numbers)
+    }
+    #[inline(always)]
+    fn numbers<I: Isa>(isa: I, x: I::F) -> [f32; LANES] {
+        isa.floats(x)
+    }
+    #[inline(always)]
+    fn add<I: Isa>(isa: I, a: I::F, b: I::F) -> I::F {
+        isa.add_f(a, b)
+    }
+    #[inline(always)]
+    fn mul<I: Isa>(isa: I, a: I::F, b: I::F) -> I::F {
+        isa.mul_f(a, b)
+    }
+    #[inline(always)]
+    fn mul_by_f64<I: Isa>(isa: I, x: I::F, factor: f64) -> I::F {
+        isa.narrow(isa.mul(isa.widen(x), isa.d([factor; LANES])))
+    }
+    #[inline(always)]
+    fn finite_or_zero<I: Isa>(isa: I, x: I::F) -> I::F {
+        isa.finite_or_zero_f(x)
+    }
+    #[inline(always)]
+    fn to_f64<I: Isa>(isa: I, x: I::F) -> I::D {
+        isa.widen(x)
+    }
+
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+    fn factor(factor: f64) -> Option<f32> {
+        let narrow = factor as f32;
+        (narrow.is_normal() || factor == 0.0 || factor.is_nan()).then_some(narrow)
+    }
+}
+
+impl Wide for f64 {
+    type Lanes<I: Isa> = I::D;
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn lanes<I: Isa>(isa: I, numbers: [f64; LANES]) -> I::D {
+        isa.d(numbers)
+    }
+    #[inline(always)]
+    fn numbers<I: Isa>(isa: I, x: I::D) -> [f64; LANES] {
+        isa.doubles(x)
+    }
+    #[inline(always)]
+    fn add<I: Isa>(isa: I, a: I::D, b: I::D) -> I::D {
+        isa.add(a, b)
+    }
+    #[inline(always)]
+    fn mul<I: Isa>(isa: I, a: I::D, b: I::D) -> I::D {
+        isa.mul(a, b)
+    }
+    #[inline(always)]
+    fn mul_by_f64<I: Isa>(isa: I, x: I::D, factor: f64) -> I::D {
+        isa.mul(x, isa.d([factor; LANES]))
+    }
+    #[inline(always)]
+    fn finite_or_zero<I: Isa>(isa: I, x: I::D) -> I::D {
+        isa.if_less(isa.abs(x), isa.d([f64::INFINITY; LANES]), x, isa.d([0.0; LANES]))
+    }
+    #[inline(always)]
+    fn to_f64<I: Isa>(_: I, x: I::D) -> I::D {
+        x
+    }
+
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+    fn factor(factor: f64) -> Option<f64> {
+        Some(factor)
+    }
+}
+
+/// The bytes of a group.
+pub(super) const fn group_size<T>() -> usize {
+    LANES * size_of::<T>()
+}
+
+/// A group from its bytes.
+#[inline(always)]
+pub(super) fn load<T: Widen>(bytes: &[u8]) -> [T; LANES] {
+    bytemuck::pod_read_unaligned(bytes)
+}
+
+/// The elements one by one.
+#[inline(always)]
+pub(super) fn elements<T: Element>(data: &[u8]) -> impl ExactSizeIterator<Item = T> {
+    data.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
+}
+
+/// Calls `f` with the bytes of each group; behind the last elements stand zeros.
+#[inline(always)]
+pub(super) fn for_groups<T: Widen>(data: &[u8], mut f: impl FnMut(&[u8])) {
+    let size = const { group_size::<T>() };
+    let (whole, rest) = data.split_at(data.len() - data.len() % size);
+    let mut last = [0; group_size::<f64>()];
+    last[..rest.len()].copy_from_slice(rest);
+    let padded = if rest.is_empty() { 0 } else { size };
+    // One call of `f`, so that it is inlined.
+    for part in [whole, &last[..padded]] {
+        for group in part.chunks_exact(size) {
+            f(group);
+        }
+    }
+}
+
+/// Puts what `f` returns in place of each group; behind the last elements stand zeros, which are not written.
+#[inline(always)]
+pub(super) fn update_groups<T: Widen>(data: &mut [u8], mut f: impl FnMut([T; LANES]) -> [T; LANES]) {
+    let size = const { group_size::<T>() };
+    let (whole, rest) = data.split_at_mut(data.len() - data.len() % size);
+    let mut last = [0; group_size::<f64>()];
+    last[..rest.len()].copy_from_slice(rest);
+    let padded = if rest.is_empty() { 0 } else { size };
+    for part in [whole, &mut last[..padded]] {
+        for group in part.chunks_exact_mut(size) {
+            group.copy_from_slice(bytemuck::bytes_of(&f(load(group))));
+        }
+    }
+    rest.copy_from_slice(&last[..rest.len()]);
+}

@@ -1,0 +1,194 @@
+//! Holds that kernels are vectors, without a stopwatch: counts the instructions that an element takes, by stepping through
+//! them one by one. A kernel that the compiler no longer makes vectors of takes several times as many.
+//!
+//! The test runs itself as a child that is traced; the child says with a signal where a kernel begins and ends.
+
+use std::process::Command;
+
+use half::{bf16, f16};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::ptrace;
+use nix::sys::signal::{Signal, raise};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::isa::{self, Set};
+use super::{census, clamp, columns, norm, scale, with_element};
+use crate::partial::{Location, Outcome, Partial};
+use crate::segment::{By, Layout};
+use crate::{Clip, Dtype, NormType};
+
+const CHILD: &str = "GRADCLIP_COUNTED";
+const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
+
+/// Work on a multiple of [`COLUMNS`] elements.
+type Work = fn(Dtype, &mut [u8]);
+
+const COLUMNS: usize = 128;
+const AT: Location = Location { tensor: 0, index: 0 };
+
+fn measure(dtype: Dtype, data: &[u8], norm_type: NormType) {
+    let mut slot = [Partial::EMPTY];
+    with_element!(dtype, T => norm::norms::<T>(norm_type, AT, data, data.len() / size_of::<T>(), &mut slot));
+    assert!(slot[0].sum.is_finite() && slot[0].max.is_finite());
+}
+
+fn columns(dtype: Dtype, data: &[u8], norm_type: NormType) {
+    let mut slots = [Partial::EMPTY; COLUMNS];
+    with_element!(dtype, T => columns::norms::<T>(norm_type, AT, data, COLUMNS, &mut slots));
+}
+
+fn power(p: f64) -> NormType {
+    NormType::p(p).expect("valid")
+}
+
+fn outcome() -> Outcome {
+    let clip = Clip::norm(0.5).expect("valid");
+    clip.outcome(clip.known(&Partial { sum: 1.0, ..Partial::EMPTY }), 0.5, 1.0, false)
+}
+
+fn scaled(dtype: Dtype, data: &mut [u8], by: By, outcomes: usize, drop: bool) {
+    let outcomes = vec![outcome(); outcomes];
+    let layout = Layout { by, columns: COLUMNS as u64, segment: 0 };
+    with_element!(dtype, T => scale::scale::<T>(&outcomes, layout, 0, drop, data));
+}
+
+fn clamped(dtype: Dtype, data: &mut [u8], bound: f64) {
+    let clip = Clip::value(bound).expect("valid");
+    with_element!(dtype, T => clamp::clamp::<T>(&clip, AT, data));
+}
+
+/// What was counted with Rust 1.95, for an element of float32, float64, float16 and bfloat16: portable, AVX2, AVX-512.
+type Counts = [[f64; 4]; 3];
+
+#[rustfmt::skip]
+const KERNELS: [(&str, Work, Counts); 13] = [
+    ("L2", |dtype, data| measure(dtype, data, NormType::L2),
+        [[1.61, 1.61, 10.6, 3.19], [0.80, 0.80, 0.55, 0.67], [0.42, 0.42, 0.36, 0.36]]),
+    ("L1", |dtype, data| measure(dtype, data, NormType::L1),
+        [[2.31, 1.62, 9.28, 3.52], [0.80, 0.55, 0.92, 1.05], [0.42, 0.30, 0.61, 0.61]]),
+    ("inf", |dtype, data| measure(dtype, data, NormType::Inf),
+        [[3.12, 9.75, 0.69, 0.69], [0.34, 1.44, 0.17, 0.17], [0.17, 0.34, 0.09, 0.09]]),
+    ("p = 3", |dtype, data| measure(dtype, data, power(3.0)),
+        [[3.34, 3.34, 12.8, 5.12], [1.30, 1.30, 1.55, 1.69], [0.67, 0.67, 0.86, 0.86]]),
+    ("p = 1.5", |dtype, data| measure(dtype, data, power(1.5)),
+        [[76.1, 73.1, 84.6, 76.3], [31.2, 30.8, 31.3, 31.3], [12.6, 12.7, 12.5, 12.5]]),
+    ("columns", |dtype, data| columns(dtype, data, NormType::L2),
+        [[2.82, 2.71, 11.2, 3.63], [1.80, 1.77, 1.35, 1.47], [1.38, 1.38, 1.21, 1.13]]),
+    ("columns, inf", |dtype, data| columns(dtype, data, NormType::Inf),
+        [[3.85, 10.7, 1.42, 1.42], [0.99, 1.97, 0.76, 0.76], [0.76, 0.99, 0.64, 0.64]]),
+    ("scale", |dtype, data| scaled(dtype, data, By::Whole, 1, false),
+        [[0.94, 1.69, 19.3, 10.3], [0.34, 0.59, 0.47, 1.75], [0.17, 0.34, 0.30, 0.88]]),
+    ("scale, drop", |dtype, data| scaled(dtype, data, By::Whole, 1, true),
+        [[2.69, 4.19, 20.1, 12.3], [0.84, 1.94, 0.94, 2.12], [0.47, 0.94, 0.53, 1.06]]),
+    ("scale columns", |dtype, data| scaled(dtype, data, By::Columns, COLUMNS, false),
+        [[2.82, 3.66, 21.9, 12.3], [2.06, 2.43, 2.27, 3.87], [1.86, 2.04, 0.97, 4.41]]),
+    ("look", |dtype, data| clamped(dtype, data, 3.0),
+        [[4.88, 23.0, 2.56, 2.56], [2.19, 4.12, 1.09, 1.09], [0.98, 1.97, 0.52, 0.52]]),
+    ("look, clamp", |dtype, data| clamped(dtype, data, 0.25),
+        [[11.0, 40.4, 5.62, 5.62], [3.66, 7.06, 1.89, 1.89], [1.72, 3.44, 0.89, 0.89]]),
+    ("census", |dtype, data| with_element!(dtype, T => assert_eq!(census::census::<T>(data).non_finite, 0)),
+        [[2.88, 10.5, 1.44, 1.44], [1.06, 2.12, 0.53, 0.53], [0.67, 1.34, 0.34, 0.34]]),
+];
+
+/// How far above it a count may be: compilers differ a little, and kernels that are no vectors by more than this.
+const TOLERANCE: f64 = 1.3;
+
+/// Elements between -1 and 1.
+fn elements(dtype: Dtype, len: usize) -> Vec<u8> {
+    let number = |i: usize| (i.wrapping_mul(2_654_435_761) >> 8 & 0xff) as f32 / 128.0 - 1.0;
+    let numbers = (0..len).map(number);
+    match dtype {
+        Dtype::F32 => numbers.flat_map(f32::to_ne_bytes).collect(),
+        Dtype::F64 => numbers.flat_map(|x| f64::from(x).to_ne_bytes()).collect(),
+        Dtype::F16 => numbers.flat_map(|x| f16::from_f32(x).to_ne_bytes()).collect(),
+        Dtype::BF16 => numbers.flat_map(|x| bf16::from_f32(x).to_ne_bytes()).collect(),
+    }
+}
+
+/// The numbers of elements that are compared, so that what a call costs drops out.
+const LENGTHS: [usize; 2] = [512, 1024];
+
+/// Every case in an order that child and parent know: instruction set, kernel, dtype.
+fn cases() -> impl Iterator<Item = (usize, usize, usize)> {
+    let of_set =
+        |set| (0..KERNELS.len()).flat_map(move |kernel| (0..DTYPES.len()).map(move |dtype| (set, kernel, dtype)));
+    (0..Set::all().count()).flat_map(of_set)
+}
+
+/// The child: runs every case, once to warm up and then between signals.
+fn run_counted() {
+    ptrace::traceme().expect("the parent traces");
+    let sets: Vec<_> = Set::all().collect();
+    for (set, kernel, dtype) in cases() {
+        let ((_, set), (_, work, _), dtype) = (sets[set], KERNELS[kernel], DTYPES[dtype]);
+        for len in LENGTHS {
+            let mut data = elements(dtype, len);
+            isa::on(set, || work(dtype, &mut data));
+            let mut data = elements(dtype, len);
+            raise(Signal::SIGUSR1).expect("raised");
+            isa::on(set, || work(dtype, &mut data));
+            raise(Signal::SIGUSR1).expect("raised");
+        }
+    }
+}
+
+/// Waits for the traced thread to stop for a signal.
+fn stopped() -> (Pid, Signal) {
+    match waitpid(None, Some(WaitPidFlag::__WALL)).expect("the child is there") {
+        WaitStatus::Stopped(thread, signal) => (thread, signal),
+        other => panic!("the child ended with {other:?}"),
+    }
+}
+
+/// Steps to the next signal of the child's own, and counts the steps.
+fn count(thread: Pid) -> u64 {
+    for count in 0.. {
+        ptrace::step(thread, None).expect("it is stopped");
+        if stopped().1 == Signal::SIGUSR1 {
+            return count;
+        }
+    }
+    unreachable!("it signals")
+}
+
+#[test]
+fn kernels_are_vectors() {
+    if std::env::var_os(CHILD).is_some() {
+        return run_counted();
+    }
+    // Both on one core, where handing over costs a hundredth.
+    let this = Pid::from_raw(0);
+    let cores = sched_getaffinity(this).expect("known");
+    let mut one = CpuSet::new();
+    one.set((0..CpuSet::count()).find(|core| cores.is_set(*core) == Ok(true)).expect("one at least")).expect("valid");
+    sched_setaffinity(this, &one).expect("allowed");
+    let mut child = Command::new(std::env::current_exe().expect("it runs"))
+        .args(["--exact", "cpu::instructions::kernels_are_vectors", "--test-threads", "1"])
+        .env(CHILD, "1")
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("this very program starts");
+    let mut wrong = Vec::new();
+    let sets: Vec<_> = Set::all().map(|(name, _)| name).collect();
+    for (set, kernel, dtype) in cases() {
+        let counts = LENGTHS.map(|_| {
+            let (thread, signal) = stopped();
+            assert_eq!(signal, Signal::SIGUSR1);
+            let count = count(thread);
+            ptrace::cont(thread, None).expect("it is stopped");
+            count as f64
+        });
+        let found = (counts[1] - counts[0]) / (LENGTHS[1] - LENGTHS[0]) as f64;
+        let (name, _, expected) = KERNELS[kernel];
+        let expected = expected[set][dtype];
+        println!("{:8} {name:13} {:8} {found:6.2} instructions an element", sets[set], DTYPES[dtype]);
+        if found > expected * TOLERANCE {
+            wrong.push(format!("{} {name} {}: {found:.2}, not {expected:.2}", sets[set], DTYPES[dtype]));
+        }
+    }
+    child.kill().expect("it is there");
+    // The traced thread is its tracer's to wait for.
+    while waitpid(None, Some(WaitPidFlag::__WALL)).is_ok() {}
+    assert!(wrong.is_empty(), "more instructions an element than counted before: {wrong:#?}");
+}

@@ -1,0 +1,256 @@
+//! |x|^p, term by term: in closed form where there is one, and for any p without tables, branches and calls. Twin of
+//! `shaders/shared/power.wgsl`.
+
+use super::element::Wide;
+use super::isa::{Isa, LANES};
+
+/// What is summed of elements that are computed in `W`.
+pub(super) trait Term<W: Wide>: Copy {
+    /// What terms add up in before they go into a lane of float64.
+    type Sum: Wide;
+    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> <Self::Sum as Wide>::Lanes<I>;
+}
+
+/// x² in the type that is computed in.
+#[derive(Clone, Copy)]
+pub(super) struct NarrowSquare;
+
+impl<W: Wide> Term<W> for NarrowSquare {
+    type Sum = W;
+    #[inline(always)]
+    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> W::Lanes<I> {
+        W::mul(isa, x, x)
+    }
+}
+
+macro_rules! terms {
+    ($($(#[$doc:meta])* $term:ident: |$self:ident, $isa:ident, $x:ident| $body:expr;)*) => {
+        $(impl<W: Wide> Term<W> for $term {
+            type Sum = f64;
+            #[inline(always)]
+            fn of<I: Isa>($self, $isa: I, x: W::Lanes<I>) -> I::D {
+                let $x = W::to_f64($isa, x);
+                $body
+            }
+        })*
+    };
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Magnitude;
+#[derive(Clone, Copy)]
+pub(super) struct Square;
+#[derive(Clone, Copy)]
+pub(super) struct Cube;
+#[derive(Clone, Copy)]
+pub(super) struct Fourth;
+#[derive(Clone, Copy)]
+pub(super) struct Root;
+
+/// 2^(p (log2|x| - log2_top)): |x|^p relative to that of a largest |x|.
+///
+/// Logarithm and power are within 2^-50 of the truth, the first absolutely, the second relatively: in a p-norm both are
+/// divided by p again, so that what the norm loses is 2^-50 (1 + 1/p).
+#[derive(Clone, Copy)]
+pub(super) struct Power {
+    pub(super) p: f64,
+    pub(super) log2_top: f64,
+}
+
+terms! {
+    Magnitude: |self, isa, x| isa.abs(x);
+    Square: |self, isa, x| isa.mul(x, x);
+    Cube: |self, isa, x| isa.mul(isa.abs(x), isa.mul(x, x));
+    Fourth: |self, isa, x| isa.mul(isa.mul(x, x), isa.mul(x, x));
+    Root: |self, isa, x| isa.sqrt(isa.abs(x));
+    Power: |self, isa, x| power(isa, isa.abs(x), self.p, self.log2_top);
+}
+
+/// A term of x · 2^-exponent.
+#[derive(Clone, Copy)]
+pub(super) struct Scaled<T> {
+    term: T,
+    /// Two powers of two, because one may be none of float64.
+    factors: [f64; 2],
+}
+
+impl<T> Scaled<T> {
+    pub(super) fn new(term: T, exponent: i64) -> Self {
+        let half = exponent / 2;
+        Self { term, factors: [-half, half - exponent].map(|n| crate::partial::ldexp(1.0, n)) }
+    }
+}
+
+impl<T: Term<f64, Sum = f64>, W: Wide> Term<W> for Scaled<T> {
+    type Sum = f64;
+    #[inline(always)]
+    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> I::D {
+        let x = isa.mul(W::to_f64(isa, x), all(isa, self.factors[0]));
+        self.term.of(isa, isa.mul(x, all(isa, self.factors[1])))
+    }
+}
+
+/// Calls `$body` with `$term` standing for |x|^p. It is compiled once for each.
+macro_rules! with_term {
+    ($norm_type:expr, $term:ident => $body:expr) => {
+        match $norm_type.power() {
+            1.0 => {
+                let $term = Magnitude;
+                $body
+            }
+            2.0 => {
+                let $term = Square;
+                $body
+            }
+            3.0 => {
+                let $term = Cube;
+                $body
+            }
+            4.0 => {
+                let $term = Fourth;
+                $body
+            }
+            0.5 => {
+                let $term = Root;
+                $body
+            }
+            p => {
+                let $term = Power { p, log2_top: 0.0 };
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_term;
+
+#[inline(always)]
+fn all<I: Isa>(isa: I, number: f64) -> I::D {
+    isa.d([number; LANES])
+}
+
+#[inline(always)]
+fn all_bits<I: Isa>(isa: I, bits: u64) -> I::D {
+    all(isa, f64::from_bits(bits))
+}
+
+/// 0 for 0, and NaN for what is not finite.
+#[inline(always)]
+fn power<I: Isa>(isa: I, x: I::D, p: f64, log2_top: f64) -> I::D {
+    let exponent = isa.mul(all(isa, p), isa.sub(log2(isa, x), all(isa, log2_top)));
+    let finite = isa.if_less(x, all(isa, f64::INFINITY), exp2(isa, exponent), all(isa, f64::NAN));
+    // A NaN is neither above 0 nor below 1.
+    isa.if_less(all(isa, 0.0), x, finite, isa.if_less(x, all(isa, 1.0), all(isa, 0.0), all(isa, f64::NAN)))
+}
+
+/// 2^52: beside it, integers below it stand in the last bits.
+const INTEGER: f64 = 4_503_599_627_370_496.0;
+
+/// The logarithm of positive finite numbers.
+#[inline(always)]
+fn log2<I: Isa>(isa: I, x: I::D) -> I::D {
+    // Subnormals are lifted, so that the exponent is where it should be.
+    let smallest = all(isa, f64::MIN_POSITIVE);
+    let lift = isa.if_less(x, smallest, all(isa, 54.0), all(isa, 0.0));
+    let x = isa.if_less(x, smallest, isa.mul(x, all(isa, (1u64 << 54) as f64)), x);
+    // x = 2^exponent m with m from sqrt(1/2) to sqrt(2): bits are counted from those of sqrt(1/2), and 1024 is added to
+    // the exponent.
+    const FROM: u64 = std::f64::consts::FRAC_1_SQRT_2.to_bits();
+    let counted = isa.add_bits(x, all_bits(isa, (1u64 << 62).wrapping_sub(FROM)));
+    let m = isa.add_bits(isa.and_bits(counted, all_bits(isa, (1 << 52) - 1)), all_bits(isa, FROM));
+    let exponent = isa.sub(isa.or_bits(isa.down_52(counted), all(isa, INTEGER)), all(isa, INTEGER + 1024.0));
+    // ln m = 2 artanh s = 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| < 0.1716.
+    let s = isa.div(isa.sub(m, all(isa, 1.0)), isa.add(m, all(isa, 1.0)));
+    let t = isa.mul(s, s);
+    let mut series = all(isa, 1.0 / 19.0);
+    for denominator in [17.0, 15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0] {
+        series = isa.add(isa.mul(series, t), all(isa, 1.0 / denominator));
+    }
+    let fraction = isa.mul(isa.mul(s, series), all(isa, 2.0 * std::f64::consts::LOG2_E));
+    isa.add(isa.sub(exponent, lift), fraction)
+}
+
+/// 1/13! down to 1/0!.
+const FACTORIALS: [f64; 14] = [
+    1.0 / 6_227_020_800.0,
+    1.0 / 479_001_600.0,
+    1.0 / 39_916_800.0,
+    1.0 / 3_628_800.0,
+    1.0 / 362_880.0,
+    1.0 / 40_320.0,
+    1.0 / 5_040.0,
+    1.0 / 720.0,
+    1.0 / 120.0,
+    1.0 / 24.0,
+    1.0 / 6.0,
+    0.5,
+    1.0,
+    1.0,
+];
+
+/// 2^x: 0 below the normal range, infinity above it.
+#[inline(always)]
+fn exp2<I: Isa>(isa: I, x: I::D) -> I::D {
+    let (low, high) = (all(isa, -1023.0), all(isa, 1024.0));
+    let x = isa.if_less(x, low, low, isa.if_less(high, x, high, x));
+    // Beside 1.5 * 2^52 the nearest integer is what is left.
+    const ROUND: f64 = 1.5 * INTEGER;
+    let whole = isa.sub(isa.add(x, all(isa, ROUND)), all(isa, ROUND));
+    // 2^fraction = e^(fraction ln 2), by its series: the 14th term is below 2^-60.
+    let y = isa.mul(isa.sub(x, whole), all(isa, std::f64::consts::LN_2));
+    let mut series = all(isa, FACTORIALS[0]);
+    for one_over_factorial in &FACTORIALS[1..] {
+        series = isa.add(isa.mul(series, y), all(isa, *one_over_factorial));
+    }
+    // A biased exponent from 0 to 2047: the ends make 0 and infinity.
+    isa.mul(series, isa.up_52(isa.add(whole, all(isa, ROUND + 1023.0))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::isa::{Kernel, run};
+
+    /// The logarithms, powers of two and |x|^p of some numbers.
+    struct Evaluate([f64; LANES], Power);
+
+    impl Kernel for Evaluate {
+        type Output = [[f64; LANES]; 3];
+        #[inline(always)]
+        fn on<I: Isa>(self, isa: I) -> Self::Output {
+            let x = isa.d(self.0);
+            let term = Term::<f64>::of(self.1, isa, x);
+            [isa.doubles(log2(isa, x)), isa.doubles(exp2(isa, x)), isa.doubles(term)]
+        }
+    }
+
+    #[test]
+    fn powers_are_within_their_bound() {
+        let evaluate = |x: f64| run(Evaluate([x; LANES], Power { p: 1.0, log2_top: 0.0 })).map(|lanes| lanes[0]);
+        let mut worst = [0f64; 2];
+        for i in 0..100_000 {
+            // All sizes, and more of those near 1, where the logarithm is small.
+            let size = f64::from(i - 50_000) / 50_000.0;
+            for x in [2f64.powf(1023.9 * size), 1.0 + 0.5 * size, 2f64.powf(size)] {
+                worst[0] = worst[0].max((evaluate(x)[0] - x.log2()).abs() / x.log2().abs().max(1.0));
+            }
+            worst[1] = worst[1].max((evaluate(1022.0 * size)[1] / (1022.0 * size).exp2() - 1.0).abs());
+        }
+        println!("worst: {:.2} and {:.2} of 2^-52", worst[0] * 2f64.powi(52), worst[1] * 2f64.powi(52));
+        assert!(worst[0] < 2f64.powi(-50) && worst[1] < 2f64.powi(-50), "{worst:?}");
+    }
+
+    #[test]
+    fn powers_reach_the_ends() {
+        let power = |x, p, log2_top| run(Evaluate([x; LANES], Power { p, log2_top }))[2][LANES - 1];
+        for (x, p, want) in [(0.0, 0.3, 0.0), (-8.0, 1.0 / 3.0, 2.0), (2.0, 1023.0, 2f64.powi(1023))] {
+            let got = power(x, p, 0.0);
+            assert!((got - want).abs() <= want * 1e-12, "{x}^{p} gave {got}");
+        }
+        assert_eq!(power(2.0, 5000.0, 0.0), f64::INFINITY);
+        assert_eq!(power(0.5, 2f64.powi(50), 0.0), 0.0);
+        assert!(power(f64::NAN, 3.0, 0.0).is_nan() && power(f64::NEG_INFINITY, 3.0, 0.0).is_nan());
+        let smallest = f64::from_bits(1);
+        assert!((power(smallest, 0.5, 0.0).log2() + 537.0).abs() < 1e-12);
+        assert!((power(smallest, 1.0 / 1024.0, 0.0).log2() + 1074.0 / 1024.0).abs() < 1e-12);
+    }
+}
