@@ -3,7 +3,7 @@
 use crate::cpu::{self, Given};
 use crate::progress::Progress;
 use crate::tensor::check_sums;
-use crate::{Clip, ClipReport, Element, Error, RunningPartial, Tensor, TensorMut, Threshold};
+use crate::{Clip, ClipReport, DecidedClip, Element, Error, RunningPartial, Tensor, TensorMut, Threshold};
 
 #[cfg(feature = "gpu")]
 use crate::gpu::{GpuClipper, Wait};
@@ -132,6 +132,19 @@ impl Clipper {
             #[cfg(feature = "gpu")]
             Backend::Gpu(gpu) => pollster::block_on(gpu.measure_by(Wait::Sleeping, clip, tensors, &self.progress)),
         }
+    }
+
+    /// Measures and decides what [`Clipper::apply`] would do, on the CPU, and leaves it to the caller to clip the tensors piece
+    /// by piece: those that do not fit memory, or that are to be written elsewhere. [`DecidedClip`] has an example.
+    ///
+    /// A value clip under [`NonFinite::Propagate`](crate::NonFinite::Propagate) or
+    /// [`NonFinite::Drop`](crate::NonFinite::Drop) needs no first look, and nothing is read.
+    ///
+    /// # Errors
+    /// Those of [`Clipper::apply`].
+    pub fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
+        let decided = cpu::decide(clip, tensors, &self.progress)?;
+        Ok(DecidedClip::new(clip, tensors, decided))
     }
 
     /// Clips in place by norms that were measured elsewhere: one N for each segment, in the order of

@@ -48,6 +48,14 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A piece is none of its tensor: there is no such tensor, it ends before the piece does, or its dtype is another.
+    #[error("{tensor}: {reason}")]
+    Piece {
+        /// The tensor: its name, or its place in the list.
+        tensor: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A list has another length than what it belongs to.
     #[error("{what}: {found} given, {expected} needed")]
     Length {

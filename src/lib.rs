@@ -44,6 +44,8 @@
 //! - Norm and scaling apart: [`Clipper::measure`], [`Clipper::scale`], [`RunningPartial`], and on the device
 //!   [`gpu::GpuClipper::plan_measure`], [`gpu::GpuPlan::coefficients`], [`gpu::GpuClipper::plan_scale`] and
 //!   [`gpu::GpuRunning`].
+//! - Gradients larger than memory: [`Clipper::decide`] measures them where they lie, say in a mapped file, and
+//!   [`DecidedClip`] clips them piece by piece, from any thread.
 //! - Gradients in wgpu buffers: [`gpu::GpuClipper`] plans once and records each step into the caller's own encoder,
 //!   without a wait, a copy or an allocation. Its page has an example.
 //! - Whether GPU and CPU agree on a clip: [`verify_blocking`].
@@ -84,6 +86,7 @@ mod error;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 mod partial;
+mod pieces;
 mod progress;
 mod report;
 mod running;
@@ -96,6 +99,7 @@ mod verify;
 pub use clip::{Budget, Clip, NonFinite, NormType, Power, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
 pub use error::Error;
+pub use pieces::DecidedClip;
 pub use report::{ClipReport, NonFiniteElements, SegmentReport};
 pub use running::RunningPartial;
 pub use tensor::{Dtype, Element, Tensor, TensorMut};

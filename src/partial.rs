@@ -63,6 +63,19 @@ impl Partial {
         }
     }
 
+    /// What a report says of the elements that are not finite.
+    pub(crate) fn non_finite_elements<'a>(
+        &self,
+        name_of: impl Fn(usize) -> Option<&'a str>,
+    ) -> Option<NonFiniteElements> {
+        self.first.map(|first| NonFiniteElements {
+            count: self.non_finite,
+            tensor: first.tensor,
+            name: name_of(first.tensor).map(str::to_owned),
+            index: first.index,
+        })
+    }
+
     /// The norm of the finite elements divided by `scale`: divided before it leaves its own exponent, because the norm
     /// alone may overflow or lose digits where the quotient does not.
     pub(crate) fn finite_norm(&self, norm_type: NormType, scale: f64) -> f64 {
@@ -205,12 +218,7 @@ impl Clip {
         elements: u64,
         name_of: impl Fn(usize) -> Option<&'a str>,
     ) -> Result<ClipReport, Error> {
-        let non_finite = total.first.map(|first| NonFiniteElements {
-            count: total.non_finite,
-            tensor: first.tensor,
-            name: name_of(first.tensor).map(str::to_owned),
-            index: first.index,
-        });
+        let non_finite = total.non_finite_elements(name_of);
         if let (Some(found), NonFinite::Error) = (&non_finite, self.non_finite) {
             return Err(Error::NonFinite(found.clone()));
         }

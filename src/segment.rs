@@ -40,7 +40,17 @@ impl Layout {
         self.segment + step as u32
     }
 
-    /// The same, with the tensor's own segments numbered from 0.
+    /// The outcomes of the tensor's own segments, out of those of all. It has `len` elements.
+    pub(crate) fn own<'o>(&self, outcomes: &'o [Outcome], len: u64) -> &'o [Outcome] {
+        let Some(last) = len.checked_sub(1) else { return &[] };
+        let last = match self.by {
+            By::Columns => self.segment + self.columns as u32 - 1,
+            By::Whole | By::Rows => self.segment_of(last),
+        };
+        &outcomes[self.segment as usize..=last as usize]
+    }
+
+    /// The same layout, with the tensor's own segments numbered from 0.
     pub(crate) fn numbered_from_zero(self) -> Self {
         Self { segment: 0, ..self }
     }

@@ -35,7 +35,7 @@ use half::{bf16, f16};
 use crate::error::tensor_label;
 use crate::partial::{Action, Known, Location, Outcome, Partial};
 use crate::progress::Progress;
-use crate::segment::{By, Family, Segments, check_groups, check_parameter};
+use crate::segment::{Family, Layout, Segments, check_groups, check_parameter};
 use crate::threshold::Threshold;
 use crate::{Clip, ClipReport, Dtype, Error, NonFinite, Scope, Tensor, TensorMut};
 use task::{in_parallel, merged};
@@ -71,6 +71,23 @@ use with_element;
 pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<ClipReport, Error> {
     let found = Measured::of(clip, tensors, progress)?;
     found.decide(clip, tensors, clip.only_measures() || found.refused(clip)).map(|(report, _)| report)
+}
+
+/// What [`apply`] would do, if it is known before anything is written: the segments, the outcomes and the report. A clip
+/// that does not read first is told of as if there were no elements.
+pub(crate) fn decide(
+    clip: &Clip,
+    tensors: &[Tensor<'_>],
+    progress: &Progress,
+) -> Result<(Segments, Vec<Outcome>, ClipReport), Error> {
+    let segments = segments_of(clip, tensors)?;
+    let found = if clip.reads_first() {
+        Measured::with(clip, tensors, segments, progress)
+    } else {
+        Measured::new(clip, tensors, segments, &[Partial::EMPTY])
+    };
+    let (report, outcomes) = found.decide(clip, tensors, clip.only_measures() || found.refused(clip))?;
+    Ok((found.segments, outcomes, report))
 }
 
 /// Some tensors and the clip that is theirs.
@@ -301,15 +318,9 @@ impl Measured {
 
 /// Scales or clamps what the outcomes say.
 fn write(clip: &Clip, segments: &Segments, outcomes: &[Outcome], tensors: &mut [TensorMut<'_>]) {
-    let drop = clip.non_finite == NonFinite::Drop;
     let mut chunks = Vec::new();
     for (tensor, (t, layout)) in tensors.iter_mut().zip(&segments.layouts).enumerate() {
-        let Some(last) = t.len().checked_sub(1) else { continue };
-        let last = match layout.by {
-            By::Columns => layout.segment + layout.columns as u32 - 1,
-            By::Whole | By::Rows => layout.segment_of(last as u64),
-        };
-        let own = &outcomes[layout.segment as usize..=last as usize];
+        let own = layout.own(outcomes, t.len() as u64);
         if own.iter().all(|o| o.action == Action::Leave) {
             continue;
         }
@@ -320,14 +331,28 @@ fn write(clip: &Clip, segments: &Segments, outcomes: &[Outcome], tensors: &mut [
     }
     let bytes = chunks.iter().map(|(.., data)| data.len()).sum();
     in_parallel(chunks, bytes, |(at, dtype, layout, outcomes, data)| {
-        if clip.measured().is_some() {
-            with_element!(dtype, T => scale::scale::<T>(outcomes, layout, at.index, drop, data));
-        } else if outcomes[0].action == Action::Zero {
-            data.fill(0);
-        } else {
-            with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
-        }
+        write_piece(clip, at, dtype, (layout, outcomes), data);
     });
+}
+
+/// Scales or clamps a piece of a tensor, given the tensor's own segments. The partial is what a clamp met.
+pub(crate) fn write_piece(
+    clip: &Clip,
+    at: Location,
+    dtype: Dtype,
+    (layout, outcomes): (Layout, &[Outcome]),
+    data: &mut [u8],
+) -> Partial {
+    if clip.measured().is_some() {
+        let drop = clip.non_finite == NonFinite::Drop;
+        with_element!(dtype, T => scale::scale::<T>(outcomes, layout, at.index, drop, data));
+        Partial::EMPTY
+    } else if outcomes[0].action == Action::Zero {
+        data.fill(0);
+        Partial::EMPTY
+    } else {
+        with_element!(dtype, T => clamp::clamp::<T>(clip, at, data))
+    }
 }
 
 /// A value clip in one pass.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut};
+use gradclip::{Clip, ClipReport, Clipper, DecidedClip, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
     Dtype,
@@ -74,6 +74,15 @@ impl Backend {
 
     pub(crate) fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Failure> {
         Ok(self.pool.install(|| self.clipper.apply(clip, tensors))?)
+    }
+
+    /// Whether it can clip piece by piece; a GPU clips tensors whole.
+    pub(crate) fn streams(&self) -> bool {
+        self.adapter.is_none()
+    }
+
+    pub(crate) fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Failure> {
+        Ok(self.pool.install(|| self.clipper.decide(clip, tensors))?)
     }
 
     pub(crate) fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Failure> {

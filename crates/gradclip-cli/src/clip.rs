@@ -33,17 +33,32 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
         drop(spinner);
     }
 
-    let (start, bar) = (Instant::now(), progress::bytes(output.bytes(), "copying", hidden));
+    let start = Instant::now();
     let gradients = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
-    let report = output.write(&parameters, &bar, |written| {
-        bar.finish_and_clear();
-        let bar = progress::bytes(gradients, "clipping", hidden);
+    let follow = |backend: &mut Backend, doing| {
+        let bar = progress::bytes(gradients, doing, hidden);
         backend.show_progress(&bar);
-        let report =
-            if args.sum { backend.sum_examples(&clip, &tensors, written) } else { backend.apply(&clip, written) };
+        bar
+    };
+    let report = if backend.streams() && !args.sum {
+        let bar = follow(&mut backend, "measuring");
+        let decided = backend.decide(&clip, &tensors)?;
         bar.finish_and_clear();
-        report
-    })?;
+        let bar = progress::bytes(output.bytes(), "writing", hidden);
+        backend.install(|| output.stream(&decided, &bar))?;
+        bar.finish_and_clear();
+        decided.report()
+    } else {
+        let bar = progress::bytes(output.bytes(), "copying", hidden);
+        output.write_mapped(&parameters, &bar, |written| {
+            bar.finish_and_clear();
+            let bar = follow(&mut backend, "clipping");
+            let report =
+                if args.sum { backend.sum_examples(&clip, &tensors, written) } else { backend.apply(&clip, written) };
+            bar.finish_and_clear();
+            report
+        })?
+    };
     let (scope, sum, time) = (spec.scope, args.sum, start.elapsed());
     let outcome = Outcome { report: &report, scope, tensors: &tensors, sum, backend: &backend, time };
 

@@ -30,6 +30,16 @@ struct Slot<'a> {
     content: &'a [u8],
 }
 
+/// A piece of a file before anything is clipped.
+#[derive(Debug)]
+pub(crate) struct Piece<'a> {
+    /// Where it lies in the file.
+    pub(crate) offset: u64,
+    pub(crate) bytes: &'a [u8],
+    /// Of which of the file's gradients it is, their elements' type, and the first of its elements.
+    pub(crate) gradient: Option<(usize, Dtype, u64)>,
+}
+
 impl<'a> Layout<'a> {
     /// The part, byte for byte.
     pub(crate) fn copy(part: &'a Part) -> Self {
@@ -92,6 +102,30 @@ impl<'a> Layout<'a> {
             once(slot.content).chain(whole).chain(once(&ZEROS[..zeros % ZEROS.len()]))
         });
         once(&self.header[..]).chain(tensors)
+    }
+
+    /// The copy in pieces of at most so many bytes, a multiple of 8, so that no element is cut.
+    pub(crate) fn pieces(&self, most: usize) -> impl Iterator<Item = Piece<'_>> {
+        let mut gradients = 0..;
+        let tensors = self.slots.iter().map(move |slot| {
+            let gradient = slot.entry.dtype.and_then(|dtype| Some((gradients.next()?, dtype)));
+            (slot.content, gradient)
+        });
+        let mut end = 0;
+        once((&self.header[..], None)).chain(tensors).flat_map(move |(bytes, gradient)| {
+            let start = end;
+            end += bytes.len() as u64;
+            bytes.chunks(most).zip((0u64..).step_by(most)).map(move |(bytes, from)| Piece {
+                offset: start + from,
+                bytes,
+                gradient: gradient.map(|(number, dtype)| (number, dtype, from / dtype.size() as u64)),
+            })
+        })
+    }
+
+    /// How many gradients it has.
+    pub(crate) fn gradients(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.entry.dtype.is_some()).count()
     }
 
     /// The gradients in such a file, or their sums, in the order of [`Input::tensors`](crate::input::Input::tensors).

@@ -1,9 +1,9 @@
 //! The program `gradclip`: measures, clips and verifies gradients in safetensors files.
 //!
 //! One file a command ([`norm`], [`clip`], [`verify`], [`devices`]), and what they share: [`args`] is the command line,
-//! [`spec`] a clip as it was asked for, [`input`] and [`header`] read gradients, [`layout`] and [`output`] write them
-//! whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws, [`failure`] holds the
-//! exit codes.
+//! [`spec`] a clip as it was asked for, [`input`] and [`header`] read gradients, [`layout`], [`stream`] and
+//! [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws,
+//! [`failure`] holds the exit codes.
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and gradclip computes on their bytes in place");
@@ -25,6 +25,7 @@ mod plot;
 mod progress;
 mod report;
 mod spec;
+mod stream;
 #[cfg(feature = "gpu")]
 mod verify;
 

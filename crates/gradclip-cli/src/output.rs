@@ -2,11 +2,14 @@
 //!
 //! ```text
 //! check      no target may be an input, or exist (unless forced)
-//! copy       each input to a temporary file in the target's folder, byte for byte, or room for its sums
-//! clip       in the copies, mapped
-//! sync       every copy
-//! rename     every copy to its target, an index last
+//! fill       a temporary file in each target's folder, in one of two ways:
+//!              stream: clipped piece by piece, as was decided before (stream.rs)
+//!              mapped: each input copied, byte for byte, or room for its sums; then clipped in the copies, mapped
+//! sync       every temporary file
+//! rename     each to its target, an index last
 //! ```
+//!
+//! The CPU streams. A GPU clips tensors whole, and sums of examples are written whole.
 //!
 //! Whatever fails before the first rename leaves nothing behind, because temporary files vanish when dropped. A rename
 //! that fails takes the earlier ones back. An interrupt (Ctrl-C) is held off during the renames and otherwise removes
@@ -19,7 +22,7 @@ use std::iter::once;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use gradclip::{Tensor, TensorMut};
+use gradclip::{DecidedClip, Tensor, TensorMut};
 use indicatif::ProgressBar;
 use memmap2::MmapMut;
 use same_file::Handle;
@@ -29,6 +32,7 @@ use tempfile::{NamedTempFile, TempPath};
 use crate::failure::Failure;
 use crate::input::{INDEX_SUFFIX, Input, folder_of, is_index};
 use crate::layout::Layout;
+use crate::stream;
 
 /// How much is copied between two steps of the progress bar.
 const BLOCK: usize = 8 << 20;
@@ -82,14 +86,25 @@ impl<'a> Output<'a> {
         Ok(Self { layouts, index, targets, force })
     }
 
-    /// How many bytes will be copied.
+    /// How many bytes will be written.
     pub(crate) fn bytes(&self) -> u64 {
         self.layouts.iter().map(Layout::len).sum()
     }
 
-    /// Copies the input, lets `clip` work on the copies of its gradients, or on the zeros that are to be their sums, and
+    /// Writes the parts piece by piece, clipped as was decided, on the threads of the current pool.
+    pub(crate) fn stream(&self, decided: &DecidedClip, progress: &ProgressBar) -> Result<(), Failure> {
+        let temporaries = Temporaries::new()?;
+        let parts = self.layouts.iter().zip(&self.targets);
+        let files = parts.map(|(_, target)| temporaries.empty(target)).collect::<Result<Vec<_>, _>>()?;
+        let parts: Vec<_> = self.layouts.iter().zip(&files).zip(&self.targets).collect();
+        let parts = parts.iter().map(|((layout, file), target)| (*layout, file.as_file(), target.as_path()));
+        stream::write(parts, decided, progress)?;
+        self.finish(&temporaries, files, progress)
+    }
+
+    /// Copies the parts, lets `clip` work on the copies of their gradients, or on the zeros that are to be their sums, and
     /// puts them in place. `parameters` are those of the gradients, or none.
-    pub(crate) fn write<T>(
+    pub(crate) fn write_mapped<T>(
         &self,
         parameters: &[Tensor<'_>],
         progress: &ProgressBar,
@@ -100,8 +115,6 @@ impl<'a> Output<'a> {
         let mut copies = copies
             .map(|(layout, target)| temporaries.copy(layout.blocks(), target, progress))
             .collect::<Result<Vec<_>, _>>()?;
-        let index = self.index.as_deref().zip(self.targets.last());
-        let index = index.map(|(text, target)| temporaries.copy(once(text), target, progress)).transpose()?;
 
         let mut maps = copies.iter_mut().map(map).collect::<Result<Vec<_>, _>>()?;
         let mut tensors = Vec::new();
@@ -121,11 +134,24 @@ impl<'a> Output<'a> {
             map.flush().map_err(Failure::io(target, "write"))?;
         }
         drop(maps);
-        for (copy, target) in copies.iter().chain(&index).zip(&self.targets) {
-            copy.as_file().sync_all().map_err(Failure::io(target, "write"))?;
-        }
-        temporaries.place(copies.into_iter().chain(index).zip(&self.targets), self.force)?;
+        self.finish(&temporaries, copies, progress)?;
         Ok(result)
+    }
+
+    /// Puts the parts in place, and behind them the index, if there is one.
+    fn finish(
+        &self,
+        temporaries: &Temporaries,
+        mut files: Vec<NamedTempFile>,
+        progress: &ProgressBar,
+    ) -> Result<(), Failure> {
+        if let Some((text, target)) = self.index.as_deref().zip(self.targets.last()) {
+            files.push(temporaries.copy(once(text), target, progress)?);
+        }
+        for (file, target) in files.iter().zip(&self.targets) {
+            file.as_file().sync_all().map_err(Failure::io(target, "write"))?;
+        }
+        temporaries.place(files.into_iter().zip(&self.targets), self.force)
     }
 }
 
@@ -225,22 +251,27 @@ impl Temporaries {
         Ok(Self(()))
     }
 
-    /// A copy in the target's folder, with the permissions of an ordinary new file.
-    fn copy<'a>(
-        &self,
-        blocks: impl Iterator<Item = &'a [u8]>,
-        target: &Path,
-        progress: &ProgressBar,
-    ) -> Result<NamedTempFile, Failure> {
+    /// An empty file in the target's folder, with the permissions of an ordinary new file.
+    fn empty(&self, target: &Path) -> Result<NamedTempFile, Failure> {
         let mut builder = tempfile::Builder::new();
         builder.prefix(".gradclip-").suffix(".tmp");
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
         // One lock for both: an interrupt in between would miss the file.
         let mut unfinished = unfinished();
-        let mut copy = builder.tempfile_in(folder_of(target)).map_err(Failure::io(target, "write"))?;
-        unfinished.push(copy.path().to_owned());
-        drop(unfinished);
+        let file = builder.tempfile_in(folder_of(target)).map_err(Failure::io(target, "write"))?;
+        unfinished.push(file.path().to_owned());
+        Ok(file)
+    }
+
+    /// The same, filled.
+    fn copy<'a>(
+        &self,
+        blocks: impl Iterator<Item = &'a [u8]>,
+        target: &Path,
+        progress: &ProgressBar,
+    ) -> Result<NamedTempFile, Failure> {
+        let mut copy = self.empty(target)?;
         // Written rather than mapped: a full disk is then an error, not a signal.
         for block in blocks.flat_map(|block| block.chunks(BLOCK)) {
             copy.write_all(block).map_err(Failure::io(target, "write"))?;

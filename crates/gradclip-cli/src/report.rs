@@ -1,21 +1,34 @@
 //! What the commands print.
 
-use std::io::{ErrorKind, Write};
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use gradclip::{ClipReport, Scope, SegmentReport, Tensor};
 use indicatif::HumanCount;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::backend::Backend;
 use crate::failure::Failure;
 
-/// Prints to stdout. A reader that has gone (`| head`) is no failure.
+/// Prints to stdout.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    print_by(|stdout| stdout.write_all(text.as_bytes()))
+}
+
+/// Prints one object on one line, which may be too long to hold.
+pub(crate) fn print_json(object: &impl Serialize) -> Result<(), Failure> {
+    print_by(|mut stdout| {
+        serde_json::to_writer(&mut stdout, object)?;
+        stdout.write_all(b"\n")
+    })
+}
+
+/// A reader that has gone (`| head`) is no failure.
+fn print_by(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
+    let mut stdout = BufWriter::new(io::stdout().lock());
+    match write(&mut stdout).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Failure::io(Path::new("standard output"), "write")(error))
         }
@@ -23,15 +36,9 @@ pub(crate) fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Prints one object on one line.
-pub(crate) fn print_json(object: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string(object).map_err(|error| Failure::Setup(format!("cannot write JSON: {error}")))?;
-    print(&format!("{text}\n"))
-}
-
 /// A remark for people, on stderr.
 pub(crate) fn remark(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// The outcome of `norm` and `clip`, ready to be printed.
@@ -59,7 +66,7 @@ struct Json<'a> {
     non_finite: Option<NonFiniteJson<'a>>,
     seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    segments: Option<Vec<SegmentJson>>,
+    segments: Option<SegmentsJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     num_clipped: Option<Value>,
 }
@@ -69,6 +76,16 @@ struct NonFiniteJson<'a> {
     count: u64,
     tensor: Option<&'a str>,
     index: u64,
+}
+
+/// A list that is never held: there may be millions of segments.
+struct SegmentsJson<'a>(&'a Outcome<'a>);
+
+impl Serialize for SegmentsJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let json = |s: &SegmentReport| SegmentJson { name: self.0.name(s), norm: s.norm, clip_coef: s.clip_coef };
+        serializer.collect_seq(self.0.report.segments.iter().map(json))
+    }
 }
 
 #[derive(Serialize)]
@@ -81,10 +98,6 @@ struct SegmentJson {
 impl Outcome<'_> {
     pub(crate) fn print_json(&self) -> Result<(), Failure> {
         let found = self.report.non_finite.as_ref();
-        let segments = || {
-            let json = |s: &SegmentReport| SegmentJson { name: self.name(s), norm: s.norm, clip_coef: s.clip_coef };
-            self.report.segments.iter().map(json).collect()
-        };
         print_json(&Json {
             total_norm: self.report.total_norm,
             clip_coef: self.report.clip_coef,
@@ -95,7 +108,7 @@ impl Outcome<'_> {
             adapter: self.backend.adapter(),
             non_finite: found.map(|n| NonFiniteJson { count: n.count, tensor: n.name.as_deref(), index: n.index }),
             seconds: self.time.as_secs_f64(),
-            segments: (self.scope != Scope::Global).then(segments),
+            segments: (self.scope != Scope::Global).then_some(SegmentsJson(self)),
             num_clipped: self.sum.then(|| self.num_clipped()),
         })
     }

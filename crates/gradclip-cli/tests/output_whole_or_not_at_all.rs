@@ -78,6 +78,16 @@ fn places_that_cannot_be_written() {
     clip(&input, &folder.path(".."), &MODE).failed(2, &["must name a file"]);
 }
 
+/// Nothing of OUT is begun before the gradients were measured: here it could not be.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_decision_comes_before_the_first_byte() {
+    let folder = Folder::new();
+    let input = folder.write("in", file(&[("a", "F32", f32s(&[f32::NAN]))]));
+    clip(&input, "/proc/out".as_ref(), &["--max-norm", "1"]).failed(3, &["non-finite"]);
+    clip(&input, "/proc/out".as_ref(), &["--clip-value", "1"]).failed(1, &["/proc/out: cannot write"]);
+}
+
 /// A link that leads nowhere is in the way, too.
 #[cfg(unix)]
 #[test]
@@ -114,24 +124,24 @@ fn a_full_disk_leaves_nothing() {
     assert_eq!(folder.names(), ["in"]);
 }
 
-/// Ctrl-C while the copy is being made.
+/// Ctrl-C while OUT is being written.
 #[cfg(unix)]
 #[test]
 fn an_interrupt_leaves_nothing() {
     let (folder, input) = (Folder::new(), 256 << 20);
     let header = format!(r#"{{"a":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{input}]}}}}"#, input / 4);
     let path = folder.write("in", common::raw(&header, b""));
-    // Sparse: only the copy takes time.
+    // Sparse: only the writing takes time.
     fs::File::options().write(true).open(&path).unwrap().set_len(8 + header.len() as u64 + input).unwrap();
     let mut codes = Vec::new();
-    // On a busy machine the copy may be finished before the interrupt comes.
+    // On a busy machine OUT may be finished before the interrupt comes.
     while codes.last() != Some(&Some(130)) && codes.len() < 5 {
         let mut command = Command::new(env!("CARGO_BIN_EXE_gradclip"));
         command.arg("clip").arg(&path).arg("-o").arg(folder.path("out")).args(["--max-norm", "1", "--force", "-q"]);
         let _ = fs::remove_file(folder.path("out"));
         let mut child = command.args(["--backend", "cpu"]).spawn().unwrap();
         while folder.names().len() == 1 {
-            assert!(child.try_wait().unwrap().is_none(), "it ended without making a copy");
+            assert!(child.try_wait().unwrap().is_none(), "it ended without writing");
             std::thread::yield_now();
         }
         assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());

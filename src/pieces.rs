@@ -1,0 +1,143 @@
+//! [`DecidedClip`]: a clip that is applied piece by piece.
+
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::error::tensor_label;
+use crate::partial::{Action, Location, Outcome, Partial};
+use crate::segment::{By, Segments};
+use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, cpu};
+
+/// A clip of some tensors that has been decided and is yet to be applied, piece by piece: in any order, from any thread,
+/// on any copy of the elements. Made by [`Clipper::decide`](crate::Clipper::decide).
+///
+/// It holds the coefficients and not the tensors, so that of tensors larger than memory no more than a piece needs to be
+/// there at a time. Once each element was in one piece, the elements are what [`Clipper::apply`](crate::Clipper::apply)
+/// makes of them, bit for bit, and so is the report.
+///
+/// ```
+/// use gradclip::{Clip, Clipper, Tensor, TensorMut};
+/// let on_disk = [3.0f32, 0.0, 4.0, 0.0, 0.0];
+/// let decided = Clipper::cpu().decide(&Clip::norm(1.0)?.eps(0.0)?, &[Tensor::new(&on_disk)])?;
+/// let mut written = Vec::new();
+/// for (i, piece) in on_disk.chunks(2).enumerate() {
+///     let (mut piece, first) = (piece.to_vec(), 2 * i as u64);
+///     if !decided.leaves(0, first..first + piece.len() as u64)? {
+///         decided.apply(0, first, &mut TensorMut::new(&mut piece))?;
+///     }
+///     written.append(&mut piece);
+/// }
+/// assert_eq!(written, [0.6, 0.0, 0.8, 0.0, 0.0]);
+/// assert_eq!(decided.report().total_norm, 5.0);
+/// # Ok::<(), gradclip::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct DecidedClip {
+    clip: Clip,
+    tensors: Vec<Described>,
+    segments: Segments,
+    outcomes: Vec<Outcome>,
+    report: ClipReport,
+    /// What the pieces held, where nothing was read before them.
+    met: Mutex<Partial>,
+}
+
+/// What is known of a tensor that is not there.
+#[derive(Debug)]
+struct Described {
+    name: Option<String>,
+    dtype: Dtype,
+    len: u64,
+}
+
+impl DecidedClip {
+    pub(crate) fn new(
+        clip: &Clip,
+        tensors: &[Tensor<'_>],
+        (segments, outcomes, report): (Segments, Vec<Outcome>, ClipReport),
+    ) -> Self {
+        let described =
+            |t: &Tensor<'_>| Described { name: t.name.map(str::to_owned), dtype: t.dtype, len: t.len() as u64 };
+        let tensors = tensors.iter().map(described).collect();
+        Self { clip: *clip, tensors, segments, outcomes, report, met: Mutex::new(Partial::EMPTY) }
+    }
+
+    /// Clips a piece in place, on the calling thread: the elements of tensor number `tensor` from number `first` on, of its
+    /// dtype, wherever they lie. A name or a shape of the piece does not matter.
+    ///
+    /// # Errors
+    /// [`Error::Piece`] if there is no such tensor, if it ends before the piece does, or if its dtype is another. The piece
+    /// is then as it was.
+    pub fn apply(&self, tensor: usize, first: u64, piece: &mut TensorMut<'_>) -> Result<(), Error> {
+        let described = self.find(tensor, first, first.saturating_add(piece.len() as u64))?;
+        if piece.dtype != described.dtype {
+            return Err(self.fail(tensor, format!("the piece is {}, the tensor {}", piece.dtype, described.dtype)));
+        }
+        if piece.is_empty() {
+            return Ok(());
+        }
+        let layout = self.segments.layouts[tensor];
+        let own = (layout.numbered_from_zero(), layout.own(&self.outcomes, described.len));
+        let at = Location { tensor, index: first };
+        if own.1.iter().any(|outcome| outcome.action != Action::Leave) {
+            let met = cpu::write_piece(&self.clip, at, piece.dtype, own, piece.data);
+            if !self.clip.reads_first() {
+                let mut all = self.met();
+                *all = all.merge(met);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether [`DecidedClip::apply`] would leave these elements of tensor number `tensor` as they are, so that the work
+    /// can be spared. A value clip looks at each element, so that the answer is yes only where its policy leaves everything.
+    ///
+    /// # Errors
+    /// [`Error::Piece`] if there is no such tensor, or if it ends before the elements do.
+    pub fn leaves(&self, tensor: usize, elements: Range<u64>) -> Result<bool, Error> {
+        let Range { start, end } = elements;
+        self.find(tensor, start, end)?;
+        let layout = self.segments.layouts[tensor];
+        let is_left = |segment: u32| self.outcomes[segment as usize].action == Action::Leave;
+        Ok(match layout.by {
+            _ if start >= end => true,
+            By::Whole | By::Rows => (layout.segment_of(start)..=layout.segment_of(end - 1)).all(is_left),
+            By::Columns => (start..end.min(start + layout.columns)).all(|i| is_left(layout.segment_of(i))),
+        })
+    }
+
+    /// What [`Clipper::apply`](crate::Clipper::apply) would report. For a clip that needed no first look
+    /// ([`Clipper::decide`](crate::Clipper::decide)), `clipped` and `non_finite` tell of the pieces so far, and of one that
+    /// was applied twice, twice.
+    #[must_use]
+    pub fn report(&self) -> ClipReport {
+        let mut report = self.report.clone();
+        if !self.clip.reads_first() {
+            let met = self.met();
+            report.clipped = met.outside;
+            report.non_finite = met.non_finite_elements(|i| self.tensors[i].name.as_deref());
+        }
+        report
+    }
+
+    fn met(&self) -> MutexGuard<'_, Partial> {
+        self.met.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tensor that is to have these elements.
+    fn find(&self, tensor: usize, start: u64, end: u64) -> Result<&Described, Error> {
+        let Some(described) = self.tensors.get(tensor) else {
+            return Err(self.fail(tensor, format!("there are only {} tensors", self.tensors.len())));
+        };
+        if start > end || end > described.len {
+            let len = described.len;
+            return Err(self.fail(tensor, format!("elements {start}..{end} were asked for, it has {len}")));
+        }
+        Ok(described)
+    }
+
+    fn fail(&self, tensor: usize, reason: String) -> Error {
+        let name = self.tensors.get(tensor).and_then(|t| t.name.as_deref());
+        Error::Piece { tensor: tensor_label(name, tensor), reason }
+    }
+}
