@@ -22,6 +22,7 @@ mod element;
 mod instructions;
 mod isa;
 mod norm;
+mod pool;
 mod power;
 mod scale;
 #[cfg(all(test, target_arch = "x86_64"))]
@@ -38,7 +39,8 @@ use crate::progress::Progress;
 use crate::segment::{Family, Layout, Segments, check_groups, check_parameter};
 use crate::threshold::Threshold;
 use crate::{Clip, ClipReport, Dtype, Error, NonFinite, Scope, Tensor, TensorMut};
-use task::{in_parallel, merged};
+use pool::in_parallel;
+use task::merged;
 use tuning::{CHUNK, COLUMNS};
 
 /// Calls `$body` with `$T` standing for the Rust type of `$dtype`.

@@ -1,9 +1,9 @@
 //! Tasks: what is measured in parallel, and how their partials merge.
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-use super::tuning::{CHUNK, COLUMNS, PARALLEL_FROM};
+use super::pool::in_parallel;
+use super::tuning::{CHUNK, COLUMNS};
 use super::{columns, norm, with_element};
 use crate::partial::{Location, Partial};
 use crate::segment::{By, Segments};
@@ -131,14 +131,4 @@ pub(super) fn merged(
         }
     }
     partials
-}
-
-/// Runs `task` on every piece of work, in parallel if there are many of `bytes` together.
-pub(super) fn in_parallel<W: Send>(work: Vec<W>, bytes: usize, task: impl Fn(W) + Send + Sync) {
-    if bytes < PARALLEL_FROM * size_of::<f32>() {
-        return work.into_iter().for_each(task);
-    }
-    // Many tiny tensors make tiny pieces: a task takes as many as fill a chunk on average.
-    let in_a_task = (work.len() * CHUNK * size_of::<f32>() / bytes).clamp(1, CHUNK);
-    work.into_par_iter().with_min_len(in_a_task).for_each(task);
 }
