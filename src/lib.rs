@@ -100,7 +100,7 @@ pub use clip::{Budget, Clip, NonFinite, NormType, Power, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
 pub use error::Error;
 pub use pieces::DecidedClip;
-pub use report::{ClipReport, NonFiniteElements, SegmentReport};
+pub use report::{Census, ClipReport, NonFiniteElements, SegmentReport};
 pub use running::RunningPartial;
 pub use tensor::{Dtype, Element, Tensor, TensorMut};
 pub use threshold::{AdaGc, AutoClip, Threshold, ZClip};

@@ -56,6 +56,18 @@ pub struct SegmentReport {
     pub clipped: bool,
 }
 
+/// What a tensor holds beside ordinary numbers: [`Tensor::census`](crate::Tensor::census).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Census {
+    /// How many elements are 0 or -0.
+    pub zeros: u64,
+    /// How many are NaN or infinite.
+    pub non_finite: u64,
+    /// Where the first of these is.
+    pub first_non_finite: Option<u64>,
+}
+
 /// How many elements are NaN or infinite, and where the first one is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

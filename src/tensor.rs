@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 
-use crate::Error;
+use crate::cpu::census::census;
+use crate::{Census, Error};
 
 /// The element types that can be clipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,6 +102,19 @@ impl<'a> Tensor<'a> {
     pub fn from_bytes(dtype: Dtype, data: &'a [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
         Ok(Self { name: None, dtype, data, shape: None, parameter: None })
+    }
+}
+
+impl Tensor<'_> {
+    /// Counts what is zero and what is not finite, in one sweep on rayon's current pool.
+    ///
+    /// ```
+    /// let census = gradclip::Tensor::new(&[0.0f32, 1.0, f32::NAN, -0.0]).census();
+    /// assert_eq!((census.zeros, census.non_finite, census.first_non_finite), (2, 1, Some(2)));
+    /// ```
+    #[must_use]
+    pub fn census(&self) -> Census {
+        census(self)
     }
 }
 

@@ -4,7 +4,8 @@ mod common;
 
 use common::numbers::{Random, Sum, exact_norm};
 use common::{Data, Path, assert_norm};
-use gradclip::{Clip, Dtype, NormType};
+use gradclip::{Clip, Clipper, Dtype, Element, NormType, Tensor};
+use rayon::prelude::*;
 
 /// The norm as a plain float32 loop gives it.
 fn naive(norm_type: NormType, set: &Data) -> f64 {
@@ -104,6 +105,57 @@ fn long_sums_of_every_dtype() {
         for norm_type in [NormType::L1, NormType::L2] {
             check(&set, norm_type, of_equal(norm_type, x, n), false, &format!("0.1 in {dtype}"));
         }
+    }
+}
+
+/// 2^27 elements, the size of a layer of a large model, against sums that lose nothing: normals, sizes over many orders of
+/// magnitude, and a constant.
+#[test]
+fn a_hundred_million_elements_on_the_cpu() {
+    const BLOCK: usize = 1 << 20;
+    const LEN: usize = 128 * BLOCK;
+    let mut data = vec![0f32; LEN];
+    for name in ["normals", "log-normals", "tenths"] {
+        data.par_chunks_mut(BLOCK).enumerate().for_each(|(i, block)| {
+            let mut random = Random(i as u64);
+            block.iter_mut().for_each(|x| {
+                *x = match name {
+                    "normals" => random.normal() as f32,
+                    "log-normals" => (3.0 * random.normal()).exp() as f32,
+                    _ => 0.1,
+                }
+            });
+        });
+        check_exact(&data, &format!("2^27 {name} of float32"));
+        let bf16: Vec<_> = data.par_iter().map(|x| half::bf16::from_f32(*x)).collect();
+        check_exact(&bf16, &format!("2^27 {name} of bfloat16"));
+        drop(bf16);
+        let f16: Vec<_> = data.par_iter().map(|x| half::f16::from_f32(x.min(65504.0))).collect();
+        check_exact(&f16, &format!("2^27 {name} of float16"));
+    }
+    drop(data);
+    let f64: Vec<_> = (0..LEN).into_par_iter().map(|i| Random(i as u64).uniform() - 0.5).collect();
+    check_exact(&f64, "2^27 of float64");
+}
+
+/// Holds the CPU's L1 and L2 norm to sums without loss.
+fn check_exact<T: Element + Into<f64>>(data: &[T], what: &str) {
+    let sum = |term: fn(f64) -> f64| {
+        let of_block = |block: &[T]| {
+            let mut sum = Sum::default();
+            block.iter().for_each(|x| sum.add(term((*x).into())));
+            sum.total()
+        };
+        let blocks: Vec<_> = data.par_chunks(1 << 16).map(of_block).collect();
+        let mut sum = Sum::default();
+        blocks.into_iter().for_each(|block| sum.add(block));
+        sum.total()
+    };
+    for (norm_type, norm) in [(NormType::L2, sum(|x| x * x).sqrt()), (NormType::L1, sum(f64::abs))] {
+        let clip = Clip::norm(f64::INFINITY).expect("valid").norm_type(norm_type);
+        let found = Clipper::cpu().measure(&clip, &[Tensor::new(data)]).expect("finite").total_norm;
+        println!("{what}: {norm_type:?} is off by {:.1e}", (found / norm - 1.0).abs());
+        assert_norm(found, norm, 1e-7, what);
     }
 }
 

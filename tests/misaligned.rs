@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::numbers::{Random, multiplied_bits};
-use common::{Data, assert_same_bits};
-use gradclip::{Clip, Clipper, Dtype, NonFinite, TensorMut};
+use common::numbers::{Random, exact_norm, multiplied_bits};
+use common::{Data, assert_norm, assert_same_bits};
+use gradclip::{Clip, Clipper, Dtype, NonFinite, NormType, Tensor, TensorMut};
 
 /// Divides by 3 whatever the norm is, so that every bit of the result is known.
 fn scale() -> Clip {
@@ -43,7 +43,7 @@ fn normals(dtype: Dtype, n: usize, seed: u64) -> Data {
 #[test]
 fn host_bytes_at_any_address() {
     for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
-        for n in [0, 1, 2, 3, 15, 17, 1023, 2500] {
+        for n in (0..=130).chain([1023, 2500]) {
             let t = normals(dtype, n, 1);
             for (name, clip, expected) in clips() {
                 let want = expected(&t);
@@ -67,16 +67,27 @@ fn host_bytes_at_any_address() {
 
 #[test]
 fn misaligned_bytes_give_the_same_norm() {
-    let t = normals(Dtype::F32, 300_001, 2);
-    let mut bytes = vec![0; t.bytes.len() + 8];
-    let mut norms = Vec::new();
-    for offset in 0..8 {
-        bytes[offset..offset + t.bytes.len()].copy_from_slice(&t.bytes);
-        let view =
-            TensorMut::from_bytes(Dtype::F32, &mut bytes[offset..offset + t.bytes.len()]).expect("whole elements");
-        norms.push(Clipper::cpu().apply(&Clip::norm(1.0).expect("valid"), &mut [view]).expect("finite").total_norm);
+    let norm_types = [1.0, 2.0, f64::INFINITY, 3.0, 1.5].map(|p| NormType::p(p).expect("valid"));
+    for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
+        for n in (0..=130).chain([1023, 300_001]) {
+            let t = normals(dtype, n, 2);
+            let mut bytes = vec![0; t.bytes.len() + 8];
+            for norm_type in norm_types {
+                let clip = Clip::norm(f64::INFINITY).expect("valid").norm_type(norm_type);
+                let norms: Vec<_> = (0..8)
+                    .map(|offset| {
+                        let bytes = &mut bytes[offset..offset + t.bytes.len()];
+                        bytes.copy_from_slice(&t.bytes);
+                        let view = Tensor::from_bytes(dtype, bytes).expect("whole elements");
+                        Clipper::cpu().measure(&clip, &[view]).expect("finite").total_norm
+                    })
+                    .collect();
+                let what = format!("{norm_type:?} of {n} of {dtype}");
+                assert!(norms.iter().all(|norm| norm.to_bits() == norms[0].to_bits()), "{what}: {norms:?}");
+                assert_norm(norms[0], exact_norm(norm_type, t.numbers()), 1e-7, &what);
+            }
+        }
     }
-    assert!(norms.iter().all(|norm| norm.to_bits() == norms[0].to_bits()), "{norms:?}");
 }
 
 #[cfg(feature = "gpu")]

@@ -145,7 +145,7 @@ fn one_clamped_value_leaves_its_neighbours_alone() {
     }
 }
 
-/// Quiet NaNs keep their payload; signalling ones may become quiet where elements around them are written.
+/// Quiet NaNs keep their payload; on a GPU, signalling ones may become quiet where elements around them are written.
 #[test]
 fn clamping_keeps_nans() {
     for path in Path::ALL {
@@ -161,7 +161,8 @@ fn clamping_keeps_nans() {
             let mut want = set.clone();
             want[2].set(1000, 10.0);
             let (_, mut after) = path.clip(&Clip::value(10.0).expect("valid"), &set).ok();
-            for i in [502, 503, 602, 603] {
+            let signalling: &[usize] = if *path == Path::Cpu { &[] } else { &[502, 503, 602, 603] };
+            for &i in signalling {
                 assert!(after[2].get(i).is_nan(), "{path:?} {dtype}");
                 after[2].set_bits(i, set[2].bits(i));
             }

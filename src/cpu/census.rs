@@ -2,33 +2,53 @@
 
 use std::marker::PhantomData;
 
+use half::{bf16, f16};
+
 use super::element::{Bits, Widen, elements};
 use super::isa::{Isa, Kernel, run};
-use super::tuning::BLOCK;
+use super::pool::in_parallel;
+use super::tuning::{BLOCK, CHUNK};
+use super::with_element;
 use crate::partial::{Location, Partial};
+use crate::{Census, Dtype, Tensor};
 
-/// What was counted, and where the first non-finite element is.
+/// What was counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Census {
-    pub(super) zeros: u64,
+pub(super) struct Counts {
+    zeros: u64,
     pub(super) non_finite: u64,
-    pub(super) nan: bool,
-    pub(super) first: Option<usize>,
+    nan: bool,
+    first: Option<usize>,
 }
 
-impl Census {
+impl Counts {
     /// As a partial, if element number i is at `place(i)`.
     pub(super) fn partial(&self, place: impl Fn(usize) -> Location) -> Partial {
         Partial { non_finite: self.non_finite, nan: self.nan, first: self.first.map(place), ..Partial::EMPTY }
     }
 }
 
-pub(super) fn census<T: Widen>(data: &[u8]) -> Census {
+/// Of a whole tensor, in parallel.
+pub(crate) fn census(tensor: &Tensor<'_>) -> Census {
+    let mut counts = vec![Counts::default(); tensor.len().div_ceil(CHUNK)];
+    let pieces = counts.len();
+    let chunks = tensor.data.chunks(CHUNK * tensor.dtype.size()).zip(&mut counts);
+    in_parallel(chunks, pieces, tensor.data.len(), |(chunk, counts)| {
+        with_element!(tensor.dtype, T => *counts = count::<T>(chunk));
+    });
+    counts.iter().enumerate().fold(Census::default(), |all, (i, chunk)| Census {
+        zeros: all.zeros + chunk.zeros,
+        non_finite: all.non_finite + chunk.non_finite,
+        first_non_finite: all.first_non_finite.or(chunk.first.map(|k| (i * CHUNK + k) as u64)),
+    })
+}
+
+pub(super) fn count<T: Widen>(data: &[u8]) -> Counts {
     let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
-    blocks.fold(Census::default(), |all, (i, block)| {
+    blocks.fold(Counts::default(), |all, (i, block)| {
         let [zeros, non_finite, nans] = run(Count::<T> { block, of: PhantomData });
         let first = || elements::<T>(block).position(|x| x.bits().magnitude() >= T::INFINITY);
-        Census {
+        Counts {
             zeros: all.zeros + zeros,
             non_finite: all.non_finite + non_finite,
             nan: all.nan || nans > 0,

@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 
-use super::census::census;
+use super::census::count;
 use super::element::{Bits, Wide, Widen, elements, for_groups, load, update_groups};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::scale::{ExactProduct, Map, Product, with_product};
@@ -65,7 +65,7 @@ impl<T: Widen> Clamp<T> {
             let block = self.unscaled(false, block, &mut wide);
             [outside, _] = run(Look { bounds: self.wide_bounds(), drop: self.drop, block });
         }
-        let census = if non_finite { census::<T>(block).partial(|i| at.ahead(i)) } else { Partial::EMPTY };
+        let census = if non_finite { count::<T>(block).partial(|i| at.ahead(i)) } else { Partial::EMPTY };
         Partial { outside, ..census }
     }
 

@@ -87,7 +87,7 @@ const KERNELS: [(&str, Work, Counts); 13] = [
         [[4.88, 23.0, 2.56, 2.56], [2.19, 4.12, 1.09, 1.09], [0.98, 1.97, 0.52, 0.52]]),
     ("look, clamp", |dtype, data| clamped(dtype, data, 0.25),
         [[11.0, 40.4, 5.62, 5.62], [3.66, 7.06, 1.89, 1.89], [1.72, 3.44, 0.89, 0.89]]),
-    ("census", |dtype, data| with_element!(dtype, T => assert_eq!(census::census::<T>(data).non_finite, 0)),
+    ("census", |dtype, data| with_element!(dtype, T => assert_eq!(census::count::<T>(data).non_finite, 0)),
         [[2.88, 10.5, 1.44, 1.44], [1.06, 2.12, 0.53, 0.53], [0.67, 1.34, 0.34, 0.34]]),
 ];
 

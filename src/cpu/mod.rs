@@ -13,7 +13,7 @@
 //! Within a task, elements are taken in blocks that fit the first-level cache. A block is widened once (half precision
 //! to float32; a misaligned one is copied) so that each kernel is written for float32 and float64 only.
 
-mod census;
+pub(crate) mod census;
 mod clamp;
 mod columns;
 mod element;
@@ -30,6 +30,8 @@ mod sets_agree;
 mod sum;
 mod task;
 mod tuning;
+
+use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 
@@ -72,7 +74,7 @@ use with_element;
 /// Measures what [`apply`] would do, and writes nothing.
 pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<ClipReport, Error> {
     let found = Measured::of(clip, tensors, progress)?;
-    found.decide(clip, tensors, clip.only_measures() || found.refused(clip)).map(|(report, _)| report)
+    found.decide(clip, |i| tensors.get(i)?.name, clip.only_measures() || found.refused(clip)).map(|(report, _)| report)
 }
 
 /// What [`apply`] would do, if it is known before anything is written: the segments, the outcomes and the report. A clip
@@ -88,7 +90,8 @@ pub(crate) fn decide(
     } else {
         Measured::new(clip, tensors, segments, &[Partial::EMPTY])
     };
-    let (report, outcomes) = found.decide(clip, tensors, clip.only_measures() || found.refused(clip))?;
+    let (report, outcomes) =
+        found.decide(clip, |i| tensors.get(i)?.name, clip.only_measures() || found.refused(clip))?;
     Ok((found.segments, outcomes, report))
 }
 
@@ -112,14 +115,14 @@ pub(crate) fn apply(
     }
     let mut measured = Vec::new();
     for ((clip, tensors), segments) in groups.iter_mut().zip(segments) {
-        let mut found = if clip.reads_first() {
-            Measured::with(clip, &views(tensors), segments, progress)
-        } else {
-            let total = clamp_all(clip, tensors, progress);
-            Measured::new(clip, &views(tensors), segments, &[total])
+        let total = if clip.reads_first() { None } else { Some(clamp_all(clip, tensors, progress)) };
+        let views = views(tensors);
+        let mut found = match total {
+            None => Measured::with(clip, &views, segments, progress),
+            Some(total) => Measured::new(clip, &views, segments, &[total]),
         };
         if let Some(threshold) = threshold.as_deref_mut() {
-            found.adapt(clip, &views(tensors), threshold)?;
+            found.adapt(clip, &views, threshold)?;
         }
         measured.push(found);
     }
@@ -128,7 +131,7 @@ pub(crate) fn apply(
     for ((clip, tensors), found) in groups.iter().zip(&measured) {
         // A clip that only measures does not even unscale.
         let leaves = refused || clip.only_measures() && threshold.is_none();
-        decided.push(found.decide(clip, &views(tensors), leaves)?);
+        decided.push(found.decide(clip, |i| tensors.get(i)?.name, leaves)?);
     }
     let mut reports = Vec::new();
     for (((clip, tensors), found), (report, outcomes)) in groups.iter_mut().zip(&measured).zip(decided) {
@@ -146,7 +149,7 @@ pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]
     let segments = segments_of(clip, &views(tensors))?;
     let found = Measured::given(clip, &views(tensors), segments, given)?;
     let leaves = clip.only_measures() || found.refused(clip);
-    let (report, outcomes) = found.decide(clip, &views(tensors), leaves)?;
+    let (report, outcomes) = found.decide(clip, |i| tensors.get(i)?.name, leaves)?;
     write(clip, &found.segments, &outcomes, tensors);
     Ok(report)
 }
@@ -160,7 +163,7 @@ pub(crate) fn sum_examples(
 ) -> Result<ClipReport, Error> {
     let found = Measured::of(clip, tensors, progress)?;
     let refused = found.refused(clip);
-    let (report, outcomes) = found.decide(clip, tensors, refused)?;
+    let (report, outcomes) = found.decide(clip, |i| tensors.get(i)?.name, refused)?;
     if !refused {
         let drop = clip.non_finite == NonFinite::Drop;
         for ((tensor, layout), sum) in tensors.iter().zip(&found.segments.layouts).zip(sums) {
@@ -169,11 +172,11 @@ pub(crate) fn sum_examples(
             let rows = tensor.len().checked_div(columns).unwrap_or(0);
             let outcomes = &outcomes[layout.segment as usize..][..rows];
             let tile = COLUMNS * sum.dtype.size();
-            let tiles: Vec<_> = sum.data.chunks_mut(tile).enumerate().collect();
+            let (pieces, tiles) = (sum.data.len().div_ceil(tile), sum.data.chunks_mut(tile).enumerate());
             let task = |(i, sums): (usize, &mut [u8])| {
                 with_element!(tensor.dtype, T => sum::sum::<T>(outcomes, drop, tensor.data, columns, i * COLUMNS, sums));
             };
-            in_parallel(tiles, tensor.data.len(), task);
+            in_parallel(tiles, pieces, tensor.data.len(), task);
         }
     }
     Ok(report)
@@ -310,31 +313,44 @@ impl Measured {
     }
 
     /// The report and the outcomes; under a refusal every segment is left as it is.
-    fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>], refused: bool) -> Result<(ClipReport, Vec<Outcome>), Error> {
+    fn decide<'a>(
+        &self,
+        clip: &Clip,
+        name_of: impl Fn(usize) -> Option<&'a str>,
+        refused: bool,
+    ) -> Result<(ClipReport, Vec<Outcome>), Error> {
         let outcomes = self.segments.outcomes(clip, &self.known, &self.max_norms, refused);
         let totals = (self.total_norm, &self.total);
-        let report = clip.report((&self.segments, &outcomes), totals, self.elements, |i| tensors.get(i)?.name)?;
+        let report = clip.report((&self.segments, &outcomes), totals, self.elements, name_of)?;
         Ok((report, outcomes))
     }
 }
 
 /// Scales or clamps what the outcomes say.
 fn write(clip: &Clip, segments: &Segments, outcomes: &[Outcome], tensors: &mut [TensorMut<'_>]) {
-    let mut chunks = Vec::new();
-    for (tensor, (t, layout)) in tensors.iter_mut().zip(&segments.layouts).enumerate() {
-        let own = layout.own(outcomes, t.len() as u64);
-        if own.iter().all(|o| o.action == Action::Leave) {
-            continue;
-        }
-        let (dtype, layout) = (t.dtype, layout.numbered_from_zero());
-        for (i, data) in t.data.chunks_mut(CHUNK * dtype.size()).enumerate() {
-            chunks.push((Location { tensor, index: (i * CHUNK) as u64 }, dtype, layout, own, data));
-        }
-    }
-    let bytes = chunks.iter().map(|(.., data)| data.len()).sum();
-    in_parallel(chunks, bytes, |(at, dtype, layout, outcomes, data)| {
+    let (pieces, bytes) = pieces(tensors);
+    let work = tensors.iter_mut().zip(&segments.layouts).enumerate().flat_map(|(i, (tensor, layout))| {
+        let own = layout.own(outcomes, tensor.len() as u64);
+        let written = own.iter().any(|o| o.action != Action::Leave);
+        let layout = layout.numbered_from_zero();
+        chunks(i, tensor).filter(move |_| written).map(move |(at, dtype, data)| (at, dtype, layout, own, data))
+    });
+    in_parallel(work, pieces, bytes, |(at, dtype, layout, outcomes, data)| {
         write_piece(clip, at, dtype, (layout, outcomes), data);
     });
+}
+
+/// What is handed out of tensor number `tensor`: where it begins, and its bytes.
+fn chunks<'t>(tensor: usize, t: &'t mut TensorMut<'_>) -> impl Iterator<Item = (Location, Dtype, &'t mut [u8])> {
+    let dtype = t.dtype;
+    let chunks = t.data.chunks_mut(CHUNK * dtype.size()).enumerate();
+    chunks.map(move |(i, data)| (Location { tensor, index: (i * CHUNK) as u64 }, dtype, data))
+}
+
+/// About how many chunks there are, and how many bytes.
+fn pieces(tensors: &[TensorMut<'_>]) -> (usize, usize) {
+    let bytes: usize = tensors.iter().map(|t| t.data.len()).sum();
+    (tensors.len() + bytes / (CHUNK * size_of::<f32>()), bytes)
 }
 
 /// Scales or clamps a piece of a tensor, given the tensor's own segments. The partial is what a clamp met.
@@ -359,17 +375,15 @@ pub(crate) fn write_piece(
 
 /// A value clip in one pass.
 fn clamp_all(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) -> Partial {
-    let mut chunks = Vec::new();
-    for (tensor, t) in tensors.iter_mut().enumerate() {
-        let dtype = t.dtype;
-        for (i, data) in t.data.chunks_mut(CHUNK * dtype.size()).enumerate() {
-            chunks.push((Location { tensor, index: (i * CHUNK) as u64 }, dtype, data, Partial::EMPTY));
-        }
-    }
-    let bytes = chunks.iter().map(|(_, _, data, _)| data.len()).sum();
-    in_parallel(chunks.iter_mut().collect(), bytes, |(at, dtype, data, partial)| {
+    let (pieces, bytes) = pieces(tensors);
+    let total = Mutex::new(Partial::EMPTY);
+    let work = tensors.iter_mut().enumerate().flat_map(|(i, tensor)| chunks(i, tensor));
+    in_parallel(work, pieces, bytes, |(at, dtype, data)| {
         progress.measured(data.len());
-        with_element!(*dtype, T => *partial = clamp::clamp::<T>(clip, *at, data));
+        let partial = with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
+        // Nothing is summed: what was counted, and the first location, do not depend on the order.
+        let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+        *total = total.merge(partial);
     });
-    chunks.iter().fold(Partial::EMPTY, |a, (.., b)| a.merge(*b))
+    total.into_inner().unwrap_or_else(PoisonError::into_inner)
 }

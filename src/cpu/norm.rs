@@ -20,7 +20,7 @@
 
 use std::marker::PhantomData;
 
-use super::census::census;
+use super::census::count;
 use super::element::{Bits, Lanes, Wide, Widen, elements, group_size, load};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Scaled, Square, Term, with_term};
@@ -77,8 +77,9 @@ fn walked<T: Widen>(norm_type: NormType, data: &[u8], place: impl Fn(usize) -> L
 pub(super) fn of_block<W: Wide>(norm_type: NormType, block: &[W], place: impl Fn(usize) -> Location) -> Partial {
     of_finite(norm_type, block).unwrap_or_else(|| {
         let finite: Vec<_> = block.iter().map(|x| if x.is_finite() { *x } else { W::ZERO }).collect();
-        let census = census::<W>(bytemuck::cast_slice(block));
-        census.partial(place).merge(of_finite(norm_type, &finite).unwrap_or(Partial::EMPTY))
+        count::<W>(bytemuck::cast_slice(block))
+            .partial(place)
+            .merge(of_finite(norm_type, &finite).unwrap_or(Partial::EMPTY))
     })
 }
 

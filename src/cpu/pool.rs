@@ -11,16 +11,21 @@ use rayon::ThreadPoolBuilder;
 
 use super::tuning::{CHUNK, PARALLEL_FROM};
 
-/// Runs `task` on every piece of work, in parallel if there are many of `bytes` together.
-pub(super) fn in_parallel<W: Send>(work: Vec<W>, bytes: usize, task: impl Fn(W) + Send + Sync) {
+/// Runs `task` on every piece of work, in parallel if there are many of `bytes` together. There are about as many as
+/// `pieces`; each is made when a thread comes for it.
+pub(super) fn in_parallel<W: Send>(
+    work: impl Iterator<Item = W> + Send,
+    pieces: usize,
+    bytes: usize,
+    task: impl Fn(W) + Send + Sync,
+) {
     let threads = if bytes < PARALLEL_FROM * size_of::<f32>() { 1 } else { threads() };
     if threads == 1 {
-        return work.into_iter().for_each(task);
+        return work.for_each(task);
     }
     // Many tiny tensors make tiny pieces: a thread takes as many at a time as fill a chunk on average.
-    let batch = (work.len() * CHUNK * size_of::<f32>() / bytes).clamp(1, CHUNK);
-    let batches = work.len().div_ceil(batch);
-    let left = Mutex::new(work.into_iter());
+    let batch = (pieces * CHUNK * size_of::<f32>() / bytes).clamp(1, CHUNK);
+    let left = Mutex::new(work);
     let run = || {
         loop {
             let next: Vec<_> = left.lock().unwrap_or_else(PoisonError::into_inner).by_ref().take(batch).collect();
@@ -31,7 +36,7 @@ pub(super) fn in_parallel<W: Send>(work: Vec<W>, bytes: usize, task: impl Fn(W) 
         }
     };
     rayon::in_place_scope(|scope| {
-        for _ in 1..threads.min(batches) {
+        for _ in 1..threads.min(pieces.div_ceil(batch)) {
             scope.spawn(|_| run());
         }
         run();

@@ -84,7 +84,7 @@ fn norms_agree() {
                 bits(&slot[0])
             });
         }
-        on_each_set(&format!("census of {what}"), || with_element!(dtype, T => census::census::<T>(data)));
+        on_each_set(&format!("census of {what}"), || with_element!(dtype, T => census::count::<T>(data)));
     });
 }
 

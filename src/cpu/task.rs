@@ -116,13 +116,13 @@ pub(super) fn merged(
     let tasks = tasks(tensors, segments);
     let mut slots = vec![Partial::EMPTY; tasks.iter().map(Task::slots).sum()];
     let mut rest = &mut slots[..];
-    let mut work = Vec::new();
-    for task in &tasks {
-        let (own, others) = rest.split_at_mut(task.slots());
+    let work = tasks.iter().map(|task| {
+        let (own, others) = std::mem::take(&mut rest).split_at_mut(task.slots());
         rest = others;
-        work.push((task, own));
-    }
-    in_parallel(work, tensors.iter().map(|t| t.data.len()).sum(), |(of, slots)| task(of, slots));
+        (task, own)
+    });
+    let bytes = tensors.iter().map(|t| t.data.len()).sum();
+    in_parallel(work, tasks.len(), bytes, |(of, slots)| task(of, slots));
     let mut partials = vec![Partial::EMPTY; segments.count as usize];
     let mut next = slots.iter();
     for task in &tasks {

@@ -2,8 +2,7 @@
 
 use std::time::Instant;
 
-use gradclip::{Dtype, NormType, Scope, SegmentReport, Tensor};
-use rayon::prelude::*;
+use gradclip::{NormType, Scope, SegmentReport};
 
 use crate::args::{NormArgs, refuse};
 use crate::backend::Backend;
@@ -48,7 +47,7 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     if let Some(path) = &args.plot {
         let row = |segment: &SegmentReport| {
             let tensor = &tensors[segment.tensor.unwrap_or_default()];
-            let non_finite = if segment.norm.is_finite() { 0 } else { backend.install(|| census(tensor))[0] };
+            let non_finite = if segment.norm.is_finite() { 0 } else { backend.install(|| tensor.census()).non_finite };
             Row { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
         };
         let rows: Vec<_> = report.segments.iter().map(row).collect();
@@ -98,8 +97,8 @@ fn largest(outcome: &Outcome<'_>, entries: &[&Entry], spec: &Spec, top: usize) -
         match segment.tensor.filter(|_| by_tensor) {
             Some(i) => {
                 let tensor = &outcome.tensors[i];
-                let [non_finite, zeros] = outcome.backend.install(|| census(tensor));
-                let zeros = percent(zeros as f64 / tensor.len() as f64);
+                let census = outcome.backend.install(|| tensor.census());
+                let (non_finite, zeros) = (census.non_finite, percent(census.zeros as f64 / tensor.len() as f64));
                 let shape = &entries[i].shape;
                 text += &format!("{non_finite:>10} {zeros:>8}  {name} {shape:?} {}\n", tensor.dtype());
             }
@@ -117,33 +116,6 @@ fn share_of(norm: f64, total: f64, norm_type: NormType) -> f64 {
 
 fn percent(part: f64) -> String {
     if part.is_finite() { format!("{}%", number(100.0 * part, 3)) } else { "-".into() }
-}
-
-/// How many elements are not finite, and how many are 0.
-fn census(tensor: &Tensor<'_>) -> [u64; 2] {
-    match tensor.dtype() {
-        Dtype::F16 => count::<2>(tensor.bytes(), 0x7c00),
-        Dtype::BF16 => count::<2>(tensor.bytes(), 0x7f80),
-        Dtype::F32 => count::<4>(tensor.bytes(), 0x7f80_0000),
-        _ => count::<8>(tensor.bytes(), 0x7ff0_0000_0000_0000),
-    }
-}
-
-/// The same of elements of so many bytes, given the bits of their infinity.
-fn count<const SIZE: usize>(bytes: &[u8], infinity: u64) -> [u64; 2] {
-    let magnitude = |element: &[u8; SIZE]| {
-        let mut bits = [0; 8];
-        bits[..SIZE].copy_from_slice(element);
-        u64::from_le_bytes(bits) & !(1 << (8 * SIZE - 1))
-    };
-    let of_chunk = |chunk: &[[u8; SIZE]]| {
-        chunk
-            .iter()
-            .map(magnitude)
-            .fold([0; 2], |[bad, zeros], bits| [bad + u64::from(bits >= infinity), zeros + u64::from(bits == 0)])
-    };
-    let chunks = bytes.as_chunks().0.par_chunks(1 << 16);
-    chunks.map(of_chunk).reduce(|| [0; 2], |a, b| [a[0] + b[0], a[1] + b[1]])
 }
 
 /// What a plot shows.
