@@ -1,13 +1,14 @@
 //! Throughput of measuring and clipping, on the CPU and on the GPU, beside a plain read and a plain copy of the same
-//! size. Throughput is in the bytes that a case must move: 4 an element (float32) to measure, 12 to clip. What is timed
-//! is checked.
+//! size on as many threads. Throughput is in the bytes that a case must move: 4 an element (float32) to measure, 12 to clip,
+//! 8 to scale or clamp. What is timed is checked.
 //!
 //! `cargo bench`, or `cargo bench -- cpu` for one backend. The GPU is the adapter that `GpuClipper::open` takes.
 
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use gradclip::{Clip, Clipper, NormType, Scope, Tensor, TensorMut, UnitAxis};
+use gradclip::{Clip, ClipReport, Clipper, Dtype, NormType, Scope, Tensor, TensorMut, UnitAxis};
+use rayon::prelude::*;
 
 const SIZES: [usize; 3] = [64 << 10, 1 << 20, 16 << 20];
 
@@ -25,6 +26,16 @@ fn assert_close(got: f64, want: f64) {
     assert!((got / want - 1.0).abs() < 1e-6, "the norm is {got}, not {want}");
 }
 
+/// The bytes, read in parallel and added up so that none can be left out.
+fn plain_read(data: &[u8]) -> u64 {
+    let words = |bytes: &[u8]| bytes.as_chunks().0.iter().fold(0u64, |sum, w| sum.wrapping_add(u64::from_ne_bytes(*w)));
+    data.par_chunks(1 << 19).map(words).sum()
+}
+
+fn plain_copy(to: &mut [u8], from: &[u8]) {
+    to.par_chunks_mut(1 << 19).zip(from.par_chunks(1 << 19)).for_each(|(to, from)| to.copy_from_slice(from));
+}
+
 fn cpu(c: &mut Criterion) {
     let mut group = c.benchmark_group("cpu");
     group.sample_size(20);
@@ -35,7 +46,7 @@ fn cpu(c: &mut Criterion) {
         let bytes = 4 * len as u64;
         group.throughput(Throughput::Bytes(bytes));
         group.bench_function(BenchmarkId::new("plain read", len), |b| {
-            b.iter(|| data.iter().fold(0u32, |sum, x| sum.wrapping_add(x.to_bits())));
+            b.iter(|| plain_read(bytemuck::cast_slice(&data)));
         });
         let measure = Clip::norm(f64::INFINITY).expect("valid");
         group.bench_function(BenchmarkId::new("norm", len), |b| {
@@ -45,7 +56,9 @@ fn cpu(c: &mut Criterion) {
             });
         });
         group.throughput(Throughput::Bytes(2 * bytes));
-        group.bench_function(BenchmarkId::new("plain copy", len), |b| b.iter(|| copy.copy_from_slice(&data)));
+        group.bench_function(BenchmarkId::new("plain copy", len), |b| {
+            b.iter(|| plain_copy(bytemuck::cast_slice_mut(&mut copy), bytemuck::cast_slice(&data)));
+        });
         group.throughput(Throughput::Bytes(3 * bytes));
         let clip = Clip::norm(1.0).expect("valid");
         group.bench_function(BenchmarkId::new("clip", len), |b| {
@@ -58,6 +71,63 @@ fn cpu(c: &mut Criterion) {
                     spent += start.elapsed();
                     assert!(report.clipped);
                     assert_close(report.total_norm, norm);
+                }
+                spent
+            });
+        });
+    }
+}
+
+/// Each kernel of the CPU path by itself, for each dtype.
+fn cpu_kernels(c: &mut Criterion) {
+    let numbers = gradients(16 << 20);
+    for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16] {
+        let mut group = c.benchmark_group(format!("cpu kernels, {dtype}"));
+        group.sample_size(10);
+        let mut data: Vec<u8> = match dtype {
+            Dtype::F32 => numbers.iter().flat_map(|x| x.to_ne_bytes()).collect(),
+            Dtype::F64 => numbers.iter().flat_map(|x| f64::from(*x).to_ne_bytes()).collect(),
+            Dtype::F16 => numbers.iter().flat_map(|x| half::f16::from_f32(*x).to_ne_bytes()).collect(),
+            _ => numbers.iter().flat_map(|x| half::bf16::from_f32(*x).to_ne_bytes()).collect(),
+        };
+        let mut copy = data.clone();
+        let bytes = data.len() as u64;
+        group.throughput(Throughput::Bytes(bytes));
+        group.bench_function("plain read", |b| b.iter(|| plain_read(&data)));
+        for p in [2.0, 1.0, f64::INFINITY, 3.0, 1.5] {
+            let clip = Clip::norm(f64::INFINITY).expect("valid").norm_type(NormType::p(p).expect("valid"));
+            group.bench_function(BenchmarkId::new("norm", format!("p = {p}")), |b| {
+                let tensor = Tensor::from_bytes(dtype, &data).expect("whole");
+                b.iter(|| assert!(Clipper::cpu().measure(&clip, &[tensor]).expect("finite").total_norm > 0.9));
+            });
+        }
+        group.bench_function("census", |b| {
+            let tensor = Tensor::from_bytes(dtype, &data).expect("whole");
+            b.iter(|| assert_eq!(tensor.census().non_finite, 0));
+        });
+        group.throughput(Throughput::Bytes(2 * bytes));
+        group.bench_function("plain copy", |b| b.iter(|| plain_copy(&mut copy, &data)));
+        let mut timed = |name: &str, clip: &dyn Fn(TensorMut<'_>) -> ClipReport| {
+            group.bench_function(name, |b| {
+                b.iter(|| assert!(clip(TensorMut::from_bytes(dtype, &mut data).expect("whole")).clipped));
+            });
+        };
+        // By so little that many runs change nothing to speak of.
+        let clip = Clip::norm(1.0).expect("valid").eps(0.0).expect("valid");
+        timed("scale", &|tensor| Clipper::cpu().scale(&clip, &[1.000_001], &mut [tensor]).expect("finite"));
+        // A loss scale that brings elements back over the bound of the run before.
+        let clip = Clip::value(0.5).expect("valid").grad_scale(0.999).expect("valid");
+        timed("unscale and clamp", &|tensor| Clipper::cpu().apply(&clip, &mut [tensor]).expect("clamped"));
+        let clip = Clip::value(0.25).expect("valid");
+        group.bench_function("clamp", |b| {
+            b.iter_custom(|times| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..times {
+                    plain_copy(&mut data, &copy);
+                    let start = Instant::now();
+                    let tensor = TensorMut::from_bytes(dtype, &mut data).expect("whole");
+                    assert!(Clipper::cpu().apply(&clip, &mut [tensor]).expect("clamped").clipped);
+                    spent += start.elapsed();
                 }
                 spent
             });
@@ -212,6 +282,6 @@ fn gpu(_: &mut Criterion) {}
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
-    targets = cpu, cpu_scopes, gpu
+    targets = cpu, cpu_kernels, cpu_scopes, gpu
 }
 criterion_main!(benches);

@@ -17,19 +17,22 @@ use crate::{Clip, NonFinite};
 
 /// Looks, and writes nothing.
 pub(super) fn scan<T: Widen>(clip: &Clip, at: Location, data: &[u8]) -> Partial {
-    let clamp = Clamp::<T>::new(clip);
+    let (clamp, mut wide) = (Clamp::<T>::new(clip), [T::Wide::ZERO; BLOCK]);
     let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
-    blocks.fold(Partial::EMPTY, |chunk, (i, block)| chunk.merge(clamp.partial(at.ahead(i * BLOCK), block)))
+    blocks.fold(Partial::EMPTY, |chunk, (i, block)| chunk.merge(clamp.look(at.ahead(i * BLOCK), block, &mut wide)))
 }
 
 /// Clamps and tells what it met. Blocks in which nothing changes are not written.
 pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Partial {
-    let clamp = Clamp::<T>::new(clip);
+    let (clamp, mut wide) = (Clamp::<T>::new(clip), [T::Wide::ZERO; BLOCK]);
     let blocks = data.chunks_mut(BLOCK * size_of::<T>()).enumerate();
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| {
-        let partial = clamp.partial(at.ahead(i * BLOCK), block);
-        if partial.outside || (clamp.drop && partial.non_finite > 0) || clamp.factor != 1.0 {
-            clamp.write(block);
+        let partial = clamp.look(at.ahead(i * BLOCK), block, &mut wide);
+        let drops = clamp.drop && partial.non_finite > 0;
+        if clamp.factor != 1.0 {
+            clamp.write_unscaled(drops, block, &mut wide);
+        } else if partial.outside || drops {
+            run(Write { bounds: Bounds::new(clamp.min, clamp.max), drop: clamp.drop, block });
         }
         chunk.merge(partial)
     })
@@ -57,36 +60,35 @@ impl<T: Widen> Clamp<T> {
         Self { min, max, factor: 1.0 / clip.grad_scale, drop: clip.non_finite == NonFinite::Drop }
     }
 
-    /// What the block has outside the bounds or not finite.
-    fn partial(self, at: Location, block: &[u8]) -> Partial {
+    /// What the block has outside the bounds or not finite. If there is a loss scale, `wide` holds it without that then.
+    fn look(self, at: Location, block: &[u8], wide: &mut [T::Wide; BLOCK]) -> Partial {
         let [mut outside, non_finite] = run(Look { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
         if self.factor != 1.0 {
-            let mut wide = [T::Wide::ZERO; BLOCK];
-            let block = self.unscaled(false, block, &mut wide);
+            self.unscale(false, block, wide);
+            let block = bytemuck::cast_slice(&wide[..block.len() / size_of::<T>()]);
             [outside, _] = run(Look { bounds: self.wide_bounds(), drop: self.drop, block });
         }
-        let census = if non_finite { count::<T>(block).partial(|i| at.ahead(i)) } else { Partial::EMPTY };
-        Partial { outside, ..census }
+        let counted = if non_finite { count::<T>(block).partial(|i| at.ahead(i)) } else { Partial::EMPTY };
+        Partial { outside, ..counted }
     }
 
-    fn write(self, block: &mut [u8]) {
-        if self.factor == 1.0 {
-            return run(Write { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
+    /// Clamps and rounds what `look` has left in `wide`. If something is dropped, what it was without the loss scale does not
+    /// matter.
+    fn write_unscaled(self, drops: bool, block: &mut [u8], wide: &mut [T::Wide; BLOCK]) {
+        if drops {
+            self.unscale(true, block, wide);
         }
-        let mut wide = [T::Wide::ZERO; BLOCK];
-        let unscaled = self.unscaled(self.drop, block, &mut wide);
+        let unscaled = bytemuck::cast_slice_mut(&mut wide[..block.len() / size_of::<T>()]);
         run(Write { bounds: self.wide_bounds(), drop: false, block: unscaled });
-        run(Round::<T> { wide: &wide, block });
+        run(Round::<T> { wide, block });
+    }
+
+    fn unscale(self, drop: bool, block: &[u8], wide: &mut [T::Wide; BLOCK]) {
+        with_product!(T::Wide, self.factor, drop, map => run(Unscale::<T, _> { block, map, wide, of: PhantomData }));
     }
 
     fn wide_bounds(self) -> Bounds<T::Wide> {
         Bounds::new(self.min.wide(), self.max.wide())
-    }
-
-    /// The block without its loss scale, as bytes of `wide`.
-    fn unscaled<'w>(self, drop: bool, block: &[u8], wide: &'w mut [T::Wide; BLOCK]) -> &'w mut [u8] {
-        with_product!(T::Wide, self.factor, drop, map => run(Unscale::<T, _> { block, map, wide, of: PhantomData }));
-        bytemuck::cast_slice_mut(&mut wide[..block.len() / size_of::<T>()])
     }
 }
 
