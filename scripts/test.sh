@@ -25,3 +25,6 @@ if ! vulkan_is_there; then
 fi
 
 cargo test --workspace --all-features "$@"
+
+# Only optimised kernels are vectors, and only without checks of overflow.
+cargo test --release -p gradclip --no-default-features --lib cpu::instructions

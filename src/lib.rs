@@ -55,7 +55,8 @@
 //! - When nothing is to be clipped, not one byte is written.
 //! - The norm's relative error is at most 1e-7 on the CPU and 1e-6 on the GPU, at any length, and neither 1e20-sized nor
 //!   1e-25-sized gradients overflow or underflow.
-//! - The same input gives the same bits on the same adapter, run after run; on the CPU also for every number of threads.
+//! - The same input gives the same bits on the same adapter, run after run; on the CPU also for every number of threads and
+//!   every instruction set (but for the payload of a NaN that a NaN is multiplied by).
 //! - Non-finite gradients are counted and located, and by default nothing is written then ([`NonFinite`]).
 //!
 //! # Where it differs from its peers on purpose

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs the tests of the CPU path under AddressSanitizer and under valgrind (Linux on x86-64; Debian's package valgrind).
+# The first sees every instruction set that the machine has; the second stops short of AVX-512, and so sees AVX2.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+tests=(--lib --test misaligned --test odd_lengths --test non_finite --test scopes --test cut_into_pieces --test outside_norms)
+filter=(--skip powers_are_within --skip progress_adds_up)
+
+echo "== AddressSanitizer"
+# The sanitizer is an option of the compiler that it calls unstable; the variable lets this toolchain take it.
+RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
+    cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip --no-default-features "${tests[@]}"
+
+echo "== valgrind"
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=9"
+cargo test --target x86_64-unknown-linux-gnu --target-dir target/valgrind -p gradclip --no-default-features --lib -- \
+    --test-threads 1 "${filter[@]}"
