@@ -4,7 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tests=(--lib --test misaligned --test odd_lengths --test non_finite --test scopes --test cut_into_pieces --test outside_norms)
+command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
+
+tests=(--lib --test pools --test misaligned --test odd_lengths --test non_finite --test scopes --test cut_into_pieces --test outside_norms)
+# These two go over millions of elements.
 filter=(--skip powers_are_within --skip progress_adds_up)
 
 echo "== AddressSanitizer"

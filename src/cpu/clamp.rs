@@ -60,7 +60,8 @@ impl<T: Widen> Clamp<T> {
         Self { min, max, factor: 1.0 / clip.grad_scale, drop: clip.non_finite == NonFinite::Drop }
     }
 
-    /// What the block has outside the bounds or not finite. If there is a loss scale, `wide` holds it without that then.
+    /// What the block has outside the bounds or not finite. Where there is a loss scale, it leaves the block without it in
+    /// `wide`.
     fn look(self, at: Location, block: &[u8], wide: &mut [T::Wide; BLOCK]) -> Partial {
         let [mut outside, non_finite] = run(Look { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
         if self.factor != 1.0 {
@@ -72,8 +73,8 @@ impl<T: Widen> Clamp<T> {
         Partial { outside, ..counted }
     }
 
-    /// Clamps and rounds what `look` has left in `wide`. If something is dropped, what it was without the loss scale does not
-    /// matter.
+    /// Clamps what `look` has left in `wide`, and rounds it into the block. Where elements are dropped it is taken again:
+    /// `look` has to know them, and what is written are zeros.
     fn write_unscaled(self, drops: bool, block: &mut [u8], wide: &mut [T::Wide; BLOCK]) {
         if drops {
             self.unscale(true, block, wide);

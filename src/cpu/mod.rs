@@ -22,6 +22,8 @@ mod element;
 mod instructions;
 mod isa;
 mod norm;
+// Lends borrowed work to threads of the pool, with the proof that they give it back in time.
+#[allow(unsafe_code)]
 mod pool;
 mod power;
 mod scale;

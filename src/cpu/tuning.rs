@@ -10,8 +10,8 @@ pub(super) const BLOCK: usize = 1024;
 pub(super) const CHUNK: usize = 128 * 1024;
 
 /// Sets of fewer elements stay on the calling thread, because waking a pool costs more than it saves. Time of a norm on two
-/// threads by that on one, with the pool awake and after it has slept for 2 ms: 256 Ki elements 1.02 and 1.85, 512 Ki 0.85
-/// and 1.40, 1 Mi 0.74 and 1.27, 2 Mi 0.59 and 1.27, 4 Mi 0.57 and 1.1 to 1.7.
+/// threads by that on one, with the pool awake and after it has slept for 2 ms: 256 Ki elements 1.0 and 1.9, 512 Ki 0.8 and
+/// 1.4, 1 Mi 0.72 and 1.2, 2 Mi 0.60 and 1.3, 4 Mi 0.56 and 1.3 (a virtual machine, whose idle core takes long to wake).
 pub(super) const PARALLEL_FROM: usize = 8 * CHUNK;
 
 /// Columns that are measured or summed side by side: their float64 sums, 8 KiB, stay in the first-level cache beside the

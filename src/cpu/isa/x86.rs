@@ -80,6 +80,28 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
     BEST.run(kernel)
 }
 
+/// Registers hold numbers in their order.
+macro_rules! casts {
+    () => {
+        #[inline(always)]
+        fn f(self, numbers: [f32; LANES]) -> Self::F {
+            must_cast(numbers)
+        }
+        #[inline(always)]
+        fn d(self, numbers: [f64; LANES]) -> Self::D {
+            must_cast(numbers)
+        }
+        #[inline(always)]
+        fn floats(self, x: Self::F) -> [f32; LANES] {
+            must_cast(x)
+        }
+        #[inline(always)]
+        fn doubles(self, x: Self::D) -> [f64; LANES] {
+            must_cast(x)
+        }
+    };
+}
+
 /// A method that does the same with each register. The body may use intrinsics of the set's features only.
 macro_rules! each {
     ($($name:ident($($x:ident),+) = $body:expr;)*) => {
@@ -102,22 +124,7 @@ impl Isa for Avx2 {
     type F = [__m256; 2];
     type D = [__m256d; 4];
 
-    #[inline(always)]
-    fn f(self, numbers: [f32; LANES]) -> Self::F {
-        must_cast(numbers)
-    }
-    #[inline(always)]
-    fn d(self, numbers: [f64; LANES]) -> Self::D {
-        must_cast(numbers)
-    }
-    #[inline(always)]
-    fn floats(self, x: Self::F) -> [f32; LANES] {
-        must_cast(x)
-    }
-    #[inline(always)]
-    fn doubles(self, x: Self::D) -> [f64; LANES] {
-        must_cast(x)
-    }
+    casts!();
 
     #[inline(always)]
     fn widen_f16(self, bits: [u16; LANES]) -> Self::F {
@@ -230,22 +237,7 @@ impl Isa for Avx512 {
     type F = __m512;
     type D = [__m512d; 2];
 
-    #[inline(always)]
-    fn f(self, numbers: [f32; LANES]) -> Self::F {
-        must_cast(numbers)
-    }
-    #[inline(always)]
-    fn d(self, numbers: [f64; LANES]) -> Self::D {
-        must_cast(numbers)
-    }
-    #[inline(always)]
-    fn floats(self, x: Self::F) -> [f32; LANES] {
-        must_cast(x)
-    }
-    #[inline(always)]
-    fn doubles(self, x: Self::D) -> [f64; LANES] {
-        must_cast(x)
-    }
+    casts!();
 
     #[inline(always)]
     fn widen_f16(self, bits: [u16; LANES]) -> Self::F {
