@@ -32,7 +32,8 @@ impl Clipper {
         Self::cpu()
     }
 
-    /// The CPU, on rayon's current pool: install one of your own to choose the number of threads.
+    /// The CPU, on rayon's current pool: install one of your own to choose the number of threads. The calling thread works
+    /// with them, and alone for small sets and where no thread can be started.
     #[must_use]
     pub fn cpu() -> Self {
         Self { backend: Backend::Cpu, progress: Progress::default() }

@@ -31,12 +31,10 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], st
     } else {
         // Whole groups of lanes, so that the last one needs no other code.
         let mut sums = [[0f64; LANES]; COLUMNS / LANES];
-        let strip = Strip::<T> { data, stride: stride * size, width: width * size, sums: &mut sums, of: PhantomData };
-        if norm_type == NormType::L2 && T::SQUARES_IN_F32_FROM.is_some() {
-            run(ColumnSums { strip, term: NarrowSquare });
-        } else {
-            with_term!(norm_type, term => run(ColumnSums { strip, term }));
-        }
+        let (stride, width) = (stride * size, width * size);
+        with_term!(T, norm_type, term => {
+            run(ColumnSums::<T, _> { data, stride, width, sums: &mut sums, term, of: PhantomData });
+        });
         for (sum, slot) in sums.as_flattened().iter().zip(&mut *slots) {
             *slot = Partial { sum: *sum, ..Partial::EMPTY };
         }
@@ -66,26 +64,21 @@ impl<T: Widen> Kernel for RowMaxima<'_, T> {
     }
 }
 
-/// Adjacent columns: `width` bytes of each row, with a row every `stride` bytes.
-struct Strip<'a, T> {
+/// Sums the terms of adjacent columns: `width` bytes of each row, with a row every `stride` bytes.
+struct ColumnSums<'a, T, M> {
     data: &'a [u8],
     stride: usize,
     width: usize,
     sums: &'a mut [[f64; LANES]],
-    of: PhantomData<T>,
-}
-
-/// Sums the terms of each column.
-struct ColumnSums<'a, T, M> {
-    strip: Strip<'a, T>,
     term: M,
+    of: PhantomData<T>,
 }
 
 impl<T: Widen, M: Term<T::Wide>> Kernel for ColumnSums<'_, T, M> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {
-        let Strip { data, stride, width, sums, .. } = self.strip;
+        let Self { data, stride, width, sums, .. } = self;
         let size = const { group_size::<T>() };
         let mut padded = [0; STEP * group_size::<f64>()];
         for rows in data.chunks(STEP * stride) {

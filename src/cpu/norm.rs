@@ -104,7 +104,7 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
         whole as i64
     } else {
         let exponent = exponent_of(top);
-        with_term!(norm_type, term => {
+        with_term!(W, norm_type, term => {
             sum_terms::<W, _>(Scaled::new(term, exponent), data, data.len(), &mut slot);
         });
         if norm_type == NormType::L2 { 2 * exponent } else { exponent }
@@ -119,11 +119,7 @@ fn exponent_of(x: f64) -> i64 {
 
 /// Sums |x|^p over each run of `size` bytes.
 fn sums<T: Widen>(norm_type: NormType, data: &[u8], size: usize, slots: &mut [Partial]) {
-    if norm_type == NormType::L2 && T::SQUARES_IN_F32_FROM.is_some() {
-        sum_terms::<T, _>(NarrowSquare, data, size, slots);
-    } else {
-        with_term!(norm_type, term => sum_terms::<T, _>(term, data, size, slots));
-    }
+    with_term!(T, norm_type, term => sum_terms::<T, _>(term, data, size, slots));
 }
 
 fn sum_terms<T: Widen, M: Term<T::Wide>>(term: M, data: &[u8], size: usize, slots: &mut [Partial]) {

@@ -90,12 +90,16 @@ impl<T: Term<f64, Sum = f64>, W: Wide> Term<W> for Scaled<T> {
     }
 }
 
-/// Calls `$body` with `$term` standing for |x|^p. It is compiled once for each.
+/// Calls `$body` with `$term` standing for |x|^p of elements of type `$t`. It is compiled once for each.
 macro_rules! with_term {
-    ($norm_type:expr, $term:ident => $body:expr) => {
+    ($t:ty, $norm_type:expr, $term:ident => $body:expr) => {
         match $norm_type.power() {
             1.0 => {
                 let $term = Magnitude;
+                $body
+            }
+            2.0 if <$t>::SQUARES_IN_F32_FROM.is_some() => {
+                let $term = NarrowSquare;
                 $body
             }
             2.0 => {
