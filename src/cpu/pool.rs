@@ -44,27 +44,42 @@ pub(super) fn in_parallel<W: Send>(
 /// Runs `work` on this thread, and on up to so many others of the pool as come before it returns here. Returns when all of
 /// them have; if it panics in one, so does this.
 fn with_helpers(helpers: usize, work: &(dyn Fn() + Sync)) {
-    // SAFETY: The reference must not be used after this function returns, by panic or not, because what it refers to may be
-    // gone then:
-    // - A helper uses it between a successful `enter` and its `leave` only, and `leave` comes whether `work` panics or not.
-    // - `Host` shuts the door when it is dropped, so that none enters any more, and waits until all that have are gone.
-    // - `Host` is made before the first helper is called, and dropped at the end of this function, however it ends.
-    // - Helpers that come later find the door shut, and drop the reference unused, which does nothing.
-    let work: &'static (dyn Fn() + Sync) =
-        unsafe { std::mem::transmute::<&(dyn Fn() + Sync), &'static (dyn Fn() + Sync)>(work) };
+    // Shuts the door when it is dropped: however this function ends, no helper is inside any more then.
     let host = Host(Arc::new(Door::default()));
     for _ in 0..helpers {
-        let door = Arc::clone(&host.0);
+        let (door, lent) = (Arc::clone(&host.0), Lent::new(work));
         rayon::spawn(move || {
             if door.enter() {
-                door.leave(catch_unwind(AssertUnwindSafe(work)).err());
+                // SAFETY: The work must be there until it returns: `host` was made before the first helper was called, and
+                // is dropped, which waits for this helper to `leave`, before `with_helpers` returns or unwinds.
+                door.leave(catch_unwind(AssertUnwindSafe(|| unsafe { lent.run() })).err());
             }
         });
     }
     work();
-    let panic = host.0.shut();
-    if let Some(panic) = panic {
+    if let Some(panic) = host.0.shut() {
         resume_unwind(panic);
+    }
+}
+
+/// Work that may be gone: a pointer, because a reference must not even exist then.
+struct Lent(*const (dyn Fn() + Sync));
+
+// SAFETY: What it points to is `Sync`: other threads may use it through a shared reference, and `run` does nothing else.
+unsafe impl Send for Lent {}
+
+impl Lent {
+    fn new(work: &(dyn Fn() + Sync)) -> Self {
+        // SAFETY: Both types are pointers of the same kind, and only the lifetime that is named differs; that it is over is
+        // `run`'s obligation.
+        Self(unsafe { std::mem::transmute::<*const (dyn Fn() + Sync + '_), *const (dyn Fn() + Sync)>(work) })
+    }
+
+    /// # Safety
+    /// The work must not be gone before this returns or unwinds.
+    unsafe fn run(&self) {
+        // SAFETY: It was made of a reference, and what that referred to is still there.
+        unsafe { (*self.0)() }
     }
 }
 
@@ -143,5 +158,80 @@ fn threads() -> usize {
         rayon::current_num_threads()
     } else {
         1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn pool(threads: usize) -> rayon::ThreadPool {
+        ThreadPoolBuilder::new().num_threads(threads).build().expect("threads")
+    }
+
+    #[test]
+    fn borrowed_work_is_done_once() {
+        pool(3).install(|| {
+            for _ in 0..20 {
+                let (work, next, done) = (vec![1usize; 64], AtomicUsize::new(0), AtomicUsize::new(0));
+                with_helpers(2, &|| {
+                    while let Some(one) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        done.fetch_add(*one, Ordering::Relaxed);
+                    }
+                });
+                assert_eq!(done.into_inner(), 64);
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_of_a_helper_reaches_the_caller() {
+        let helper_came = AtomicBool::new(false);
+        let caller = std::thread::current().id();
+        let work = || {
+            if std::thread::current().id() != caller {
+                helper_came.store(true, Ordering::Relaxed);
+                panic!("on purpose");
+            }
+            while !helper_came.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+        };
+        catch_unwind(AssertUnwindSafe(|| with_helpers(1, &work))).expect_err("the helper has panicked");
+    }
+
+    #[test]
+    fn a_panic_of_the_caller_waits_for_helpers() {
+        let (helper_came, helper_left) = (AtomicBool::new(false), AtomicBool::new(false));
+        let caller = std::thread::current().id();
+        let work = || {
+            if std::thread::current().id() == caller {
+                while !helper_came.load(Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+                panic!("on purpose");
+            }
+            helper_came.store(true, Ordering::Relaxed);
+            std::thread::yield_now();
+            helper_left.store(true, Ordering::Relaxed);
+        };
+        catch_unwind(AssertUnwindSafe(|| with_helpers(1, &work))).expect_err("the caller has panicked");
+        assert!(helper_left.into_inner());
+    }
+
+    /// The only thread of the pool comes to help itself after the work is gone.
+    #[test]
+    fn who_comes_late_finds_the_door_shut() {
+        let pool = pool(1);
+        pool.install(|| {
+            let times = AtomicUsize::new(0);
+            with_helpers(3, &|| {
+                times.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(times.into_inner(), 1);
+        });
+        pool.install(|| ());
     }
 }
