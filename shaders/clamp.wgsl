@@ -1,9 +1,13 @@
-// clamp: takes the elements of each chunk to the bounds of a value clip and tells what it met, one workgroup a chunk.
+// clamp: takes the elements of each task to the bounds of a value clip and tells what it met, one workgroup a task.
 // Without WRITES it only looks. Twin: src/cpu/clamp.rs.
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
 var<private> partial: Partial;
+
+fn found(outside: bool) {
+    partial.flags |= select(0u, OUTSIDE, outside);
+}
 
 fn look(bits: u32, chunk: Chunk, element: u32) {
     let magnitude = bits & MAGNITUDE;
@@ -16,11 +20,10 @@ fn look(bits: u32, chunk: Chunk, element: u32) {
     } else {
         value = scaled(bits, unscale());
     }
-    if clamped(value, DTYPE) != value {
-        partial.flags |= OUTSIDE;
-    }
+    found(clamped(value, DTYPE) != value);
 }
 
+// The first and the last word may hold an element that is not the chunk's, and of which it must not tell.
 fn look_at_word(word: u32, run: Run, chunk: Chunk, i: u32) {
     if DTYPE == DTYPE_F32 {
         look(word, chunk, i);
@@ -35,43 +38,28 @@ fn look_at_word(word: u32, run: Run, chunk: Chunk, i: u32) {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let row = group.x + group.y * groups.x;
-    if row >= arrayLength(&chunks) {
+fn main(me: Invocation) {
+    let task = me.group.x + me.group.y * me.groups.x;
+    if task >= table.tasks {
         return;
     }
-    let chunk = chunks[row];
-    let run = run_of(chunk);
-    let outcome = outcome_of(chunk.segment);
+    // The same for all chunks of a task.
+    let outcome = outcome_of(table.chunks[task].segment);
     if outcome.action == LEAVE {
         return;
     }
     partial = EMPTY_PARTIAL;
-    for (var i = lane; i < run.words; i += BLOCK * WORKGROUP) {
-        // The first and the last word may hold an element that is not the chunk's, and of which it must not tell.
-        let shares = (run.skip > 0u && i == lane)
-            || (run.own_to < run.words && i + BLOCK * WORKGROUP >= run.words);
-        let again = apply_block(run, i, outcome, shares);
-        if !again && outside {
-            partial.flags |= OUTSIDE;
-        }
-        for (var k = 0u; k < BLOCK && again; k += 1u) {
-            let j = i + k * WORKGROUP;
-            if j < run.words {
-                let word = words[run.word + j];
-                look_at_word(word, run, chunk, j);
-                if WRITES {
-                    write(run, j, word, applied_word(word, outcome));
-                }
-            }
+    var row = task;
+    loop {
+        let chunk = table.chunks[row];
+        apply_chunk(chunk, me.lane, outcome);
+        row = chunk.next;
+        if row == 0u {
+            break;
         }
     }
-    let whole = merged_in_workgroup(lane, partial);
-    if lane == 0u {
-        partials[chunk.slot] = whole;
+    let whole = merged_in_workgroup(me, partial);
+    if leads(me) {
+        partials[table.chunks[task].slot] = whole;
     }
 }

@@ -8,10 +8,10 @@ struct Edge {
     high: u32,
     // The dtype of the lower element, and of the upper one times 256.
     dtypes: u32,
+    window: u32,
 }
 
-@group(1) @binding(0) var<storage, read_write> words: array<u32>;
-@group(1) @binding(1) var<storage, read> edges: array<Edge>;
+@group(1) @binding(0) var<storage, read> edges: array<Edge>;
 
 fn half_of(half: u32, segment: u32, dtype: u32) -> u32 {
     if segment == NOWHERE {
@@ -21,17 +21,17 @@ fn half_of(half: u32, segment: u32, dtype: u32) -> u32 {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let row = id.x + id.y * groups.x * WORKGROUP;
+fn main(me: Invocation) {
+    let row = me.lane + (me.group.x + me.group.y * me.groups.x) * WORKGROUP;
     if row >= arrayLength(&edges) {
         return;
     }
     let edge = edges[row];
-    let word = words[edge.word];
+    let word = word_at(edge.window, edge.word);
     let low = half_of(word & 0xffffu, edge.low, edge.dtypes & 0xffu);
     let high = half_of(word >> 16u, edge.high, edge.dtypes >> 8u);
     let result = low | (high << 16u);
     if result != word {
-        words[edge.word] = result;
+        set_word(edge.window, edge.word, result);
     }
 }

@@ -43,8 +43,8 @@ fn coefficient_of(action: u32, factor: Factor, refused: bool) -> f32 {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let index = id.x + id.y * groups.x * WORKGROUP;
+fn main(me: Invocation) {
+    let index = me.lane + (me.group.x + me.group.y * me.groups.x) * WORKGROUP;
     let total = partials[params.total_partial];
     let refuses = params.policy == POLICY_ERROR || params.policy == POLICY_SKIP;
     let refused = is_bad(total) && refuses;

@@ -12,17 +12,14 @@ struct MergeRow {
 @group(1) @binding(0) var<storage, read> rows: array<MergeRow>;
 
 @compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let index = group.x + group.y * groups.x;
+fn main(me: Invocation) {
+    let index = me.group.x + me.group.y * me.groups.x;
     if index >= arrayLength(&rows) {
         return;
     }
     let row = rows[index];
     let alone = row.runs == 1u;
+    let lane = me.lane;
     let begin = select(row.start + lane * row.count, row.start, alone);
     let end = select(select(begin, begin + row.count, lane < row.runs), begin + row.count, alone);
     let first = select(begin, begin + lane, alone);
@@ -32,9 +29,9 @@ fn main(
         own = merge(own, partials[i]);
     }
     if alone {
-        own = merged_in_workgroup(lane, own);
+        own = merged_in_workgroup(me, own);
     }
-    if lane < row.runs {
-        partials[row.into + lane] = own;
+    if select(lane < row.runs, leads(me), alone) {
+        partials[row.into + select(lane, 0u, alone)] = own;
     }
 }

@@ -1,45 +1,22 @@
-// norm: the partial of each chunk that is a run of one segment, one workgroup a chunk. Host side: src/gpu/plan.rs;
-// twin: src/cpu/norm.rs. An invocation takes blocks of 16 words, WORKGROUP apart.
+// norm: the partial of each task whose chunks are runs of one segment, one workgroup a task. Host side: src/gpu/table.rs;
+// twin: src/cpu/norm.rs. An invocation takes blocks of 4 quads.
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
-const BLOCK: u32 = 16u;
 // Blocks that are summed in float32: 16 trees of 16 elements.
 const BLOCKS_IN_FLOAT: u32 = 16u / PER_WORD;
 
-// Word `i` of the run, with 0 for elements that are not the run's.
-fn word_of(run: Run, chunk: Chunk, i: u32) -> u32 {
-    if i >= run.words {
-        return 0u;
-    }
-    var word = words[run.word + i];
+// How many quads are in flight where there is no whole block: on software devices nothing ever is.
+const REST: u32 = select(4u, 1u, APART == 1u);
+
+// The word of the run, with 0 for elements that are not the run's.
+fn own_word(run: Run, chunk: Chunk, i: u32) -> u32 {
+    var word = word_at(run.window, run.word + i);
     if DTYPE != DTYPE_F32 {
-        if i == 0u && run.skip == 1u {
-            word &= 0xffff0000u;
-        }
-        if 2u * i + 1u == run.skip + chunk.elements {
-            word &= 0x0000ffffu;
-        }
+        word &= select(0xffffffffu, 0xffff0000u, i == 0u && run.skip == 1u);
+        word &= select(0xffffffffu, 0x0000ffffu, 2u * i + 1u == run.skip + chunk.elements);
     }
     return word;
-}
-
-fn four_words(run: Run, chunk: Chunk, i: u32) -> vec4<u32> {
-    return vec4<u32>(
-        word_of(run, chunk, i),
-        word_of(run, chunk, i + WORKGROUP),
-        word_of(run, chunk, i + 2u * WORKGROUP),
-        word_of(run, chunk, i + 3u * WORKGROUP),
-    );
-}
-
-fn sixteen_words(run: Run, chunk: Chunk, i: u32) -> Sixteen {
-    return Sixteen(
-        four_words(run, chunk, i),
-        four_words(run, chunk, i + 4u * WORKGROUP),
-        four_words(run, chunk, i + 8u * WORKGROUP),
-        four_words(run, chunk, i + 12u * WORKGROUP),
-    );
 }
 
 // The magnitudes in words of float32, or in the halves of words that start at bit `shift`.
@@ -47,13 +24,13 @@ fn magnitudes_of_4(words: vec4<u32>, shift: u32) -> vec4<u32> {
     if DTYPE == DTYPE_F32 {
         return words & vec4<u32>(MAGNITUDE);
     }
-    let halves = (words >> vec4<u32>(shift)) & vec4<u32>(0xffffu);
+    let halves = (words >> vec4<u32>(shift)) & vec4<u32>(0x7fffu);
     return vec4<u32>(
         widened(DTYPE, halves.x),
         widened(DTYPE, halves.y),
         widened(DTYPE, halves.z),
         widened(DTYPE, halves.w),
-    ) & vec4<u32>(MAGNITUDE);
+    );
 }
 
 fn magnitudes_of(words: Sixteen, shift: u32) -> Sixteen {
@@ -65,45 +42,76 @@ fn magnitudes_of(words: Sixteen, shift: u32) -> Sixteen {
     );
 }
 
-fn take_block(run: Run, chunk: Chunk, i: u32) {
-    let block = sixteen_words(run, chunk, i);
+// Takes words of the run: `count` quads from word `i` on, so many quads apart; or with a count of 0 that word alone.
+fn take_words(run: Run, chunk: Chunk, words: Sixteen, i: u32, count: u32, apart: u32) {
     // Halves of one word do not follow one another here, but no sum depends on who shares a tree.
     for (var half = 0u; half < PER_WORD; half += 1u) {
-        let again = take(magnitudes_of(block, 16u * half));
-        // In the loop, because software devices run the body of every branch, but not of every loop.
-        for (var k = 0u; k < BLOCK && again; k += 1u) {
-            let j = i + k * WORKGROUP;
-            let word = word_of(run, chunk, j);
-            let bits = select((word >> (16u * half)) & 0xffffu, word, DTYPE == DTYPE_F32);
-            let element = PER_WORD * j + half - run.skip;
-            take_one(widened(DTYPE, bits) & MAGNITUDE, chunk.origin, chunk.origin_element + element);
+        let magnitudes = magnitudes_of(words, 16u * half);
+        // In loops, because software devices run the body of every branch, but not of every loop.
+        for (var again = take(magnitudes); again; again = false) {
+            let one_by_one = take_again(magnitudes);
+            for (var k = 0u; k < max(4u * count, 1u) && one_by_one; k += 1u) {
+                let j = i + 4u * apart * (k / 4u) + k % 4u;
+                let word = own_word(run, chunk, j);
+                let bits = select((word >> (16u * half)) & 0xffffu, word, DTYPE == DTYPE_F32);
+                let element = PER_WORD * j + half - run.skip;
+                take_one(widened(DTYPE, bits) & MAGNITUDE, chunk.origin, chunk.origin_element + element);
+            }
         }
     }
 }
 
-@compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let row = group.x + group.y * groups.x;
-    if row >= arrayLength(&chunks) {
-        return;
-    }
-    let chunk = chunks[row];
+fn take_chunk(chunk: Chunk, lane: u32) {
     let run = run_of(chunk);
-    begin();
-    let step = BLOCK * WORKGROUP;
-    for (var span = 0u; span < run.words; span += BLOCKS_IN_FLOAT * step) {
-        let end = min(run.words, span + BLOCKS_IN_FLOAT * step);
-        for (var i = span; i < end; i += step) {
-            take_block(run, chunk, i + lane);
+    let none = vec4<u32>(0u);
+    for (var again = lane < run.head + run.tail; again; again = false) {
+        let i = ragged_word(run, lane);
+        let word = vec4<u32>(own_word(run, chunk, i), 0u, 0u, 0u);
+        take_words(run, chunk, Sixteen(word, none, none, none), i, 0u, 0u);
+    }
+    let blocks = blocks_of(run);
+    let first = first_quad(lane, blocks);
+    for (var span = 0u; span < blocks; span += BLOCKS_IN_FLOAT) {
+        for (var block = span; block < min(blocks, span + BLOCKS_IN_FLOAT); block += 1u) {
+            let i = first + 4u * APART * block;
+            take_words(run, chunk, quads_of(run, i), run.head + 4u * i, 4u, APART);
         }
         settle();
     }
-    let whole = merged_in_workgroup(lane, partial);
-    if lane == 0u {
-        partials[chunk.slot] = whole;
+    for (var i = 4u * WORKGROUP * blocks + lane; i < run.quads; i += REST * WORKGROUP) {
+        // As many as there are, and 0 for the others.
+        let count = min((run.quads - i + WORKGROUP - 1u) / WORKGROUP, REST);
+        let at = run.quad + i;
+        let last = (count - 1u) * WORKGROUP;
+        var quads = Sixteen(quad_at(run.window, at), none, none, none);
+        if REST > 1u {
+            quads.b = select(none, quad_at(run.window, at + min(WORKGROUP, last)), vec4<bool>(count > 1u));
+            quads.c = select(none, quad_at(run.window, at + min(2u * WORKGROUP, last)), vec4<bool>(count > 2u));
+            quads.d = select(none, quad_at(run.window, at + last), vec4<bool>(count > 3u));
+        }
+        take_words(run, chunk, quads, run.head + 4u * i, count, WORKGROUP);
+    }
+    settle();
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(me: Invocation) {
+    let task = me.group.x + me.group.y * me.groups.x;
+    if task >= table.tasks {
+        return;
+    }
+    begin();
+    var row = task;
+    loop {
+        let chunk = table.chunks[row];
+        take_chunk(chunk, me.lane);
+        row = chunk.next;
+        if row == 0u {
+            break;
+        }
+    }
+    let whole = merged_in_workgroup(me, partial);
+    if leads(me) {
+        partials[table.chunks[task].slot] = whole;
     }
 }

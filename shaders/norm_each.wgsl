@@ -1,9 +1,7 @@
 // norm_each: the partial of each of a chunk's segments, one invocation a segment: of columns, which lie side by side, and
-// of short rows. Host side: src/gpu/plan.rs; twin: src/cpu/columns.rs.
+// of short rows. Host side: src/gpu/table.rs; twin: src/cpu/columns.rs.
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
-
-const BLOCK: u32 = 16u;
 
 // The magnitude of element `k` of the segment whose first element is `first`; 0 behind its last.
 fn magnitude_of(chunk: Chunk, first: u32, k: u32) -> u32 {
@@ -11,7 +9,7 @@ fn magnitude_of(chunk: Chunk, first: u32, k: u32) -> u32 {
         return 0u;
     }
     let at = first + k * chunk.element_stride;
-    let word = words[at / PER_WORD];
+    let word = word_at(chunk.window, at / PER_WORD);
     let bits = select((word >> (16u * (at & 1u))) & 0xffffu, word, DTYPE == DTYPE_F32);
     return widened(DTYPE, bits) & MAGNITUDE;
 }
@@ -26,33 +24,34 @@ fn four_of(chunk: Chunk, first: u32, k: u32) -> vec4<u32> {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let row = group.x + group.y * groups.x;
-    if row >= arrayLength(&chunks) {
+fn main(me: Invocation) {
+    let row = me.group.x + me.group.y * me.groups.x;
+    if row >= table.tasks {
         return;
     }
-    let chunk = chunks[row];
-    if lane >= chunk.count {
+    let chunk = table.chunks[row];
+    if me.lane >= chunk.count {
         return;
     }
-    let first = chunk.first + lane * chunk.segment_stride;
+    let first = chunk.first + me.lane * chunk.segment_stride;
     begin();
-    for (var k = 0u; k < chunk.elements; k += BLOCK) {
-        let again = take(Sixteen(
-            four_of(chunk, first, k),
-            four_of(chunk, first, k + 4u),
-            four_of(chunk, first, k + 8u),
-            four_of(chunk, first, k + 12u),
-        ));
-        for (var i = k; i < min(k + BLOCK, chunk.elements) && again; i += 1u) {
-            let place = chunk.origin_element + lane * chunk.segment_stride + i * chunk.element_stride;
-            take_one(magnitude_of(chunk, first, i), chunk.origin, place);
+    for (var span = 0u; span < chunk.elements; span += 256u) {
+        for (var k = span; k < min(span + 256u, chunk.elements); k += 16u) {
+            let magnitudes = Sixteen(
+                four_of(chunk, first, k),
+                four_of(chunk, first, k + 4u),
+                four_of(chunk, first, k + 8u),
+                four_of(chunk, first, k + 12u),
+            );
+            for (var again = take(magnitudes); again; again = false) {
+                let one_by_one = take_again(magnitudes);
+                for (var i = k; i < min(k + 16u, chunk.elements) && one_by_one; i += 1u) {
+                    let place = chunk.origin_element + me.lane * chunk.segment_stride + i * chunk.element_stride;
+                    take_one(magnitude_of(chunk, first, i), chunk.origin, place);
+                }
+            }
         }
         settle();
     }
-    partials[chunk.slot + lane * chunk.slot_stride] = partial;
+    partials[chunk.slot + me.lane * chunk.slot_stride] = partial;
 }

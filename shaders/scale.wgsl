@@ -1,27 +1,28 @@
-// scale: multiplies the elements of each chunk by the factor of its one segment, one workgroup a chunk. Twin:
-// src/cpu/scale.rs.
+// scale: multiplies the elements of each task by the factor of its one segment, one workgroup a task. Twin:
+// src/cpu/scale.rs. Tasks are walked from the last to the first: what the norm has read last may still be in a cache.
+
+fn look_at_word(word: u32, run: Run, chunk: Chunk, i: u32) {}
+
+fn found(outside: bool) {}
 
 @compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let row = group.x + group.y * groups.x;
-    if row >= arrayLength(&chunks) {
+fn main(me: Invocation) {
+    let task = me.group.x + me.group.y * me.groups.x;
+    if task >= table.tasks {
         return;
     }
-    let chunk = chunks[row];
-    let run = run_of(chunk);
-    let outcome = outcome_of(chunk.segment);
+    var row = table.tasks - 1u - task;
+    // The same for all chunks of a task.
+    let outcome = outcome_of(table.chunks[row].segment);
     if outcome.action == LEAVE {
         return;
     }
-    for (var i = lane; i < run.own_to; i += BLOCK * WORKGROUP) {
-        let again = apply_block(run, i, outcome, false);
-        for (var k = 0u; k < BLOCK && again; k += 1u) {
-            let word = word_or_first(run, i, k);
-            write(run, i + k * WORKGROUP, word, applied_word(word, outcome));
+    loop {
+        let chunk = table.chunks[row];
+        apply_chunk(chunk, me.lane, outcome);
+        row = chunk.next;
+        if row == 0u {
+            break;
         }
     }
 }

@@ -22,9 +22,11 @@ fn segment_at(chunk: Chunk, place: Place) -> u32 {
 // `applied` where the outcome is LEAVE or APPLY, and neither factor nor element nor product is unusual.
 fn quickly_applied_each(bits: u32, segment: u32) -> u32 {
     let outcome = results.outcomes[segment];
-    unusual |= outcome.action != LEAVE && (outcome.action != APPLY || outcome.factor.is_float == 0u);
     if outcome.action == LEAVE {
         return bits;
+    }
+    if outcome.action != APPLY || outcome.factor.is_float == 0u {
+        largest = INFINITE;
     }
     return quickly_applied(bits, bitcast<f32>(outcome.factor.value));
 }
@@ -37,16 +39,13 @@ fn quickly_applied_half_each(half: u32, segment: u32) -> u32 {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let row = group.x + group.y * groups.x;
-    if row >= arrayLength(&chunks) || results.refused != 0u {
+fn main(me: Invocation) {
+    let row = me.group.x + me.group.y * me.groups.x;
+    if row >= table.tasks || results.refused != 0u {
         return;
     }
-    let chunk = chunks[row];
+    let chunk = table.chunks[row];
+    let lane = me.lane;
     let run = run_of(chunk);
     let step = WORKGROUP * PER_WORD;
     // The first word may begin with an element that is not the chunk's; it writes nothing, and is looked up in place of
@@ -56,8 +55,8 @@ fn main(
     let rows_on = step / chunk.columns;
     let columns_on = step % chunk.columns;
     for (var i = lane; i < run.own_to; i += WORKGROUP) {
-        unusual = false;
-        let word = words[run.word + i];
+        begin_block();
+        let word = word_at(run.window, run.word + i);
         let low = segment_at(chunk, place);
         let high = segment_at(chunk, next(place, chunk.columns));
         var after = word;
@@ -67,7 +66,7 @@ fn main(
             after = quickly_applied_half_each(word & 0xffffu, low)
                 | (quickly_applied_half_each(word >> 16u, high) << 16u);
         }
-        for (var again = unusual; again; again = false) {
+        for (var again = is_unusual(); again; again = false) {
             if DTYPE == DTYPE_F32 {
                 after = applied(word, DTYPE, results.outcomes[low]);
             } else {
@@ -75,7 +74,9 @@ fn main(
                     | (applied_half(word >> 16u, DTYPE, results.outcomes[high]) << 16u);
             }
         }
-        write(run, i, word, after);
+        if after != word && i >= run.skip {
+            set_word(run.window, run.word + i, after);
+        }
         // On by `step` elements; by one fewer from a first word that is not wholly the chunk's.
         let skipped = select(0u, run.skip, i == 0u);
         place.column += columns_on;

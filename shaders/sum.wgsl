@@ -1,25 +1,22 @@
 // sum: adds up the scaled rows of a matrix, one for each example, an invocation a column. Twin: src/cpu/sum.rs. Host side:
-// src/gpu/sum.rs. Products are summed in float32, 16 of them, then 16 of those sums, then these: the sum is off by at
+// src/gpu/table.rs. Products are summed in float32, 16 of them, then 16 of those sums, then these: the sum is off by at
 // most 32 + rows / 256 units of 2^-24 of the sum of their sizes.
 
 @group(1) @binding(2) var<storage, read_write> sums: array<u32>;
 
 fn element_of(at: u32) -> u32 {
-    let word = words[at / PER_WORD];
+    let word = word_at(0u, at / PER_WORD);
     return widened(DTYPE, select((word >> (16u * (at & 1u))) & 0xffffu, word, DTYPE == DTYPE_F32));
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let row = group.x + group.y * groups.x;
-    if row >= arrayLength(&chunks) || results.refused != 0u {
+fn main(me: Invocation) {
+    let row = me.group.x + me.group.y * me.groups.x;
+    if row >= table.tasks || results.refused != 0u {
         return;
     }
-    let chunk = chunks[row];
+    let chunk = table.chunks[row];
+    let lane = me.lane;
     if lane >= chunk.count {
         return;
     }

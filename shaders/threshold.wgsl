@@ -131,8 +131,8 @@ fn by_adagc(norm: Number, total_norm: Number, enters: bool, before: State) -> St
 var<private> chosen: Number;
 
 @compute @workgroup_size(WORKGROUP)
-fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let index = id.x + id.y * groups.x * WORKGROUP;
+fn main(me: Invocation) {
+    let index = me.lane + (me.group.x + me.group.y * me.groups.x) * WORKGROUP;
     if index >= params.segments {
         return;
     }

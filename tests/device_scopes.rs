@@ -107,8 +107,8 @@ fn segments_across_bindings_and_dispatch_dimensions() {
 
 #[test]
 fn more_units_than_a_dispatch_dimension_holds() {
-    // Short rows, and columns: 128 or 256 of them for each workgroup.
-    let lowered = small(4);
+    // Short rows, and columns: 8 of them for each workgroup, or 256.
+    let lowered = small(16);
     for (axis, shape) in [(UnitAxis::First, [1901, 33]), (UnitAxis::Last, [3, 1901])] {
         let sets = [set(&[&shape], &[Dtype::F16], 2)];
         let asked = Asked { scope: Scope::Unit, axis: Some(axis), ..Asked::new(Mode::Norm, 1.0) };
@@ -169,7 +169,7 @@ fn sums_between_their_examples() {
 /// Examples longer than a binding, whose sums are longer too; and sums that are added to from one binding after another.
 #[test]
 fn sums_across_bindings_and_dispatch_dimensions() {
-    let gpu = small(32);
+    let gpu = small(64);
     for scope in [Scope::Example, Scope::ExampleTensor] {
         for shapes in [&large_shapes(scope, None)[..], &[&[1901, 33]], &[&[301, 701]]] {
             for dtypes in [&HALVES[..], &[Dtype::F32]] {

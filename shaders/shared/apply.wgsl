@@ -1,4 +1,4 @@
-// What becomes of one element: given and returned as float32 bits.
+// What becomes of one element: given and returned as float32 bits; and of a word of them.
 
 @group(0) @binding(2) var<storage, read> results: Results;
 

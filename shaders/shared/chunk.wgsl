@@ -1,7 +1,9 @@
-// Chunk: part of one tensor in the window that is bound, a run of elements or evenly spaced ones of many segments.
-// Twin of `ChunkRow` in src/gpu/table.rs. Elements are counted from the start of the window.
+// Chunk: part of one tensor in a window that is bound, a run of elements or evenly spaced ones of many segments. Twin of
+// `ChunkRow` in src/gpu/table.rs. Elements are counted from the start of the window.
 
 struct Chunk {
+    // Which of the windows that are bound.
+    window: u32,
     first: u32,
     // In the run, or in each segment.
     elements: u32,
@@ -20,13 +22,22 @@ struct Chunk {
     segment_stride: u32,
     element_stride: u32,
     slot_stride: u32,
+    // The next chunk of the same task; 0 behind the last.
+    next: u32,
 }
 
-@group(1) @binding(0) var<storage, read_write> words: array<u32>;
-@group(1) @binding(1) var<storage, read> chunks: array<Chunk>;
+// A task is what one workgroup does: chunks of one segment, so many that the workgroup is worth its cost. Task `i` begins
+// with chunk `i`.
+struct Table {
+    tasks: u32,
+    chunks: array<Chunk>,
+}
+
+@group(1) @binding(0) var<storage, read> table: Table;
 
 // A run of elements as words.
 struct Run {
+    window: u32,
     // The first word, and how many the elements touch.
     word: u32,
     words: u32,
@@ -35,10 +46,56 @@ struct Run {
     // One past the last word that holds nothing else, counted from `word`; the first is at `skip`. These the chunk may
     // write; the others are in the edge table, if another tensor or nothing is there.
     own_to: u32,
+    // What lies before the first and behind the last whole quad that is wholly the run's, in words: at most 4 each.
+    head: u32,
+    tail: u32,
+    // Those quads: the first, counted in the window, and how many.
+    quad: u32,
+    quads: u32,
 }
 
 fn run_of(chunk: Chunk) -> Run {
+    let word = chunk.first / PER_WORD;
     let skip = chunk.first % PER_WORD;
     let end = skip + chunk.elements;
-    return Run(chunk.first / PER_WORD, (end + PER_WORD - 1u) / PER_WORD, skip, end / PER_WORD);
+    let words = (end + PER_WORD - 1u) / PER_WORD;
+    let own_to = end / PER_WORD;
+    let quad = (word + skip + 3u) / 4u;
+    let head = min(4u * quad - word, words);
+    let quads = (max(own_to, head) - head) / 4u;
+    return Run(chunk.window, word, words, skip, own_to, head, words - head - 4u * quads, quad, quads);
+}
+
+// Which word of the run is the k-th of those outside its quads.
+fn ragged_word(run: Run, k: u32) -> u32 {
+    return select(run.words - run.tail + k - run.head, k, k < run.head);
+}
+
+// Sixteen words, or the magnitudes of 16 elements.
+struct Sixteen {
+    a: vec4<u32>,
+    b: vec4<u32>,
+    c: vec4<u32>,
+    d: vec4<u32>,
+}
+
+// Blocks of 4 quads for each invocation that are in the run's whole quads.
+fn blocks_of(run: Run) -> u32 {
+    return run.quads / (4u * WORKGROUP);
+}
+
+// Where an invocation's quads begin: next to the other invocations', or in a stretch of its own. The quads of a block are
+// APART from each other.
+fn first_quad(lane: u32, blocks: u32) -> u32 {
+    return select(lane, 4u * blocks * lane, APART == 1u);
+}
+
+fn quads_of(run: Run, i: u32) -> Sixteen {
+    let at = run.quad + i;
+    return Sixteen(
+        quad_at(run.window, at),
+        quad_at(run.window, at + APART),
+        quad_at(run.window, at + 2u * APART),
+        quad_at(run.window, at + 3u * APART),
+    );
 }

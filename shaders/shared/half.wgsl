@@ -40,18 +40,11 @@ fn narrowed_bf16(bits: u32) -> u32 {
 
 fn narrowed_f16(bits: u32) -> u32 {
     let magnitude = bits & MAGNITUDE;
-    let rebased = magnitude - 0x38000000u;
-    let normal = (rebased + 0x0fffu + ((rebased >> 13u) & 1u)) >> 13u;
-    // Subnormal in float16: an integer multiple of 2^-24, and 0 up to 2^-25.
-    let shift = min(126u - min(magnitude >> 23u, 125u), 31u);
-    let mantissa = (magnitude & 0x007fffffu) | SMALLEST_NORMAL;
-    let kept = mantissa >> shift;
-    let lost = mantissa & ((1u << shift) - 1u);
-    let middle = 1u << (shift - 1u);
-    let subnormal = kept + select(0u, 1u, lost > middle || (lost == middle && (kept & 1u) == 1u));
-    var result = select(normal, subnormal, magnitude < 0x38800000u);
-    // 65520 and more round to infinity.
-    result = select(result, 0x7c00u, magnitude >= 0x477ff000u);
-    result = select(result, 0x7e00u | ((magnitude >> 13u) & 0x03ffu), magnitude > INFINITE);
+    // From 65520 on, infinity.
+    let normal = min((magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13u) & 1u)) >> 13u, 0x7c00u);
+    // Subnormal in float16: the float32s from 1/2 to 1 are 2^-24 apart, like those, so that adding 1/2 rounds.
+    let subnormal = bitcast<u32>(bitcast<f32>(magnitude) + 0.5) - 0x3f000000u;
+    let finite = select(normal, subnormal, magnitude < 0x38800000u);
+    let result = select(finite, 0x7e00u | ((magnitude >> 13u) & 0x03ffu), magnitude > INFINITE);
     return ((bits >> 16u) & 0x8000u) | result;
 }

@@ -79,12 +79,17 @@ fn wide_product(a: u32, b: u32) -> vec2<u32> {
     return vec2<u32>((other << 16u) | (low & 0xffffu), high);
 }
 
-// a * b, truncated to 31 bits or more.
+// a * b, truncated to 32 bits; so a number times 1 is itself.
 fn multiply(a: Number, b: Number) -> Number {
     if a.mantissa == 0u || b.mantissa == 0u {
         return ZERO_NUMBER;
     }
-    return normalised(wide_product(a.mantissa, b.mantissa).y, a.exponent + b.exponent + 32);
+    let product = wide_product(a.mantissa, b.mantissa);
+    let exponent = a.exponent + b.exponent + 32;
+    if (product.y & SIGN) != 0u {
+        return Number(product.y, exponent);
+    }
+    return Number((product.y << 1u) | (product.x >> 31u), exponent - 1);
 }
 
 fn squared(a: Number) -> Number {

@@ -40,26 +40,15 @@ fn merge(a: Partial, b: Partial) -> Partial {
 fn with_non_finite(partial: Partial, magnitude: u32, origin: u32, element: u32) -> Partial {
     var more = partial;
     more.non_finite += 1u;
-    more.first_origin = origin;
-    more.first_element = min(partial.first_element, element);
+    let earlier = select(NOWHERE, partial.first_element, partial.first_origin == origin);
+    if origin <= partial.first_origin {
+        more.first_origin = origin;
+        more.first_element = min(earlier, element);
+    }
     more.flags |= select(0u, HAS_NAN, magnitude > INFINITE);
     return more;
 }
 
 fn is_bad(partial: Partial) -> bool {
     return (partial.non_finite | partial.non_finite_high) != 0u;
-}
-
-var<workgroup> tree: array<Partial, WORKGROUP>;
-
-// Merges the partials of all invocations, in a fixed tree. Valid in invocation 0.
-fn merged_in_workgroup(lane: u32, own: Partial) -> Partial {
-    tree[lane] = own;
-    for (var width = WORKGROUP / 2u; width > 0u; width = width / 2u) {
-        workgroupBarrier();
-        if lane < width {
-            tree[lane] = merge(tree[lane], tree[lane + width]);
-        }
-    }
-    return tree[lane];
 }

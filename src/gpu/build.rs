@@ -7,11 +7,11 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::GpuClipper;
-use super::kernels::{ClipGroup, Kernel, Norm, PARAMS, PARTIALS, RESULTS};
+use super::kernels::{Access, ClipGroup, Kernel, Norm, PARAMS, PARTIALS, RESULTS};
 use super::merge::MergeTree;
 use super::number::Number;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
-use super::table::{Limits, Origin, Piece, SumWindow, Tables, Use, Window, sum_windows};
+use super::table::{Batch, EdgeRow, Limits, Origin, Piece, SumWindow, Table, Tables, Use, Window, sum_windows};
 use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
 use super::tuning::{LANE_COLUMN, LANE_ROW};
 use crate::clip::Mode;
@@ -327,12 +327,14 @@ impl PlanLayout {
         // A chunk must fit into a binding wherever it starts.
         let fitting = (binding_bytes - alignment) / 4;
         let limits = Limits {
-            chunk_words: gpu.tuning.chunk_words(words).min(u32::try_from(fitting).unwrap_or(u32::MAX)),
+            chunk_words: gpu.tuning.chunk_words(words).min(u32::try_from(fitting).unwrap_or(u32::MAX)) & !3,
             binding_bytes,
             alignment,
-            workgroup: gpu.kernels.workgroup,
+            workgroup: gpu.kernels.shape.workgroup,
             lane_row: LANE_ROW,
             lane_column: LANE_COLUMN,
+            windows: gpu.windows_at_once(),
+            shared_window_bytes: gpu.shared_window_bytes(),
         };
         // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
         let limit = binding_bytes / PARTIAL_BYTES;
@@ -433,20 +435,26 @@ impl PlanLayout {
         for (i, (group, tables)) in self.groups.iter().zip(&self.parts).enumerate() {
             let norm = group.norm();
             let guarded = group.clip.reads_first();
-            for (window, of, dtype, rows) in tables.measured.rows() {
+            for (batch, of, dtype, table) in tables.measured.each() {
                 let kernel = match (of, norm) {
                     (Use::Mixed, _) => continue,
                     (of, Some(norm)) => norm_kernel(of, dtype, norm),
                     (_, None) => Kernel::Clamp { dtype, guarded: false, writes: tables.writes && !guarded },
                 };
-                builder.window(Phase::Measure, kernel, i, window, rows);
+                builder.batch(Phase::Measure, kernel, i, batch, table);
             }
             if norm.is_none() && tables.writes && !guarded {
-                builder.edges(Phase::Measure, i, &tables.measured, Kernel::Edges { value: true, guarded: false });
+                builder.edges(
+                    Phase::Measure,
+                    i,
+                    &tables.measured,
+                    Kernel::Edges { value: true, guarded: false },
+                    &self.limits,
+                );
             }
             if let (Some(parameters), Some(norm)) = (&tables.parameters, norm) {
-                for (window, of, dtype, rows) in parameters.rows() {
-                    builder.window(Phase::Measure, norm_kernel(of, dtype, norm), i, window, rows);
+                for (batch, of, dtype, table) in parameters.each() {
+                    builder.batch(Phase::Measure, norm_kernel(of, dtype, norm), i, batch, table);
                 }
             }
         }
@@ -483,16 +491,16 @@ impl PlanLayout {
             }
             let applied = tables.applied.as_ref().unwrap_or(&tables.measured);
             let columns = group.segments.layouts.iter().any(|layout| layout.by == By::Columns);
-            for (window, of, dtype, rows) in applied.rows() {
+            for (batch, of, dtype, table) in applied.each() {
                 let kernel = match of {
                     Use::Run | Use::Each => continue,
                     Use::Whole if value => Kernel::Clamp { dtype, guarded: true, writes: true },
                     Use::Whole => Kernel::Scale { dtype },
                     Use::Mixed => Kernel::ScaleEach { dtype, columns },
                 };
-                builder.window(Phase::Apply, kernel, i, window, rows);
+                builder.batch(Phase::Apply, kernel, i, batch, table);
             }
-            builder.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true });
+            builder.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true }, &self.limits);
         }
     }
 }
@@ -506,10 +514,10 @@ fn norm_kernel(of: Use, dtype: Dtype, norm: Norm) -> Kernel {
 enum Subject {
     /// Rows of the plan's tables.
     Rows(Range<u64>),
-    /// A window (buffer, offset and size) and rows in it.
-    Window((usize, u64, u64), Range<u64>),
+    /// Rows, and the windows that they are about.
+    Windows(Range<u64>, Vec<Window>),
     /// A window of examples, if there are any, rows, and a window of sums.
-    Sums(Option<(usize, u64, u64)>, Range<u64>, (usize, u64, u64)),
+    Sums(Range<u64>, Option<Window>, Window),
     Decide,
     Threshold,
     Running,
@@ -535,13 +543,15 @@ impl<'a> Builder<'a> {
         self.pending.push((phase, kernel, group, subject, workgroups));
     }
 
-    fn table<T: Pod>(&mut self, rows: &[T]) -> Range<u64> {
+    /// A table, with what stands before its rows.
+    fn table<T: Pod>(&mut self, head: &[u32], rows: &[T]) -> Range<u64> {
         if let Some(place) = self.places.get(&(rows.as_ptr() as usize)) {
             return place.clone();
         }
         let alignment = self.gpu.device.device.limits().min_storage_buffer_offset_alignment as usize;
         self.tables.resize(self.tables.len().next_multiple_of(alignment), 0);
         let start = self.tables.len() as u64;
+        self.tables.extend_from_slice(bytemuck::cast_slice(head));
         self.tables.extend_from_slice(bytemuck::cast_slice(rows));
         let place = start..self.tables.len() as u64;
         self.places.insert(rows.as_ptr() as usize, place.clone());
@@ -549,29 +559,28 @@ impl<'a> Builder<'a> {
     }
 
     fn rows<T: Pod>(&mut self, phase: Phase, kernel: Kernel, rows: &[T]) {
-        let table = self.table(rows);
+        let table = self.table(&[], rows);
         self.push(phase, kernel, 0, Subject::Rows(table), count(rows));
     }
 
-    fn window<T: Pod>(&mut self, phase: Phase, kernel: Kernel, group: usize, window: &Window, rows: &[T]) {
-        let table = self.table(rows);
-        let subject = Subject::Window((window.buffer, window.offset, window.size), table);
-        let workgroups = match kernel {
-            Kernel::Edges { .. } => count(rows).div_ceil(self.gpu.kernels.workgroup),
-            _ => count(rows),
-        };
-        self.push(phase, kernel, group, subject, workgroups);
+    fn batch(&mut self, phase: Phase, kernel: Kernel, group: usize, batch: &Batch, table: &Table) {
+        let rows = self.table(&[table.tasks], &table.chunks);
+        self.push(phase, kernel, group, Subject::Windows(rows, batch.windows.clone()), table.tasks);
     }
 
-    fn edges(&mut self, phase: Phase, group: usize, tables: &Tables, kernel: Kernel) {
-        for window in tables.windows.iter().filter(|w| !w.edges.is_empty()) {
-            self.window(phase, kernel, group, window, &window.edges);
+    fn edges(&mut self, phase: Phase, group: usize, tables: &Tables, kernel: Kernel, limits: &Limits) {
+        for batch in &tables.batches {
+            for rows in batch.edges.chunks(limits.rows::<EdgeRow>()) {
+                let table = self.table(&[], rows);
+                let workgroups = count(rows).div_ceil(limits.workgroup);
+                self.push(phase, kernel, group, Subject::Windows(table, batch.windows.clone()), workgroups);
+            }
         }
     }
 
     fn sum(&mut self, kernel: Kernel, sum: &SumWindow) {
-        let table = self.table(&sum.rows);
-        self.push(Phase::Apply, kernel, 0, Subject::Sums(sum.examples, table, sum.sums), count(&sum.rows));
+        let rows = self.table(&[sum.table.tasks], &sum.table.chunks);
+        self.push(Phase::Apply, kernel, 0, Subject::Sums(rows, sum.examples, sum.sums), sum.table.tasks);
     }
 
     /// The dispatches of each phase.
@@ -592,24 +601,57 @@ impl<'a> Builder<'a> {
         }
         let part = |buffer: &wgpu::Buffer, offset, size| (buffer.clone(), offset, size);
         let rows = |range: Range<u64>| part(&tables, range.start, range.end - range.start);
-        let window = |(buffer, offset, size): (usize, u64, u64)| part(&buffers[buffer], offset, size);
+        let window = |of: &Window| part(&buffers[of.buffer], of.offset, of.size);
         let whole = |buffer: &wgpu::Buffer| part(buffer, 0, buffer.size());
         let mut phases = [const { Vec::new() }; 3];
         for (phase, kernel, group, subject, workgroups) in pending {
-            let parts = match subject {
-                Subject::Rows(range) => vec![rows(range)],
-                Subject::Window(of, range) => vec![window(of), rows(range)],
-                Subject::Sums(of, range, sums) => {
-                    // Where there are no examples, nothing is read of what stands for them.
-                    vec![of.map_or_else(|| whole(&memory.thresholds), window), rows(range), window(sums)]
+            let mut access = Access::None;
+            let mut parts = Vec::new();
+            match subject {
+                Subject::Rows(range) => parts.push(vec![rows(range)]),
+                Subject::Windows(range, windows) => {
+                    let words: Vec<_> = windows.iter().map(window).collect();
+                    parts.push(vec![rows(range)]);
+                    access = gpu.access(words.len());
+                    bind_windows(gpu, access, words, &mut parts);
                 }
-                Subject::Decide => vec![whole(&memory.thresholds), whole(&memory.coefficients)],
-                Subject::Threshold => vec![whole(&memory.thresholds), whole(&memory.states)],
-                Subject::Running => running.map(whole).into_iter().collect(),
-            };
-            phases[phase as usize].push(dispatch(gpu, kernel, clips[group].of(kernel), &parts, workgroups)?);
+                Subject::Sums(range, examples, sums) => {
+                    access = Access::Words;
+                    // Where there are no examples, nothing is read of what stands for them.
+                    let examples = examples.as_ref().map_or_else(|| whole(&memory.thresholds), window);
+                    parts.extend([vec![rows(range)], vec![examples], vec![window(&sums)]]);
+                }
+                Subject::Decide => parts.extend([vec![whole(&memory.thresholds)], vec![whole(&memory.coefficients)]]),
+                Subject::Threshold => parts.extend([vec![whole(&memory.thresholds)], vec![whole(&memory.states)]]),
+                Subject::Running => parts.extend(running.map(|running| vec![whole(running)])),
+            }
+            let group = clips[group].of(kernel);
+            phases[phase as usize].push(dispatch(gpu, (kernel, access), group, &parts, workgroups)?);
         }
         Ok(phases)
+    }
+}
+
+/// Part of a buffer: offset and size in bytes.
+pub(super) type Part = (wgpu::Buffer, u64, u64);
+
+fn bound((buffer, offset, size): &Part) -> wgpu::BufferBinding<'_> {
+    wgpu::BufferBinding { buffer, offset: *offset, size: wgpu::BufferSize::new(*size) }
+}
+
+/// Adds what each binding of windows holds.
+fn bind_windows(gpu: &GpuClipper, access: Access, mut words: Vec<Part>, parts: &mut Vec<Vec<Part>>) {
+    if let Access::Array(count) | Access::Windows(count) = access {
+        // No chunk is in those that fill it up.
+        words.resize(count as usize, words[0].clone());
+    }
+    // As quads, a binding must hold one at least.
+    let blank = |part: &Part| if part.2 < 16 { (gpu.kernels.blank.clone(), 0, 16) } else { part.clone() };
+    let quads = words.iter().map(blank).collect();
+    match access {
+        Access::None => {}
+        Access::Words | Access::Windows(_) => parts.extend(words.into_iter().map(|part| vec![part])),
+        Access::Quads | Access::Array(_) => parts.extend([words, quads]),
     }
 }
 
@@ -641,12 +683,12 @@ pub(super) fn clip_group(
     })
 }
 
-/// A dispatch that binds parts of buffers (offset and size) as its group 1.
+/// A dispatch that binds parts of buffers as its group 1, several where a binding is an array.
 pub(super) fn dispatch(
     gpu: &GpuClipper,
-    kernel: Kernel,
+    (kernel, access): (Kernel, Access),
     clip_group: &wgpu::BindGroup,
-    parts: &[(wgpu::Buffer, u64, u64)],
+    parts: &[Vec<Part>],
     workgroups: u32,
 ) -> Result<Dispatch, Error> {
     let widest = gpu.device.device.limits().max_compute_workgroups_per_dimension;
@@ -655,15 +697,20 @@ pub(super) fn dispatch(
         let limit = u64::from(widest) * u64::from(widest);
         return Err(Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit });
     }
-    let pipeline = gpu.kernels.pipeline(&gpu.device, kernel)?;
+    let pipeline = gpu.kernels.pipeline(&gpu.device, kernel, access)?;
+    let bindings: Vec<Vec<_>> = parts.iter().map(|parts| parts.iter().map(bound).collect()).collect();
     let subject = gpu.device.scoped(|| {
         let mut entries = Vec::new();
-        for (binding, (buffer, offset, size)) in (0..).zip(parts) {
-            let (offset, size) = (*offset, wgpu::BufferSize::new(*size));
-            let resource = wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size });
+        for (binding, of) in (0..).zip(&bindings) {
+            let resource = match &of[..] {
+                [one] if !(matches!(access, Access::Array(_)) && binding > 0) => {
+                    wgpu::BindingResource::Buffer(one.clone())
+                }
+                array => wgpu::BindingResource::BufferArray(array),
+            };
             entries.push(wgpu::BindGroupEntry { binding, resource });
         }
-        let layout = gpu.kernels.subject(kernel);
+        let layout = &pipeline.get_bind_group_layout(1);
         gpu.device.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
     })?;
     Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups: (x, workgroups.div_ceil(x)) })

@@ -30,7 +30,11 @@ impl GpuDevice {
 
     /// Opens a device with all the adapter's limits and the features that help.
     pub(super) async fn open(adapter: &wgpu::Adapter) -> Result<Self, Error> {
-        let helpful = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16;
+        let helpful = wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::SHADER_F16
+            | wgpu::Features::BUFFER_BINDING_ARRAY
+            | wgpu::Features::STORAGE_RESOURCE_BINDING_ARRAY;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("gradclip"),
             required_features: adapter.features() & helpful,

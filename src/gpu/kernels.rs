@@ -1,6 +1,7 @@
 //! The compute pipelines: each kernel of `shaders/`, specialised by constants, compiled once and shared by all plans.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::sync::{Mutex, PoisonError};
 
 use super::device::GpuDevice;
@@ -55,10 +56,124 @@ impl From<NormType> for Norm {
     }
 }
 
+/// What all kernels of a device have in common.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub(super) workgroup: u32,
+    /// Whether an invocation reads a stretch of its own; else what lies next to the others'.
+    pub(super) contiguous: bool,
+    /// Whether partials merge by operations of subgroups.
+    pub(super) subgroups: bool,
+}
+
+/// How a kernel reaches gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Access {
+    /// Not at all.
+    None,
+    /// One window, as words.
+    Words,
+    /// One window, as words and as quads. Both views are writable, which native platforms allow and browsers do not.
+    Quads,
+    /// So many windows, as words, a binding each.
+    Windows(u32),
+    /// So many windows in an array of bindings, as words and as quads.
+    Array(u32),
+}
+
+impl Access {
+    /// The variables and functions by which a kernel reads and writes words and quads.
+    fn source(self) -> String {
+        let storage = "var<storage, read_write>";
+        let scalar_quads = "\
+            fn quad_at(window: u32, i: u32) -> vec4<u32> {\n\
+            \x20   return vec4<u32>(word_at(window, 4u * i), word_at(window, 4u * i + 1u), word_at(window, 4u * i + 2u), word_at(window, 4u * i + 3u));\n\
+            }\n\
+            fn set_quad(window: u32, i: u32, quad: vec4<u32>) {\n\
+            \x20   set_word(window, 4u * i, quad.x);\n\
+            \x20   set_word(window, 4u * i + 1u, quad.y);\n\
+            \x20   set_word(window, 4u * i + 2u, quad.z);\n\
+            \x20   set_word(window, 4u * i + 3u, quad.w);\n\
+            }\n";
+        let direct = |words: &str| {
+            format!(
+                "fn word_at(window: u32, i: u32) -> u32 {{ return {words}[i]; }}\n\
+                 fn set_word(window: u32, i: u32, word: u32) {{ {words}[i] = word; }}\n"
+            )
+        };
+        let direct_quads = |quads: &str| {
+            format!(
+                "fn quad_at(window: u32, i: u32) -> vec4<u32> {{ return {quads}[i]; }}\n\
+                 fn set_quad(window: u32, i: u32, quad: vec4<u32>) {{ {quads}[i] = quad; }}\n"
+            )
+        };
+        match self {
+            Self::None => String::new(),
+            Self::Words => {
+                format!("@group(1) @binding(1) {storage} words: array<u32>;\n") + &direct("words") + scalar_quads
+            }
+            Self::Quads => {
+                format!(
+                    "@group(1) @binding(1) {storage} words: array<u32>;\n\
+                     @group(1) @binding(2) {storage} quads: array<vec4<u32>>;\n"
+                ) + &direct("words")
+                    + &direct_quads("quads")
+            }
+            Self::Windows(count) => {
+                let each = |f: &dyn Fn(u32) -> String| (0..count).map(f).collect::<String>();
+                let variables = each(&|k| format!("@group(1) @binding({}) {storage} words_{k}: array<u32>;\n", k + 1));
+                // Loops in place of branches, because software devices run the body of every branch.
+                let once =
+                    |k, body: String| format!("    for (var once = window == {k}u; once; once = false) {{ {body} }}\n");
+                let read = each(&|k| once(k, format!("word = words_{k}[i];")));
+                let write = each(&|k| once(k, format!("words_{k}[i] = word;")));
+                let quad = ["4u * i", "4u * i + 1u", "4u * i + 2u", "4u * i + 3u"];
+                let read_quad = each(&|k| {
+                    once(k, format!("quad = vec4<u32>({});", quad.map(|i| format!("words_{k}[{i}]")).join(", ")))
+                });
+                let write_quad = each(&|k| {
+                    let parts = ["x", "y", "z", "w"];
+                    let stores = quad.iter().zip(parts).map(|(i, part)| format!("words_{k}[{i}] = quad.{part};"));
+                    once(k, stores.collect::<Vec<_>>().join(" "))
+                });
+                format!(
+                    "{variables}\
+                     fn word_at(window: u32, i: u32) -> u32 {{\n    var word = 0u;\n{read}    return word;\n}}\n\
+                     fn set_word(window: u32, i: u32, word: u32) {{\n{write}}}\n\
+                     fn quad_at(window: u32, i: u32) -> vec4<u32> {{\n    var quad = vec4<u32>(0u);\n{read_quad}    \
+                     return quad;\n}}\n\
+                     fn set_quad(window: u32, i: u32, quad: vec4<u32>) {{\n{write_quad}}}\n"
+                )
+            }
+            Self::Array(count) => {
+                format!(
+                    "struct Words {{ data: array<u32> }}\nstruct Quads {{ data: array<vec4<u32>> }}\n\
+                     @group(1) @binding(1) {storage} words: binding_array<Words, {count}>;\n\
+                     @group(1) @binding(2) {storage} quads: binding_array<Quads, {count}>;\n"
+                ) + &direct("words[window].data")
+                    + &direct_quads("quads[window].data")
+            }
+        }
+    }
+
+    /// How many bindings, and how long an array each is.
+    fn bindings(self) -> (u32, Option<NonZeroU32>) {
+        match self {
+            Self::None => (0, None),
+            Self::Words => (1, None),
+            Self::Quads => (2, None),
+            Self::Windows(count) => (count, None),
+            Self::Array(count) => (2, NonZeroU32::new(count)),
+        }
+    }
+}
+
 /// The files of `shaders/shared`, each after those that it builds on.
 mod shared {
     pub(super) const NUMBER: &str = include_str!("../../shaders/shared/number.wgsl");
     pub(super) const PARTIAL: &str = include_str!("../../shaders/shared/partial.wgsl");
+    pub(super) const TREE: &str = include_str!("../../shaders/shared/tree.wgsl");
+    pub(super) const SUBGROUP: &str = include_str!("../../shaders/shared/subgroup.wgsl");
     pub(super) const OUTCOME: &str = include_str!("../../shaders/shared/outcome.wgsl");
     pub(super) const HALF: &str = include_str!("../../shaders/shared/half.wgsl");
     pub(super) const CHUNK: &str = include_str!("../../shaders/shared/chunk.wgsl");
@@ -66,7 +181,8 @@ mod shared {
     pub(super) const MEASURE: &str = include_str!("../../shaders/shared/measure.wgsl");
     pub(super) const MEASURED: &str = include_str!("../../shaders/shared/measured.wgsl");
     pub(super) const APPLY: &str = include_str!("../../shaders/shared/apply.wgsl");
-    pub(super) const APPLY_BLOCK: &str = include_str!("../../shaders/shared/apply_block.wgsl");
+    pub(super) const QUICK: &str = include_str!("../../shaders/shared/quick.wgsl");
+    pub(super) const APPLY_CHUNK: &str = include_str!("../../shaders/shared/apply_chunk.wgsl");
 }
 
 /// The constants of a kernel, of which each uses some.
@@ -100,7 +216,7 @@ impl Kernel {
     }
 
     /// The whole WGSL module.
-    pub(super) fn source(self, workgroup: u32) -> String {
+    pub(super) fn source(self, access: Access, shape: Shape) -> String {
         use shared::*;
         let mut with = Constants {
             dtype: Dtype::F32,
@@ -133,15 +249,15 @@ impl Kernel {
             }
             Self::Scale { dtype } => {
                 with.dtype = dtype;
-                (&[OUTCOME, HALF, CHUNK, APPLY, APPLY_BLOCK], include_str!("../../shaders/scale.wgsl"))
+                (&[OUTCOME, HALF, CHUNK, APPLY, QUICK, APPLY_CHUNK], include_str!("../../shaders/scale.wgsl"))
             }
             Self::ScaleEach { dtype, columns } => {
                 (with.dtype, with.columns) = (dtype, columns);
-                (&[OUTCOME, HALF, CHUNK, APPLY, APPLY_BLOCK], include_str!("../../shaders/scale_each.wgsl"))
+                (&[OUTCOME, HALF, CHUNK, APPLY, QUICK], include_str!("../../shaders/scale_each.wgsl"))
             }
             Self::Clamp { dtype, guarded, writes } => {
                 (with.dtype, with.value, with.guarded, with.writes) = (dtype, true, guarded, writes);
-                (&[OUTCOME, HALF, CHUNK, APPLY, APPLY_BLOCK], include_str!("../../shaders/clamp.wgsl"))
+                (&[OUTCOME, HALF, CHUNK, APPLY, QUICK, APPLY_CHUNK], include_str!("../../shaders/clamp.wgsl"))
             }
             Self::Edges { value, guarded } => {
                 (with.value, with.guarded) = (value, guarded);
@@ -160,36 +276,39 @@ impl Kernel {
         // A plan refuses dtypes without kernels before it asks for one.
         let code = dtype_code(dtype).expect("a plan holds dtypes with kernels only");
         let (per_word, norm, formula) = (4 / dtype.size(), norm as u32, formula as u32);
+        let Shape { workgroup, contiguous, subgroups } = shape;
+        let apart = if contiguous { 1 } else { workgroup };
         let constants = format!(
-            "const WORKGROUP: u32 = {workgroup}u;\nconst DTYPE: u32 = {code}u;\nconst PER_WORD: u32 = {per_word}u;\n\
+            "const WORKGROUP: u32 = {workgroup}u;\nconst APART: u32 = {apart}u;\nconst DTYPE: u32 = {code}u;\nconst PER_WORD: u32 = {per_word}u;\n\
              const NORM: u32 = {norm}u;\nconst NORM_L1: u32 = 0u;\nconst NORM_L2: u32 = 1u;\n\
              const NORM_INF: u32 = 2u;\nconst NORM_P: u32 = 3u;\nconst THRESHOLD: u32 = {formula}u;\n\
              const VALUE: bool = {value};\nconst GUARDED: bool = {guarded};\nconst WRITES: bool = {writes};\n\
              const COLUMNS: bool = {columns};\nconst GIVEN: bool = {given};\nconst MOVES: bool = {moves};\n"
         );
-        [&[constants.as_str(), NUMBER, PARTIAL], parts, &[main]].concat().join("\n")
+        let directive = if matches!(access, Access::Array(_)) { "enable wgpu_binding_array;\n" } else { "" };
+        let windows = access.source();
+        let merging = if subgroups { SUBGROUP } else { TREE };
+        [&[directive, &constants, NUMBER, PARTIAL, merging, &windows], parts, &[main]].concat().join("\n")
     }
 }
 
 /// The pipelines of one device.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    pub(super) workgroup: u32,
+    pub(super) shape: Shape,
     pub(super) layouts: Layouts,
-    compiled: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
+    /// What is bound as quads where a window is shorter than one.
+    pub(super) blank: wgpu::Buffer,
+    compiled: Mutex<HashMap<(Kernel, Access), wgpu::ComputePipeline>>,
 }
 
 /// What the kernels bind. Group 0 belongs to a group of tensors: partials, parameters, results. Group 1 is what one
-/// dispatch is about.
+/// dispatch is about: for kernels on gradients a table and windows, for the others one of these.
 #[derive(Debug)]
 pub(super) struct Layouts {
     pub(super) clip: ClipGroup<wgpu::BindGroupLayout>,
     /// One table, read: rows of partials to merge.
     pub(super) rows: wgpu::BindGroupLayout,
-    /// Gradients, and rows of chunks or edges in them.
-    pub(super) window: wgpu::BindGroupLayout,
-    /// The same, and sums.
-    pub(super) sums: wgpu::BindGroupLayout,
     /// Thresholds, read, and coefficients.
     pub(super) decide: wgpu::BindGroupLayout,
     /// Thresholds and the states that they follow.
@@ -231,21 +350,13 @@ pub(super) const PARAMS: u32 = 1;
 pub(super) const RESULTS: u32 = 2;
 
 impl Kernels {
-    pub(super) fn new(gpu: &GpuDevice, workgroup: u32) -> Result<Self, Error> {
+    pub(super) fn new(gpu: &GpuDevice, shape: Shape) -> Result<Self, Error> {
         let storage = |read_only| wgpu::BufferBindingType::Storage { read_only };
+        let uniform = wgpu::BufferBindingType::Uniform;
         let layout = |label, entries: &[(u32, wgpu::BufferBindingType)]| {
-            let entries: Vec<_> = entries
-                .iter()
-                .map(|&(binding, ty)| wgpu::BindGroupLayoutEntry {
-                    binding,
-                    visibility: wgpu::ShaderStages::COMPUTE,
-                    ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
-                    count: None,
-                })
-                .collect();
+            let entries: Vec<_> = entries.iter().map(|&(binding, ty)| entry(binding, ty, None)).collect();
             gpu.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries })
         };
-        let uniform = wgpu::BufferBindingType::Uniform;
         let layouts = gpu.scoped(|| Layouts {
             clip: ClipGroup {
                 measure: layout(
@@ -259,40 +370,58 @@ impl Kernels {
                 apply: layout(Some("gradclip apply"), &[(PARAMS, uniform), (RESULTS, storage(true))]),
             },
             rows: layout(Some("gradclip rows"), &[(0, storage(true))]),
-            window: layout(Some("gradclip window"), &[(0, storage(false)), (1, storage(true))]),
-            sums: layout(Some("gradclip sums"), &[(0, storage(false)), (1, storage(true)), (2, storage(false))]),
             decide: layout(Some("gradclip decide"), &[(0, storage(true)), (1, storage(false))]),
             threshold: layout(Some("gradclip threshold"), &[(0, storage(false)), (1, storage(false))]),
             running: layout(Some("gradclip running"), &[(0, storage(false))]),
         })?;
-        Ok(Self { workgroup, layouts, compiled: Mutex::default() })
+        let blank = gpu.storage("gradclip blank", 16, wgpu::BufferUsages::STORAGE)?;
+        Ok(Self { shape, layouts, blank, compiled: Mutex::default() })
     }
 
     /// The layout of group 1 for a kernel.
-    pub(super) fn subject(&self, kernel: Kernel) -> &wgpu::BindGroupLayout {
+    fn subject(&self, gpu: &GpuDevice, kernel: Kernel, access: Access) -> wgpu::BindGroupLayout {
         match kernel {
-            Kernel::Merge => &self.layouts.rows,
-            Kernel::Threshold { .. } => &self.layouts.threshold,
-            Kernel::Finalise { .. } => &self.layouts.decide,
-            Kernel::Sum { .. } => &self.layouts.sums,
-            Kernel::Accumulate { .. } => &self.layouts.running,
-            _ => &self.layouts.window,
+            Kernel::Merge => self.layouts.rows.clone(),
+            Kernel::Threshold { .. } => self.layouts.threshold.clone(),
+            Kernel::Finalise { .. } => self.layouts.decide.clone(),
+            Kernel::Accumulate { .. } => self.layouts.running.clone(),
+            _ => {
+                let storage = |read_only| wgpu::BufferBindingType::Storage { read_only };
+                let mut entries = vec![entry(0, storage(true), None)];
+                let (bindings, count) = access.bindings();
+                entries.extend((1..=bindings).map(|binding| entry(binding, storage(false), count)));
+                if matches!(kernel, Kernel::Sum { .. }) {
+                    entries.push(entry(bindings + 1, storage(false), None));
+                }
+                let label = Some("gradclip windows");
+                gpu.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries })
+            }
         }
     }
 
     /// The pipeline of a kernel, compiled at its first use.
-    pub(super) fn pipeline(&self, gpu: &GpuDevice, kernel: Kernel) -> Result<wgpu::ComputePipeline, Error> {
+    pub(super) fn pipeline(
+        &self,
+        gpu: &GpuDevice,
+        kernel: Kernel,
+        access: Access,
+    ) -> Result<wgpu::ComputePipeline, Error> {
         // A panic elsewhere cannot leave the map half changed.
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = compiled.get(&kernel) {
+        if let Some(pipeline) = compiled.get(&(kernel, access)) {
             return Ok(pipeline.clone());
         }
         let pipeline = gpu.scoped(|| {
-            let module = gpu.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(kernel.name()),
-                source: wgpu::ShaderSource::Wgsl(kernel.source(self.workgroup).into()),
-            });
-            let groups = [Some(self.layouts.clip.of(kernel)), Some(self.subject(kernel))];
+            let source = kernel.source(access, self.shape);
+            let module = trusted(
+                &gpu.device,
+                wgpu::ShaderModuleDescriptor {
+                    label: Some(kernel.name()),
+                    source: wgpu::ShaderSource::Wgsl(source.into()),
+                },
+            );
+            let subject = self.subject(gpu, kernel, access);
+            let groups = [Some(self.layouts.clip.of(kernel)), Some(&subject)];
             let layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
                 label: Some(kernel.name()),
                 bind_group_layouts: &groups,
@@ -311,7 +440,35 @@ impl Kernels {
                 cache: None,
             })
         })?;
-        compiled.insert(kernel, pipeline.clone());
+        compiled.insert((kernel, access), pipeline.clone());
         Ok(pipeline)
+    }
+}
+
+fn entry(binding: u32, ty: wgpu::BufferBindingType, count: Option<NonZeroU32>) -> wgpu::BindGroupLayoutEntry {
+    let ty = wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None };
+    wgpu::BindGroupLayoutEntry { binding, visibility: wgpu::ShaderStages::COMPUTE, ty, count }
+}
+
+/// A module without checks of bounds and without counters in its loops: they cost a fifth of the time of a norm.
+#[allow(unsafe_code)]
+fn trusted(device: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
+    // SAFETY: no kernel reads or writes outside what is bound, and every loop ends. Nothing that indexes or bounds comes
+    // from the caller's data, all of it from the tables of a plan, and those are tested without a device
+    // (`src/gpu/table.rs`, `merge.rs`) against any limits:
+    // - A workgroup or invocation beyond the table returns first (`table.tasks`, `arrayLength`, `params.segments`).
+    // - Words and quads: every chunk lies in its window (`check` there asserts it), a word or quad of a run in its chunk
+    //   (`run_of`), and an edge in its window. Where a block of quads is not whole, indices are limited to the last quad.
+    // - Partials: slots, and the rows of the merge tree, are below the number that the plan allocates.
+    // - Outcomes, thresholds and coefficients: a segment of the plan or, behind the last element of a run over many
+    //   segments, the one after it; the plan allocates one more than there are.
+    // - Workgroup memory is indexed by invocation or subgroup, of which there are at most WORKGROUP.
+    // - Loops count up to a length of a chunk or row, over the bits of a number, or along `next`, which only ever points
+    //   further down a table.
+    unsafe {
+        device.create_shader_module_trusted(
+            descriptor,
+            wgpu::ShaderRuntimeChecks { bounds_checks: false, force_loop_bounding: false, ..Default::default() },
+        )
     }
 }

@@ -51,9 +51,9 @@ pub mod tuning;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use build::{Follows, GroupParts, Job, Parts};
+use build::{Follows, GroupParts, Job, PARTIAL_BYTES, Parts};
 use device::GpuDevice;
-use kernels::Kernels;
+use kernels::{Access, Kernels, Shape};
 use table::Piece;
 use tuning::Tuning;
 
@@ -86,6 +86,18 @@ pub struct GpuClipper {
     device: GpuDevice,
     kernels: Arc<Kernels>,
     tuning: Tuning,
+    windows: Windows,
+    /// Whether a window can be bound as words and as quads.
+    quads: bool,
+}
+
+/// How many windows a dispatch can bind.
+#[derive(Clone, Copy, Debug)]
+enum Windows {
+    /// A binding each: as many as the device has, or one.
+    Few(u32),
+    /// In an array: up to so many.
+    Array(u32),
 }
 
 impl GpuClipper {
@@ -132,23 +144,53 @@ impl GpuClipper {
     }
 
     fn on(device: GpuDevice) -> Result<Self, Error> {
-        let limits = device.device.limits();
+        let tuning = Tuning::of(&device.device.adapter_info());
+        Self::tuned(device, tuning)
+    }
+
+    /// Clips on the same device with other figures than [`Tuning::of`] has for it, which another table or a measurement
+    /// says are better there. Compiles kernels of its own. Norms may differ in their last bits.
+    ///
+    /// What the device cannot do is left out: subgroups, arrays of bindings, more invocations than it allows.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if a workgroup is not a power of two from 8 on, or chunks are too short or too long.
+    pub fn with_tuning(&self, tuning: Tuning) -> Result<Self, Error> {
+        tuning.check()?;
+        Self::tuned(self.device.clone(), tuning)
+    }
+
+    fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
+        let (limits, features) = (device.device.limits(), device.device.features());
         let need = |limit, have: u64, need: u64| {
             if have < need { Err(Error::Limit { limit, have, need }) } else { Ok(()) }
         };
         let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
-        need("max_compute_invocations_per_workgroup", invocations.into(), 64)?;
+        need("max_compute_invocations_per_workgroup", invocations.into(), tuning::SMALLEST_WORKGROUP.into())?;
         need("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into(), 4)?;
         need("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size, 1 << 16)?;
-        let mut tuning = Tuning::of(device.device.adapter_info().device_type);
-        if tuning.workgroup > invocations {
-            tuning.workgroup = 64;
+        while tuning.workgroup > invocations {
+            tuning.workgroup /= 2;
+            tuning.max_chunk_words = (tuning.max_chunk_words / 2).max(tuning.min_chunk_words);
         }
-        // The tree of partials, 32 bytes each, lies in workgroup memory.
-        let tree = u64::from(tuning.workgroup) * 32;
+        // What a workgroup merges, 32 bytes each, lies in its memory.
+        let tree = u64::from(tuning.workgroup) * PARTIAL_BYTES;
         need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;
-        let kernels = Arc::new(Kernels::new(&device, tuning.workgroup)?);
-        Ok(Self { device, kernels, tuning })
+        tuning.subgroups &= features.contains(wgpu::Features::SUBGROUP);
+        let arrays = wgpu::Features::BUFFER_BINDING_ARRAY | wgpu::Features::STORAGE_RESOURCE_BINDING_ARRAY;
+        // Partials, results and a table are bound beside them.
+        let bindings = limits.max_storage_buffers_per_shader_stage - 3;
+        let windows = if features.contains(arrays) {
+            // Words and quads are an array each, whose length is a power of two.
+            let fitting = (limits.max_binding_array_elements_per_shader_stage / 2).min(tuning.array_windows);
+            Windows::Array(if fitting > 1 { 1 << fitting.ilog2() } else { 1 })
+        } else {
+            Windows::Few(bindings.min(tuning.windows).max(1))
+        };
+        let quads = bindings >= 2 && !cfg!(target_arch = "wasm32");
+        let Tuning { workgroup, contiguous, subgroups, .. } = tuning;
+        let kernels = Arc::new(Kernels::new(&device, Shape { workgroup, contiguous, subgroups })?);
+        Ok(Self { device, kernels, tuning, windows, quads })
     }
 
     /// The device that this clips on.
@@ -295,6 +337,29 @@ impl GpuClipper {
         }
         gathered.check_overlaps()?;
         self.build(gathered, Job::Sum(pairs), Follows::Clip)
+    }
+
+    /// How kernels reach so many windows.
+    fn access(&self, windows: usize) -> Access {
+        match (windows, self.windows) {
+            (1, _) if self.quads => Access::Quads,
+            (1, _) => Access::Words,
+            (_, Windows::Array(_)) => Access::Array(windows.next_power_of_two() as u32),
+            (_, Windows::Few(count)) => Access::Windows(count),
+        }
+    }
+
+    fn windows_at_once(&self) -> usize {
+        match self.windows {
+            Windows::Few(count) | Windows::Array(count) => count as usize,
+        }
+    }
+
+    fn shared_window_bytes(&self) -> u64 {
+        match self.windows {
+            Windows::Few(_) => tuning::SHARED_WINDOW_BYTES,
+            Windows::Array(_) => u64::MAX,
+        }
     }
 
     fn build(&self, gathered: Gathered, job: Job, follows: Follows) -> Result<GpuPlan, Error> {

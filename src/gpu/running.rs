@@ -7,7 +7,7 @@ use super::build::{
     Dispatch, Follows, Job, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
 };
 use super::device::Wait;
-use super::kernels::{Kernel, Norm};
+use super::kernels::{Access, Kernel, Norm};
 use super::plan::GpuPlan;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::Origin;
@@ -89,8 +89,8 @@ impl GpuClipper {
         let memory = Memory::new(self, [(clip, &segments, false)].into_iter(), 1, &[StateRow::zeroed()], None)?;
         let params = Params::new(clip, clip.only_measures());
         let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params)?;
-        let whole = |buffer: &wgpu::Buffer| (buffer.clone(), 0, buffer.size());
-        let one = |kernel, parts: &[_]| dispatch(self, kernel, clips.of(kernel), parts, 1);
+        let whole = |buffer: &wgpu::Buffer| vec![(buffer.clone(), 0, buffer.size())];
+        let one = |kernel, parts: &[_]| dispatch(self, (kernel, Access::None), clips.of(kernel), parts, 1);
         let finalise = Kernel::Finalise { norm: Some(Norm::from(norm_type)), given: false };
         let finish = [
             one(finalise, &[whole(&memory.thresholds), whole(&memory.coefficients)])?,

@@ -7,11 +7,14 @@
 //!   elements each, evenly spaced (rows or columns of a matrix), of which each invocation takes one.
 //! - A *slot* is the place of a partial. The slots of a segment are consecutive, in the order of its pieces; segments
 //!   follow one another. `merge.rs` plans what becomes of them.
+//! - A *task* is what one workgroup does: a chunk, or several of one segment that are too short to be worth a workgroup
+//!   each. What it finds goes into one slot.
 //! - A *window* is the part of one buffer that is bound in a dispatch. Offsets are 64-bit up to here; within a window
-//!   they count elements: a binding is at most 2^31 - 1 bytes, so fewer than 2^30 elements.
+//!   they count elements: a binding is at most 2^31 - 1 bytes, so fewer than 2^30 elements. A *batch* is as many windows
+//!   as are bound at once.
 //! - An *origin* is where counting the elements of a tensor begins, so that 32 bits suffice to say where one is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
@@ -36,8 +39,9 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    fn per_word(&self) -> u64 {
-        4 / self.dtype.size() as u64
+    /// Elements in a quad: 16 bytes, which a chunk reads at once.
+    fn per_quad(&self) -> u64 {
+        16 / self.dtype.size() as u64
     }
 
     pub(super) fn bytes(&self) -> Range<u64> {
@@ -50,11 +54,11 @@ impl Piece {
         self.start + (element - self.first_element)
     }
 
-    /// Runs of at most so many words, cut where words are, as elements of the tensor.
+    /// Runs of at most so many words, cut where quads are, as elements of the tensor.
     fn runs(&self, elements: Range<u64>, chunk_words: u32) -> impl Iterator<Item = Range<u64>> + use<> {
-        let step = u64::from(chunk_words) * self.per_word();
-        // Elements of the first word that come before.
-        let back = self.at(elements.start) % self.per_word();
+        let step = u64::from(chunk_words) / 4 * self.per_quad();
+        // Elements of the first quad that come before.
+        let back = self.at(elements.start) % self.per_quad();
         let len = elements.end - elements.start;
         (0..(back + len).div_ceil(step)).map(move |i| {
             let (from, to) = ((i * step).saturating_sub(back), ((i + 1) * step - back).min(len));
@@ -67,6 +71,7 @@ impl Piece {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct ChunkRow {
+    pub(super) window: u32,
     pub(super) first: u32,
     pub(super) elements: u32,
     pub(super) segment: u32,
@@ -79,6 +84,7 @@ pub(super) struct ChunkRow {
     pub(super) segment_stride: u32,
     pub(super) element_stride: u32,
     pub(super) slot_stride: u32,
+    pub(super) next: u32,
 }
 
 /// Twin of `Edge` in `shaders/edges.wgsl`.
@@ -89,6 +95,7 @@ pub(super) struct EdgeRow {
     pub(super) low: u32,
     pub(super) high: u32,
     pub(super) dtypes: u32,
+    pub(super) window: u32,
 }
 
 /// `NOWHERE` of the shaders.
@@ -105,7 +112,7 @@ pub(super) fn dtype_code(dtype: Dtype) -> Option<u32> {
 }
 
 /// What the rows of a table are for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Use {
     /// Runs of one segment, to be measured and scaled.
     Whole,
@@ -117,16 +124,29 @@ pub(super) enum Use {
     Mixed,
 }
 
-/// What is bound together, and the rows that lie in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Part of a buffer that is bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Window {
     pub(super) buffer: usize,
     /// In bytes from the start of the buffer.
     pub(super) offset: u64,
     pub(super) size: u64,
-    /// One table for each use and dtype that occurs: each is a dispatch.
-    pub(super) chunks: Vec<((Use, Dtype), Vec<ChunkRow>)>,
+}
+
+/// What is bound together, and what lies in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Batch {
+    pub(super) windows: Vec<Window>,
+    /// A table for each use and dtype that occurs, or several if one cannot be bound: each is a dispatch.
+    pub(super) tables: Vec<((Use, Dtype), Table)>,
     pub(super) edges: Vec<EdgeRow>,
+}
+
+/// Twin of `Table` in `shaders/shared/chunk.wgsl`: the first chunk of each task, then all others.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Table {
+    pub(super) tasks: u32,
+    pub(super) chunks: Vec<ChunkRow>,
 }
 
 /// Where counting the elements of a tensor begins.
@@ -152,26 +172,29 @@ pub(super) struct Limits {
     pub(super) lane_row: u32,
     /// So many elements of a column are measured by one invocation.
     pub(super) lane_column: u32,
+    /// How many windows can be bound at once, and how large one may be that is bound beside others.
+    pub(super) windows: usize,
+    pub(super) shared_window_bytes: u64,
 }
 
 /// The tables of pieces.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Tables {
-    pub(super) windows: Vec<Window>,
+    pub(super) batches: Vec<Batch>,
     pub(super) origins: Vec<Origin>,
     /// How many slots each segment has, one segment after another.
     pub(super) slots: Vec<u32>,
 }
 
 impl Tables {
-    /// Each table of rows, with its window.
-    pub(super) fn rows(&self) -> impl Iterator<Item = (&Window, Use, Dtype, &[ChunkRow])> {
-        self.windows.iter().flat_map(|w| w.chunks.iter().map(move |((of, dtype), rows)| (w, *of, *dtype, &rows[..])))
+    /// Each table, with its batch.
+    pub(super) fn each(&self) -> impl Iterator<Item = (&Batch, Use, Dtype, &Table)> {
+        self.batches.iter().flat_map(|batch| batch.tables.iter().map(move |((of, dtype), t)| (batch, *of, *dtype, t)))
     }
 
-    /// Cuts pieces into chunks and gathers those in windows. Pieces must be in list order and must not overlap; their
-    /// segments are `segments`, and slots and origins are counted from where the caller's list has got to. With
-    /// `measures_only`, nothing is planned that writes. None if 2^32 slots or segments do not suffice.
+    /// Cuts pieces into chunks, gathers those in windows, and makes tasks of them. Pieces must be in list order and must not
+    /// overlap; their segments are `segments`, and slots and origins are counted from where the caller's list has got to.
+    /// With `measures_only`, nothing is planned that writes. None if 2^32 slots or segments do not suffice.
     pub(super) fn new(
         pieces: &[Piece],
         segments: Range<u32>,
@@ -184,10 +207,13 @@ impl Tables {
             cutter.cut(piece, measures_only)?;
         }
         let Cutter { mut cuts, origins, .. } = cutter;
+        let mut batches = gather(&mut cuts, limits)?;
+        let tasks = tasks(&cuts, limits);
         let mut slots = vec![0u32; segments.len()];
         let first = segments.start as usize;
-        for cut in cuts.iter().filter(|c| c.use_ != Use::Mixed) {
-            for count in &mut slots[cut.row.segment as usize - first..][..cut.row.count as usize] {
+        let own_slots = |row: &ChunkRow| row.segment as usize - first..(row.segment + row.count) as usize - first;
+        for head in tasks.iter().map(|task| &cuts[task[0]]).filter(|cut| cut.use_ != Use::Mixed) {
+            for count in &mut slots[own_slots(&head.row)] {
                 *count += 1;
             }
         }
@@ -197,23 +223,64 @@ impl Tables {
             starts.push(next);
             next = next.checked_add(*count)?;
         }
-        let mut placed = Vec::with_capacity(cuts.len());
-        for cut in cuts.drain(..) {
-            if cut.use_ == Use::Mixed {
-                placed.push(cut);
-            } else {
-                cut.place(&mut starts[cut.row.segment as usize - first..][..cut.row.count as usize], &mut placed);
+        // First what tasks begin with, so that their numbers are those of workgroups.
+        let mut rest = Vec::new();
+        let mut open = HashMap::new();
+        for task in &tasks {
+            let head = cuts[task[0]];
+            let placed =
+                if head.use_ == Use::Mixed { vec![head] } else { head.placed(&mut starts[own_slots(&head.row)]) };
+            for head in placed {
+                let at = limits.table_of(&mut open, &mut batches, &head, task.len());
+                let table = &mut batches[head.batch].tables[at].1;
+                if task.len() > 1 {
+                    rest.push((head.batch, at, table.chunks.len(), &task[1..]));
+                }
+                table.chunks.push(head.row);
+                table.tasks += 1;
             }
         }
-        let mut windows = gather(placed, limits)?;
-        if !measures_only {
-            add_edges(&mut windows, pieces);
+        for (batch, at, mut last, others) in rest {
+            let chunks = &mut batches[batch].tables[at].1.chunks;
+            for other in others {
+                chunks[last].next = u32::try_from(chunks.len()).ok()?;
+                last = chunks.len();
+                chunks.push(cuts[*other].row);
+            }
         }
-        Some(Self { windows, origins, slots })
+        if !measures_only {
+            add_edges(&mut batches, pieces);
+        }
+        Some(Self { batches, origins, slots })
     }
 }
 
-/// A chunk, before it has a window: `row.first` is not told yet.
+impl Limits {
+    /// How many rows of a table can be bound.
+    pub(super) fn rows<T>(&self) -> usize {
+        usize::try_from((self.binding_bytes - 4) / size_of::<T>() as u64).unwrap_or(usize::MAX)
+    }
+
+    /// The table of a batch that a task of so many chunks goes into: the last of its kind, unless that is full.
+    fn table_of(
+        &self,
+        open: &mut HashMap<(usize, Use, Dtype), (usize, usize)>,
+        batches: &mut [Batch],
+        head: &Cut,
+        chunks: usize,
+    ) -> usize {
+        let tables = &mut batches[head.batch].tables;
+        let (at, rows) = open.entry((head.batch, head.use_, head.dtype)).or_insert((usize::MAX, usize::MAX - chunks));
+        if *rows + chunks > self.rows::<ChunkRow>() {
+            (*at, *rows) = (tables.len(), 0);
+            tables.push(((head.use_, head.dtype), Table::default()));
+        }
+        *rows += chunks;
+        *at
+    }
+}
+
+/// A chunk. Where it lies in its window is told once there are windows.
 #[derive(Clone, Copy)]
 struct Cut {
     buffer: usize,
@@ -222,35 +289,68 @@ struct Cut {
     /// The first element and one past the last, counted from the start of the buffer.
     first: u64,
     end: u64,
+    batch: usize,
     row: ChunkRow,
 }
 
 impl Cut {
     /// Gives each segment of the chunk the next of its slots. A chunk knows the first slot and the distance to the next
     /// segment's, so it is cut where that distance changes.
-    fn place(self, next: &mut [u32], placed: &mut Vec<Self>) {
+    fn placed(self, next: &mut [u32]) -> Vec<Self> {
+        let mut placed = Vec::new();
         let mut from = 0;
         while from < next.len() {
             let stride = next.get(from + 1).map_or(0, |second| second - next[from]);
             let even = next[from..].windows(2).take_while(|pair| pair[1] - pair[0] == stride).count();
             let count = even + 1;
-            let skipped = from as u64 * u64::from(self.row.segment_stride);
+            // Within a window, which 32 bits hold.
+            let skipped = from as u32 * self.row.segment_stride;
             let row = ChunkRow {
+                first: self.row.first + skipped,
                 segment: self.row.segment + from as u32,
-                origin_element: self.row.origin_element + skipped as u32,
+                origin_element: self.row.origin_element + skipped,
                 slot: next[from],
                 count: count as u32,
                 slot_stride: stride,
                 ..self.row
             };
-            let left_out = (next.len() - from - count) as u64 * u64::from(self.row.segment_stride);
-            placed.push(Self { first: self.first + skipped, end: self.end - left_out, row, ..self });
+            placed.push(Self { row, ..self });
             from += count;
         }
         for slot in next {
             *slot += 1;
         }
+        placed
     }
+}
+
+/// Chunks in one task at most, so that loops stay short.
+const TASK_CHUNKS: usize = 128;
+
+/// Gathers chunks, by their numbers, in tasks: in list order, of one segment and one table, and no longer together than the
+/// longest chunk.
+fn tasks(cuts: &[Cut], limits: Limits) -> Vec<Vec<usize>> {
+    let mut tasks: Vec<Vec<usize>> = Vec::new();
+    // By table, the task that may go on, and how many words it has.
+    let mut open: HashMap<(usize, Use, Dtype), (usize, u64)> = HashMap::new();
+    for (i, cut) in cuts.iter().enumerate() {
+        let words = u64::from(cut.row.elements) * cut.dtype.size() as u64 / 4 + 1;
+        if matches!(cut.use_, Use::Whole | Use::Run) {
+            let key = (cut.batch, cut.use_, cut.dtype);
+            if let Some((task, sum)) = open.get_mut(&key) {
+                let (task, last) = (&mut tasks[*task], *sum + words);
+                let same = cuts[task[0]].row.segment == cut.row.segment;
+                if same && last <= limits.chunk_words.into() && task.len() < TASK_CHUNKS {
+                    task.push(i);
+                    *sum = last;
+                    continue;
+                }
+            }
+            open.insert(key, (tasks.len(), words));
+        }
+        tasks.push(vec![i]);
+    }
+    tasks
 }
 
 struct Cutter {
@@ -266,8 +366,8 @@ impl Cutter {
         let mut from = all.start;
         while from < all.end {
             self.origins.push(Origin { tensor: piece.tensor, first_element: from });
-            // At the beginning of a word, so that no word has two writers.
-            let to = all.end.min(from + ORIGIN_SPAN - piece.at(from) % piece.per_word());
+            // At the beginning of a quad, so that no word has two writers.
+            let to = all.end.min(from + ORIGIN_SPAN - piece.at(from) % piece.per_quad());
             self.cut_from_origin(piece, from..to, measures_only)?;
             from = to;
         }
@@ -360,7 +460,7 @@ impl Cutter {
             ..ChunkRow::default()
         };
         let (first, end) = (piece.at(run.start), piece.at(run.end));
-        self.cuts.push(Cut { buffer: piece.buffer, dtype: piece.dtype, use_, first, end, row });
+        self.cuts.push(Cut { buffer: piece.buffer, dtype: piece.dtype, use_, first, end, batch: 0, row });
         Some(())
     }
 
@@ -387,7 +487,7 @@ impl Cutter {
         };
         let first = piece.at(element);
         let end = first + (count - 1) * segment_stride + (elements - 1) * element_stride + 1;
-        self.cuts.push(Cut { buffer: piece.buffer, dtype: piece.dtype, use_: Use::Each, first, end, row });
+        self.cuts.push(Cut { buffer: piece.buffer, dtype: piece.dtype, use_: Use::Each, first, end, batch: 0, row });
         Some(())
     }
 
@@ -396,47 +496,59 @@ impl Cutter {
     }
 }
 
-/// Gathers chunks in windows, by address.
-fn gather(mut cuts: Vec<Cut>, limits: Limits) -> Option<Vec<Window>> {
+/// Gathers chunks in windows, by address, and windows in batches; tells each chunk where in them it lies.
+fn gather(cuts: &mut [Cut], limits: Limits) -> Option<Vec<Batch>> {
     let bytes = |cut: &Cut| {
         let size = cut.dtype.size() as u64;
         cut.first * size / 4 * 4..(cut.end * size).next_multiple_of(4)
     };
-    cuts.sort_by_key(|cut| (cut.buffer, bytes(cut).start));
-    let mut windows: Vec<Window> = Vec::new();
-    for cut in &cuts {
+    let mut by_address: Vec<_> = cuts.iter_mut().collect();
+    by_address.sort_by_key(|cut| (cut.buffer, bytes(cut).start));
+    let mut windows: Vec<(Window, Vec<&mut Cut>)> = Vec::new();
+    for cut in by_address {
         let (buffer, bytes) = (cut.buffer, bytes(cut));
-        let fits = |w: &&mut Window| w.buffer == buffer && bytes.end - w.offset <= limits.binding_bytes;
-        let window = if let Some(window) = windows.last_mut().filter(fits) {
+        let fits = |(w, _): &&mut (Window, _)| w.buffer == buffer && bytes.end - w.offset <= limits.binding_bytes;
+        if let Some((window, cuts)) = windows.last_mut().filter(fits) {
             window.size = window.size.max(bytes.end - window.offset);
-            window
+            cuts.push(cut);
         } else {
             let offset = bytes.start - bytes.start % limits.alignment;
             let size = bytes.end - offset;
             if size > limits.binding_bytes {
                 return None;
             }
-            windows.push(Window { buffer, offset, size, chunks: Vec::new(), edges: Vec::new() });
-            windows.last_mut()?
-        };
-        let first = u32::try_from(cut.first - window.offset / cut.dtype.size() as u64).ok()?;
-        let (key, row) = ((cut.use_, cut.dtype), ChunkRow { first, ..cut.row });
-        match window.chunks.iter_mut().find(|(of, _)| *of == key) {
-            Some((_, rows)) => rows.push(row),
-            None => window.chunks.push((key, vec![row])),
+            windows.push((Window { buffer, offset, size }, vec![cut]));
         }
     }
-    Some(windows)
+    let mut batches: Vec<Batch> = Vec::new();
+    for (window, cuts) in windows {
+        let joins = |batch: &&mut Batch| {
+            let small = window.size.max(batch.windows[0].size) <= limits.shared_window_bytes;
+            small && batch.windows.len() < limits.windows
+        };
+        if batches.last_mut().filter(joins).is_none() {
+            batches.push(Batch::default());
+        }
+        let at = batches.len() - 1;
+        let batch = batches.last_mut()?;
+        for cut in cuts {
+            cut.row.first = u32::try_from(cut.first - window.offset / cut.dtype.size() as u64).ok()?;
+            cut.row.window = u32::try_from(batch.windows.len()).ok()?;
+            cut.batch = at;
+        }
+        batch.windows.push(window);
+    }
+    Some(batches)
 }
 
 /// Lists the words that an element of half precision shares with something else than its tensor, each in a window that
 /// holds it.
-fn add_edges(windows: &mut [Window], pieces: &[Piece]) {
+fn add_edges(batches: &mut [Batch], pieces: &[Piece]) {
     let mut edges: BTreeMap<(usize, u64), EdgeRow> = BTreeMap::new();
     for piece in pieces.iter().filter(|p| p.len > 0 && p.dtype.size() == 2) {
         let Some(code) = dtype_code(piece.dtype) else { continue };
         let (start, end) = (piece.start, piece.start + piece.len);
-        let nobody = EdgeRow { word: 0, low: NOWHERE, high: NOWHERE, dtypes: 0 };
+        let nobody = EdgeRow { word: 0, low: NOWHERE, high: NOWHERE, dtypes: 0, window: 0 };
         if start % 2 == 1 {
             let edge = edges.entry((piece.buffer, start / 2)).or_insert(nobody);
             edge.high = piece.layout.segment_of(piece.first_element);
@@ -448,14 +560,19 @@ fn add_edges(windows: &mut [Window], pieces: &[Piece]) {
             edge.dtypes |= code;
         }
     }
+    let mut windows = Vec::new();
+    for (b, batch) in batches.iter().enumerate() {
+        windows.extend(batch.windows.iter().zip(0..).map(|(window, i)| (*window, b, i)));
+    }
     for ((buffer, word), edge) in edges {
         // The last window that starts at or before the word holds it, or else the one before: windows are in order,
         // and overlap only where one begins at an aligned offset inside the end of another.
-        let after = windows.partition_point(|w| (w.buffer, w.offset / 4) <= (buffer, word));
-        let holds = |w: &&mut Window| w.buffer == buffer && (word + 1) * 4 <= w.offset + w.size;
-        if let Some(window) = windows[..after].iter_mut().rev().find(holds) {
+        let after = windows.partition_point(|(w, ..)| (w.buffer, w.offset / 4) <= (buffer, word));
+        let holds = |(w, ..): &&(Window, usize, u32)| w.buffer == buffer && (word + 1) * 4 <= w.offset + w.size;
+        if let Some((of, batch, window)) = windows[..after].iter().rev().find(holds) {
             // A window is below 2^31 bytes.
-            window.edges.push(EdgeRow { word: (word - window.offset / 4) as u32, ..edge });
+            let word = (word - of.offset / 4) as u32;
+            batches[*batch].edges.push(EdgeRow { word, window: *window, ..edge });
         }
     }
 }
@@ -468,10 +585,10 @@ const SUMMED_ROWS: u64 = 1 << 15;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SumWindow {
     pub(super) dtype: Dtype,
-    /// Buffer, offset and size in bytes; None if there are no examples, and nothing to read.
-    pub(super) examples: Option<(usize, u64, u64)>,
-    pub(super) sums: (usize, u64, u64),
-    pub(super) rows: Vec<ChunkRow>,
+    /// None if there are no examples, and nothing to read.
+    pub(super) examples: Option<Window>,
+    pub(super) sums: Window,
+    pub(super) table: Table,
 }
 
 /// Cuts the summing of examples: each piece of a tensor of examples is given with the piece of its sums. Pieces of one
@@ -521,7 +638,7 @@ fn add_sums(
     let columns_at_once = ((fitting - 4) / 4).min(columns.end - columns.start);
     let window = |buffer: usize, first: u64, end: u64| {
         let offset = first / 4 * 4 / limits.alignment * limits.alignment;
-        (buffer, offset, end.next_multiple_of(4) - offset)
+        Window { buffer, offset, size: end.next_multiple_of(4) - offset }
     };
     for left in columns.clone().step_by(columns_at_once as usize) {
         let right = columns.end.min(left + columns_at_once);
@@ -532,24 +649,27 @@ fn add_sums(
             let at = |row: u64, column: u64| of.at(row * stride + column);
             let examples =
                 (bottom > top).then(|| window(of.buffer, at(top, left) * size, (at(bottom - 1, right - 1) + 1) * size));
-            let mut table = Vec::new();
+            let narrow = |x: u64| u32::try_from(x).ok();
+            let mut chunks = Vec::new();
             for column in (left..right).step_by(limits.workgroup as usize) {
                 let count = (right - column).min(limits.workgroup.into());
-                let first = examples.map_or(0, |(_, offset, _)| at(top, column) - offset / size);
-                let narrow = |x: u64| u32::try_from(x).ok();
-                table.push(ChunkRow {
+                let first = examples.map_or(0, |w| at(top, column) - w.offset / size);
+                chunks.push(ChunkRow {
                     first: narrow(first)?,
                     elements: narrow(bottom - top)?,
                     segment: of.layout.segment + narrow(top)?,
                     column: u32::from(top > 0),
-                    slot: narrow(into.start + column - sums.1 / 4)?,
+                    slot: narrow(into.start + column - sums.offset / 4)?,
                     count: narrow(count)?,
                     segment_stride: 1,
                     element_stride: narrow(stride)?,
                     ..ChunkRow::default()
                 });
             }
-            found.push((of.tensor, top, SumWindow { dtype: of.dtype, examples, sums, rows: table }));
+            for chunks in chunks.chunks(limits.rows::<ChunkRow>()) {
+                let table = Table { tasks: narrow(chunks.len() as u64)?, chunks: chunks.to_vec() };
+                found.push((of.tensor, top, SumWindow { dtype: of.dtype, examples, sums, table }));
+            }
             top = bottom;
             if top >= rows.end {
                 break;
@@ -601,8 +721,8 @@ mod tests {
         united
     }
 
-    /// Every element is measured once, into a slot of its segment that no other chunk has, and found by its origin;
-    /// every word has at most one writer, which knows the segment of each of its elements; nothing leaves its window.
+    /// Every element is measured once, into a slot of its segment that no other task has, and found by its origin; every
+    /// word has at most one writer, which knows the segment of each of its elements; nothing leaves its window.
     fn check(pieces: &[Piece], limits: Limits) -> Tables {
         let count = segments(pieces);
         let tables = Tables::new(pieces, 0..count, (3, 0), false, limits).expect("fits");
@@ -610,75 +730,49 @@ mod tests {
         let mut measured = Vec::new();
         let mut written = Vec::new();
         let mut used = vec![false; tables.slots.iter().sum::<u32>() as usize];
-        for w in &tables.windows {
-            assert_eq!(w.offset % limits.alignment, 0);
-            assert!(w.size <= limits.binding_bytes && w.size > 0 && w.size.is_multiple_of(4));
-            for ((of, dtype), rows) in &w.chunks {
-                let (size, per_word) = (dtype.size() as u64, 4 / dtype.size() as u64);
-                for row in rows {
-                    let at = |i: u64| w.offset / size + u64::from(row.first) + i;
-                    let origin = tables.origins[row.origin as usize];
-                    let piece = pieces.iter().find(|p| {
-                        (p.buffer, p.dtype) == (w.buffer, *dtype) && (p.start..p.start + p.len).contains(&at(0))
-                    });
-                    let piece = piece.expect("a chunk lies in a piece");
-                    assert_eq!((origin.tensor, piece.dtype), (piece.tensor, *dtype));
-                    let place = |i: u64| origin.first_element + u64::from(row.origin_element) + i;
-                    assert_eq!(piece.at(place(0)), at(0));
-                    let (count, elements) = (u64::from(row.count), u64::from(row.elements));
-                    let (segment_stride, element_stride) = match of {
-                        Use::Each => (u64::from(row.segment_stride), u64::from(row.element_stride)),
-                        _ => (0, 1),
-                    };
-                    let last = at((count - 1) * segment_stride + (elements - 1) * element_stride);
-                    assert!((last + 1) * size <= w.offset + w.size);
-                    assert!(row.count >= 1 && row.count <= limits.workgroup && row.elements >= 1);
-                    if *of != Use::Each {
-                        let words = (at(elements) - 1) / per_word - at(0) / per_word + 1;
-                        assert!(row.count == 1 && words <= limits.chunk_words.into());
-                    }
+        for batch in &tables.batches {
+            assert!((1..=limits.windows).contains(&batch.windows.len()));
+            for w in &batch.windows {
+                assert!(w.size <= limits.binding_bytes && w.offset % limits.alignment == 0 && w.size % 4 == 0);
+            }
+            for ((of, dtype), table) in &batch.tables {
+                assert!(table.chunks.len() <= limits.rows::<ChunkRow>());
+                for (head, task) in tasks_of(table).iter().enumerate() {
+                    let words: u64 = task.iter().map(|row| u64::from(row.elements) * dtype.size() as u64 / 4).sum();
+                    assert!(
+                        task.len() == 1 || (matches!(of, Use::Whole | Use::Run) && words <= limits.chunk_words.into())
+                    );
                     if *of != Use::Mixed {
+                        let row = &table.chunks[head];
                         for s in 0..row.count {
                             let slot = row.slot + s * row.slot_stride;
                             let segment = row.segment + s;
                             assert!(slot >= first_slot(segment) && slot < first_slot(segment + 1));
                             assert!(!std::mem::replace(&mut used[slot as usize - 3], true), "a slot taken twice");
-                            let first = at(u64::from(s) * segment_stride);
-                            // All elements of a run are of one segment if its first and its last are.
-                            let some =
-                                if element_stride == 1 { vec![0, elements - 1] } else { (0..elements).collect() };
-                            for i in some {
-                                let element = u64::from(s) * segment_stride + i * element_stride;
-                                assert_eq!(piece.layout.segment_of(place(element)), segment);
-                            }
-                            if element_stride == 1 {
-                                measured.push((w.buffer, first * size, (first + elements) * size));
-                            } else {
-                                let each = (0..elements).map(|i| (first + i * element_stride) * size);
-                                measured.extend(each.map(|byte| (w.buffer, byte, byte + size)));
-                            }
                         }
                     }
-                    if matches!(of, Use::Whole | Use::Mixed) {
-                        written.push((w.buffer, at(0).div_ceil(per_word), at(elements) / per_word));
-                    }
-                    if *of == Use::Mixed {
-                        for i in (0..elements).step_by(1 + elements as usize / 64).chain([elements - 1]) {
-                            let at = u64::from(row.column) + i;
-                            let step = if piece.layout.by == By::Rows {
-                                at / u64::from(row.columns)
-                            } else {
-                                at % u64::from(row.columns)
-                            };
-                            assert_eq!(u64::from(row.segment) + step, u64::from(piece.layout.segment_of(place(i))));
-                        }
+                    for row in task {
+                        assert_eq!(row.segment, task[0].segment);
+                        let w = &batch.windows[row.window as usize];
+                        check_chunk(
+                            pieces,
+                            (*of, *dtype),
+                            w,
+                            row,
+                            &tables.origins,
+                            limits,
+                            &mut measured,
+                            &mut written,
+                        );
                     }
                 }
             }
-            for edge in &w.edges {
+            for edge in &batch.edges {
+                let w = &batch.windows[edge.window as usize];
                 assert!(u64::from(edge.word) * 4 < w.size);
                 assert!(edge.low != NOWHERE || edge.high != NOWHERE);
-                written.push((w.buffer, w.offset / 4 + u64::from(edge.word), w.offset / 4 + u64::from(edge.word) + 1));
+                let word = w.offset / 4 + u64::from(edge.word);
+                written.push((w.buffer, word, word + 1));
             }
         }
         assert!(used.iter().all(|used| *used), "a slot that nothing is measured into");
@@ -697,8 +791,99 @@ mod tests {
         tables
     }
 
-    const SMALL: Limits =
-        Limits { chunk_words: 16, binding_bytes: 512, alignment: 256, workgroup: 4, lane_row: 6, lane_column: 5 };
+    /// The chunks of each task, in order. Each chunk is of one task, and what follows one stands behind it.
+    fn tasks_of(table: &Table) -> Vec<Vec<ChunkRow>> {
+        let mut seen = 0;
+        let mut tasks = Vec::new();
+        for head in 0..table.tasks as usize {
+            let mut task = vec![table.chunks[head]];
+            let mut at = head;
+            while table.chunks[at].next != 0 {
+                assert!(table.chunks[at].next as usize > at.max(table.tasks as usize - 1));
+                at = table.chunks[at].next as usize;
+                task.push(table.chunks[at]);
+            }
+            seen += task.len();
+            tasks.push(task);
+        }
+        assert_eq!(seen, table.chunks.len());
+        tasks
+    }
+
+    /// Notes which bytes a chunk measures and which words it writes.
+    #[allow(clippy::too_many_arguments)]
+    fn check_chunk(
+        pieces: &[Piece],
+        (of, dtype): (Use, Dtype),
+        w: &Window,
+        row: &ChunkRow,
+        origins: &[Origin],
+        limits: Limits,
+        measured: &mut Vec<(usize, u64, u64)>,
+        written: &mut Vec<(usize, u64, u64)>,
+    ) {
+        let (size, per_word) = (dtype.size() as u64, 4 / dtype.size() as u64);
+        let at = |i: u64| w.offset / size + u64::from(row.first) + i;
+        let origin = origins[row.origin as usize];
+        let piece = pieces
+            .iter()
+            .find(|p| p.buffer == w.buffer && p.dtype == dtype && at(0) >= p.start && at(0) < p.start + p.len);
+        let piece = piece.expect("a chunk lies in a piece");
+        assert_eq!((origin.tensor, piece.dtype), (piece.tensor, dtype));
+        let place = |i: u64| origin.first_element + u64::from(row.origin_element) + i;
+        assert_eq!(piece.at(place(0)), at(0));
+        let (count, elements) = (u64::from(row.count), u64::from(row.elements));
+        let (segment_stride, element_stride) = match of {
+            Use::Each => (u64::from(row.segment_stride), u64::from(row.element_stride)),
+            _ => (0, 1),
+        };
+        let last = at((count - 1) * segment_stride + (elements - 1) * element_stride);
+        assert!((last + 1) * size <= w.offset + w.size);
+        assert!(row.count >= 1 && row.count <= limits.workgroup && row.elements >= 1);
+        if of != Use::Each {
+            let words = (at(elements) - 1) / per_word - at(0) / per_word + 1;
+            assert!(row.count == 1 && words <= limits.chunk_words.into());
+        }
+        if of != Use::Mixed {
+            for s in 0..row.count {
+                let first = at(u64::from(s) * segment_stride);
+                // All elements of a run are of one segment if its first and its last are.
+                let some = if element_stride == 1 { vec![0, elements - 1] } else { (0..elements).collect() };
+                for i in some {
+                    let element = u64::from(s) * segment_stride + i * element_stride;
+                    assert_eq!(piece.layout.segment_of(place(element)), row.segment + s);
+                }
+                if element_stride == 1 {
+                    measured.push((w.buffer, first * size, (first + elements) * size));
+                } else {
+                    let each = (0..elements).map(|i| (first + i * element_stride) * size);
+                    measured.extend(each.map(|byte| (w.buffer, byte, byte + size)));
+                }
+            }
+        }
+        if matches!(of, Use::Whole | Use::Mixed) {
+            written.push((w.buffer, at(0).div_ceil(per_word), at(elements) / per_word));
+        }
+        if of == Use::Mixed {
+            for i in (0..elements).step_by(1 + elements as usize / 64).chain([elements - 1]) {
+                let at = u64::from(row.column) + i;
+                let step =
+                    if piece.layout.by == By::Rows { at / u64::from(row.columns) } else { at % u64::from(row.columns) };
+                assert_eq!(u64::from(row.segment) + step, u64::from(piece.layout.segment_of(place(i))));
+            }
+        }
+    }
+
+    const SMALL: Limits = Limits {
+        chunk_words: 16,
+        binding_bytes: 512,
+        alignment: 256,
+        workgroup: 4,
+        lane_row: 6,
+        lane_column: 5,
+        windows: 1,
+        shared_window_bytes: u64::MAX,
+    };
 
     #[test]
     fn every_offset_and_length_is_covered_once() {
@@ -720,13 +905,13 @@ mod tests {
             Piece { layout: whole(3, 0), ..piece(0, Dtype::F32, 6, 3) },
         ];
         let tables = check(&pieces, SMALL);
-        let edges = &tables.windows[0].edges;
+        let edges = &tables.batches[0].edges;
         assert_eq!(
             edges[..],
             [
-                EdgeRow { word: 0, low: NOWHERE, high: 2, dtypes: 1 << 8 },
-                EdgeRow { word: 2, low: 2, high: 1, dtypes: 1 | 2 << 8 },
-                EdgeRow { word: 5, low: 3, high: NOWHERE, dtypes: 1 },
+                EdgeRow { word: 0, low: NOWHERE, high: 2, dtypes: 1 << 8, window: 0 },
+                EdgeRow { word: 2, low: 2, high: 1, dtypes: 1 | 2 << 8, window: 0 },
+                EdgeRow { word: 5, low: 3, high: NOWHERE, dtypes: 1, window: 0 },
             ]
         );
     }
@@ -747,9 +932,46 @@ mod tests {
         }
         let tables = check(&pieces, SMALL);
         assert_eq!(tables.slots, [9]);
-        let mut slots: Vec<_> = tables.rows().flat_map(|(.., rows)| rows).map(|row| (row.slot, row.origin)).collect();
+        let rows = tables.each().flat_map(|(.., table)| &table.chunks);
+        let mut slots: Vec<_> = rows.map(|row| (row.slot, row.origin)).collect();
         slots.sort_unstable();
         assert_eq!(slots.iter().map(|(_, origin)| *origin).collect::<Vec<_>>(), [0, 0, 0, 0, 1, 1, 1, 2, 2]);
+    }
+
+    #[test]
+    fn tensors_of_many_buffers_share_batches_and_tasks() {
+        for windows in [1, 2, 3, 16] {
+            let limits = Limits { windows, ..SMALL };
+            let mut pieces = Vec::new();
+            for tensor in 0..40 {
+                // Tensors of 1 to 11 elements, by turns in 7 buffers, some sharing words.
+                let of = piece(tensor % 7, Dtype::F16, (tensor / 7 * 13) as u64, 1 + (tensor % 11) as u64);
+                pieces.push(Piece { tensor, ..of });
+            }
+            let tables = check(&pieces, limits);
+            assert_eq!(tables.batches.len(), 7usize.div_ceil(windows));
+            let tasks: u32 = tables.each().map(|(.., table)| table.tasks).sum();
+            assert_eq!(tables.slots, [tasks]);
+            assert!(tasks <= 20, "{tasks} tasks for 40 tensors");
+        }
+    }
+
+    #[test]
+    fn a_large_window_has_a_batch_of_its_own() {
+        let limits = Limits { windows: 4, shared_window_bytes: 100, ..SMALL };
+        let pieces: Vec<_> =
+            [10, 12, 50, 7, 9, 9].into_iter().zip(0..).map(|(len, i)| piece(i, Dtype::F32, 0, len)).collect();
+        let batches = check(&pieces, limits).batches;
+        assert_eq!(batches.iter().map(|batch| batch.windows.len()).collect::<Vec<_>>(), [2, 1, 3]);
+    }
+
+    #[test]
+    fn two_thousand_small_tensors_are_two_hundred_tasks() {
+        let limits = Limits { chunk_words: 1 << 14, binding_bytes: 128 << 20, windows: 64, ..SMALL };
+        let pieces: Vec<_> =
+            (0..2000).map(|tensor| Piece { tensor, ..piece(0, Dtype::F32, tensor as u64 * 2100, 2100) }).collect();
+        let tables = check(&pieces, limits);
+        assert_eq!((tables.batches.len(), tables.slots[0]), (1, 2000u32.div_ceil(7)));
     }
 
     #[test]
@@ -809,14 +1031,14 @@ mod tests {
             let pairs = [(part(0, 0, cut.min(len)), into), (part(1, cut.min(len), len - cut.min(len)), into)];
             let mut added = vec![Vec::new(); columns as usize];
             for window in sum_windows(&pairs[..if cut < len { 2 } else { 1 }], SMALL).expect("fits") {
-                let (buffer, offset, bytes) = window.examples.expect("there are examples");
-                assert!(bytes <= SMALL.binding_bytes && window.sums.2 <= SMALL.binding_bytes);
-                for row in &window.rows {
+                let Window { buffer, offset, size: bytes } = window.examples.expect("there are examples");
+                assert!(bytes <= SMALL.binding_bytes && window.sums.size <= SMALL.binding_bytes);
+                for row in &window.table.chunks {
                     for (lane, i) in (0..row.count).flat_map(|lane| (0..row.elements).map(move |i| (lane, i))) {
                         let at = u64::from(row.first + lane + i * row.element_stride);
                         assert!((at + 1) * dtype.size() as u64 <= bytes);
                         let element = offset / dtype.size() as u64 + at - 2 + if buffer == 1 { cut } else { 0 };
-                        let sum = window.sums.1 / 4 + u64::from(row.slot + lane) - 9;
+                        let sum = window.sums.offset / 4 + u64::from(row.slot + lane) - 9;
                         assert_eq!(element % columns, sum);
                         assert_eq!(element / columns, u64::from(row.segment + i));
                         let sums = &mut added[sum as usize];
@@ -845,6 +1067,8 @@ mod tests {
             workgroup: 256,
             lane_row: 64,
             lane_column: 256,
+            windows: 1,
+            shared_window_bytes: u64::MAX,
         };
         let each = (1u64 << 29) - 64;
         let mut first_element = 0;
@@ -855,7 +1079,7 @@ mod tests {
             first_element += len;
         }
         let tables = check(&pieces, limits);
-        assert!(tables.windows.len() >= 256);
+        assert!(tables.batches.len() >= 256);
         assert!(tables.slots[0] >= 1 << 13);
         // One piece of 2^36 bytes in a single buffer, with the largest binding there is.
         let limits = Limits { binding_bytes: (1 << 31) - 256, ..limits };

@@ -1,0 +1,85 @@
+// Applying an outcome to a chunk: quads, four in flight, the quick way; word by word where that does not do.
+
+fn quickly_applied_quad(quad: vec4<u32>, factor: f32) -> vec4<u32> {
+    return vec4<u32>(
+        quickly_applied_word(quad.x, factor),
+        quickly_applied_word(quad.y, factor),
+        quickly_applied_word(quad.z, factor),
+        quickly_applied_word(quad.w, factor),
+    );
+}
+
+fn write_quad(run: Run, i: u32, before: vec4<u32>, after: vec4<u32>) {
+    if any(after != before) {
+        set_quad(run.window, run.quad + i, after);
+    }
+}
+
+fn applied_word(word: u32, outcome: Outcome) -> u32 {
+    if DTYPE == DTYPE_F32 {
+        return applied(word, DTYPE, outcome);
+    }
+    return applied_half(word & 0xffffu, DTYPE, outcome) | (applied_half(word >> 16u, DTYPE, outcome) << 16u);
+}
+
+// Word `i` of the run: looks at it and, if no other chunk has a part in it, writes what becomes of it.
+fn apply_word(run: Run, chunk: Chunk, i: u32, outcome: Outcome) {
+    let word = word_at(run.window, run.word + i);
+    look_at_word(word, run, chunk, i);
+    let after = applied_word(word, outcome);
+    if WRITES && after != word && i >= run.skip && i < run.own_to {
+        set_word(run.window, run.word + i, after);
+    }
+}
+
+// Applies the outcome to all elements of a chunk.
+fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
+    let run = run_of(chunk);
+    let factor = bitcast<f32>(outcome.factor.value);
+    let quick = outcome.action == APPLY && outcome.factor.is_float != 0u;
+    // In loops, because software devices run the body of every branch, but not of every loop.
+    for (var again = lane < run.head + run.tail; again; again = false) {
+        apply_word(run, chunk, ragged_word(run, lane), outcome);
+    }
+    let blocks = blocks_of(run);
+    let first = first_quad(lane, blocks);
+    for (var block = 0u; block < blocks; block += 1u) {
+        let i = first + 4u * APART * block;
+        begin_block();
+        let before = quads_of(run, i);
+        let after = Sixteen(
+            quickly_applied_quad(before.a, factor),
+            quickly_applied_quad(before.b, factor),
+            quickly_applied_quad(before.c, factor),
+            quickly_applied_quad(before.d, factor),
+        );
+        let again = !quick || is_unusual();
+        if !again {
+            found(outside);
+            if WRITES {
+                write_quad(run, i, before.a, after.a);
+                write_quad(run, i + APART, before.b, after.b);
+                write_quad(run, i + 2u * APART, before.c, after.c);
+                write_quad(run, i + 3u * APART, before.d, after.d);
+            }
+        }
+        for (var k = 0u; k < 16u && again; k += 1u) {
+            apply_word(run, chunk, run.head + 4u * (i + APART * (k / 4u)) + k % 4u, outcome);
+        }
+    }
+    for (var i = 4u * WORKGROUP * blocks + lane; i < run.quads; i += WORKGROUP) {
+        begin_block();
+        let before = quad_at(run.window, run.quad + i);
+        let after = quickly_applied_quad(before, factor);
+        let again = !quick || is_unusual();
+        if !again {
+            found(outside);
+            if WRITES {
+                write_quad(run, i, before, after);
+            }
+        }
+        for (var k = 0u; k < 4u && again; k += 1u) {
+            apply_word(run, chunk, run.head + 4u * i + k, outcome);
+        }
+    }
+}
