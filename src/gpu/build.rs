@@ -58,6 +58,8 @@ pub(super) struct Dispatch {
     clip_group: wgpu::BindGroup,
     subject: wgpu::BindGroup,
     workgroups: (u32, u32),
+    /// The buffer of gradients that it binds, by its place in the plan's list.
+    pub(super) buffer: Option<usize>,
 }
 
 /// The parts of a step, in order.
@@ -85,6 +87,8 @@ pub(super) struct Parts {
     pub(super) groups: Vec<GroupParts>,
     pub(super) job: Job,
     pub(super) follows: Follows,
+    /// Whether the buffers come one after another, so that each is as much work as there is at a time.
+    pub(super) in_turn: bool,
 }
 
 /// The tensors of one clip.
@@ -263,10 +267,10 @@ impl Dispatch {
 
 impl Built {
     pub(super) fn new(gpu: &GpuClipper, parts: Parts) -> Result<Self, Error> {
-        let Parts { buffers, groups, job, follows } = parts;
+        let Parts { buffers, groups, job, follows, in_turn } = parts;
         // A sum is one even of examples that nothing exceeds.
         let may_only_measure = matches!(follows, Follows::Clip) && !matches!(job, Job::Sum(_));
-        let mut layout = PlanLayout::new(gpu, groups, &job, may_only_measure)?;
+        let mut layout = PlanLayout::new(gpu, groups, &job, (may_only_measure, in_turn))?;
         let follows_host = matches!(follows, Follows::Host);
         let mut threshold = None;
         let mut states = vec![StateRow::zeroed()];
@@ -318,12 +322,21 @@ struct GroupTables {
 }
 
 impl PlanLayout {
-    fn new(gpu: &GpuClipper, groups: Vec<GroupParts>, job: &Job, may_only_measure: bool) -> Result<Self, Error> {
+    fn new(
+        gpu: &GpuClipper,
+        groups: Vec<GroupParts>,
+        job: &Job,
+        (may_only_measure, in_turn): (bool, bool),
+    ) -> Result<Self, Error> {
         let device_limits = gpu.device.device.limits();
         let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
         let binding_bytes = device_limits.max_storage_buffer_binding_size & !3;
         let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
-        let words = pieces().map(|p| p.len.div_ceil(4 / p.dtype.size() as u64)).sum();
+        let mut words = HashMap::<_, u64>::new();
+        for piece in pieces() {
+            *words.entry(if in_turn { piece.buffer } else { 0 }).or_default() += piece.words();
+        }
+        let words = words.into_values().max().unwrap_or(0);
         // A chunk must fit into a binding wherever it starts.
         let fitting = (binding_bytes - alignment) / 4;
         let limits = Limits {
@@ -596,6 +609,10 @@ impl<'a> Builder<'a> {
         let whole = |buffer: &wgpu::Buffer| part(buffer, 0, buffer.size());
         let mut phases = [const { Vec::new() }; 3];
         for (phase, kernel, group, subject, workgroups) in pending {
+            let of = match subject {
+                Subject::Window((buffer, ..), _) | Subject::Sums(Some((buffer, ..)), ..) => Some(buffer),
+                _ => None,
+            };
             let parts = match subject {
                 Subject::Rows(range) => vec![rows(range)],
                 Subject::Window(of, range) => vec![window(of), rows(range)],
@@ -607,7 +624,8 @@ impl<'a> Builder<'a> {
                 Subject::Threshold => vec![whole(&memory.thresholds), whole(&memory.states)],
                 Subject::Running => running.map(whole).into_iter().collect(),
             };
-            phases[phase as usize].push(dispatch(gpu, kernel, clips[group].of(kernel), &parts, workgroups)?);
+            let made = dispatch(gpu, kernel, clips[group].of(kernel), &parts, workgroups)?;
+            phases[phase as usize].push(Dispatch { buffer: of, ..made });
         }
         Ok(phases)
     }
@@ -666,5 +684,6 @@ pub(super) fn dispatch(
         let layout = gpu.kernels.subject(kernel);
         gpu.device.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
     })?;
-    Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups: (x, workgroups.div_ceil(x)) })
+    let workgroups = (x, workgroups.div_ceil(x));
+    Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups, buffer: None })
 }

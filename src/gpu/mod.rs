@@ -86,6 +86,8 @@ pub struct GpuClipper {
     device: GpuDevice,
     kernels: Arc<Kernels>,
     tuning: Tuning,
+    /// How much device memory host tensors may take, in bytes.
+    memory_budget: u64,
 }
 
 impl GpuClipper {
@@ -148,7 +150,31 @@ impl GpuClipper {
         let tree = u64::from(tuning.workgroup) * 32;
         need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;
         let kernels = Arc::new(Kernels::new(&device, tuning.workgroup)?);
-        Ok(Self { device, kernels, tuning })
+        Ok(Self { device, kernels, tuning, memory_budget: u64::MAX })
+    }
+
+    /// Sets how much device memory host tensors may take at a time, in bytes: tensors that are larger together pass through
+    /// that much, and those that are to be written and are no longer there pass twice. Tensors in GPU memory and plans do
+    /// not count, nor do sums of examples, nor the staging buffers of either direction, 48 MiB each at most.
+    ///
+    /// Without a budget all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
+    /// does not tell how much there is before it runs out. The result has the same bits for every budget of 16 MiB and more;
+    /// below, the norm may differ in its last bits. Less than 64 KiB counts as 64 KiB.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use gradclip::{Clip, Clipper, TensorMut, gpu::GpuClipper};
+    /// let clipper = Clipper::gpu(GpuClipper::open_blocking()?.with_memory_budget(1 << 30));
+    /// # let mut offloaded = [3.0f32, 4.0];
+    /// let report = clipper.apply(&Clip::norm(1.0)?, &mut [TensorMut::new(&mut offloaded)])?;
+    /// # assert!(report.clipped);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_memory_budget(mut self, bytes: u64) -> Self {
+        self.memory_budget = bytes;
+        self
     }
 
     /// The device that this clips on.
@@ -299,7 +325,7 @@ impl GpuClipper {
 
     fn build(&self, gathered: Gathered, job: Job, follows: Follows) -> Result<GpuPlan, Error> {
         let Gathered { buffers, groups, .. } = gathered;
-        GpuPlan::new(self, Parts { buffers, groups, job, follows })
+        GpuPlan::new(self, Parts { buffers, groups, job, follows, in_turn: false })
     }
 }
 

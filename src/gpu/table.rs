@@ -40,6 +40,11 @@ impl Piece {
         4 / self.dtype.size() as u64
     }
 
+    /// How many words its elements fill.
+    pub(super) fn words(&self) -> u64 {
+        self.len.div_ceil(self.per_word())
+    }
+
     pub(super) fn bytes(&self) -> Range<u64> {
         let size = self.dtype.size() as u64;
         self.start * size..(self.start + self.len) * size

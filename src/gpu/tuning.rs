@@ -48,9 +48,6 @@ pub const LANE_ROW: u32 = 64;
 /// measured against other lengths yet.
 pub const LANE_COLUMN: u32 = 256;
 
-/// The size of the pieces in which host tensors are uploaded and read back, in bytes.
-pub const STAGING_BYTES: u64 = 64 << 20;
-
 impl Tuning {
     /// The row for a kind of device.
     #[must_use]
@@ -68,3 +65,16 @@ impl Tuning {
         u32::try_from(share).unwrap_or(u32::MAX).clamp(self.min_chunk_words, self.max_chunk_words)
     }
 }
+
+/// The size of the pieces in which host tensors pass through the device, in bytes.
+pub const STAGING_BYTES: u64 = 16 << 20;
+
+/// How many staging buffers there are for each direction: one that the host works on, one that the device works on, and
+/// one that is ready for whichever is done first.
+pub const STAGING_BUFFERS: usize = 3;
+
+/// The least that host tensors are cut into where the device memory they may take is less than [`STAGING_BYTES`].
+pub const SMALLEST_LOAD: u64 = 64 << 10;
+
+/// Bytes that one thread copies to or from a staging buffer, or clips where the device cannot, before it asks for more.
+pub const COPIED_AT_ONCE: usize = 64 << 10;
