@@ -22,8 +22,6 @@ pub(super) const UPLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_WRITE.unio
 #[derive(Debug)]
 pub(super) struct Mapping {
     answer: futures_intrusive::channel::shared::OneshotReceiver<Result<(), wgpu::BufferAsyncError>>,
-    /// A browser knows by itself.
-    #[cfg_attr(target_arch = "wasm32", expect(dead_code))]
     after: wgpu::SubmissionIndex,
 }
 
@@ -158,6 +156,7 @@ impl GpuDevice {
     }
 
     /// Waits until what was to be mapped is.
+    #[cfg_attr(target_arch = "wasm32", expect(unused_variables, reason = "a browser knows by itself"))]
     pub(super) async fn mapped(&self, mapping: Mapping, wait: Wait) -> Result<(), Error> {
         let Mapping { answer, after } = mapping;
         #[cfg(not(target_arch = "wasm32"))]

@@ -78,6 +78,8 @@ struct Passage<'a> {
     staging: VecDeque<Staging>,
     /// Whether measuring already writes: by a value clip in one pass.
     measuring_writes: bool,
+    /// How many bytes went to the device, and how many came back.
+    moved: (u64, u64),
 }
 
 /// A staging buffer, and what has to happen before the host may have it; nothing if it is mapped.
@@ -117,6 +119,7 @@ impl GpuClipper {
         Ok(reports)
     }
 
+    #[cfg_attr(target_arch = "wasm32", expect(dead_code, reason = "only the blocking clipper has it so far"))]
     pub(crate) async fn apply_adaptive_by(
         &self,
         wait: Wait,
@@ -158,6 +161,7 @@ impl GpuClipper {
     }
 
     /// The sums stay on the device until all examples have passed.
+    #[cfg_attr(target_arch = "wasm32", expect(dead_code, reason = "only the blocking clipper has it so far"))]
     pub(crate) async fn sum_examples_by(
         &self,
         wait: Wait,
@@ -309,6 +313,7 @@ impl<'a> Passage<'a> {
             buffers,
             staging: staging.into_iter().map(|buffer| Staging { buffer, mapping: None }).collect(),
             measuring_writes: clips && groups.iter().any(|(clip, _)| !clip.reads_first()),
+            moved: (0, 0),
         })
     }
 
@@ -416,7 +421,7 @@ impl<'a> Passage<'a> {
 
     /// Waits for a load that is on its way back, and has it written. Returns the staging buffer.
     async fn take(
-        &self,
+        &mut self,
         back: &mut WriteBack<'_, '_>,
         (load, buffer, mapping): (usize, wgpu::Buffer, Mapping),
     ) -> Result<wgpu::Buffer, Error> {
@@ -425,6 +430,8 @@ impl<'a> Passage<'a> {
         back.write(load, &view);
         drop(view);
         buffer.unmap();
+        self.moved.1 += self.loads[load].size as u64;
+        log::trace!("load {load} has come back");
         Ok(buffer)
     }
 
@@ -486,6 +493,8 @@ impl<'a> Passage<'a> {
         }
         let held = load % self.buffers.len();
         self.held[held] = Some(load);
+        self.moved.0 += self.loads[load].size as u64;
+        log::trace!("load {load} has gone to the device");
         Ok(after)
     }
 
@@ -500,6 +509,13 @@ impl<'a> Passage<'a> {
             record(self, &mut encoder)?;
             Ok(queue.submit([encoder.finish()]))
         })?
+    }
+}
+
+impl Drop for Passage<'_> {
+    fn drop(&mut self) {
+        let (there, back) = self.moved;
+        log::debug!("host tensors: {there} bytes went to the device, {back} came back");
     }
 }
 

@@ -55,7 +55,7 @@ use build::{Follows, GroupParts, Job, Parts};
 use device::GpuDevice;
 use kernels::Kernels;
 use table::Piece;
-use tuning::Tuning;
+use tuning::{Tuning, memory_budget};
 
 use crate::error::tensor_label;
 use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
@@ -142,7 +142,8 @@ impl GpuClipper {
         need("max_compute_invocations_per_workgroup", invocations.into(), 64)?;
         need("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into(), 4)?;
         need("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size, 1 << 16)?;
-        let mut tuning = Tuning::of(device.device.adapter_info().device_type);
+        let device_type = device.device.adapter_info().device_type;
+        let mut tuning = Tuning::of(device_type);
         if tuning.workgroup > invocations {
             tuning.workgroup = 64;
         }
@@ -150,15 +151,16 @@ impl GpuClipper {
         let tree = u64::from(tuning.workgroup) * 32;
         need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;
         let kernels = Arc::new(Kernels::new(&device, tuning.workgroup)?);
-        Ok(Self { device, kernels, tuning, memory_budget: u64::MAX })
+        Ok(Self { device, kernels, tuning, memory_budget: memory_budget(device_type) })
     }
 
     /// Sets how much device memory host tensors may take at a time, in bytes: tensors that are larger together pass through
     /// that much, and those that are to be written and are no longer there pass twice. Tensors in GPU memory and plans do
-    /// not count, nor do sums of examples, nor the staging buffers of either direction, 48 MiB each at most.
+    /// not count, nor do sums of examples, nor the staging buffers of either direction, 32 MiB each at most.
     ///
-    /// Without a budget all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
-    /// does not tell how much there is before it runs out. The result has the same bits for every budget of 16 MiB and more;
+    /// Unless it is set, all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
+    /// does not tell how much there is before it runs out. A software device, whose memory is the host's, keeps 64 MiB
+    /// ([`tuning::memory_budget`]). The result has the same bits for every budget of 16 MiB and more;
     /// below, the norm may differ in its last bits. Less than 64 KiB counts as 64 KiB.
     ///
     /// ```
