@@ -75,7 +75,8 @@ impl Clipper {
         Self::on(Backend::Cpu)
     }
 
-    /// A GPU: tensors are uploaded, clipped there, and read back if anything was changed.
+    /// A GPU: tensors are uploaded, clipped there, and read back if anything was changed. They need not fit into its memory
+    /// together ([`GpuClipper::with_memory_budget`]).
     #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
     #[must_use]
     pub fn gpu(gpu: GpuClipper) -> Self {

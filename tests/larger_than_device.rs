@@ -536,6 +536,15 @@ fn a_dropped_future_leaves_no_half() {
 }
 
 #[test]
+fn futures_can_be_sent() {
+    fn check<F: Future + Send>(_: F) {}
+    let gpu = open();
+    let mut grads = [3.0f32, 4.0];
+    check(gpu.measure(&norm(), &[Tensor::new(&grads)]));
+    check(gpu.apply(&norm(), &mut [TensorMut::new(&mut grads)]));
+}
+
+#[test]
 fn awaited_on_any_executor() {
     let gpu = clipper(small_limits()).with_memory_budget(2 * LOAD);
     let set = units();

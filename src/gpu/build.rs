@@ -13,7 +13,7 @@ use super::number::Number;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::{Limits, Origin, Piece, SumWindow, Tables, Use, Window, sum_windows};
 use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
-use super::tuning::{LANE_COLUMN, LANE_ROW};
+use super::tuning::{BUFFERS_OF_CHUNKS, LANE_COLUMN, LANE_ROW};
 use crate::clip::Mode;
 use crate::segment::{By, Segments};
 use crate::{Clip, Dtype, Error, NonFinite, NormType};
@@ -332,11 +332,7 @@ impl PlanLayout {
         let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
         let binding_bytes = device_limits.max_storage_buffer_binding_size & !3;
         let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
-        let mut words = HashMap::<_, u64>::new();
-        for piece in pieces() {
-            *words.entry(if in_turn { piece.buffer } else { 0 }).or_default() += piece.words();
-        }
-        let words = words.into_values().max().unwrap_or(0);
+        let words = words_at_a_time(pieces(), in_turn);
         // A chunk must fit into a binding wherever it starts.
         let fitting = (binding_bytes - alignment) / 4;
         let limits = Limits {
@@ -508,6 +504,18 @@ impl PlanLayout {
             builder.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true });
         }
     }
+}
+
+/// How many words there are to share out in chunks: all of them, or where buffers come in turn those of the largest. But of
+/// very many buffers each gets fewer chunks, so that the partials of all of them have room.
+fn words_at_a_time<'p>(pieces: impl Iterator<Item = &'p Piece>, in_turn: bool) -> u64 {
+    let mut by_buffer = HashMap::<_, u64>::new();
+    for piece in pieces {
+        *by_buffer.entry(if in_turn { piece.buffer } else { 0 }).or_default() += piece.words();
+    }
+    let (largest, all) =
+        by_buffer.into_values().fold((0, 0), |(largest, all), words| (words.max(largest), all + words));
+    largest.max(all / BUFFERS_OF_CHUNKS)
 }
 
 /// The kernel that measures such rows.
@@ -686,4 +694,32 @@ pub(super) fn dispatch(
     })?;
     let workgroups = (x, workgroups.div_ceil(x));
     Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups, buffer: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::tuning::{HARDWARE, SOFTWARE, STAGING_BYTES};
+    use crate::segment::Layout;
+
+    /// Half a terabyte in loads of 16 MiB, on paper: its partials have room in the smallest default binding.
+    #[test]
+    fn partials_of_any_number_of_buffers_have_room() {
+        let len = STAGING_BYTES / 4;
+        let piece = |buffer| {
+            let layout = Layout { by: By::Whole, columns: len, segment: 0 };
+            Piece { buffer, dtype: Dtype::F32, start: 0, len, tensor: 0, first_element: 0, layout }
+        };
+        for buffers in [1, 2, 255, 256, 257, 1 << 15] {
+            let pieces: Vec<_> = (0..buffers).map(piece).collect();
+            let words = words_at_a_time(pieces.iter(), true);
+            for tuning in [SOFTWARE, HARDWARE] {
+                let partials = len.div_ceil(tuning.chunk_words(words).into()) * buffers as u64;
+                assert!(partials * PARTIAL_BYTES <= 128 << 20, "{partials} of {buffers} buffers");
+                let alone = tuning.chunk_words(len);
+                assert!(buffers > BUFFERS_OF_CHUNKS as usize || tuning.chunk_words(words) == alone);
+            }
+            assert_eq!(words_at_a_time(pieces.iter(), false), len * buffers as u64);
+        }
+    }
 }

@@ -159,7 +159,7 @@ impl GpuClipper {
     /// not count, nor do sums of examples, nor the staging buffers of either direction, 32 MiB each at most.
     ///
     /// Unless it is set, all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
-    /// does not tell how much there is before it runs out. A software device, whose memory is the host's, keeps 64 MiB
+    /// does not tell how much there is before it runs out. A software device, whose memory is the host's, keeps 32 MiB
     /// ([`tuning::memory_budget`]). The result has the same bits for every budget of 16 MiB and more;
     /// below, the norm may differ in its last bits. Less than 64 KiB counts as 64 KiB.
     ///
