@@ -120,8 +120,8 @@ pub struct HostRoute {
 /// What [`Clipper::auto`](crate::Clipper::auto) goes by. A row without a measurement stays on the CPU: a bus moves each byte
 /// once to find that nothing is to be clipped and twice to clip, and no bus is as fast as the host's own memory.
 pub const HOST_ROUTES: [HostRoute; 5] = [
-    // llvmpipe beside the CPU path on the same two cores (examples/host_route.rs): 25 to 40 times as long, from 1 to 64 Mi
-    // elements of float32, clipped or not.
+    // llvmpipe beside the CPU path on the same two cores (examples/host_route.rs): 25 to 140 times as long, from 64 Ki to
+    // 64 Mi elements of float32, clipped or not.
     HostRoute { device_type: wgpu::DeviceType::Cpu, faster_from: None },
     // Not measured: no such device was at hand.
     HostRoute { device_type: wgpu::DeviceType::DiscreteGpu, faster_from: None },
