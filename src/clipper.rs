@@ -5,7 +5,13 @@ use crate::progress::Progress;
 use crate::tensor::check_sums;
 use crate::{Clip, ClipReport, DecidedClip, Element, Error, RunningPartial, Tensor, TensorMut, Threshold};
 
-#[cfg(feature = "gpu")]
+#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+use crate::Dtype;
+#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+use crate::gpu::tuning::HOST_ROUTES;
+#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+use crate::gpu::tuning::HostRoute;
+#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
 use crate::gpu::{GpuClipper, Wait};
 
 /// Clips gradients that lie in host memory, on the CPU or through a GPU.
@@ -14,36 +20,76 @@ use crate::gpu::{GpuClipper, Wait};
 #[derive(Clone, Debug)]
 pub struct Clipper {
     backend: Backend,
+    /// The rows that must lead through the device for it to get a set of tensors; None if it gets all.
+    #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+    routes: Option<&'static [HostRoute]>,
     progress: Progress,
 }
 
 #[derive(Clone, Debug)]
 enum Backend {
     Cpu,
-    #[cfg(feature = "gpu")]
+    #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
     Gpu(Box<GpuClipper>),
 }
 
 impl Clipper {
-    /// The fastest backend for host memory, by measurement: so far the CPU on every machine measured, because the
-    /// gradients would have to cross the bus twice (see [`crate::gpu::tuning`]).
+    /// The fastest backend for host memory, by measurement: so far the CPU for every kind of device, because the gradients
+    /// would have to cross the bus twice (`gpu::tuning::HOST_ROUTES` has the figures). Where a kind of device is faster by
+    /// that table, sets that are large enough and hold no float64 go through the first such device, opened once for the
+    /// process; as the table is, none is opened.
     #[must_use]
     pub fn auto() -> Self {
+        #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+        if HostRoute::any(&HOST_ROUTES) {
+            static GPU: std::sync::OnceLock<Option<GpuClipper>> = std::sync::OnceLock::new();
+            if let Some(gpu) = GPU.get_or_init(|| GpuClipper::open_blocking().ok()) {
+                return Self { routes: Some(&HOST_ROUTES), ..Self::gpu(gpu.clone()) };
+            }
+        }
         Self::cpu()
+    }
+
+    /// What clips these tensors.
+    #[cfg_attr(
+        any(not(feature = "gpu"), target_arch = "wasm32"),
+        expect(unused_variables, reason = "there is nothing to choose")
+    )]
+    fn choose<'t>(&self, tensors: &(impl Iterator<Item = Tensor<'t>> + Clone)) -> &Backend {
+        #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+        if let (Backend::Gpu(gpu), Some(rows)) = (&self.backend, self.routes) {
+            let is_double = |t: &Tensor<'_>| t.dtype == Dtype::F64;
+            let bytes = tensors.clone().map(|t| t.data.len() as u64).sum();
+            let fits = !tensors.clone().any(|t| is_double(&t) || t.parameter.is_some_and(is_double));
+            if !(fits && HostRoute::leads_through(rows, gpu.adapter_info().device_type, Some(bytes))) {
+                return &Backend::Cpu;
+            }
+        }
+        &self.backend
     }
 
     /// The CPU, on rayon's current pool: install one of your own to choose the number of threads. The calling thread works
     /// with them, and alone for small sets and where no thread can be started.
     #[must_use]
     pub fn cpu() -> Self {
-        Self { backend: Backend::Cpu, progress: Progress::default() }
+        Self::on(Backend::Cpu)
     }
 
-    /// A GPU: tensors are uploaded, clipped there, and read back if anything was changed.
-    #[cfg(feature = "gpu")]
+    /// A GPU: tensors are uploaded, clipped there, and read back if anything was changed. They need not fit into its memory
+    /// together ([`GpuClipper::with_memory_budget`]).
+    #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
     #[must_use]
     pub fn gpu(gpu: GpuClipper) -> Self {
-        Self { backend: Backend::Gpu(Box::new(gpu)), progress: Progress::default() }
+        Self::on(Backend::Gpu(Box::new(gpu)))
+    }
+
+    fn on(backend: Backend) -> Self {
+        Self {
+            backend,
+            #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+            routes: None,
+            progress: Progress::default(),
+        }
     }
 
     /// Calls `f` while tensors are measured, with the number of bytes done since its last call, from any thread that
@@ -95,9 +141,9 @@ impl Clipper {
     /// # Errors
     /// [`Error::Unfit`] if the clips disagree, and those of [`Clipper::apply`].
     pub fn apply_groups(&self, groups: &mut [(Clip, &mut [TensorMut<'_>])]) -> Result<Vec<ClipReport>, Error> {
-        match &self.backend {
+        match self.choose(&groups.iter().flat_map(|(_, tensors)| tensors.iter().map(TensorMut::as_tensor))) {
             Backend::Cpu => cpu::apply(groups, None, &self.progress),
-            #[cfg(feature = "gpu")]
+            #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             Backend::Gpu(gpu) => pollster::block_on(gpu.apply_by(Wait::Sleeping, groups, &self.progress)),
         }
     }
@@ -114,9 +160,9 @@ impl Clipper {
         threshold: &mut dyn Threshold,
         tensors: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
-        match &self.backend {
+        match self.choose(&tensors.iter().map(TensorMut::as_tensor)) {
             Backend::Cpu => Ok(cpu::apply(&mut [(*clip, tensors)], Some(threshold), &self.progress)?.swap_remove(0)),
-            #[cfg(feature = "gpu")]
+            #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             Backend::Gpu(gpu) => {
                 pollster::block_on(gpu.apply_adaptive_by(Wait::Sleeping, clip, threshold, tensors, &self.progress))
             }
@@ -128,9 +174,9 @@ impl Clipper {
     /// # Errors
     /// The same.
     pub fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        match &self.backend {
+        match self.choose(&tensors.iter().copied()) {
             Backend::Cpu => cpu::measure(clip, tensors, &self.progress),
-            #[cfg(feature = "gpu")]
+            #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             Backend::Gpu(gpu) => pollster::block_on(gpu.measure_by(Wait::Sleeping, clip, tensors, &self.progress)),
         }
     }
@@ -230,9 +276,9 @@ impl Clipper {
         clip.check_examples()?;
         let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len() as u64)).collect();
         check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name)), &given)?;
-        match &self.backend {
+        match self.choose(&tensors.iter().copied()) {
             Backend::Cpu => cpu::sum_examples(clip, tensors, sums, &self.progress),
-            #[cfg(feature = "gpu")]
+            #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             Backend::Gpu(gpu) => {
                 pollster::block_on(gpu.sum_examples_by(Wait::Sleeping, clip, tensors, sums, &self.progress))
             }
@@ -276,6 +322,35 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
+
+    #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+    #[test]
+    fn a_row_that_is_changed_changes_the_choice() {
+        let gpu = GpuClipper::open_blocking().expect("these tests need a device, which may be a software one");
+        let device_type = gpu.adapter_info().device_type;
+        let from_4_kib: &[HostRoute] = Box::leak(Box::new([HostRoute { device_type, faster_from: Some(4096) }]));
+        let never: &[HostRoute] = Box::leak(Box::new([HostRoute { device_type, faster_from: None }]));
+        let (short, long, double) = ([1.0f32; 1023], [1.0f32; 1024], [1.0f64; 1024]);
+        let parameter = Tensor::new(&double);
+        let is_gpu = |rows, tensor: Tensor<'_>| {
+            let clipper = Clipper { routes: Some(rows), ..Clipper::gpu(gpu.clone()) };
+            matches!(clipper.choose(&[tensor].into_iter()), Backend::Gpu(_))
+        };
+        assert!(is_gpu(from_4_kib, Tensor::new(&long)));
+        assert!(!is_gpu(from_4_kib, Tensor::new(&short)));
+        assert!(!is_gpu(from_4_kib, Tensor::new(&double)), "no float64 on the device");
+        assert!(!is_gpu(from_4_kib, Tensor::new(&long).parameter(&parameter)));
+        assert!(!is_gpu(never, Tensor::new(&long)));
+        assert!(matches!(Clipper::auto().choose(&[Tensor::new(&long)].into_iter()), Backend::Cpu));
+        let clipper = Clipper::gpu(gpu.clone());
+        assert!(matches!(clipper.choose(&[Tensor::new(&short)].into_iter()), Backend::Gpu(_)), "as asked for");
+        // And what is chosen clips.
+        let clipper = Clipper { routes: Some(from_4_kib), ..Clipper::gpu(gpu.clone()) };
+        let (mut single, mut double) = (long, double);
+        let clip = Clip::norm(1.0).expect("valid");
+        assert!(clipper.apply(&clip, &mut [TensorMut::new(&mut single)]).expect("finite").clipped);
+        assert!(clipper.apply(&clip, &mut [TensorMut::new(&mut double)]).expect("finite").clipped);
+    }
 
     #[test]
     fn progress_adds_up_to_what_was_measured() {

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::tensor_label;
 use crate::partial::{Action, Location, Outcome, Partial};
-use crate::segment::{By, Segments};
+use crate::segment::Segments;
 use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, cpu};
 
 /// A clip of some tensors that has been decided and is yet to be applied, piece by piece: in any order, from any thread,
@@ -97,13 +97,7 @@ impl DecidedClip {
     pub fn leaves(&self, tensor: usize, elements: Range<u64>) -> Result<bool, Error> {
         let Range { start, end } = elements;
         self.find(tensor, start, end)?;
-        let layout = self.segments.layouts[tensor];
-        let is_left = |segment: u32| self.outcomes[segment as usize].action == Action::Leave;
-        Ok(match layout.by {
-            _ if start >= end => true,
-            By::Whole | By::Rows => (layout.segment_of(start)..=layout.segment_of(end - 1)).all(is_left),
-            By::Columns => (start..end.min(start + layout.columns)).all(|i| is_left(layout.segment_of(i))),
-        })
+        Ok(self.segments.layouts[tensor].leaves(&self.outcomes, start..end))
     }
 
     /// What [`Clipper::apply`](crate::Clipper::apply) would report. For a clip that needed no first look

@@ -3,7 +3,7 @@
 
 use crate::clip::Mode;
 use crate::error::tensor_label;
-use crate::partial::{Known, Outcome};
+use crate::partial::{Action, Known, Outcome};
 use crate::tensor::Dims;
 use crate::{Budget, Clip, Error, Scope, SegmentReport, UnitAxis};
 
@@ -48,6 +48,17 @@ impl Layout {
             By::Whole | By::Rows => self.segment_of(last),
         };
         &outcomes[self.segment as usize..=last as usize]
+    }
+
+    /// Whether elements of the tensor are left as they are, given the outcomes of all segments.
+    pub(crate) fn leaves(&self, outcomes: &[Outcome], elements: std::ops::Range<u64>) -> bool {
+        let std::ops::Range { start, end } = elements;
+        let is_left = |segment: u32| outcomes[segment as usize].action == Action::Leave;
+        match self.by {
+            _ if start >= end => true,
+            By::Whole | By::Rows => (self.segment_of(start)..=self.segment_of(end - 1)).all(is_left),
+            By::Columns => (start..end.min(start + self.columns)).all(|i| is_left(self.segment_of(i))),
+        }
     }
 
     /// The same layout, with the tensor's own segments numbered from 0.

@@ -24,7 +24,7 @@ mod isa;
 mod norm;
 // Lends borrowed work to threads of the pool, with the proof that they give it back in time.
 #[allow(unsafe_code)]
-mod pool;
+pub(crate) mod pool;
 mod power;
 mod scale;
 #[cfg(all(test, target_arch = "x86_64"))]

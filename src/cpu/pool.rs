@@ -16,7 +16,7 @@ use super::tuning::{CHUNK, PARALLEL_FROM};
 
 /// Runs `task` on every piece of work, in parallel if there are many of `bytes` together. There are about as many as
 /// `pieces`; each is made when a thread comes for it.
-pub(super) fn in_parallel<W: Send>(
+pub(crate) fn in_parallel<W: Send>(
     work: impl Iterator<Item = W> + Send,
     pieces: usize,
     bytes: usize,

@@ -13,7 +13,7 @@ use super::number::Number;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::{Batch, EdgeRow, Limits, Origin, Piece, SumWindow, Table, Tables, Use, Window, sum_windows};
 use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
-use super::tuning::{LANE_COLUMN, LANE_ROW};
+use super::tuning::{BUFFERS_OF_CHUNKS, LANE_COLUMN, LANE_ROW};
 use crate::clip::Mode;
 use crate::segment::{By, Segments};
 use crate::{Clip, Dtype, Error, NonFinite, NormType};
@@ -58,6 +58,8 @@ pub(super) struct Dispatch {
     clip_group: wgpu::BindGroup,
     subject: wgpu::BindGroup,
     workgroups: (u32, u32),
+    /// The buffer of gradients that it binds, by its place in the plan's list.
+    pub(super) buffer: Option<usize>,
 }
 
 /// The parts of a step, in order.
@@ -85,6 +87,8 @@ pub(super) struct Parts {
     pub(super) groups: Vec<GroupParts>,
     pub(super) job: Job,
     pub(super) follows: Follows,
+    /// Whether the buffers come one after another, so that each is as much work as there is at a time.
+    pub(super) in_turn: bool,
 }
 
 /// The tensors of one clip.
@@ -263,10 +267,10 @@ impl Dispatch {
 
 impl Built {
     pub(super) fn new(gpu: &GpuClipper, parts: Parts) -> Result<Self, Error> {
-        let Parts { buffers, groups, job, follows } = parts;
+        let Parts { buffers, groups, job, follows, in_turn } = parts;
         // A sum is one even of examples that nothing exceeds.
         let may_only_measure = matches!(follows, Follows::Clip) && !matches!(job, Job::Sum(_));
-        let mut layout = PlanLayout::new(gpu, groups, &job, may_only_measure)?;
+        let mut layout = PlanLayout::new(gpu, groups, &job, (may_only_measure, in_turn))?;
         let follows_host = matches!(follows, Follows::Host);
         let mut threshold = None;
         let mut states = vec![StateRow::zeroed()];
@@ -318,12 +322,17 @@ struct GroupTables {
 }
 
 impl PlanLayout {
-    fn new(gpu: &GpuClipper, groups: Vec<GroupParts>, job: &Job, may_only_measure: bool) -> Result<Self, Error> {
+    fn new(
+        gpu: &GpuClipper,
+        groups: Vec<GroupParts>,
+        job: &Job,
+        (may_only_measure, in_turn): (bool, bool),
+    ) -> Result<Self, Error> {
         let device_limits = gpu.device.device.limits();
         let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
         let binding_bytes = device_limits.max_storage_buffer_binding_size & !3;
         let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
-        let words = pieces().map(|p| p.len.div_ceil(4 / p.dtype.size() as u64)).sum();
+        let words = words_at_a_time(pieces(), in_turn);
         // A chunk must fit into a binding wherever it starts.
         let fitting = (binding_bytes - alignment) / 4;
         let limits = Limits {
@@ -333,7 +342,7 @@ impl PlanLayout {
             workgroup: gpu.kernels.shape.workgroup,
             lane_row: LANE_ROW,
             lane_column: LANE_COLUMN,
-            windows: gpu.windows_at_once(),
+            windows: if in_turn { 1 } else { gpu.windows_at_once() },
             shared_window_bytes: gpu.shared_window_bytes(),
         };
         // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
@@ -505,6 +514,18 @@ impl PlanLayout {
     }
 }
 
+/// How many words there are to share out in chunks: all of them, or where buffers come in turn those of the largest. But of
+/// very many buffers each gets fewer chunks, so that the partials of all of them have room.
+fn words_at_a_time<'p>(pieces: impl Iterator<Item = &'p Piece>, in_turn: bool) -> u64 {
+    let mut by_buffer = HashMap::<_, u64>::new();
+    for piece in pieces {
+        *by_buffer.entry(if in_turn { piece.buffer } else { 0 }).or_default() += piece.words();
+    }
+    let (largest, all) =
+        by_buffer.into_values().fold((0, 0), |(largest, all), words| (words.max(largest), all + words));
+    largest.max(all / BUFFERS_OF_CHUNKS)
+}
+
 /// The kernel that measures such rows.
 fn norm_kernel(of: Use, dtype: Dtype, norm: Norm) -> Kernel {
     if of == Use::Each { Kernel::NormEach { dtype, norm } } else { Kernel::Norm { dtype, norm } }
@@ -605,6 +626,11 @@ impl<'a> Builder<'a> {
         let whole = |buffer: &wgpu::Buffer| part(buffer, 0, buffer.size());
         let mut phases = [const { Vec::new() }; 3];
         for (phase, kernel, group, subject, workgroups) in pending {
+            let of = match &subject {
+                Subject::Windows(_, windows) => windows.first().map(|window| window.buffer),
+                Subject::Sums(_, examples, _) => examples.as_ref().map(|window| window.buffer),
+                _ => None,
+            };
             let mut access = Access::None;
             let mut parts = Vec::new();
             match subject {
@@ -626,7 +652,8 @@ impl<'a> Builder<'a> {
                 Subject::Running => parts.extend(running.map(|running| vec![whole(running)])),
             }
             let group = clips[group].of(kernel);
-            phases[phase as usize].push(dispatch(gpu, (kernel, access), group, &parts, workgroups)?);
+            let made = dispatch(gpu, (kernel, access), group, &parts, workgroups)?;
+            phases[phase as usize].push(Dispatch { buffer: of, ..made });
         }
         Ok(phases)
     }
@@ -713,5 +740,34 @@ pub(super) fn dispatch(
         let layout = &pipeline.get_bind_group_layout(1);
         gpu.device.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
     })?;
-    Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups: (x, workgroups.div_ceil(x)) })
+    let workgroups = (x, workgroups.div_ceil(x));
+    Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups, buffer: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::tuning::{HARDWARE, SOFTWARE, STAGING_BYTES};
+    use crate::segment::Layout;
+
+    /// Half a terabyte in loads of 16 MiB, on paper: its partials have room in the smallest default binding.
+    #[test]
+    fn partials_of_any_number_of_buffers_have_room() {
+        let len = STAGING_BYTES / 4;
+        let piece = |buffer| {
+            let layout = Layout { by: By::Whole, columns: len, segment: 0 };
+            Piece { buffer, dtype: Dtype::F32, start: 0, len, tensor: 0, first_element: 0, layout }
+        };
+        for buffers in [1, 2, 255, 256, 257, 1 << 15] {
+            let pieces: Vec<_> = (0..buffers).map(piece).collect();
+            let words = words_at_a_time(pieces.iter(), true);
+            for tuning in [SOFTWARE, HARDWARE] {
+                let partials = len.div_ceil(tuning.chunk_words(words).into()) * buffers as u64;
+                assert!(partials * PARTIAL_BYTES <= 128 << 20, "{partials} of {buffers} buffers");
+                let alone = tuning.chunk_words(len);
+                assert!(buffers > BUFFERS_OF_CHUNKS as usize || tuning.chunk_words(words) == alone);
+            }
+            assert_eq!(words_at_a_time(pieces.iter(), false), len * buffers as u64);
+        }
+    }
 }

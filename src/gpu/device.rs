@@ -14,6 +14,17 @@ pub(crate) enum Wait {
     Sleeping,
 }
 
+/// What a buffer is for that the host reads what the device wrote from, and the other way round.
+pub(super) const DOWNLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
+pub(super) const UPLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_WRITE.union(wgpu::BufferUsages::COPY_SRC);
+
+/// A buffer that is to be mapped when the submission that uses it is done.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    answer: futures_intrusive::channel::shared::OneshotReceiver<Result<(), wgpu::BufferAsyncError>>,
+    after: wgpu::SubmissionIndex,
+}
+
 /// A device and its queue, with what was learnt about them.
 #[derive(Clone, Debug)]
 pub(super) struct GpuDevice {
@@ -101,40 +112,62 @@ impl GpuDevice {
         self.scoped(|| self.device.create_buffer(&descriptor))
     }
 
+    /// A buffer of so many bytes that the host writes first.
+    pub(super) fn mapped_at_creation(&self, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer, Error> {
+        let label = Some("gradclip staging");
+        let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: true };
+        self.scoped(|| self.device.create_buffer(&descriptor))
+    }
+
     /// Copies parts of buffers (offset and size) to the host, one after another, and waits for them.
     ///
     /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
     /// never needs it.
     pub(super) async fn read(&self, parts: &[(&wgpu::Buffer, u64, u64)], wait: Wait) -> Result<Vec<u8>, Error> {
         let size = parts.iter().map(|(.., size)| size).sum();
-        let staging = self.scoped(|| {
-            let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("gradclip readback"),
-                size,
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            });
+        let staging = self.storage("gradclip readback", size, DOWNLOAD)?;
+        let after = self.scoped(|| {
             let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             let mut at = 0;
             for (buffer, offset, size) in parts {
                 encoder.copy_buffer_to_buffer(buffer, *offset, &staging, at, Some(*size));
                 at += size;
             }
-            self.queue.submit([encoder.finish()]);
-            staging
+            self.queue.submit([encoder.finish()])
         })?;
-        let (sender, receiver) = futures_intrusive::channel::shared::oneshot_channel();
+        self.mapped(self.map(&staging, wgpu::MapMode::Read, size, after)?, wait).await?;
+        let bytes = staging.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?.to_vec();
+        staging.unmap();
+        Ok(bytes)
+    }
+
+    /// Has the first bytes of a buffer mapped once a submission is done that uses it.
+    pub(super) fn map(
+        &self,
+        buffer: &wgpu::Buffer,
+        mode: wgpu::MapMode,
+        size: u64,
+        after: wgpu::SubmissionIndex,
+    ) -> Result<Mapping, Error> {
+        let (sender, answer) = futures_intrusive::channel::shared::oneshot_channel();
         self.scoped(|| {
-            staging.map_async(wgpu::MapMode::Read, .., move |result| {
-                // The receiver is gone if the report's future was dropped; then nobody wants the answer.
+            buffer.map_async(mode, ..size, move |result| {
+                // The receiver is gone if the future that asked was dropped; then nobody wants the answer.
                 let _ = sender.send(result);
             });
         })?;
+        Ok(Mapping { answer, after })
+    }
+
+    /// Waits until what was to be mapped is.
+    #[cfg_attr(target_arch = "wasm32", expect(unused_variables, reason = "a browser knows by itself"))]
+    pub(super) async fn mapped(&self, mapping: Mapping, wait: Wait) -> Result<(), Error> {
+        let Mapping { answer, after } = mapping;
         #[cfg(not(target_arch = "wasm32"))]
         if wait == Wait::Sleeping {
-            self.wait()?;
+            self.wait(after)?;
         }
-        let mut answer = std::pin::pin!(receiver.receive());
+        let mut answer = std::pin::pin!(answer.receive());
         let result = std::future::poll_fn(|context| {
             if let std::task::Poll::Ready(result) = answer.as_mut().poll(context) {
                 return std::task::Poll::Ready(Ok(result));
@@ -148,16 +181,11 @@ impl GpuDevice {
             std::task::Poll::Pending
         })
         .await?;
-        match result {
-            Some(Ok(())) => {}
-            _ => {
-                self.check_not_lost()?;
-                return Err(Error::DeviceLost("a buffer could not be mapped".into()));
-            }
+        if let Some(Ok(())) = result {
+            return Ok(());
         }
-        let bytes = staging.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?.to_vec();
-        staging.unmap();
-        Ok(bytes)
+        self.check_not_lost()?;
+        Err(Error::DeviceLost("a buffer could not be mapped".into()))
     }
 
     /// Lets finished work call back.
@@ -165,10 +193,11 @@ impl GpuDevice {
         self.catching_loss(|| self.device.poll(wgpu::PollType::Poll))
     }
 
-    /// Sleeps until all submitted work is done.
+    /// Sleeps until a submission is done.
     #[cfg(not(target_arch = "wasm32"))]
-    fn wait(&self) -> Result<(), Error> {
-        self.catching_loss(|| self.device.poll(wgpu::PollType::wait_indefinitely()))
+    fn wait(&self, submission: wgpu::SubmissionIndex) -> Result<(), Error> {
+        let wait = wgpu::PollType::Wait { submission_index: Some(submission), timeout: None };
+        self.catching_loss(|| self.device.poll(wait))
     }
 
     /// wgpu answers a poll of a device that hangs or is gone with a panic.

@@ -1,44 +1,101 @@
-//! Host tensors through the GPU: upload, clip, and read back if anything was changed.
+//! Host tensors through the GPU.
+//!
+//! The bytes of all tensors, and behind them those of their parameters, are cut into *loads*, each as much as one buffer
+//! on the device takes. There are as many buffers as memory allows, and loads take turns in them:
+//!
+//! ```text
+//! for each load: host -> staging -> buffer, measure     the host fills one staging buffer while the device reads others
+//! merge, decide, report                                 a few dozen bytes come back; if nothing was written, no more
+//! for each load of which something was written, from last to first:
+//!     staging -> buffer, unless it is still there; apply; buffer -> staging -> host
+//! ```
+//!
+//! From last to first, because the last loads measured are those that are still there. Where a load ends does not depend
+//! on how many buffers there are, and so neither does any bit of the result.
+//!
+//! Once the first byte of the caller's has been written nothing may fail any more: what the device then does not bring
+//! back, the CPU writes, by the same outcomes and with the same bits ([`WriteBack`]).
 
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::GpuClipper;
 use super::build::{Follows, GroupParts, Job, Parts, Phase};
-use super::device::Wait;
+use super::device::{DOWNLOAD, GpuDevice, Mapping, UPLOAD, Wait};
 use super::plan::GpuPlan;
 use super::table::{Piece, dtype_code};
-use super::tuning::STAGING_BYTES;
+use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BUFFERS, STAGING_BYTES};
+use crate::cpu::pool::in_parallel;
 use crate::cpu::{self, views};
 use crate::error::tensor_label;
+use crate::partial::{Location, Outcome};
 use crate::progress::Progress;
-use crate::segment::check_groups;
+use crate::segment::{Layout, check_groups};
 use crate::threshold::Threshold;
 use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut};
 
-/// Where a run of bytes of a host tensor lies on the device.
+/// A run of bytes of a host tensor, and where it lies in its load.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Run {
     tensor: usize,
     /// In the tensor, in bytes.
-    at: usize,
-    len: usize,
-    buffer: usize,
-    /// In the buffer, in bytes.
-    offset: u64,
+    bytes: Range<usize>,
+    /// In the load, in bytes.
+    offset: usize,
 }
 
-/// Host tensors on the device.
-struct Uploaded {
-    plan: GpuPlan,
-    buffers: Vec<wgpu::Buffer>,
+/// What one buffer on the device holds at a time: at most one run of a tensor, in the order of tensors.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Load {
     runs: Vec<Run>,
+    size: usize,
+}
+
+/// Whose a tensor or parameter is.
+#[derive(Clone, Copy)]
+struct Owner {
+    group: usize,
+    tensor: usize,
+    is_parameter: bool,
+}
+
+/// Host tensors on their way through the device.
+struct Passage<'a> {
+    gpu: &'a GpuClipper,
+    wait: Wait,
+    progress: &'a Progress,
+    plan: GpuPlan,
+    owners: Vec<Owner>,
+    /// By group and tensor.
+    layouts: Vec<Vec<Layout>>,
+    loads: Vec<Load>,
+    /// On the device; load number i is in buffer number i modulo their number, when it is there.
+    buffers: Vec<wgpu::Buffer>,
+    /// Which load each buffer holds.
+    held: Vec<Option<usize>>,
+    /// Staging buffers, the one that has been under way for longest first.
+    staging: VecDeque<Staging>,
+    /// Whether measuring already writes: by a value clip in one pass.
+    measuring_writes: bool,
+    /// How many bytes went to the device, and how many came back.
+    moved: (u64, u64),
+}
+
+/// A staging buffer, and what has to happen before the host may have it; nothing if it is mapped.
+struct Staging {
+    buffer: wgpu::Buffer,
+    mapping: Option<Mapping>,
 }
 
 impl GpuClipper {
-    /// Clips host tensors in place through the GPU. All of them must fit into device memory together.
+    /// Clips host tensors in place through the GPU. They need not fit into device memory together
+    /// ([`GpuClipper::with_memory_budget`]). When nothing is clipped, nothing but the report comes back.
     ///
     /// # Errors
     /// [`Error::UnsupportedDtype`] for float64, [`Error::NonFinite`] under that policy, and the device's own errors.
-    /// The gradients are then as they were, unless the device is lost while they are read back.
+    /// The gradients are then as they were. A device that fails when clipped gradients are already on their way back is no
+    /// error: the CPU then writes the rest, with the same bits. It also does where the future is dropped just then.
     pub async fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         let groups = &mut [(*clip, tensors)];
         Ok(self.apply_by(Wait::Polling, groups, &Progress::default()).await?.swap_remove(0))
@@ -55,16 +112,14 @@ impl GpuClipper {
             return Ok(Vec::new());
         }
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
-        let on_device = self.upload(&views, |_| Job::Clip, Follows::Clip, progress)?;
-        self.submit(&on_device.plan, &[Phase::Measure, Phase::Decide, Phase::Apply])?;
-        let (reports, wrote) = on_device.plan.reports_by(wait).await?;
-        if wrote {
-            let mut tensors: Vec<_> = groups.iter_mut().flat_map(|(_, tensors)| tensors.iter_mut()).collect();
-            self.read_back(&on_device, &mut tensors, wait).await?;
-        }
+        let mut passage = Passage::new(self, (wait, progress), &views, |_, _| Job::Clip, Follows::Clip)?;
+        passage.measure(&views).await?;
+        let (reports, outcomes) = passage.plan.reports_by(wait).await?;
+        passage.write_back(groups, outcomes).await;
         Ok(reports)
     }
 
+    #[cfg_attr(target_arch = "wasm32", expect(dead_code, reason = "only the blocking clipper has it so far"))]
     pub(crate) async fn apply_adaptive_by(
         &self,
         wait: Wait,
@@ -75,15 +130,12 @@ impl GpuClipper {
     ) -> Result<ClipReport, Error> {
         clip.check_adaptive()?;
         let views = [(*clip, views(tensors))];
-        let on_device = self.upload(&views, |_| Job::Clip, Follows::Host, progress)?;
-        let plan = &on_device.plan;
-        self.submit(plan, &[Phase::Measure, Phase::Decide])?;
-        plan.adapt_by(wait, threshold).await?;
-        self.submit(plan, &[Phase::Decide, Phase::Apply])?;
-        let (mut reports, wrote) = plan.reports_by(wait).await?;
-        if wrote {
-            self.read_back(&on_device, &mut tensors.iter_mut().collect::<Vec<_>>(), wait).await?;
-        }
+        let mut passage = Passage::new(self, (wait, progress), &views, |_, _| Job::Clip, Follows::Host)?;
+        passage.measure(&views).await?;
+        passage.plan.adapt_by(wait, threshold).await?;
+        passage.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
+        let (mut reports, outcomes) = passage.plan.reports_by(wait).await?;
+        passage.write_back(&mut [(*clip, tensors)], outcomes).await;
         Ok(reports.swap_remove(0))
     }
 
@@ -102,11 +154,14 @@ impl GpuClipper {
         tensors: &[Tensor<'_>],
         progress: &Progress,
     ) -> Result<ClipReport, Error> {
-        let on_device = self.upload(&[(*clip, tensors.to_vec())], |_| Job::Measure, Follows::Clip, progress)?;
-        self.submit(&on_device.plan, &[Phase::Measure, Phase::Decide])?;
-        Ok(on_device.plan.reports_by(wait).await?.0.swap_remove(0))
+        let views = [(*clip, tensors.to_vec())];
+        let mut passage = Passage::new(self, (wait, progress), &views, |_, _| Job::Measure, Follows::Clip)?;
+        passage.measure(&views).await?;
+        Ok(passage.plan.reports_by(wait).await?.0.swap_remove(0))
     }
 
+    /// The sums stay on the device until all examples have passed.
+    #[cfg_attr(target_arch = "wasm32", expect(dead_code, reason = "only the blocking clipper has it so far"))]
     pub(crate) async fn sum_examples_by(
         &self,
         wait: Wait,
@@ -120,19 +175,21 @@ impl GpuClipper {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
             into.push(self.device.storage("gradclip sums", (sum.data.len() as u64).max(4), usage)?);
         }
-        let job = |at: &mut At| {
+        let job = |buffers: &mut Vec<wgpu::Buffer>, pieces: &[Piece]| {
             let mut pairs = Vec::new();
-            for piece in &at.groups[0].pieces {
-                let (buffer, len) = (at.buffers.len() + piece.tensor, sums[piece.tensor].len() as u64);
+            for piece in pieces {
+                let (buffer, len) = (buffers.len() + piece.tensor, sums[piece.tensor].len() as u64);
                 pairs.push((*piece, Piece { buffer, dtype: Dtype::F32, start: 0, len, first_element: 0, ..*piece }));
             }
-            at.buffers.extend(into.iter().cloned());
+            buffers.extend(into.iter().cloned());
             Job::Sum(pairs)
         };
-        let on_device = self.upload(&[(*clip, tensors.to_vec())], job, Follows::Clip, progress)?;
-        self.submit(&on_device.plan, &[Phase::Measure, Phase::Decide, Phase::Apply])?;
-        let report = on_device.plan.reports_by(wait).await?.0.swap_remove(0);
+        let views = [(*clip, tensors.to_vec())];
+        let mut passage = Passage::new(self, (wait, progress), &views, job, Follows::Clip)?;
+        passage.measure(&views).await?;
+        let report = passage.plan.reports_by(wait).await?.0.swap_remove(0);
         if !(report.found_inf() && clip.refuses_non_finite()) {
+            passage.sum(tensors).await?;
             let mut read = Vec::new();
             for (buffer, sum) in into.iter().zip(sums.iter()) {
                 read.push(self.read_all(buffer, sum.data.len() as u64, wait).await?);
@@ -172,145 +229,467 @@ impl GpuClipper {
         Ok(bytes)
     }
 
-    /// Copies what became of the tensors back to the host.
-    async fn read_back(
-        &self,
-        on_device: &Uploaded,
-        tensors: &mut [&mut TensorMut<'_>],
-        wait: Wait,
-    ) -> Result<(), Error> {
-        // All of it, before the first write: a device that is lost halfway must not leave half of it clipped.
-        let mut clipped = Vec::new();
-        for buffer in &on_device.buffers {
-            clipped.push(self.read_all(buffer, buffer.size(), wait).await?);
-        }
-        for run in &on_device.runs {
-            // Behind the tensors come their parameters.
-            let Some(tensor) = tensors.get_mut(run.tensor) else { break };
-            let at = run.offset as usize;
-            tensor.data[run.at..run.at + run.len].copy_from_slice(&clipped[run.buffer][at..at + run.len]);
-        }
-        Ok(())
+    /// The size of a load, and how many of them the device may hold at a time.
+    fn room(&self) -> (usize, usize) {
+        let limits = self.device.device.limits();
+        let budget = self.memory_budget.max(SMALLEST_LOAD);
+        // One binding, so that a load is one window.
+        let largest = limits.max_buffer_size.min(limits.max_storage_buffer_binding_size);
+        let load = STAGING_BYTES.min(largest).min(budget) / LOAD_ALIGNMENT * LOAD_ALIGNMENT;
+        let narrow = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        (narrow(load), narrow(budget / load))
     }
+}
 
-    fn submit(&self, plan: &GpuPlan, phases: &[Phase]) -> Result<(), Error> {
-        self.device.scoped(|| {
-            let mut encoder = self.device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            plan.encode_phases(&mut encoder, phases)?;
-            self.device.queue.submit([encoder.finish()]);
-            Ok(())
-        })?
-    }
+/// Runs begin at multiples of so many bytes, and loads end there: as much as a kernel reads at once.
+const LOAD_ALIGNMENT: u64 = 16;
 
-    /// Packs the tensors and their parameters into as few buffers as the device's limits allow, and plans what is to be
-    /// done with them. `runs` count the tensors of all groups, then their parameters.
-    fn upload(
-        &self,
+impl<'a> Passage<'a> {
+    /// Plans what is to be done with the tensors of groups. `job` gets the buffers of the plan, to add its own, and the
+    /// pieces of the first group.
+    fn new(
+        gpu: &'a GpuClipper,
+        (wait, progress): (Wait, &'a Progress),
         groups: &[(Clip, Vec<Tensor<'_>>)],
-        job: impl FnOnce(&mut At) -> Job,
+        job: impl FnOnce(&mut Vec<wgpu::Buffer>, &[Piece]) -> Job,
         follows: Follows,
-        progress: &Progress,
-    ) -> Result<Uploaded, Error> {
-        let mut all: Vec<_> = groups.iter().flat_map(|(_, tensors)| tensors.iter().copied()).collect();
-        // By group, what becomes of its tensors and parameters.
-        let mut at = At { buffers: Vec::new(), groups: Vec::new() };
-        // Where each of `all` belongs: group, tensor, and whether it is a parameter.
+    ) -> Result<Self, Error> {
+        let mut parts = Vec::new();
         let mut owners = Vec::new();
         for (group, (clip, tensors)) in groups.iter().enumerate() {
             let segments = cpu::segments_of(clip, tensors)?;
             let names = tensors.iter().map(|t| t.name.map(Arc::from)).collect();
             let (pieces, parameters) = (Vec::new(), Vec::new());
-            at.groups.push(GroupParts { clip: *clip, segments, names, pieces, parameters });
-            owners.extend((0..tensors.len()).map(|tensor| (group, tensor, false)));
+            parts.push(GroupParts { clip: *clip, segments, names, pieces, parameters });
+            owners.extend((0..tensors.len()).map(|tensor| Owner { group, tensor, is_parameter: false }));
         }
         for (group, (_, tensors)) in groups.iter().enumerate().filter(|(_, (clip, _))| clip.needs_parameters()) {
-            all.extend(tensors.iter().filter_map(|t| t.parameter.copied()));
-            owners.extend((0..tensors.len()).map(|tensor| (group, tensor, true)));
+            owners.extend((0..tensors.len()).map(|tensor| Owner { group, tensor, is_parameter: true }));
         }
-        for (t, (_, tensor, _)) in all.iter().zip(&owners) {
+        let all = of_all(groups);
+        for (t, owner) in all.iter().zip(&owners) {
             if dtype_code(t.dtype).is_none() {
-                return Err(Error::UnsupportedDtype { tensor: tensor_label(t.name, *tensor), dtype: t.dtype });
+                return Err(Error::UnsupportedDtype { tensor: tensor_label(t.name, owner.tensor), dtype: t.dtype });
             }
         }
-        let largest = self.device.device.limits().max_buffer_size & !255;
-        let (runs, sizes) = pack(&all, largest);
-        for run in &runs {
-            let (group, tensor, is_parameter) = owners[run.tensor];
-            let (of, dtype) = (&mut at.groups[group], all[run.tensor].dtype);
-            let size = dtype.size();
-            let piece = Piece {
-                buffer: run.buffer,
-                dtype,
-                start: run.offset / size as u64,
-                len: (run.len / size) as u64,
-                tensor,
-                first_element: (run.at / size) as u64,
-                layout: of.segments.layouts[tensor],
-            };
-            if is_parameter { of.parameters.push(piece) } else { of.pieces.push(piece) }
+        let (longest, most) = gpu.room();
+        let lens: Vec<_> = all.iter().map(|t| t.data.len()).collect();
+        let loads = pack(&lens, longest);
+        for (buffer, load) in loads.iter().enumerate() {
+            for run in &load.runs {
+                let Owner { group, tensor, is_parameter } = owners[run.tensor];
+                let (of, dtype) = (&mut parts[group], all[run.tensor].dtype);
+                let elements = |bytes: usize| (bytes / dtype.size()) as u64;
+                let piece = Piece {
+                    buffer,
+                    dtype,
+                    start: elements(run.offset),
+                    len: elements(run.bytes.len()),
+                    tensor,
+                    first_element: elements(run.bytes.start),
+                    layout: of.segments.layouts[tensor],
+                };
+                if is_parameter { of.parameters.push(piece) } else { of.pieces.push(piece) }
+            }
         }
+        let layouts = parts.iter().map(|of| of.segments.layouts.clone()).collect();
+        let largest = loads.iter().map(|load| load.size).max().unwrap_or(0) as u64;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        for size in sizes {
-            at.buffers.push(self.device.storage("gradclip host tensors", size, usage)?);
+        let buffers = as_many_as(loads.len().min(most), || gpu.device.storage("gradclip load", largest, usage))?;
+        let staging = as_many_as(loads.len().min(STAGING_BUFFERS), || gpu.device.mapped_at_creation(largest, UPLOAD))?;
+        let mut bound: Vec<_> = (0..loads.len()).map(|load| buffers[load % buffers.len()].clone()).collect();
+        let job = job(&mut bound, &parts[0].pieces);
+        let clips = matches!(job, Job::Clip);
+        let plan = GpuPlan::new(gpu, Parts { buffers: bound, groups: parts, job, follows, in_turn: true })?;
+        Ok(Self {
+            gpu,
+            wait,
+            progress,
+            plan,
+            owners,
+            layouts,
+            loads,
+            held: vec![None; buffers.len()],
+            buffers,
+            staging: staging.into_iter().map(|buffer| Staging { buffer, mapping: None }).collect(),
+            measuring_writes: clips && groups.iter().any(|(clip, _)| !clip.reads_first()),
+            moved: (0, 0),
+        })
+    }
+
+    /// Brings all loads to the device, measures them, and decides.
+    async fn measure(&mut self, groups: &[(Clip, Vec<Tensor<'_>>)]) -> Result<(), Error> {
+        let all = of_all(groups);
+        for load in 0..self.loads.len() {
+            self.fill(load, |run| Some(&all[run.tensor].data[run.bytes.clone()])).await?;
+            self.submit_filled(load, |passage, encoder| {
+                passage.plan.encode_for(encoder, Phase::Measure, Some(load));
+                Ok(())
+            })?;
+            let of_tensors = self.loads[load].runs.iter().filter(|run| !self.owners[run.tensor].is_parameter);
+            of_tensors.for_each(|run| self.progress.measured(run.bytes.len()));
         }
-        let buffers = at.buffers.clone();
-        let job = job(&mut at);
-        let At { buffers: bound, groups } = at;
-        let plan = GpuPlan::new(self, Parts { buffers: bound, groups, job, follows })?;
-        self.device.scoped(|| {
-            let mut staged = 0;
-            for run in &runs {
-                let bytes = &all[run.tensor].data[run.at..run.at + run.len];
-                let whole = bytes.len() & !3;
-                let buffer = &buffers[run.buffer];
-                self.device.queue.write_buffer(buffer, run.offset, &bytes[..whole]);
-                if whole < bytes.len() {
-                    let mut word = [0; 4];
-                    word[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
-                    self.device.queue.write_buffer(buffer, run.offset + whole as u64, &word);
-                }
-                if !owners[run.tensor].2 {
-                    progress.measured(run.len);
-                }
-                staged += run.len as u64;
-                if staged >= STAGING_BYTES {
-                    // Without this the queue would hold a copy of everything.
-                    self.device.queue.submit([]);
-                    self.device.poll()?;
-                    staged = 0;
-                }
-            }
+        self.submit(|passage, encoder| {
+            passage.plan.encode_for(encoder, Phase::Measure, None);
+            passage.plan.encode_phases(encoder, &[Phase::Decide])
+        })?;
+        Ok(())
+    }
+
+    /// Adds up the clipped examples, from first to last, which is the order that the plan adds them in.
+    async fn sum(&mut self, tensors: &[Tensor<'_>]) -> Result<(), Error> {
+        self.submit(|passage, encoder| {
+            passage.plan.encode_for(encoder, Phase::Apply, None);
             Ok(())
-        })??;
-        Ok(Uploaded { plan, buffers, runs })
-    }
-}
-
-/// Where the tensors of an upload will be.
-struct At {
-    buffers: Vec<wgpu::Buffer>,
-    groups: Vec<GroupParts>,
-}
-
-/// Cuts tensors into runs of at most [`STAGING_BYTES`], and lays them in buffers of at most `largest` bytes. Each run
-/// starts at a multiple of 4 bytes.
-fn pack(tensors: &[Tensor<'_>], largest: u64) -> (Vec<Run>, Vec<u64>) {
-    let mut sizes: Vec<u64> = Vec::new();
-    let mut runs = Vec::new();
-    let longest = STAGING_BYTES.min(largest);
-    for (tensor, t) in tensors.iter().enumerate() {
-        let mut at = 0;
-        while at < t.data.len() {
-            let len = (t.data.len() - at).min(usize::try_from(longest).unwrap_or(usize::MAX));
-            let bytes = len.next_multiple_of(4) as u64;
-            if sizes.last().is_none_or(|size| size + bytes > largest) {
-                sizes.push(0);
+        })?;
+        for load in 0..self.loads.len() {
+            let apply = |passage: &Self, encoder: &mut wgpu::CommandEncoder| {
+                passage.plan.encode_for(encoder, Phase::Apply, Some(load));
+                Ok(())
+            };
+            if self.is_held(load) {
+                self.submit(apply)?;
+            } else {
+                self.fill(load, |run| Some(&tensors[run.tensor].data[run.bytes.clone()])).await?;
+                self.submit_filled(load, apply)?;
             }
-            let buffer = sizes.len() - 1;
-            runs.push(Run { tensor, at, len, buffer, offset: sizes[buffer] });
-            sizes[buffer] += bytes;
-            at += len;
+        }
+        Ok(())
+    }
+
+    /// Writes what became of the tensors, given the outcomes by group. From here on the device may fail as it likes.
+    async fn write_back(mut self, groups: &mut [(Clip, &mut [TensorMut<'_>])], outcomes: Vec<Vec<Outcome>>) {
+        let mut back = WriteBack {
+            clips: groups.iter().map(|(clip, _)| *clip).collect(),
+            tensors: groups.iter_mut().flat_map(|(_, tensors)| tensors.iter_mut()).collect(),
+            outcomes,
+            owners: std::mem::take(&mut self.owners),
+            layouts: std::mem::take(&mut self.layouts),
+            due: Vec::new(),
+            begun: false,
+        };
+        for load in &self.loads {
+            back.due.push(load.runs.iter().filter(|run| back.is_written(run)).cloned().collect());
+        }
+        if let Err(error) = self.read_back(&mut back).await {
+            log::warn!("the GPU failed while clipped gradients were read back ({error}); the CPU clips the rest");
+            back.finish();
         }
     }
-    (runs, sizes)
+
+    async fn read_back(&mut self, back: &mut WriteBack<'_, '_>) -> Result<(), Error> {
+        let due: Vec<_> = (0..self.loads.len()).rev().filter(|load| !back.due[*load].is_empty()).collect();
+        let largest = due.iter().map(|load| self.loads[*load].size).max().unwrap_or(0) as u64;
+        let make = || self.gpu.device.storage("gradclip readback", largest, DOWNLOAD);
+        let mut free = as_many_as(due.len().min(STAGING_BUFFERS), make)?;
+        let mut under_way = VecDeque::new();
+        for load in due {
+            let buffer = match (free.pop(), under_way.pop_front()) {
+                (Some(buffer), None) => buffer,
+                (Some(buffer), Some(oldest)) => {
+                    under_way.push_front(oldest);
+                    buffer
+                }
+                (None, Some(oldest)) => self.take(back, oldest).await?,
+                // There are as many as were made, and one was at least.
+                (None, None) => return Err(Error::Device("no staging buffer".into())),
+            };
+            let is_held = self.is_held(load);
+            let record = |passage: &Self, encoder: &mut wgpu::CommandEncoder| {
+                if passage.measuring_writes && !is_held {
+                    passage.plan.encode_for(encoder, Phase::Measure, Some(load));
+                }
+                passage.plan.encode_for(encoder, Phase::Apply, Some(load));
+                let (from, size) = (passage.buffer_of(load), passage.loads[load].size as u64);
+                encoder.copy_buffer_to_buffer(from, 0, &buffer, 0, Some(size));
+                Ok(())
+            };
+            let after = if is_held {
+                self.submit(record)?
+            } else {
+                self.fill(load, |run| back.tensors.get(run.tensor).map(|t| &t.data[run.bytes.clone()])).await?;
+                self.submit_filled(load, record)?
+            };
+            let mapping = self.gpu.device.map(&buffer, wgpu::MapMode::Read, largest, after)?;
+            under_way.push_back((load, buffer, mapping));
+        }
+        for oldest in under_way {
+            self.take(back, oldest).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for a load that is on its way back, and has it written. Returns the staging buffer.
+    async fn take(
+        &mut self,
+        back: &mut WriteBack<'_, '_>,
+        (load, buffer, mapping): (usize, wgpu::Buffer, Mapping),
+    ) -> Result<wgpu::Buffer, Error> {
+        self.gpu.device.mapped(mapping, self.wait).await?;
+        let view = buffer.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?;
+        back.write(load, &view);
+        drop(view);
+        buffer.unmap();
+        self.moved.1 += self.loads[load].size as u64;
+        log::trace!("load {load} has come back");
+        Ok(buffer)
+    }
+
+    fn buffer_of(&self, load: usize) -> &wgpu::Buffer {
+        &self.buffers[load % self.buffers.len()]
+    }
+
+    fn is_held(&self, load: usize) -> bool {
+        self.held[load % self.buffers.len()] == Some(load)
+    }
+
+    /// Copies the runs of a load into the staging buffer that is free first; those that `source` has nothing for are left
+    /// out.
+    async fn fill<'s>(&mut self, load: usize, source: impl Fn(&Run) -> Option<&'s [u8]>) -> Result<(), Error> {
+        self.staging.rotate_left(1);
+        let Some(staging) = self.staging.back_mut() else { return Ok(()) };
+        if let Some(mapping) = staging.mapping.take() {
+            self.gpu.device.mapped(mapping, self.wait).await?;
+        }
+        let Load { runs, size } = &self.loads[load];
+        let view = staging.buffer.get_mapped_range_mut(..*size as u64);
+        let mut view = view.map_err(|e| Error::Device(e.to_string()))?;
+        let (mut rest, mut at) = (view.slice(..), 0);
+        let mut work = Vec::new();
+        for run in runs {
+            let Some(bytes) = source(run) else { continue };
+            let (to, behind) = rest.split_at(run.offset - at).1.split_at(bytes.len());
+            (rest, at) = (behind, run.offset + bytes.len());
+            // Of what wgpu hands out only pieces of a constant length may be sent to another thread.
+            let (pieces, mut tail) = to.into_chunks::<COPIED_AT_ONCE>();
+            let (whole, from) = bytes.as_chunks::<COPIED_AT_ONCE>();
+            work.extend(pieces.into_iter().zip(whole));
+            tail.copy_from_slice(from);
+        }
+        let (pieces, bytes) = (work.len(), work.len() * COPIED_AT_ONCE);
+        in_parallel(work.into_iter(), pieces, bytes, |(to, from)| wgpu::WriteOnly::from(to).copy_from_slice(from));
+        drop(view);
+        staging.buffer.unmap();
+        Ok(())
+    }
+
+    /// Submits the copy of the staging buffer filled last to a load's buffer, and what is recorded behind it.
+    fn submit_filled(
+        &mut self,
+        load: usize,
+        record: impl FnOnce(&Self, &mut wgpu::CommandEncoder) -> Result<(), Error>,
+    ) -> Result<wgpu::SubmissionIndex, Error> {
+        let Some(staging) = self.staging.back().map(|staging| staging.buffer.clone()) else {
+            return self.submit(record);
+        };
+        let after = self.submit(|passage, encoder| {
+            let size = passage.loads[load].size as u64;
+            encoder.copy_buffer_to_buffer(&staging, 0, passage.buffer_of(load), 0, Some(size));
+            record(passage, encoder)
+        })?;
+        let mapping = self.gpu.device.map(&staging, wgpu::MapMode::Write, staging.size(), after.clone())?;
+        if let Some(staging) = self.staging.back_mut() {
+            staging.mapping = Some(mapping);
+        }
+        let held = load % self.buffers.len();
+        self.held[held] = Some(load);
+        self.moved.0 += self.loads[load].size as u64;
+        log::trace!("load {load} has gone to the device");
+        Ok(after)
+    }
+
+    fn submit(
+        &self,
+        record: impl FnOnce(&Self, &mut wgpu::CommandEncoder) -> Result<(), Error>,
+    ) -> Result<wgpu::SubmissionIndex, Error> {
+        let GpuDevice { device, queue, .. } = &self.gpu.device;
+        self.gpu.device.check_not_lost()?;
+        self.gpu.device.scoped(|| {
+            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            record(self, &mut encoder)?;
+            Ok(queue.submit([encoder.finish()]))
+        })?
+    }
+}
+
+impl Drop for Passage<'_> {
+    fn drop(&mut self) {
+        let (there, back) = self.moved;
+        log::debug!("host tensors: {there} bytes went to the device, {back} came back");
+    }
+}
+
+/// What is being written into the caller's tensors.
+struct WriteBack<'t, 'd> {
+    clips: Vec<Clip>,
+    tensors: Vec<&'t mut TensorMut<'d>>,
+    /// By group and segment.
+    outcomes: Vec<Vec<Outcome>>,
+    owners: Vec<Owner>,
+    layouts: Vec<Vec<Layout>>,
+    /// By load: what has to be written yet.
+    due: Vec<Vec<Run>>,
+    /// Whether anything was.
+    begun: bool,
+}
+
+impl WriteBack<'_, '_> {
+    fn is_written(&self, run: &Run) -> bool {
+        let Owner { group, tensor, is_parameter } = self.owners[run.tensor];
+        if is_parameter {
+            return false;
+        }
+        let size = self.tensors[run.tensor].dtype.size();
+        let elements = (run.bytes.start / size) as u64..(run.bytes.end / size) as u64;
+        !self.layouts[group][tensor].leaves(&self.outcomes[group], elements)
+    }
+
+    /// Writes what is due of a load that has come back.
+    fn write(&mut self, load: usize, bytes: &[u8]) {
+        self.begun = true;
+        let due = std::mem::take(&mut self.due[load]);
+        let mut work = Vec::new();
+        for (run, data) in with_data(&due, &mut self.tensors) {
+            let from = &bytes[run.offset..run.offset + data.len()];
+            work.extend(data.chunks_mut(COPIED_AT_ONCE).zip(from.chunks(COPIED_AT_ONCE)));
+        }
+        let pieces = work.len();
+        in_parallel(work.into_iter(), pieces, bytes.len(), |(to, from)| to.copy_from_slice(from));
+    }
+
+    /// Writes on the CPU whatever is due, from the caller's own bytes, which nothing has touched yet.
+    fn finish(&mut self) {
+        self.begun = false;
+        let due: Vec<_> = self.due.drain(..).flatten().collect();
+        let mut tensors: Vec<_> = self.tensors.iter_mut().map(|t| (t.dtype, t.len() as u64, &mut *t.data)).collect();
+        for run in due {
+            let Owner { group, tensor, .. } = self.owners[run.tensor];
+            let (dtype, len, data) = &mut tensors[run.tensor];
+            let (clip, layout) = (&self.clips[group], self.layouts[group][tensor]);
+            let own = (layout.numbered_from_zero(), layout.own(&self.outcomes[group], *len));
+            let data = &mut data[run.bytes.clone()];
+            let bytes = data.len();
+            let chunks = data.chunks_mut(COPIED_AT_ONCE).enumerate();
+            in_parallel(chunks, bytes.div_ceil(COPIED_AT_ONCE), bytes, |(i, data)| {
+                let index = ((run.bytes.start + i * COPIED_AT_ONCE) / dtype.size()) as u64;
+                cpu::write_piece(clip, Location { tensor, index }, *dtype, own, data);
+            });
+        }
+    }
+}
+
+impl Drop for WriteBack<'_, '_> {
+    /// Where the future was dropped halfway, the caller must not be left with half of it clipped.
+    fn drop(&mut self) {
+        if self.begun {
+            self.finish();
+        }
+    }
+}
+
+/// Runs, which are in the order of tensors and at most one of each, with their bytes.
+fn with_data<'r, 't>(
+    runs: &'r [Run],
+    tensors: &'t mut [&mut TensorMut<'_>],
+) -> impl Iterator<Item = (&'r Run, &'t mut [u8])> {
+    let (first, last) = (runs.first().map_or(0, |r| r.tensor), runs.last().map_or(0, |r| r.tensor + 1));
+    let mut runs = runs.iter().peekable();
+    tensors[first..last].iter_mut().zip(first..).filter_map(move |(tensor, i)| {
+        let run = runs.next_if(|run| run.tensor == i)?;
+        Some((run, &mut tensor.data[run.bytes.clone()]))
+    })
+}
+
+/// The tensors of all groups, then their parameters where a group's clip needs them.
+fn of_all<'t>(groups: &[(Clip, Vec<Tensor<'t>>)]) -> Vec<Tensor<'t>> {
+    let tensors = groups.iter().flat_map(|(_, tensors)| tensors.iter().copied());
+    let needing = groups.iter().filter(|(clip, _)| clip.needs_parameters());
+    tensors.chain(needing.flat_map(|(_, tensors)| tensors.iter().filter_map(|t| t.parameter.copied()))).collect()
+}
+
+/// So many buffers, or as many as there is memory for.
+fn as_many_as(wanted: usize, make: impl Fn() -> Result<wgpu::Buffer, Error>) -> Result<Vec<wgpu::Buffer>, Error> {
+    let mut made = Vec::new();
+    while made.len() < wanted {
+        match make() {
+            Ok(buffer) => made.push(buffer),
+            Err(Error::OutOfMemory(_)) if !made.is_empty() => {
+                // What else the clip needs must have room too.
+                made.truncate((made.len() - 1).max(1));
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(made)
+}
+
+/// Lays tensors of so many bytes into loads of at most `longest`, all full but the last.
+fn pack(lens: &[usize], longest: usize) -> Vec<Load> {
+    let mut loads: Vec<Load> = Vec::new();
+    for (tensor, len) in lens.iter().enumerate() {
+        let mut at = 0;
+        while at < *len {
+            if loads.last().is_none_or(|load| load.size >= longest) {
+                loads.push(Load::default());
+            }
+            let Some(load) = loads.last_mut() else { break };
+            let end = (at + longest - load.size).min(*len);
+            load.runs.push(Run { tensor, bytes: at..end, offset: load.size });
+            load.size = (load.size + end - at).next_multiple_of(LOAD_ALIGNMENT as usize);
+            at = end;
+        }
+    }
+    loads
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every byte of every tensor is in one run, runs do not overlap, and each begins where a kernel reads whole words.
+    #[test]
+    fn loads_hold_every_byte_once() {
+        for longest in [16, 32, 48, 1024] {
+            for lens in [&[][..], &[0, 0], &[1], &[16], &[17, 0, 2, 48], &[1000, 3, 5000, 16, 16], &[2; 100]] {
+                let loads = pack(lens, longest);
+                let mut seen = vec![0; lens.len()];
+                for load in &loads {
+                    assert!(load.size > 0 && load.size <= longest && load.size % 16 == 0);
+                    let mut end = 0;
+                    for (i, run) in load.runs.iter().enumerate() {
+                        assert!(run.offset >= end && run.offset % 16 == 0);
+                        assert!(i == 0 || load.runs[i - 1].tensor < run.tensor);
+                        assert_eq!(run.bytes.start, seen[run.tensor]);
+                        assert!(run.bytes.start % 16 == 0 && !run.bytes.is_empty());
+                        seen[run.tensor] = run.bytes.end;
+                        end = run.offset + run.bytes.len();
+                    }
+                    assert!(end <= load.size);
+                }
+                assert_eq!(seen, lens);
+                assert!(loads.iter().rev().skip(1).all(|load| load.size == longest), "a load that is not full");
+            }
+        }
+    }
+
+    #[test]
+    fn memory_that_ends_is_made_do_with() {
+        let gpu = GpuClipper::open_blocking().expect("these tests need a device, which may be a software one");
+        let left = std::cell::Cell::new(5);
+        let make = || {
+            if left.get() == 0 {
+                return Err(Error::OutOfMemory("made up".into()));
+            }
+            left.set(left.get() - 1);
+            gpu.device.storage("test", 16, DOWNLOAD)
+        };
+        assert_eq!(as_many_as(3, make).expect("enough").len(), 3);
+        left.set(5);
+        assert_eq!(as_many_as(9, make).expect("some").len(), 4);
+        left.set(1);
+        assert_eq!(as_many_as(9, make).expect("one").len(), 1);
+        assert!(matches!(as_many_as(9, make), Err(Error::OutOfMemory(_))));
+        assert!(as_many_as(0, make).expect("none wanted").is_empty());
+    }
 }

@@ -55,7 +55,7 @@ use build::{Follows, GroupParts, Job, PARTIAL_BYTES, Parts};
 use device::GpuDevice;
 use kernels::{Access, Kernels, Shape};
 use table::Piece;
-use tuning::Tuning;
+use tuning::{Tuning, memory_budget};
 
 use crate::error::tensor_label;
 use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
@@ -89,6 +89,8 @@ pub struct GpuClipper {
     windows: Windows,
     /// Whether a window can be bound as words and as quads.
     quads: bool,
+    /// How much device memory host tensors may take, in bytes.
+    memory_budget: u64,
 }
 
 /// How many windows a dispatch can bind.
@@ -157,7 +159,7 @@ impl GpuClipper {
     /// [`Error::Unfit`] if a workgroup is not a power of two from 8 on, or chunks are too short or too long.
     pub fn with_tuning(&self, tuning: Tuning) -> Result<Self, Error> {
         tuning.check()?;
-        Self::tuned(self.device.clone(), tuning)
+        Ok(Self { memory_budget: self.memory_budget, ..Self::tuned(self.device.clone(), tuning)? })
     }
 
     fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
@@ -190,7 +192,33 @@ impl GpuClipper {
         let quads = bindings >= 2 && !cfg!(target_arch = "wasm32");
         let Tuning { workgroup, contiguous, subgroups, .. } = tuning;
         let kernels = Arc::new(Kernels::new(&device, Shape { workgroup, contiguous, subgroups })?);
-        Ok(Self { device, kernels, tuning, windows, quads })
+        let memory_budget = memory_budget(device.device.adapter_info().device_type);
+        Ok(Self { device, kernels, tuning, windows, quads, memory_budget })
+    }
+
+    /// Sets how much device memory host tensors may take at a time, in bytes: tensors that are larger together pass through
+    /// that much, and those that are to be written and are no longer there pass twice. Tensors in GPU memory and plans do
+    /// not count, nor do sums of examples, nor the staging buffers of either direction, 32 MiB each at most.
+    ///
+    /// Unless it is set, all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
+    /// does not tell how much there is before it runs out. A software device, whose memory is the host's, keeps 32 MiB
+    /// ([`tuning::memory_budget`]). The result has the same bits for every budget of 16 MiB and more;
+    /// below, the norm may differ in its last bits. Less than 64 KiB counts as 64 KiB.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use gradclip::{Clip, Clipper, TensorMut, gpu::GpuClipper};
+    /// let clipper = Clipper::gpu(GpuClipper::open_blocking()?.with_memory_budget(1 << 30));
+    /// # let mut offloaded = [3.0f32, 4.0];
+    /// let report = clipper.apply(&Clip::norm(1.0)?, &mut [TensorMut::new(&mut offloaded)])?;
+    /// # assert!(report.clipped);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_memory_budget(mut self, bytes: u64) -> Self {
+        self.memory_budget = bytes;
+        self
     }
 
     /// The device that this clips on.
@@ -364,7 +392,7 @@ impl GpuClipper {
 
     fn build(&self, gathered: Gathered, job: Job, follows: Follows) -> Result<GpuPlan, Error> {
         let Gathered { buffers, groups, .. } = gathered;
-        GpuPlan::new(self, Parts { buffers, groups, job, follows })
+        GpuPlan::new(self, Parts { buffers, groups, job, follows, in_turn: false })
     }
 }
 

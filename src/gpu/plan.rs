@@ -11,7 +11,7 @@ use super::table::Origin;
 use super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use crate::partial::{Action, Outcome};
 use crate::threshold::Threshold;
-use crate::{ClipReport, Error, Scope};
+use crate::{ClipReport, Error, NonFinite, Scope};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
@@ -80,6 +80,14 @@ impl GpuPlan {
         Ok(())
     }
 
+    /// Records what a phase does with one buffer of the plan's, or with none: what merges and decides.
+    pub(super) fn encode_for(&self, encoder: &mut wgpu::CommandEncoder, phase: Phase, buffer: Option<usize>) {
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
+        let dispatches = self.built.phases[phase as usize].iter();
+        dispatches.filter(|dispatch| dispatch.buffer == buffer).for_each(|dispatch| dispatch.record(&mut pass));
+    }
+
     /// The buffer in which each step leaves what gradients are multiplied by, for a kernel of the caller's to read: an
     /// optimizer that multiplies each gradient as it reads it needs no scaling pass
     /// ([`GpuClipper::plan_measure`] plans a clip without one). In WGSL:
@@ -138,8 +146,8 @@ impl GpuPlan {
         pollster::block_on(self.reports_by(Wait::Sleeping)).map(|(reports, _)| reports)
     }
 
-    /// The reports, and whether anything was written.
-    pub(super) async fn reports_by(&self, wait: Wait) -> Result<(Vec<ClipReport>, bool), Error> {
+    /// The reports, and by group what became of each segment.
+    pub(super) async fn reports_by(&self, wait: Wait) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
         let encoded = self.encoded.load(Ordering::Relaxed);
         let totals = self
             .built
@@ -161,17 +169,16 @@ impl GpuPlan {
             *reported = Reported { encoded, steps: head.steps };
         }
         let outcomes: Vec<OutcomeRow> = bytemuck::pod_collect_to_vec(outcomes);
-        let mut wrote = false;
-        let mut reports = Vec::new();
+        let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
         for (group, total) in self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())) {
             let first = group.first_segment as usize;
             let outcomes = &outcomes[first..first + group.segments.count as usize];
-            let (report, wrote_here) =
+            let (report, outcomes) =
                 group.report(outcomes, bytemuck::pod_read_unaligned(total), &self.built.origins)?;
-            wrote |= wrote_here;
             reports.push(report);
+            of_segments.push(outcomes);
         }
-        Ok((reports, wrote))
+        Ok((reports, of_segments))
     }
 
     /// The adaptive threshold, with the state that the last step left on the device: what a checkpoint keeps, and a new
@@ -250,18 +257,18 @@ impl GpuPlan {
 }
 
 impl Group {
-    /// The report, and whether anything was written.
+    /// The report, and what became of each segment.
     fn report(
         &self,
         outcomes: &[OutcomeRow],
         total: PartialRow,
         origins: &[Origin],
-    ) -> Result<(ClipReport, bool), Error> {
+    ) -> Result<(ClipReport, Vec<Outcome>), Error> {
         let clip = &self.clip;
         // Norms from outside are N already.
         let weight = |elements| if self.given { 1.0 } else { clip.weight(elements) };
         let each = self.segments.families().zip(outcomes);
-        let outcomes: Vec<_> = each.map(|(family, row)| row.to_outcome(clip, weight(family.elements))).collect();
+        let mut outcomes: Vec<_> = each.map(|(family, row)| row.to_outcome(clip, weight(family.elements))).collect();
         let total = total.to_partial(|i| origins[i]);
         let total_norm = match &outcomes[..] {
             [outcome] if self.given => outcome.norm,
@@ -270,6 +277,12 @@ impl Group {
         };
         let name_of = |i: usize| self.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
         let report = clip.report((&self.segments, &outcomes), (total_norm, &total), self.elements, name_of)?;
-        Ok((report, outcomes.iter().any(|o: &Outcome| o.action != Action::Leave)))
+        // A value clip looks at each element whatever is decided; only what it met tells whether it wrote.
+        let drops = clip.non_finite == NonFinite::Drop && total.non_finite > 0;
+        if clip.measured().is_none() && clip.grad_scale == 1.0 && !total.outside && !drops {
+            let applied = |o: &&mut Outcome| o.action == Action::Apply;
+            outcomes.iter_mut().filter(applied).for_each(|o| o.action = Action::Leave);
+        }
+        Ok((report, outcomes))
     }
 }

@@ -93,6 +93,12 @@ impl OutcomeRow {
             3 => (Action::Apply, f64::NAN),
             _ => (Action::Apply, 0.0),
         };
+        // The device needs no factor for these.
+        let factor = match self.action {
+            0..=2 => factor,
+            3 => f64::NAN,
+            _ => 0.0,
+        };
         let clipped = clip_coef != 1.0 || (action == Action::Apply && exceeds);
         Outcome { norm, clip_coef, clipped, factor, action }
     }

@@ -44,6 +44,11 @@ impl Piece {
         16 / self.dtype.size() as u64
     }
 
+    /// How many words its elements fill.
+    pub(super) fn words(&self) -> u64 {
+        self.len.div_ceil(4 / self.dtype.size() as u64)
+    }
+
     pub(super) fn bytes(&self) -> Range<u64> {
         let size = self.dtype.size() as u64;
         self.start * size..(self.start + self.len) * size

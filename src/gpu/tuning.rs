@@ -88,9 +88,6 @@ pub const LANE_ROW: u32 = 64;
 /// measured against other lengths yet.
 pub const LANE_COLUMN: u32 = 256;
 
-/// The size of the pieces in which host tensors are uploaded and read back, in bytes.
-pub const STAGING_BYTES: u64 = 64 << 20;
-
 impl Tuning {
     /// The row for a device.
     #[must_use]
@@ -121,5 +118,118 @@ impl Tuning {
     pub fn chunk_words(&self, words: u64) -> u32 {
         let share = words.div_ceil(self.chunks).next_multiple_of(u64::from(self.min_chunk_words));
         u32::try_from(share).unwrap_or(u32::MAX).clamp(self.min_chunk_words, self.max_chunk_words)
+    }
+}
+
+/// The size of the pieces in which host tensors pass through the device, in bytes.
+///
+/// 64 Mi elements of float32 through llvmpipe on two cores, medians of 5 in ms, unclipped and clipped, with two staging
+/// buffers for each direction, by this size and the device memory that the tensors may take:
+///
+/// | size | 64 MiB | all |
+/// |---|---|---|
+/// | 4 MiB | 429, 775 | 521, 838 |
+/// | 8 MiB | 272, 488 | 381, 563 |
+/// | 16 MiB | 292, 540 | 363, 592 |
+/// | 32 MiB | 267, 526 | 344, 556 |
+/// | 64 MiB | 378, 841 | 572, 1079 |
+pub const STAGING_BYTES: u64 = 16 << 20;
+
+/// How many staging buffers there are for each direction: one that the host works on and one that the device works on. A
+/// third was no faster on llvmpipe (16 MiB: 300 and 554 ms with 64 MiB, 388 and 614 with all).
+pub const STAGING_BUFFERS: usize = 2;
+
+/// How much device memory host tensors take unless the caller says it, in bytes.
+///
+/// The memory of a software device is the host's own, fresh from the system, which clears it page by page: keeping a set there
+/// costs more than it saves, even if everything is clipped and has to come twice. 16 Mi elements of float32 through llvmpipe,
+/// medians of 7 in ms, unclipped and clipped: 87 and 167 with 16 MiB, 96 and 167 with 32, 121 and 183 with 64, which is all
+/// of them ([`STAGING_BYTES`] has a longer set). Elsewhere whatever is kept need not cross the bus again. Not measured there.
+#[must_use]
+pub const fn memory_budget(device_type: wgpu::DeviceType) -> u64 {
+    match device_type {
+        wgpu::DeviceType::Cpu => 2 * STAGING_BYTES,
+        _ => u64::MAX,
+    }
+}
+
+/// The least that host tensors are cut into where the device memory they may take is less than [`STAGING_BYTES`].
+pub const SMALLEST_LOAD: u64 = 64 << 10;
+
+/// Bytes that one thread copies to or from a staging buffer, or clips where the device cannot, before it asks for more.
+pub const COPIED_AT_ONCE: usize = 64 << 10;
+
+/// A plan whose buffers come one after another shares each out as if it were alone, but for no more chunks in all than so
+/// many buffers would have: 32 MiB of partials on hardware for host tensors of any size. Not measured against others.
+pub const BUFFERS_OF_CHUNKS: u64 = 256;
+
+/// Where host tensors are clipped faster through a device than on the CPU of the same machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostRoute {
+    /// The kind of device.
+    pub device_type: wgpu::DeviceType,
+    /// From how many bytes of gradients on the device is faster; None if it never is, or was never measured.
+    pub faster_from: Option<u64>,
+}
+
+/// What [`Clipper::auto`](crate::Clipper::auto) goes by. A row without a measurement stays on the CPU: a bus moves each byte
+/// once to find that nothing is to be clipped and twice to clip, and no bus is as fast as the host's own memory.
+pub const HOST_ROUTES: [HostRoute; 5] = [
+    // llvmpipe beside the CPU path on the same two cores (examples/host_route.rs): 25 to 140 times as long, from 64 Ki to
+    // 64 Mi elements of float32, clipped or not.
+    HostRoute { device_type: wgpu::DeviceType::Cpu, faster_from: None },
+    // Not measured: no such device was at hand.
+    HostRoute { device_type: wgpu::DeviceType::DiscreteGpu, faster_from: None },
+    HostRoute { device_type: wgpu::DeviceType::IntegratedGpu, faster_from: None },
+    HostRoute { device_type: wgpu::DeviceType::VirtualGpu, faster_from: None },
+    HostRoute { device_type: wgpu::DeviceType::Other, faster_from: None },
+];
+
+impl HostRoute {
+    /// Whether these rows send so many bytes of gradients through such a device. Without a number of bytes: whether they
+    /// ever do.
+    #[must_use]
+    pub fn leads_through(rows: &[Self], device_type: wgpu::DeviceType, bytes: Option<u64>) -> bool {
+        let row = rows.iter().find(|row| row.device_type == device_type);
+        let faster_from = row.and_then(|row| row.faster_from);
+        faster_from.is_some_and(|from| bytes.is_none_or(|bytes| bytes >= from))
+    }
+
+    /// Whether any of these rows leads through a device, so that it is worth opening one.
+    #[must_use]
+    pub fn any(rows: &[Self]) -> bool {
+        rows.iter().any(|row| row.faster_from.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kind of device has its row, and none is chosen that has not earned it.
+    #[test]
+    fn host_tensors_stay_on_the_cpu_until_a_row_says_otherwise() {
+        let kinds = [
+            wgpu::DeviceType::Other,
+            wgpu::DeviceType::IntegratedGpu,
+            wgpu::DeviceType::DiscreteGpu,
+            wgpu::DeviceType::VirtualGpu,
+            wgpu::DeviceType::Cpu,
+        ];
+        for kind in kinds {
+            assert_eq!(HOST_ROUTES.iter().filter(|row| row.device_type == kind).count(), 1);
+        }
+        assert!(!HostRoute::any(&HOST_ROUTES));
+        let faster_from = Some(1 << 20);
+        let mut rows = HOST_ROUTES;
+        rows[1] = HostRoute { device_type: wgpu::DeviceType::DiscreteGpu, faster_from };
+        assert!(HostRoute::any(&rows));
+        for kind in kinds {
+            let is_discrete = kind == wgpu::DeviceType::DiscreteGpu;
+            assert_eq!(HostRoute::leads_through(&rows, kind, None), is_discrete);
+            assert_eq!(HostRoute::leads_through(&rows, kind, Some(1 << 20)), is_discrete);
+            assert!(!HostRoute::leads_through(&rows, kind, Some((1 << 20) - 1)));
+        }
+        assert!(!HostRoute::leads_through(&[], wgpu::DeviceType::DiscreteGpu, None));
     }
 }
