@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
+use futures_intrusive::channel::shared::{OneshotReceiver, oneshot_channel};
+
 use crate::Error;
 
 /// How a readback waits for the device.
@@ -98,9 +100,6 @@ impl GpuDevice {
     }
 
     /// Copies parts of buffers (offset and size) to the host, one after another, and waits for them.
-    ///
-    /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
-    /// never needs it.
     pub(super) async fn read(&self, parts: &[(&wgpu::Buffer, u64, u64)], wait: Wait) -> Result<Vec<u8>, Error> {
         let size = parts.iter().map(|(.., size)| size).sum();
         let staging = self.scoped(|| {
@@ -119,19 +118,53 @@ impl GpuDevice {
             self.queue.submit([encoder.finish()]);
             staging
         })?;
-        let (sender, receiver) = futures_intrusive::channel::shared::oneshot_channel();
+        let (sender, receiver) = oneshot_channel();
         self.scoped(|| {
             staging.map_async(wgpu::MapMode::Read, .., move |result| {
                 // The receiver is gone if the report's future was dropped; then nobody wants the answer.
                 let _ = sender.send(result);
             });
         })?;
+        let result = self.answer(&receiver, wait).await?;
+        match result {
+            Some(Ok(())) => {}
+            _ => {
+                self.check_not_lost()?;
+                return Err(Error::DeviceLost("a buffer could not be mapped".into()));
+            }
+        }
+        let bytes = staging.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?.to_vec();
+        staging.unmap();
+        Ok(bytes)
+    }
+
+    /// Waits until the device has done all that was submitted.
+    pub(super) async fn finished(&self, wait: Wait) -> Result<(), Error> {
+        let (sender, receiver) = oneshot_channel();
+        self.scoped(|| {
+            self.queue.on_submitted_work_done(move || {
+                // The receiver is gone if the future was dropped; then nobody waits.
+                let _ = sender.send(());
+            });
+        })?;
+        match self.answer(&receiver, wait).await? {
+            // wgpu calls back for a lost device too.
+            Some(()) => self.check_not_lost(),
+            None => Err(Error::DeviceLost("it dropped what it was to call back".into())),
+        }
+    }
+
+    /// What a callback of the device sends; None if it was dropped uncalled.
+    ///
+    /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
+    /// never needs it.
+    async fn answer<T>(&self, receiver: &OneshotReceiver<T>, wait: Wait) -> Result<Option<T>, Error> {
         #[cfg(not(target_arch = "wasm32"))]
         if wait == Wait::Sleeping {
             self.wait()?;
         }
         let mut answer = std::pin::pin!(receiver.receive());
-        let result = std::future::poll_fn(|context| {
+        std::future::poll_fn(|context| {
             if let std::task::Poll::Ready(result) = answer.as_mut().poll(context) {
                 return std::task::Poll::Ready(Ok(result));
             }
@@ -143,17 +176,7 @@ impl GpuDevice {
             }
             std::task::Poll::Pending
         })
-        .await?;
-        match result {
-            Some(Ok(())) => {}
-            _ => {
-                self.check_not_lost()?;
-                return Err(Error::DeviceLost("a buffer could not be mapped".into()));
-            }
-        }
-        let bytes = staging.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?.to_vec();
-        staging.unmap();
-        Ok(bytes)
+        .await
     }
 
     /// Lets finished work call back.

@@ -83,7 +83,7 @@ struct Constants {
 }
 
 impl Kernel {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Norm { .. } => "norm",
             Self::NormEach { .. } => "norm_each",
