@@ -97,10 +97,6 @@ struct Machine<'a> {
     limits: Limits,
     /// Whether the device's own clock tells the time.
     device_clock: bool,
-    /// Bytes that one buffer may have.
-    largest: u64,
-    /// Bytes that a sweep goes up to by itself.
-    sweep: u64,
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
@@ -112,11 +108,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     if let Some(why) = backend.fallback.as_ref().filter(|_| !args.json) {
         remark(&format!("{why}: measuring the CPU"));
     }
+    let dtypes = if args.dtype.is_empty() { vec![Dtype::F32, Dtype::F16, Dtype::BF16] } else { args.dtype.clone() };
+    // Before anything is measured: what cannot be run is told at once.
+    let sets = sets(&backend, args, &dtypes)?;
     let spinner = progress::spinner("measuring copy and read speed", args.json);
     let machine = Machine::new(&backend, args.host_clock)?;
     drop(spinner);
-    let dtypes = if args.dtype.is_empty() { vec![Dtype::F32, Dtype::F16, Dtype::BF16] } else { args.dtype.clone() };
-    let sets = machine.sets(args, &dtypes)?;
     if backend.adapter().is_some() && !machine.device_clock {
         let why = if args.host_clock { "as asked" } else { "the device has no timestamps" };
         remark(&format!("timed by the host's clock ({why}): recording, submitting and waiting included"));
@@ -174,59 +171,65 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
 /// Past this, a sweep on a CPU or a software device would take many minutes.
 const SOFTWARE_SWEEP: u64 = 4 * (64 << 20);
 
+/// How many bytes one buffer may have, and how many a sweep goes up to by itself.
+fn room(backend: &Backend) -> (u64, u64) {
+    let quarter = available_memory().map_or(2 << 30, |bytes| bytes / 4);
+    #[cfg(feature = "gpu")]
+    if let Some(gpu) = backend.gpu() {
+        use gradclip::wgpu::DeviceType;
+        let largest = gpu.device().limits().max_buffer_size;
+        let sweep = match gpu.adapter_info().device_type {
+            DeviceType::Cpu => quarter.min(SOFTWARE_SWEEP),
+            // It has memory of its own, of which only trying tells the size.
+            DeviceType::DiscreteGpu => largest,
+            _ => quarter,
+        };
+        return (largest, sweep.min(largest));
+    }
+    let _ = backend;
+    (available_memory().unwrap_or(isize::MAX as u64), quarter.min(SOFTWARE_SWEEP))
+}
+
+/// What is clipped, for each dtype.
+fn sets(backend: &Backend, args: &BenchArgs, dtypes: &[Dtype]) -> Result<Vec<Set>, Failure> {
+    let (largest, sweep) = room(backend);
+    let mut sizes = args.sizes.clone();
+    if sizes.is_empty() {
+        // Of all dtypes the same.
+        sizes.extend((5..25).map(|power| 1 << (2 * power)).take_while(|size| *size <= sweep / 4));
+    }
+    let mut sets = Vec::new();
+    for size in &sizes {
+        let label = size_label(*size);
+        let few = || Failure::Usage(format!("{label} elements are too few for so many tensors: raise --sizes"));
+        let set = Set::new(args.tensors.unwrap_or(Cut::One), *size).ok_or_else(few)?;
+        let bytes = dtypes.iter().map(|dtype| set.span * dtype.size() as u64).max().unwrap_or_default();
+        if bytes > largest {
+            let holder = backend.adapter().map_or("this memory".into(), |name| format!("a buffer of {name}"));
+            let (bytes, largest) = (bytes >> 20, largest >> 20);
+            return Err(Failure::Setup(format!(
+                "{label} elements take {bytes} MiB, and {holder} holds at most {largest} MiB; try smaller --sizes"
+            )));
+        }
+        sets.push(set);
+    }
+    if args.tensors.is_none() {
+        let most = sizes.iter().copied().max().unwrap_or_default();
+        // Smaller ones would be tensors of a few elements.
+        sets.extend(Set::new(Cut::Transformer, most).filter(|_| most >= 1 << 18));
+    }
+    Ok(sets)
+}
+
 impl<'a> Machine<'a> {
     fn new(backend: &'a Backend, host_clock: bool) -> Result<Self, Failure> {
-        let quarter = available_memory().map_or(2 << 30, |bytes| bytes / 4);
         #[cfg(feature = "gpu")]
         if let Some(gpu) = backend.gpu() {
-            use gradclip::wgpu::DeviceType;
             let (limits, device_clock) = crate::contender::gpu_limits(gpu)?;
-            let largest = gpu.device().limits().max_buffer_size;
-            let sweep = match gpu.adapter_info().device_type {
-                DeviceType::Cpu => quarter.min(SOFTWARE_SWEEP),
-                // It has memory of its own, of which only trying tells the size.
-                DeviceType::DiscreteGpu => largest,
-                _ => quarter,
-            };
-            let device_clock = device_clock && !host_clock;
-            return Ok(Self { backend, limits, device_clock, largest, sweep: sweep.min(largest) });
+            return Ok(Self { backend, limits, device_clock: device_clock && !host_clock });
         }
         let _ = host_clock;
-        let sweep = quarter.min(SOFTWARE_SWEEP);
-        let largest = available_memory().unwrap_or(isize::MAX as u64);
-        Ok(Self { backend, limits: cpu_limits(backend)?, device_clock: false, largest, sweep })
-    }
-
-    /// What is clipped, for each dtype.
-    fn sets(&self, args: &BenchArgs, dtypes: &[Dtype]) -> Result<Vec<Set>, Failure> {
-        let mut sizes = args.sizes.clone();
-        if sizes.is_empty() {
-            // Of all dtypes the same.
-            sizes.extend((5..25).map(|power| 1 << (2 * power)).take_while(|size| *size <= self.sweep / 4));
-        }
-        let mut sets = Vec::new();
-        for size in &sizes {
-            let bytes = dtypes.iter().map(|dtype| size * dtype.size() as u64).max().unwrap_or_default();
-            if bytes > self.largest {
-                let label = size_label(*size);
-                let largest = self.largest >> 20;
-                return Err(Failure::Setup(format!(
-                    "{label} elements take {} MiB, and {} holds at most {largest} MiB; try smaller --sizes",
-                    bytes >> 20,
-                    self.backend.adapter().map_or("this memory".into(), |name| format!("a buffer of {name}")),
-                )));
-            }
-            let cut = args.tensors.unwrap_or(Cut::One);
-            sets.push(Set::new(cut, *size).ok_or_else(|| {
-                Failure::Usage(format!("{} elements are too few for so many tensors: raise --sizes", size_label(*size)))
-            })?);
-        }
-        if args.tensors.is_none() {
-            let largest = sizes.iter().copied().max().unwrap_or_default();
-            // Smaller ones would be tensors of a few elements.
-            sets.extend(Set::new(Cut::Transformer, largest).filter(|_| largest >= 1 << 18));
-        }
-        Ok(sets)
+        Ok(Self { backend, limits: cpu_limits(backend)?, device_clock: false })
     }
 
     fn head(&self) -> String {

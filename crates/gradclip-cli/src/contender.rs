@@ -72,7 +72,8 @@ pub(crate) fn cpu_limits(backend: &Backend) -> Result<Limits, Failure> {
 /// Sorts, too.
 pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    let middle = values.len() / 2;
+    if values.len().is_multiple_of(2) { (values[middle - 1] + values[middle]) / 2.0 } else { values[middle] }
 }
 
 /// In host memory, on the CPU.
@@ -152,7 +153,7 @@ mod on_gpu {
         let clock = speeds.clock == Clock::Device;
         if !(speeds.copy.best.is_finite() && speeds.read.best.is_finite()) {
             return Err(Failure::Setup(
-                "the clock of this device stands still; time by the host's with --host-clock on another driver".into(),
+                "the clock of this device stands still; try another driver or backend: WGPU_BACKEND".into(),
             ));
         }
         let how = format!("{} MiB, {} and {}", speeds.bytes >> 20, speeds.copy.by, speeds.read.by);

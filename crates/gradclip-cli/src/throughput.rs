@@ -23,7 +23,7 @@ fn colour(case: Case) -> &'static str {
         Case::Norm => "#2166ac",
         Case::Unclipped => "#67a9cf",
         Case::Clipped => "#d7301f",
-        Case::Value => "#fdae61",
+        Case::Value => "#e08214",
     }
 }
 
