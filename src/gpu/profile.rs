@@ -291,10 +291,11 @@ impl GpuClipper {
         timed(device, 1, wait, |_, encoder, writes| read_back.record(encoder, writes)).await?;
         check("a plain copy").await?;
         let clear = |encoder: &mut wgpu::CommandEncoder| encoder.clear_buffer(&to, 0, None);
-        timed(device, 1, wait, |_, encoder, writes| between_passes(encoder, writes, clear)).await?;
+        timed(device, 1, wait, |_, encoder, writes| between_passes(encoder, writes.as_ref(), clear)).await?;
         let copy = |encoder: &mut wgpu::CommandEncoder| encoder.copy_buffer_to_buffer(&from, 0, &to, 0, None);
         let (spans, _) =
-            timed(device, SPEED_RUNS, wait, |_, encoder, writes| between_passes(encoder, writes, copy)).await?;
+            timed(device, SPEED_RUNS, wait, |_, encoder, writes| between_passes(encoder, writes.as_ref(), copy))
+                .await?;
         let by_command = Speed::of(2 * bytes, &spans, "copy_buffer_to_buffer");
         timed(device, 1, wait, |_, encoder, writes| read_back.record(encoder, writes)).await?;
         check("a copy of buffers").await?;
@@ -379,11 +380,11 @@ type Timestamps<'a> = wgpu::ComputePassTimestampWrites<'a>;
 /// Times what is no pass: from the end of an empty one to the end of another.
 fn between_passes(
     encoder: &mut wgpu::CommandEncoder,
-    writes: Option<Timestamps<'_>>,
+    writes: Option<&Timestamps<'_>>,
     record: impl FnOnce(&mut wgpu::CommandEncoder),
 ) {
     let stamp = |encoder: &mut wgpu::CommandEncoder, which: fn(&Timestamps<'_>) -> Option<u32>| {
-        let timestamp_writes = writes.as_ref().map(|writes| Timestamps {
+        let timestamp_writes = writes.map(|writes| Timestamps {
             query_set: writes.query_set,
             beginning_of_pass_write_index: None,
             end_of_pass_write_index: which(writes),

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::args::{BenchArgs, refuse};
 use crate::backend::Backend;
-use crate::contender::{Contender, Limits, OnCpu, cpu_limits, median};
+use crate::contender::{Contender, Limits, OnCpu, Part, cpu_limits, median};
 use crate::failure::Failure;
 use crate::output;
 use crate::progress;
@@ -28,6 +28,9 @@ pub(crate) enum Case {
 }
 
 pub(crate) const CASES: [Case; 4] = [Case::Norm, Case::Unclipped, Case::Clipped, Case::Value];
+
+/// Where [`Case::Clipped`] is in [`CASES`].
+const CLIPPED: usize = 2;
 
 impl Case {
     pub(crate) fn name(self) -> &'static str {
@@ -124,22 +127,27 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
 
     let bar = progress::count((dtypes.len() * sets.len() * CASES.len()) as u64, "measuring", args.json);
     let mut rows: Vec<Row> = Vec::new();
+    let mut passes = String::new();
+    let most = sets.iter().map(|set| set.elements).max().unwrap_or_default();
     for dtype in dtypes {
         let pattern = Pattern::new(dtype);
         for set in &sets {
             match machine.bench(&pattern, set, args, &bar) {
-                Ok(found) => {
+                Ok((found, parts)) => {
                     if !args.json {
                         bar.suspend(|| print(&found.iter().map(Row::text).collect::<String>()))?;
                     }
                     rows.extend(found);
+                    // Of the largest only: small ones are all alike, and many.
+                    if set.elements >= most / 2 {
+                        passes += &machine.passes(dtype, set, &parts);
+                    }
                 }
                 // Without --sizes it goes up to what there is room for, which nothing but trying tells.
                 Err(Failure::Library(gradclip::Error::OutOfMemory(_))) if args.sizes.is_empty() && !rows.is_empty() => {
                     let size = size_label(set.elements);
-                    bar.suspend(|| {
-                        remark(&format!("{dtype} ends before {size} elements: the device has no more memory"))
-                    });
+                    let why = format!("{dtype} ends before {size} elements: the device has no more memory");
+                    bar.suspend(|| remark(&why));
                     break;
                 }
                 Err(error) => return Err(error),
@@ -161,6 +169,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             read_gb_s: machine.limits.read / 1e9,
             rows: &rows,
         });
+    }
+    if !passes.is_empty() {
+        let (median, speed, share) = ("median", "GB/s", "of copy");
+        let title = "passes of a clipped step";
+        print(&format!("\n{title:<38} {median:>9} {speed:>7} {share:>7}\n{passes}"))?;
     }
     match &args.plot {
         Some(path) => print(&format!("\n{}", table(&[("plot", path.display().to_string())]))),
@@ -244,7 +257,33 @@ impl<'a> Machine<'a> {
         format!("{}\n{columns}", table(&lines))
     }
 
-    fn bench(&self, pattern: &Pattern, set: &Set, args: &BenchArgs, bar: &ProgressBar) -> Result<Vec<Row>, Failure> {
+    /// A line for each part of a step.
+    fn passes(&self, dtype: Dtype, set: &Set, parts: &[Part]) -> String {
+        let line = |part: &Part| {
+            let text = format!(
+                "{:<8} {:>10} {:>7}  {:<9} {:>9}",
+                dtype.to_string(),
+                size_label(set.elements),
+                set.tensors.len(),
+                part.name,
+                time(part.seconds),
+            );
+            if part.bytes == 0 {
+                return text + "\n";
+            }
+            let speed = part.bytes as f64 / part.seconds;
+            format!("{text} {:>7} {:>7.2}\n", fixed(speed / 1e9), speed / self.limits.copy)
+        };
+        parts.iter().map(line).collect()
+    }
+
+    fn bench(
+        &self,
+        pattern: &Pattern,
+        set: &Set,
+        args: &BenchArgs,
+        bar: &ProgressBar,
+    ) -> Result<(Vec<Row>, Vec<Part>), Failure> {
         let norm = pattern.norm(set, false);
         let clips = CASES.iter().map(|case| case.clip(norm)).collect::<Result<Vec<_>, _>>()?;
         #[cfg(feature = "gpu")]
@@ -274,7 +313,8 @@ impl<'a> Machine<'a> {
             });
             bar.inc(1);
         }
-        Ok(rows)
+        let parts = if args.json { Vec::new() } else { contender.parts(CLIPPED)? };
+        Ok((rows, parts))
     }
 
     /// The seconds of each run. Every one is checked, and those that write begin with gradients as they were made.
@@ -344,11 +384,6 @@ const MOST_RUNS: usize = 1000;
 
 impl Row {
     fn text(&self) -> String {
-        let time = |seconds: f64| match seconds {
-            s if s < 1e-3 => format!("{} us", fixed(s * 1e6)),
-            s if s < 1.0 => format!("{} ms", fixed(s * 1e3)),
-            s => format!("{} s", fixed(s)),
-        };
         format!(
             "{:<8} {:>10} {:>7}  {:<9} {:>9} {:>9} {:>5} {:>7} {:>7.2}\n",
             self.dtype.to_string(),
@@ -361,6 +396,14 @@ impl Row {
             fixed(self.gb_s),
             self.of_copy,
         )
+    }
+}
+
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-3 => format!("{} us", fixed(s * 1e6)),
+        s if s < 1.0 => format!("{} ms", fixed(s * 1e3)),
+        s => format!("{} s", fixed(s)),
     }
 }
 

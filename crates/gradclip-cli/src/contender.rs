@@ -27,6 +27,19 @@ pub(crate) trait Contender {
     fn measure(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure>;
     /// Clips them; the seconds it took, and the report.
     fn apply(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure>;
+    /// What the parts of a step take, medians of a few; nothing where there is no profiler.
+    fn parts(&mut self, _clip: usize) -> Result<Vec<Part>, Failure> {
+        Ok(Vec::new())
+    }
+}
+
+/// A part of a step.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) name: &'static str,
+    pub(crate) seconds: f64,
+    /// What it must move; 0 for what only looks at tables.
+    pub(crate) bytes: u64,
 }
 
 /// Bytes copied and read to learn the machine's limits: past the caches.
@@ -140,7 +153,7 @@ pub(crate) use on_gpu::{OnGpu, gpu_limits};
 
 #[cfg(feature = "gpu")]
 mod on_gpu {
-    use gradclip::gpu::{Clock, GpuClipper, GpuPlan, GpuTensor};
+    use gradclip::gpu::{Clock, GpuClipper, GpuPlan, GpuTensor, Pass};
     use gradclip::wgpu;
 
     use super::*;
@@ -159,6 +172,9 @@ mod on_gpu {
         let how = format!("{} MiB, {} and {}", speeds.bytes >> 20, speeds.copy.by, speeds.read.by);
         Ok((Limits { copy: speeds.copy.median, read: speeds.read.median, how }, clock))
     }
+
+    /// Steps whose parts are timed.
+    const PROFILES: usize = 5;
 
     /// In device memory.
     pub(crate) struct OnGpu<'a> {
@@ -250,6 +266,20 @@ mod on_gpu {
 
         fn apply(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure> {
             self.step(&self.clipping[clip])
+        }
+
+        fn parts(&mut self, clip: usize) -> Result<Vec<Part>, Failure> {
+            let mut profiles = Vec::new();
+            for _ in 0..PROFILES {
+                self.restore()?;
+                profiles.push(self.clipping[clip].profile_blocking()?.passes);
+            }
+            self.restore()?;
+            let part = |(i, pass): (usize, &Pass)| {
+                let mut seconds: Vec<_> = profiles.iter().map(|passes| passes[i].seconds).collect();
+                Part { name: pass.name, seconds: median(&mut seconds), bytes: pass.bytes }
+            };
+            Ok(profiles[0].iter().enumerate().map(part).collect())
         }
     }
 }

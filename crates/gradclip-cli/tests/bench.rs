@@ -106,6 +106,11 @@ fn a_table_for_people() {
             assert!(run.stdout.contains(words), "{words}: {run:?}");
         }
         assert!(run.stdout.contains(if *backend == "cpu" { "CPU" } else { "GPU" }), "{run:?}");
+        // Of so few elements there is one partial, and nothing to merge.
+        for pass in ["measure", "decide", "apply"] {
+            let lines = run.stdout.lines().filter(|line| line.contains(&format!("  {pass} "))).count();
+            assert_eq!(lines, if *backend == "cpu" { 0 } else { 2 }, "{pass}: {run:?}");
+        }
     }
 }
 
