@@ -131,7 +131,13 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let most = sets.iter().map(|set| set.elements).max().unwrap_or_default();
     for dtype in dtypes {
         let pattern = Pattern::new(dtype);
+        // Bytes that there was no room for.
+        let mut room = u64::MAX;
         for set in &sets {
+            let bytes = set.span * dtype.size() as u64;
+            if bytes >= room {
+                continue;
+            }
             match machine.bench(&pattern, set, args, &bar) {
                 Ok((found, parts)) => {
                     if !args.json {
@@ -145,10 +151,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
                 }
                 // Without --sizes it goes up to what there is room for, which nothing but trying tells.
                 Err(Failure::Library(gradclip::Error::OutOfMemory(_))) if args.sizes.is_empty() && !rows.is_empty() => {
-                    let size = size_label(set.elements);
-                    let why = format!("{dtype} ends before {size} elements: the device has no more memory");
+                    let why = format!("no memory for {} elements of {dtype}: left out", size_label(set.elements));
                     bar.suspend(|| remark(&why));
-                    break;
+                    room = bytes;
                 }
                 Err(error) => return Err(error),
             }
@@ -327,12 +332,10 @@ impl<'a> Machine<'a> {
         budget: f64,
     ) -> Result<Vec<f64>, Failure> {
         let norm = pattern.norm(set, false);
-        let start = Instant::now();
+        let mut start = Instant::now();
         let mut seconds = Vec::new();
-        // The first run warms up.
         for run in 0..=MOST_RUNS {
-            let (took, report) =
-                if case == Case::Norm { contender.measure(number)? } else { contender.apply(number)? };
+            let (took, report) = if case == Case::Norm { contender.measure()? } else { contender.apply(number)? };
             if took <= 0.0 {
                 return Err(Failure::Setup("the clock of this device stands still: use --host-clock".into()));
             }
@@ -343,7 +346,7 @@ impl<'a> Machine<'a> {
                 self.check(case, "norm", report.total_norm, norm, tolerance)?;
             }
             if case.writes() {
-                let left = contender.measure(0)?.1.total_norm;
+                let left = contender.measure()?.1.total_norm;
                 let want = if case == Case::Value { pattern.norm(set, true) } else { norm / 2.0 };
                 // Products are rounded once, to 24, 11 or 8 bits.
                 let rounding = match pattern.dtype {
@@ -354,7 +357,10 @@ impl<'a> Machine<'a> {
                 self.check(case, "norm of what it leaves", left, want, rounding + tolerance)?;
                 contender.restore()?;
             }
-            if run > 0 {
+            if run == 0 {
+                // It warmed up, and compiled.
+                start = Instant::now();
+            } else {
                 seconds.push(took);
             }
             if seconds.len() >= LEAST_RUNS && start.elapsed().as_secs_f64() >= budget {

@@ -19,13 +19,13 @@ pub(crate) struct Limits {
     pub(crate) how: String,
 }
 
-/// Gradients and the clips of them, by number.
+/// Gradients and the clips of them, by number. The first only measures.
 pub(crate) trait Contender {
     /// Puts the gradients back as they were made.
     fn restore(&mut self) -> Result<(), Failure>;
-    /// Measures them with a clip and writes nothing.
-    fn measure(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure>;
-    /// Clips them; the seconds it took, and the report.
+    /// Measures them by the first clip, and writes nothing; the seconds it took, and the report.
+    fn measure(&mut self) -> Result<(f64, ClipReport), Failure>;
+    /// Clips them likewise.
     fn apply(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure>;
     /// What the parts of a step take, medians of a few; nothing where there is no profiler.
     fn parts(&mut self, _clip: usize) -> Result<Vec<Part>, Failure> {
@@ -59,7 +59,7 @@ fn memory(bytes: usize) -> Result<MmapMut, Failure> {
 /// By plain loops on the backend's threads.
 pub(crate) fn cpu_limits(backend: &Backend) -> Result<Limits, Failure> {
     let (mut from, mut to) = (memory(LIMIT_BYTES)?, memory(LIMIT_BYTES)?);
-    from.par_chunks_mut(PART).enumerate().for_each(|(i, part)| part.fill(i as u8 | 1));
+    backend.install(|| from.par_chunks_mut(PART).enumerate().for_each(|(i, part)| part.fill(i as u8 | 1)));
     let copy = |from: &[u8], to: &mut [u8]| {
         to.par_chunks_mut(PART).zip(from.par_chunks(PART)).for_each(|(to, from)| to.copy_from_slice(from));
     };
@@ -73,7 +73,7 @@ pub(crate) fn cpu_limits(backend: &Backend) -> Result<Limits, Failure> {
         let start = Instant::now();
         let sum = backend.install(|| read(&from));
         reads.push(start.elapsed().as_secs_f64());
-        if sum != read(&to) {
+        if sum != backend.install(|| read(&to)) {
             return Err(Failure::Setup("a plain copy of memory is not what was copied".into()));
         }
     }
@@ -132,11 +132,11 @@ impl Contender for OnCpu<'_> {
         Ok(())
     }
 
-    fn measure(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure> {
+    fn measure(&mut self) -> Result<(f64, ClipReport), Failure> {
         let tensors = tensors(self.set, self.pattern.dtype, &mut self.memory)?;
         let tensors: Vec<Tensor<'_>> = tensors.iter().map(TensorMut::as_tensor).collect();
         let start = Instant::now();
-        let report = self.backend.measure(&self.clips[clip], &tensors)?;
+        let report = self.backend.measure(&self.clips[0], &tensors)?;
         Ok((start.elapsed().as_secs_f64(), report))
     }
 
@@ -182,7 +182,7 @@ mod on_gpu {
         /// The pattern, over and over again.
         source: wgpu::Buffer,
         gradients: wgpu::Buffer,
-        measuring: Vec<GpuPlan>,
+        measuring: GpuPlan,
         clipping: Vec<GpuPlan>,
         /// Whether the host's clock tells the time whatever the device has.
         host_clock: bool,
@@ -224,7 +224,7 @@ mod on_gpu {
             }
             let tensor = |range: &std::ops::Range<u64>| GpuTensor::new(&gradients, pattern.dtype, range.clone());
             let tensors = set.tensors.iter().map(tensor).collect::<Result<Vec<_>, _>>()?;
-            let measuring = clips.iter().map(|clip| gpu.plan_measure(clip, &tensors)).collect::<Result<_, _>>()?;
+            let measuring = gpu.plan_measure(&clips[0], &tensors)?;
             let clipping = clips.iter().map(|clip| gpu.plan(clip, &tensors)).collect::<Result<_, _>>()?;
             Ok(Self { gpu, source, gradients, measuring, clipping, host_clock })
         }
@@ -260,8 +260,8 @@ mod on_gpu {
             self.wait()
         }
 
-        fn measure(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure> {
-            self.step(&self.measuring[clip])
+        fn measure(&mut self) -> Result<(f64, ClipReport), Failure> {
+            self.step(&self.measuring)
         }
 
         fn apply(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure> {
