@@ -183,48 +183,57 @@ fn cpu_scopes(c: &mut Criterion) {
 
 #[cfg(feature = "gpu")]
 fn gpu(c: &mut Criterion) {
-    use gradclip::gpu::{GpuClipper, GpuTensor};
+    use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
     use gradclip::wgpu;
     let gpu = GpuClipper::open_blocking().expect("the GPU benches need an adapter; `cargo bench -- cpu` needs none");
     let info = gpu.adapter_info();
     let mut group = c.benchmark_group(format!("gpu ({}, {})", info.name, info.backend));
     group.sample_size(20);
     let (device, queue) = (gpu.device(), gpu.queue());
-    let run = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
-        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        record(&mut encoder);
-        let start = Instant::now();
-        queue.submit([encoder.finish()]);
-        device.poll(wgpu::PollType::wait_indefinitely()).expect("the device is there");
-        start.elapsed()
+    // By the device's timestamps where it has them, else by the host's clock.
+    let step = |plan: &GpuPlan| {
+        let profile = plan.time_blocking().expect("finite");
+        (Duration::from_secs_f64(profile.seconds), profile.reports[0].clone())
+    };
+    let fed = |buffer: &wgpu::Buffer, data: &[f32], plan: &GpuPlan| {
+        queue.write_buffer(buffer, 0, bytemuck::cast_slice(data));
+        step(plan)
     };
     for len in SIZES {
         let data = gradients(len);
         let norm = exact_norm(&data);
         let bytes = 4 * len as u64;
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
-        let buffer = || {
-            device.create_buffer(&wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation: false })
-        };
-        let (grads, copy) = (buffer(), buffer());
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+        let grads = device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: bytes,
+            usage,
+            mapped_at_creation: false,
+        });
         let tensors = [GpuTensor::f32(&grads, ..).expect("valid")];
         queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
 
-        group.throughput(Throughput::Bytes(2 * bytes));
-        group.bench_function(BenchmarkId::new("copy", len), |b| {
-            b.iter_custom(|times| {
-                (0..times).map(|_| run(&|e| e.copy_buffer_to_buffer(&grads, 0, &copy, 0, None))).sum()
+        for (name, moves) in [("plain read", 1), ("plain copy", 2)] {
+            group.throughput(Throughput::Bytes(moves * bytes));
+            group.bench_function(BenchmarkId::new(name, len), |b| {
+                b.iter_custom(|times| {
+                    let speeds = gpu.speeds_blocking(bytes).expect("the device is there");
+                    let speed = if moves == 1 { speeds.read } else { speeds.copy };
+                    Duration::from_secs_f64(times as f64 * (moves * bytes) as f64 / speed.median)
+                });
             });
-        });
+        }
         let unclipped = gpu.plan(&Clip::norm(2.0 * norm).expect("valid"), &tensors).expect("planned");
         group.throughput(Throughput::Bytes(bytes));
         group.bench_function(BenchmarkId::new("unclipped", len), |b| {
             b.iter_custom(|times| {
-                let spent = (0..times).map(|_| run(&|e| unclipped.encode(e).expect("encoded"))).sum();
-                let report = unclipped.report_blocking().expect("finite");
-                assert!(!report.clipped);
-                assert_close(report.total_norm, norm);
-                spent
+                let one = |_| {
+                    let (spent, report) = step(&unclipped);
+                    assert!(!report.clipped);
+                    assert_close(report.total_norm, norm);
+                    spent
+                };
+                (0..times).map(one).sum()
             });
         });
         // Each step brings the norm to 1 and is fed the original again.
@@ -232,16 +241,13 @@ fn gpu(c: &mut Criterion) {
         group.throughput(Throughput::Bytes(3 * bytes));
         group.bench_function(BenchmarkId::new("clipped", len), |b| {
             b.iter_custom(|times| {
-                let mut spent = Duration::ZERO;
-                for _ in 0..times {
-                    queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
-                    run(&|_| ());
-                    spent += run(&|e| clipped.encode(e).expect("encoded"));
-                }
-                let report = clipped.report_blocking().expect("finite");
-                assert!(report.clipped);
-                assert_close(report.total_norm, norm);
-                spent
+                let one = |_| {
+                    let (spent, report) = fed(&grads, &data, &clipped);
+                    assert!(report.clipped);
+                    assert_close(report.total_norm, norm);
+                    spent
+                };
+                (0..times).map(one).sum()
             });
         });
     }
@@ -258,19 +264,17 @@ fn gpu(c: &mut Criterion) {
         let (measure, both) = (measure.expect("planned"), both.expect("planned"));
         group.throughput(Throughput::Bytes(4 * data.len() as u64));
         group.bench_function(BenchmarkId::new("measure", name), |b| {
-            b.iter_custom(|times| (0..times).map(|_| run(&|e| measure.encode(e).expect("encoded"))).sum());
+            b.iter_custom(|times| (0..times).map(|_| step(&measure).0).sum());
         });
         group.throughput(Throughput::Bytes(12 * data.len() as u64));
         group.bench_function(BenchmarkId::new("clip", name), |b| {
             b.iter_custom(|times| {
-                let mut spent = Duration::ZERO;
-                for _ in 0..times {
-                    queue.write_buffer(&grads, 0, bytemuck::cast_slice(&data));
-                    run(&|_| ());
-                    spent += run(&|e| both.encode(e).expect("encoded"));
-                }
-                assert!(both.report_blocking().expect("finite").clipped);
-                spent
+                let one = |_| {
+                    let (spent, report) = fed(&grads, &data, &both);
+                    assert!(report.clipped);
+                    spent
+                };
+                (0..times).map(one).sum()
             });
         });
     }

@@ -14,7 +14,6 @@ How it measures:
 
 import argparse
 import ctypes
-import datetime
 import functools
 import gc
 import importlib.metadata
@@ -24,7 +23,6 @@ import pathlib
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 
@@ -46,6 +44,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import torch  # noqa: E402
+from report import cpu_info, memory_gib, record, run, say, table  # noqa: E402
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm  # noqa: E402
 
 torch.set_num_threads(ARGS.threads)
@@ -315,25 +314,6 @@ def limit(kind, grads):
 
 
 # ---- the report ----
-
-LINES = []
-
-
-def say(text=""):
-    print(text, flush=True)
-    LINES.append(text)
-
-
-def table(title, note, columns, rows):
-    say(f"### {title}\n")
-    if note:
-        say(f"{note}\n")
-    say("| " + " | ".join(columns) + " |")
-    say("|" + "---|" * len(columns))
-    for row in rows:
-        say("| " + " | ".join(row) + " |")
-    say()
-
 
 COMPARED = ["case", "peer", "peer ms", "ours ms", "ratio", "of the minima", "wanted", "met"]
 
@@ -684,11 +664,6 @@ def flatness():
 # ---- the machine ----
 
 
-def cpu_info(field):
-    found = re.search(rf"^{field}\s*: (.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else ""
-
-
 def machine():
     flags = set(cpu_info("flags").split())
     relevant = [
@@ -696,35 +671,19 @@ def machine():
         for f in ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16"]
         if f in flags
     ]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     pages = re.search(r"\[(\w+)\]", pages.read_text())[1] if pages.exists() else "unknown"
-
-    def run(*command):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", "jax", "optax", "numpy"])
     name = cpu_info("model name") or platform.machine()
     return name, [
         f"- {name}, family {cpu_info('cpu family')}, model {cpu_info('model')}; {' '.join(relevant)}",
-        f"- {ARGS.threads} threads on {len(CORES)} of {os.cpu_count()} cores, {memory:.0f} GiB, huge pages: {pages}; "
+        f"- {ARGS.threads} threads on {len(CORES)} of {os.cpu_count()} cores, {memory_gib():.0f} GiB, huge pages: {pages}; "
         f"load before the run {os.getloadavg()[0]:.2f}",
         f"- {run('rustc', '--version')}, Python {platform.python_version()}, {versions}",
         f"- commit {run('git', 'describe', '--always', '--dirty')}; "
         f"`THREADS={ARGS.threads} scripts/bench-cpu.sh{' --quick' if ARGS.quick else ''}`",
     ]
-
-
-def record(name):
-    """Appends what was said to the record of this day and machine."""
-    now = datetime.datetime.now()
-    words = re.sub(r"\((R|TM)\)|@.*|\b(CPU|Processor)\b", "", name)
-    slug = "-".join(re.findall(r"[a-z0-9]+", words.lower()))
-    path = ARGS.records / f"{now:%Y-%m-%d}-{slug}-cpu-peers.md"
-    head = "" if path.exists() else f"# {now:%Y-%m-%d}: the CPU path beside its peers, {words.strip()}\n"
-    with path.open("a") as file:
-        file.write(head + f"\n## {now:%Y-%m-%d %H:%M}\n\n" + "\n".join(LINES).rstrip() + "\n")
-    print(f"recorded in {path}")
 
 
 NAME, ABOUT = machine()
@@ -735,4 +694,4 @@ beside_optax()
 small_tensors()
 flatness()
 if ARGS.records:
-    record(NAME)
+    record(ARGS.records, NAME, "cpu", "the CPU path")

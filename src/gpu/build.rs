@@ -41,7 +41,24 @@ pub(super) struct Group {
     pub(super) total: u32,
     pub(super) names: Vec<Option<Arc<str>>>,
     pub(super) elements: u64,
+    pub(super) bytes: Bytes,
     pub(super) given: bool,
+}
+
+/// How many bytes the elements of a group are, what the profiler tells throughput from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bytes {
+    pub(super) elements: u64,
+    pub(super) parameters: u64,
+    pub(super) sums: u64,
+}
+
+impl Bytes {
+    fn of(group: &GroupParts, job: &Job) -> Self {
+        let bytes = |pieces: &mut dyn Iterator<Item = &Piece>| pieces.map(|p| p.len * p.dtype.size() as u64).sum();
+        let sums = if let Job::Sum(pairs) = job { bytes(&mut pairs.iter().map(|(_, sum)| sum)) } else { 0 };
+        Self { elements: bytes(&mut group.pieces.iter()), parameters: bytes(&mut group.parameters.iter()), sums }
+    }
 }
 
 impl Group {
@@ -54,6 +71,7 @@ impl Group {
 /// A dispatch, with all that it binds.
 #[derive(Debug)]
 pub(super) struct Dispatch {
+    pub(super) kernel: Kernel,
     pipeline: wgpu::ComputePipeline,
     clip_group: wgpu::BindGroup,
     subject: wgpu::BindGroup,
@@ -405,6 +423,7 @@ impl PlanLayout {
             (params.first_segment, params.segments) = (first_segment, of.segments.count);
             self.params.push(params);
             self.groups.push(Group {
+                bytes: Bytes::of(&of, job),
                 clip: of.clip,
                 first_segment,
                 total: 0,
@@ -741,7 +760,7 @@ pub(super) fn dispatch(
         gpu.device.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
     })?;
     let workgroups = (x, workgroups.div_ceil(x));
-    Ok(Dispatch { pipeline, clip_group: clip_group.clone(), subject, workgroups, buffer: None })
+    Ok(Dispatch { kernel, pipeline, clip_group: clip_group.clone(), subject, workgroups, buffer: None })
 }
 
 #[cfg(test)]

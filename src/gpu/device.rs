@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
+use futures_intrusive::channel::shared::{OneshotReceiver, oneshot_channel};
+
 use crate::Error;
 
 /// How a readback waits for the device.
@@ -21,7 +23,7 @@ pub(super) const UPLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_WRITE.unio
 /// A buffer that is to be mapped when the submission that uses it is done.
 #[derive(Debug)]
 pub(super) struct Mapping {
-    answer: futures_intrusive::channel::shared::OneshotReceiver<Result<(), wgpu::BufferAsyncError>>,
+    answer: OneshotReceiver<Result<(), wgpu::BufferAsyncError>>,
     after: wgpu::SubmissionIndex,
 }
 
@@ -120,9 +122,6 @@ impl GpuDevice {
     }
 
     /// Copies parts of buffers (offset and size) to the host, one after another, and waits for them.
-    ///
-    /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
-    /// never needs it.
     pub(super) async fn read(&self, parts: &[(&wgpu::Buffer, u64, u64)], wait: Wait) -> Result<Vec<u8>, Error> {
         let size = parts.iter().map(|(.., size)| size).sum();
         let staging = self.storage("gradclip readback", size, DOWNLOAD)?;
@@ -149,7 +148,7 @@ impl GpuDevice {
         size: u64,
         after: wgpu::SubmissionIndex,
     ) -> Result<Mapping, Error> {
-        let (sender, answer) = futures_intrusive::channel::shared::oneshot_channel();
+        let (sender, answer) = oneshot_channel();
         self.scoped(|| {
             buffer.map_async(mode, ..size, move |result| {
                 // The receiver is gone if the future that asked was dropped; then nobody wants the answer.
@@ -160,15 +159,49 @@ impl GpuDevice {
     }
 
     /// Waits until what was to be mapped is.
-    #[cfg_attr(target_arch = "wasm32", expect(unused_variables, reason = "a browser knows by itself"))]
     pub(super) async fn mapped(&self, mapping: Mapping, wait: Wait) -> Result<(), Error> {
-        let Mapping { answer, after } = mapping;
+        if let Some(Ok(())) = self.answer(&mapping.answer, mapping.after, wait).await? {
+            return Ok(());
+        }
+        self.check_not_lost()?;
+        Err(Error::DeviceLost("a buffer could not be mapped".into()))
+    }
+
+    /// Submits commands, if there are any, and waits until the device has done them and all that was submitted before.
+    pub(super) async fn run(&self, commands: Option<wgpu::CommandBuffer>, wait: Wait) -> Result<(), Error> {
+        let (sender, receiver) = oneshot_channel();
+        let after = self.scoped(|| {
+            let after = self.queue.submit(commands);
+            self.queue.on_submitted_work_done(move || {
+                // The receiver is gone if the future was dropped; then nobody waits.
+                let _ = sender.send(());
+            });
+            after
+        })?;
+        match self.answer(&receiver, after, wait).await? {
+            // wgpu calls back for a lost device too.
+            Some(()) => self.check_not_lost(),
+            None => Err(Error::DeviceLost("it dropped what it was to call back".into())),
+        }
+    }
+
+    /// What a callback of the device sends after a submission; None if it was dropped uncalled.
+    ///
+    /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
+    /// never needs it.
+    #[cfg_attr(target_arch = "wasm32", expect(unused_variables, reason = "a browser knows by itself"))]
+    async fn answer<T>(
+        &self,
+        receiver: &OneshotReceiver<T>,
+        after: wgpu::SubmissionIndex,
+        wait: Wait,
+    ) -> Result<Option<T>, Error> {
         #[cfg(not(target_arch = "wasm32"))]
         if wait == Wait::Sleeping {
             self.wait(after)?;
         }
-        let mut answer = std::pin::pin!(answer.receive());
-        let result = std::future::poll_fn(|context| {
+        let mut answer = std::pin::pin!(receiver.receive());
+        std::future::poll_fn(|context| {
             if let std::task::Poll::Ready(result) = answer.as_mut().poll(context) {
                 return std::task::Poll::Ready(Ok(result));
             }
@@ -180,12 +213,7 @@ impl GpuDevice {
             }
             std::task::Poll::Pending
         })
-        .await?;
-        if let Some(Ok(())) = result {
-            return Ok(());
-        }
-        self.check_not_lost()?;
-        Err(Error::DeviceLost("a buffer could not be mapped".into()))
+        .await
     }
 
     /// Lets finished work call back.

@@ -199,7 +199,7 @@ struct Constants {
 }
 
 impl Kernel {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Norm { .. } => "norm",
             Self::NormEach { .. } => "norm_each",

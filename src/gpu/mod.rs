@@ -42,6 +42,7 @@ mod kernels;
 mod merge;
 mod number;
 mod plan;
+mod profile;
 mod readback;
 mod running;
 mod table;
@@ -67,6 +68,7 @@ pub use device::adapters;
 #[cfg(not(target_arch = "wasm32"))]
 pub use device::adapters_blocking;
 pub use plan::GpuPlan;
+pub use profile::{Clock, Pass, Profile, Speed, Speeds};
 pub use running::{GpuRunning, GpuRunningPlan};
 pub use threshold::DeviceThreshold;
 

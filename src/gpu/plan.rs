@@ -22,8 +22,8 @@ use crate::{ClipReport, Error, NonFinite, Scope};
 #[derive(Debug)]
 pub struct GpuPlan {
     pub(super) gpu: GpuClipper,
-    built: Built,
-    encoded: AtomicU64,
+    pub(super) built: Built,
+    pub(super) encoded: AtomicU64,
     reported: Mutex<Reported>,
 }
 

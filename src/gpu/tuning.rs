@@ -88,6 +88,50 @@ pub const LANE_ROW: u32 = 64;
 /// measured against other lengths yet.
 pub const LANE_COLUMN: u32 = 256;
 
+/// How a plain pass over memory is shared out, for [`GpuClipper::speeds`](super::GpuClipper::speeds).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sweep {
+    /// Invocations in a workgroup.
+    pub workgroup: u32,
+    /// Workgroups, each with an even share.
+    pub workgroups: u32,
+    /// Whether an invocation takes a run of its own; otherwise neighbours take turns.
+    pub runs: bool,
+}
+
+/// Runs of each pass that speeds are the medians of, beside one that warms up.
+pub const SPEED_RUNS: usize = 12;
+
+impl Sweep {
+    /// The row for a kind of device.
+    #[must_use]
+    pub fn of(device_type: wgpu::DeviceType) -> Self {
+        match device_type {
+            wgpu::DeviceType::Cpu => SOFTWARE_SWEEP,
+            _ => HARDWARE_SWEEP,
+        }
+    }
+}
+
+/// Software devices: what one invocation reads should be one run.
+///
+/// 128 MiB on llvmpipe with two cores, medians in GB/s of what is read, and read and written by the copy kernel
+/// (`copy_buffer_to_buffer`: 23 to 28):
+///
+/// | workgroup | workgroups | runs | read | copy |
+/// |---|---|---|---|---|
+/// | 32 | 64 | yes | 12.1 | 9.6 |
+/// | 32 | 256 | yes | 11.8 | 9.1 |
+/// | 32 | 1,024 | yes | 10.8 | 10.1 |
+/// | 64 | 256 | yes | 11.4 | 10.1 |
+/// | 128 | 256 | yes | 10.9 | 9.7 |
+/// | 32 | 256 | no | 3.9 | 3.7 |
+/// | 256 | 256 | no | 2.1 | 2.4 |
+pub const SOFTWARE_SWEEP: Sweep = Sweep { workgroup: 32, workgroups: 256, runs: true };
+
+/// Everything else. Not measured yet: the shape that CUB uses.
+pub const HARDWARE_SWEEP: Sweep = Sweep { workgroup: 256, workgroups: 4096, runs: false };
+
 impl Tuning {
     /// The row for a device.
     #[must_use]

@@ -12,6 +12,7 @@ use gradclip::{Budget, NonFinite, NormType, Scope, UnitAxis};
 
 use crate::failure::Failure;
 use crate::spec::{AXES, BUDGETS, Mode, Names, POLICIES, SCOPES, Spec};
+use crate::subject;
 
 #[derive(Debug, Parser)]
 #[command(name = "gradclip", version, about, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
@@ -38,6 +39,10 @@ const CLIP_USAGE: &str = "gradclip clip FILE -o OUT --max-norm N [OPTIONS]
 const VERIFY_USAGE: &str = "gradclip verify [--seed N] [--cases N] [OPTIONS]
        gradclip verify FILE [MODE and options of clip] [OPTIONS]";
 
+const BENCH: &str = "The gradients are made, and every answer that is timed is checked. Each row is one case: norm (measured \
+only), unclipped (a clip that finds nothing to do), clipped (by norm) and value (clipped by value). GB/s is what the case \
+must move over the median time: float32 4, 4, 12 and 8 bytes an element. A copy of n bytes moves 2 n.";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Measure the gradients in the files: their norm, and which are the largest
@@ -48,6 +53,9 @@ pub(crate) enum Command {
     /// Clip on GPU and CPU, and compare
     #[command(override_usage = VERIFY_USAGE)]
     Verify(VerifyArgs),
+    /// Measure the throughput of clips, against the device's own copy speed
+    #[command(after_help = BENCH)]
+    Bench(BenchArgs),
     /// List the devices that the GPU backend can use
     Devices(DevicesArgs),
 }
@@ -207,6 +215,38 @@ pub(crate) struct VerifyArgs {
     /// Print only what disagrees
     #[arg(long, short)]
     pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// How many elements, like 1000, 64Ki, 16Mi or 1Gi, separated by commas [default: 1Ki, 4Ki, ... to what the device and
+    /// a quarter of the free memory hold; at most 64Mi on the CPU and on software devices]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = subject::size)]
+    pub(crate) sizes: Vec<u64>,
+    /// Which dtypes, separated by commas: f32, f16, bf16 [default: all]
+    #[arg(long, value_name = "D", value_delimiter = ',', value_parser = subject::dtype)]
+    pub(crate) dtype: Vec<gradclip::Dtype>,
+    /// What a size is cut into: one tensor; the 291 tensors of a transformer of 7 G parameters, scaled down; or N tensors,
+    /// 64 times as long and short by turns [default: one, and at the largest size also transformer]
+    #[arg(long, value_name = "one|transformer|N", value_parser = subject::cut)]
+    pub(crate) tensors: Option<subject::Cut>,
+    /// How long each case runs again and again, in seconds; at least three times
+    #[arg(long, value_name = "S", default_value = "0.2", value_parser = subject::seconds)]
+    pub(crate) seconds: f64,
+    /// Time GPU steps by the host's clock, with recording, submitting and waiting, even where the device has a clock
+    #[arg(long)]
+    pub(crate) host_clock: bool,
+    /// Draw throughput against size into a new file
+    #[arg(long, value_name = "OUT.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Replace OUT.svg if it exists
+    #[arg(long, requires = "plot")]
+    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) backend: BackendArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

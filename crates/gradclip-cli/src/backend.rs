@@ -66,6 +66,12 @@ impl Backend {
         self.adapter.as_ref().map(|adapter| adapter.name.as_str())
     }
 
+    /// The GPU; `None` on the CPU.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn gpu(&self) -> Option<&GpuClipper> {
+        self.adapter.as_ref().map(|adapter| &adapter.gpu)
+    }
+
     /// Lets a bar follow the bytes that are measured.
     pub(crate) fn show_progress(&mut self, bar: &ProgressBar) {
         let bar = bar.clone();

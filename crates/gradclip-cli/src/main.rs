@@ -1,16 +1,18 @@
-//! The program `gradclip`: measures, clips and verifies gradients in safetensors files.
+//! The program `gradclip`: measures, clips and verifies gradients in safetensors files, and tells how fast it is.
 //!
-//! One file a command ([`norm`], [`clip`], [`verify`], [`devices`]), and what they share: [`args`] is the command line,
+//! One file a command ([`norm`], [`clip`], [`verify`], [`bench`], [`devices`]), and what they share: [`args`] is the command line,
 //! [`spec`] a clip as it was asked for, [`input`] and [`header`] read gradients, [`layout`], [`stream`] and
-//! [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws,
-//! [`failure`] holds the exit codes.
+//! [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws norms
+//! and [`throughput`] speeds, [`made`] and [`subject`] make gradients, [`contender`] times a step on them, [`failure`] holds the exit codes.
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and gradclip computes on their bytes in place");
 
 mod args;
 mod backend;
+mod bench;
 mod clip;
+mod contender;
 #[cfg(feature = "gpu")]
 mod devices;
 mod failure;
@@ -26,6 +28,8 @@ mod progress;
 mod report;
 mod spec;
 mod stream;
+mod subject;
+mod throughput;
 #[cfg(feature = "gpu")]
 mod verify;
 
@@ -58,6 +62,7 @@ fn run(command: &Command) -> Result<(), Failure> {
     match command {
         Command::Norm(args) => norm::run(args),
         Command::Clip(args) => clip::run(args),
+        Command::Bench(args) => bench::run(args),
         #[cfg(feature = "gpu")]
         Command::Verify(args) => verify::run(args),
         #[cfg(feature = "gpu")]

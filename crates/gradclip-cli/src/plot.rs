@@ -14,7 +14,7 @@ pub(crate) struct Row {
 }
 
 /// Where things lie, in pixels.
-const WIDTH: f64 = 960.0;
+pub(crate) const WIDTH: f64 = 960.0;
 const TOP: f64 = 84.0;
 const BOTTOM: f64 = 40.0;
 /// The height of all rows together, as long as each can be told from the next.
@@ -150,6 +150,6 @@ fn abbreviated(label: &str) -> String {
 }
 
 /// As XML wants text. Control characters are escaped before.
-fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

@@ -10,7 +10,6 @@ pub(crate) fn bytes(length: u64, doing: &'static str, hidden: bool) -> ProgressB
 }
 
 /// A bar for a number of things.
-#[cfg(feature = "gpu")]
 pub(crate) fn count(length: u64, doing: &'static str, hidden: bool) -> ProgressBar {
     styled(Some(length), "{msg} {wide_bar} {pos}/{len} {eta}", doing, hidden)
 }

@@ -119,7 +119,15 @@ fn a_norm_of_non_finite_gradients_is_0() {
 
 #[test]
 fn help_is_0_and_fits_a_terminal() {
-    for args in [&["--help"][..], &["norm", "-h"], &["clip", "-h"], &["verify", "-h"], &["devices", "-h"]] {
+    for args in [
+        &["--help"][..],
+        &["norm", "-h"],
+        &["clip", "-h"],
+        &["verify", "-h"],
+        &["bench", "-h"],
+        &["bench", "--help"],
+        &["devices", "-h"],
+    ] {
         let run = gradclip(args).succeeded();
         let wide = run.stdout.lines().find(|line| line.chars().count() > 80);
         assert_eq!(wide, None);

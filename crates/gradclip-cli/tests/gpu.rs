@@ -106,7 +106,8 @@ fn no_adapter_at_all() {
     let out = Folder::new();
     let path = out.path("out");
     let verified = ["clip", EXAMPLE, "-o", path.to_str().unwrap(), "--max-norm", "1", "--backend", "cpu", "--verify"];
-    for args in [&["norm", EXAMPLE, "--backend", "gpu"][..], &["verify"], &verified] {
+    let bench = ["bench", "--backend", "gpu", "--sizes", "1Ki"];
+    for args in [&["norm", EXAMPLE, "--backend", "gpu"][..], &["verify"], &verified, &bench] {
         run(args).failed(1, &["no GPU adapter found", "use the CPU"]);
     }
     assert!(out.names().is_empty());

@@ -1,0 +1,206 @@
+//! Throughput as a picture: a panel for each dtype, a curve for each case, and the copy speed as the ceiling.
+
+use std::fmt::Write;
+
+use gradclip::Dtype;
+
+use crate::bench::{CASES, Case, Row};
+use crate::plot::{WIDTH, escaped};
+use crate::report::{number, plural};
+use crate::subject::size_label;
+
+/// Where things lie, in pixels.
+const LEFT: f64 = 64.0;
+const RIGHT: f64 = WIDTH - 150.0;
+const TOP: f64 = 88.0;
+const PANEL: f64 = 220.0;
+const GAP: f64 = 48.0;
+const BOTTOM: f64 = 48.0;
+
+/// Told apart in grey, too: by lightness, and by the mark.
+fn colour(case: Case) -> &'static str {
+    match case {
+        Case::Norm => "#2166ac",
+        Case::Unclipped => "#67a9cf",
+        Case::Clipped => "#d7301f",
+        Case::Value => "#e08214",
+    }
+}
+
+/// An SVG document of its own; `limits` are the copy and the read speed, in GB/s.
+pub(crate) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> String {
+    let mut dtypes: Vec<Dtype> = Vec::new();
+    for row in rows.iter().filter(|row| row.gb_s.is_finite()) {
+        if !dtypes.contains(&row.dtype) {
+            dtypes.push(row.dtype);
+        }
+    }
+    let log = |elements: u64| (elements as f64).log2();
+    let lowest = rows.iter().map(|row| log(row.elements)).fold(f64::INFINITY, f64::min);
+    let highest = rows.iter().map(|row| log(row.elements)).fold(f64::NEG_INFINITY, f64::max);
+    let (lowest, highest) = if highest > lowest { (lowest, highest) } else { (lowest - 1.0, highest + 1.0) };
+    let x = |elements: u64| LEFT + (log(elements) - lowest) / (highest - lowest) * (RIGHT - LEFT);
+    let fastest = rows.iter().map(|row| row.gb_s).chain([copy, read]).filter(|y| y.is_finite()).fold(0.0, f64::max);
+    let step = nice_step(fastest.max(1e-9) / 5.0);
+    let most = (fastest.max(1e-9) * 1.04 / step).ceil() * step;
+
+    let height = TOP + dtypes.len() as f64 * (PANEL + GAP) - GAP + BOTTOM;
+    let mut svg = format!(
+        r##"<?xml version="1.0" encoding="UTF-8"?>
+<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12" fill="#333">
+<rect width="100%" height="100%" fill="#fff"/>
+<text x="24" y="30" font-size="16" font-weight="bold">{}</text>
+<text x="24" y="50">GB/s of the bytes that a case must move, against the number of elements; hollow: cut into many tensors</text>
+"##,
+        escaped(title)
+    );
+    for (panel, dtype) in dtypes.iter().enumerate() {
+        let top = TOP + panel as f64 * (PANEL + GAP);
+        let y = |speed: f64| top + PANEL * (1.0 - speed / most);
+        let rows: Vec<_> = rows.iter().filter(|row| row.dtype == *dtype && row.gb_s.is_finite()).collect();
+        axes(&mut svg, (top, step, most), (lowest, highest));
+        let _ = writeln!(svg, r#"<text x="{LEFT}" y="{:.1}" font-weight="bold">{dtype}</text>"#, top - 8.0);
+        // At the right end: what is drawn, each name at its curve's height, but apart from the others.
+        let mut names = vec![(y(copy), format!("copy {}", number(copy, 3)), "#333")];
+        if y(read) - y(copy) > 1.0 || y(copy) - y(read) > 1.0 {
+            names.push((y(read), format!("read {}", number(read, 3)), "#777"));
+        }
+        for (speed, style) in [(copy, r##"stroke="#333" stroke-width="2""##), (read, r##"stroke="#999""##)] {
+            let at = y(speed);
+            let _ = writeln!(
+                svg,
+                r#"<line x1="{LEFT}" x2="{RIGHT}" y1="{at:.1}" y2="{at:.1}" {style} stroke-dasharray="8 4"/>"#
+            );
+        }
+        for case in CASES {
+            let of_case: Vec<&Row> = rows.iter().copied().filter(|row| row.case == case).collect();
+            let mut counts: Vec<_> = of_case.iter().map(|row| row.tensors).collect();
+            counts.sort_unstable();
+            counts.dedup();
+            for tensors in counts {
+                let mut points: Vec<&Row> = of_case.iter().copied().filter(|row| row.tensors == tensors).collect();
+                points.sort_by_key(|row| row.elements);
+                curve(
+                    &mut svg,
+                    case,
+                    &points.iter().map(|row| (x(row.elements), y(row.gb_s), *row)).collect::<Vec<_>>(),
+                );
+            }
+            let last = of_case.iter().max_by_key(|row| (row.tensors == 1, row.elements));
+            names.extend(last.map(|row| (y(row.gb_s), case.name().to_owned(), colour(case))));
+        }
+        spread(&mut names, top, top + PANEL);
+        for (at, name, colour) in names {
+            let _ = writeln!(
+                svg,
+                r#"<text x="{:.1}" y="{:.1}" fill="{colour}">{}</text>"#,
+                RIGHT + 14.0,
+                at + 4.0,
+                escaped(&name)
+            );
+        }
+    }
+    svg + "</svg>\n"
+}
+
+/// The curve of one case, with a mark for each point.
+fn curve(svg: &mut String, case: Case, points: &[(f64, f64, &Row)]) {
+    let colour = colour(case);
+    let line: Vec<_> = points.iter().map(|(x, y, _)| format!("{x:.1},{y:.1}")).collect();
+    if line.len() > 1 {
+        let line = line.join(" ");
+        let _ = writeln!(svg, r#"<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>"#);
+    }
+    for (x, y, row) in points {
+        let fill = if row.tensors == 1 { colour } else { "#fff" };
+        let style = format!(r#"fill="{fill}" stroke="{colour}" stroke-width="1.5""#);
+        let (element, place) = match case {
+            Case::Norm => ("circle", format!(r#"cx="{x:.1}" cy="{y:.1}" r="4""#)),
+            Case::Unclipped => ("circle", format!(r#"cx="{x:.1}" cy="{y:.1}" r="2.5""#)),
+            Case::Clipped => ("rect", format!(r#"x="{:.1}" y="{:.1}" width="7" height="7""#, x - 3.5, y - 3.5)),
+            Case::Value => ("path", format!(r#"d="M{x:.1} {:.1}l4.5 8h-9z""#, y - 5.0)),
+        };
+        let what = format!(
+            "{}, {} of {} in {}: {} GB/s",
+            case.name(),
+            size_label(row.elements),
+            row.dtype,
+            plural(row.tensors as u64, "tensor"),
+            number(row.gb_s, 3)
+        );
+        let _ = writeln!(svg, "<{element} {place} {style}><title>{}</title></{element}>", escaped(&what));
+    }
+}
+
+/// The grid of a panel, with its numbers.
+fn axes(svg: &mut String, (top, step, most): (f64, f64, f64), (lowest, highest): (f64, f64)) {
+    let bottom = top + PANEL;
+    for tick in 0..=(most / step).round() as u32 {
+        let speed = f64::from(tick) * step;
+        let at = bottom - PANEL * speed / most;
+        let _ = writeln!(
+            svg,
+            r##"<line x1="{LEFT}" x2="{RIGHT}" y1="{at:.1}" y2="{at:.1}" stroke="#e5e5e5"/><text x="{:.1}" y="{:.1}" text-anchor="end">{}</text>"##,
+            LEFT - 8.0,
+            at + 4.0,
+            number(speed, 4)
+        );
+    }
+    // Powers of two, as many as have room for their names.
+    let apart = ((highest - lowest) / 14.0).ceil().max(1.0) as u32;
+    let first = lowest.ceil() as u32;
+    for power in (first..=highest.floor() as u32).filter(|power| power.is_multiple_of(apart)) {
+        let at = LEFT + (f64::from(power) - lowest) / (highest - lowest) * (RIGHT - LEFT);
+        let _ = writeln!(
+            svg,
+            r##"<line x1="{at:.1}" x2="{at:.1}" y1="{top}" y2="{bottom}" stroke="#f0f0f0"/><text x="{at:.1}" y="{:.1}" text-anchor="middle">{}</text>"##,
+            bottom + 16.0,
+            size_label(1 << power)
+        );
+    }
+}
+
+/// 1, 2 or 5 times a power of ten, no less than `least`.
+fn nice_step(least: f64) -> f64 {
+    let power = 10f64.powf(least.log10().floor());
+    let found = [1.0, 2.0, 5.0].into_iter().find(|digit| digit * power >= least * 0.999);
+    found.unwrap_or(10.0) * power
+}
+
+/// Moves names apart that would lie on each other, and back into the panel.
+fn spread(names: &mut [(f64, String, &str)], top: f64, bottom: f64) {
+    const APART: f64 = 14.0;
+    names.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut least = top - APART;
+    for (at, ..) in names.iter_mut() {
+        *at = at.max(least + APART);
+        least = *at;
+    }
+    let mut most = bottom + APART;
+    for (at, ..) in names.iter_mut().rev() {
+        *at = at.min(most - APART);
+        most = *at;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_round_numbers() {
+        for (least, step) in
+            [(0.9, 1.0), (1.0, 1.0), (1.1, 2.0), (4.0, 5.0), (6.0, 10.0), (640.0, 1000.0), (0.03, 0.05)]
+        {
+            assert!((nice_step(least) / step - 1.0).abs() < 1e-9, "{least}: {}", nice_step(least));
+        }
+    }
+
+    #[test]
+    fn names_stand_apart_and_inside() {
+        let mut names: Vec<_> = [100.0, 100.0, 99.0, 218.0, 219.0, 0.0].map(|y| (y, String::new(), "")).into();
+        spread(&mut names, 0.0, 220.0);
+        assert!(names.windows(2).all(|pair| pair[1].0 - pair[0].0 > 13.9), "{names:?}");
+        assert!(names.iter().all(|(y, ..)| (0.0..=220.0).contains(y)), "{names:?}");
+    }
+}

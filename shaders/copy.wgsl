@@ -1,0 +1,29 @@
+// copy: copies a buffer, and does nothing else: how fast the device reads and writes. Host side: src/gpu/profile.rs,
+// which puts WORKGROUP and RUNS before this.
+
+@group(0) @binding(0) var<storage, read> words: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read_write> copied: array<vec4<u32>>;
+
+@compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let share = share_of(arrayLength(&words), group.x, groups.x, lane);
+    var i = share.first;
+    // Four loads in flight.
+    for (; i + 3u * STEP < share.end; i += 4u * STEP) {
+        let a = words[i];
+        let b = words[i + STEP];
+        let c = words[i + 2u * STEP];
+        let d = words[i + 3u * STEP];
+        copied[i] = a;
+        copied[i + STEP] = b;
+        copied[i + 2u * STEP] = c;
+        copied[i + 3u * STEP] = d;
+    }
+    for (; i < share.end; i += STEP) {
+        copied[i] = words[i];
+    }
+}

@@ -1,0 +1,21 @@
+// Share: what one invocation takes of a sweep over all words: an even part for each workgroup, and in it a run of its
+// own (RUNS), or every WORKGROUP-th.
+
+const STEP: u32 = select(WORKGROUP, 1u, RUNS);
+
+struct Share {
+    first: u32,
+    end: u32,
+}
+
+fn share_of(words: u32, group: u32, groups: u32, lane: u32) -> Share {
+    // Of at most 2^27 words (2 GiB, the largest binding), so that nothing here wraps.
+    let each = (words + groups * WORKGROUP - 1u) / (groups * WORKGROUP);
+    let start = group * each * WORKGROUP;
+    let end = min(words, start + each * WORKGROUP);
+    if RUNS {
+        let first = start + lane * each;
+        return Share(first, min(end, first + each));
+    }
+    return Share(start + lane, end);
+}

@@ -1,0 +1,488 @@
+//! Where the time of a step goes, and how fast the device could be at best.
+//!
+//! A profile runs one real step, with the device's clock read at the beginning and end of its compute passes. Throughput
+//! is in the bytes that a pass cannot do without; beside it stand the device's own speeds, a plain read and a plain copy,
+//! taken by the same clock.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::GpuClipper;
+use super::build::{Dispatch, Group};
+use super::device::{GpuDevice, Wait};
+use super::kernels::Kernel;
+use super::plan::GpuPlan;
+use super::tuning::{SPEED_RUNS, Sweep};
+use crate::partial::Action;
+use crate::{ClipReport, Error};
+
+/// What one step of a [`GpuPlan`] cost.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Profile {
+    /// In the order in which they ran.
+    pub passes: Vec<Pass>,
+    /// From the beginning of the first pass to the end of the last, with what lies between them; by the host's clock, the
+    /// sum of the passes. 0 for a step of nothing.
+    pub seconds: f64,
+    /// What told the time.
+    pub clock: Clock,
+    /// What the step reports, group by group.
+    pub reports: Vec<ClipReport>,
+}
+
+/// A part of a step.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Pass {
+    /// `measure`, `merge`, `decide` or `apply`; `step` if all of them were timed together.
+    pub name: &'static str,
+    /// The kernels that ran, by their files in `shaders/`; each once.
+    pub kernels: Vec<&'static str>,
+    /// Seconds; 0 if the device's clock went backwards or stood still.
+    pub seconds: f64,
+    /// The bytes of gradients, parameters and sums that the pass must move.
+    ///
+    /// Measuring reads each element once. Scaling reads and writes those of the segments that are scaled: none if none is.
+    /// A value clip reads and writes all elements if it changes any. Under a scope of several segments, mixed dtypes count
+    /// by their average size. Tables and partials, some 80 bytes for each chunk, are left out: `merge` and `decide` move
+    /// nothing else, and count as 0.
+    pub bytes: u64,
+}
+
+/// What told the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// The device's timestamps.
+    Device,
+    /// The host's clock around submitting each pass and waiting for it, which costs some 10 to 100 microseconds of its own:
+    /// the device was made without `Features::TIMESTAMP_QUERY`.
+    Host,
+}
+
+/// How fast a device reads and copies, at best.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Speeds {
+    /// A plain copy from one buffer to another; each byte counts twice, since it is read and written.
+    pub copy: Speed,
+    /// A plain sum that reads each byte once.
+    pub read: Speed,
+    /// How many bytes were read or copied.
+    pub bytes: u64,
+    /// What told the time.
+    pub clock: Clock,
+}
+
+/// A speed, of several runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Speed {
+    /// Bytes in a second: the median of the runs. Infinite if the clock stood still.
+    pub median: f64,
+    /// The fastest run.
+    pub best: f64,
+    /// How many runs there were.
+    pub runs: usize,
+    /// What moved the bytes: `shaders/read.wgsl`, `shaders/copy.wgsl` or `copy_buffer_to_buffer`.
+    pub by: &'static str,
+}
+
+impl Pass {
+    /// Bytes in a second. 0 if it moves none; infinite if the clock stood still.
+    #[must_use]
+    pub fn bytes_per_second(&self) -> f64 {
+        if self.bytes == 0 { 0.0 } else { self.bytes as f64 / self.seconds }
+    }
+}
+
+impl GpuPlan {
+    /// Runs one step and tells what each of its parts cost: the gradients are clipped as by [`GpuPlan::encode`]. The parts
+    /// are compute passes of their own here, where `encode` makes one of all ([`GpuPlan::time`] times that).
+    ///
+    /// The step is submitted to the clipper's queue, behind what was submitted before, and waited for. Timestamps need
+    /// `Features::TIMESTAMP_QUERY`, which [`GpuClipper::open`] asks for; without, the host's clock must do
+    /// ([`Clock::Host`]), and on the web there is none.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] on the web, for a device without timestamps; those of [`GpuPlan::encode`] and
+    /// [`GpuPlan::report`].
+    pub async fn profile(&self) -> Result<Profile, Error> {
+        self.profile_by(Wait::Polling, self.parts()).await
+    }
+
+    /// [`GpuPlan::profile`], waiting for the answer.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn profile_blocking(&self) -> Result<Profile, Error> {
+        pollster::block_on(self.profile_by(Wait::Sleeping, self.parts()))
+    }
+
+    /// Runs one step in one compute pass, as [`GpuPlan::encode`] records it, and tells what it cost. Otherwise as
+    /// [`GpuPlan::profile`].
+    ///
+    /// # Errors
+    /// Those of [`GpuPlan::profile`].
+    pub async fn time(&self) -> Result<Profile, Error> {
+        self.profile_by(Wait::Polling, self.whole()).await
+    }
+
+    /// [`GpuPlan::time`], waiting for the answer.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn time_blocking(&self) -> Result<Profile, Error> {
+        pollster::block_on(self.profile_by(Wait::Sleeping, self.whole()))
+    }
+
+    /// The dispatches of a step by what they do.
+    fn parts(&self) -> Vec<(&'static str, Vec<&Dispatch>)> {
+        let [measure, decide, apply] = &self.built.phases;
+        let (merge, measure): (Vec<_>, Vec<_>) = measure.iter().partition(|d| d.kernel == Kernel::Merge);
+        let (decide, apply) = (decide.iter().collect(), apply.iter().collect());
+        let parts = [("measure", measure), ("merge", merge), ("decide", decide), ("apply", apply)];
+        parts.into_iter().filter(|(_, dispatches)| !dispatches.is_empty()).collect()
+    }
+
+    fn whole(&self) -> Vec<(&'static str, Vec<&Dispatch>)> {
+        vec![("step", self.built.phases.iter().flatten().collect())]
+    }
+
+    async fn profile_by(&self, wait: Wait, parts: Vec<(&'static str, Vec<&Dispatch>)>) -> Result<Profile, Error> {
+        let device = &self.gpu.device;
+        device.check_not_lost()?;
+        self.encoded.fetch_add(1, Ordering::Relaxed);
+        let (spans, clock) = timed(device, parts.len(), wait, |i, encoder, timestamp_writes| {
+            let descriptor = wgpu::ComputePassDescriptor { label: Some("gradclip profile"), timestamp_writes };
+            let mut pass = encoder.begin_compute_pass(&descriptor);
+            parts[i].1.iter().for_each(|dispatch| dispatch.record(&mut pass));
+        })
+        .await?;
+        let (reports, outcomes) = self.reports_by(wait).await?;
+        let wrote = outcomes.iter().flatten().any(|outcome| outcome.action != Action::Leave);
+        let passes = parts.iter().zip(&spans).map(|((name, dispatches), span)| {
+            let mut kernels: Vec<_> = dispatches.iter().map(|d| d.kernel.name()).collect();
+            kernels.dedup();
+            let mut seen = std::collections::HashSet::new();
+            kernels.retain(|name| seen.insert(*name));
+            let bytes = self.bytes(dispatches, &reports, wrote);
+            Pass { name, kernels, seconds: span.end - span.start, bytes }
+        });
+        let passes = passes.collect();
+        let seconds = match (spans.first(), spans.last()) {
+            (Some(first), Some(last)) => (last.end - first.start).max(0.0),
+            _ => 0.0,
+        };
+        Ok(Profile { passes, seconds, clock, reports })
+    }
+
+    /// The bytes that these dispatches had to move.
+    fn bytes(&self, dispatches: &[&Dispatch], reports: &[ClipReport], wrote: bool) -> u64 {
+        let any = |of: fn(Kernel) -> bool| dispatches.iter().any(|d| of(d.kernel));
+        let measures = any(|k| matches!(k, Kernel::Norm { .. } | Kernel::NormEach { .. } | Kernel::Threshold { .. }));
+        let looks = any(|k| matches!(k, Kernel::Clamp { guarded: false, writes: false, .. }));
+        let clamps = any(|k| matches!(k, Kernel::Clamp { guarded: false, writes: true, .. }));
+        let applies = any(|k| match k {
+            Kernel::Scale { .. } | Kernel::ScaleEach { .. } => true,
+            Kernel::Clamp { guarded, .. } | Kernel::Edges { guarded, .. } => guarded,
+            _ => false,
+        });
+        let sums = any(|k| matches!(k, Kernel::Sum { .. }));
+        let of_group = |(group, report): (&Group, &ClipReport)| {
+            let by_value = group.clip.measured().is_none();
+            let changed = if wrote { group.changed(report) } else { 0 };
+            let mut bytes = 0;
+            if if by_value { looks || clamps } else { measures && !group.given } {
+                bytes += group.bytes.elements + group.bytes.parameters;
+            }
+            if by_value && clamps {
+                bytes += changed;
+            }
+            if applies {
+                bytes += 2 * changed;
+            }
+            if sums {
+                bytes += group.bytes.elements + group.bytes.sums;
+            }
+            bytes
+        };
+        self.built.groups.iter().zip(reports).map(of_group).sum()
+    }
+}
+
+impl Group {
+    /// The bytes of the elements that a step had to write, if it wrote any.
+    fn changed(&self, report: &ClipReport) -> u64 {
+        let all = self.bytes.elements;
+        if self.clip.measured().is_none() {
+            return if report.clipped || report.found_inf() || self.clip.grad_scale != 1.0 { all } else { 0 };
+        }
+        if self.clip.grad_scale != 1.0 || report.found_inf() {
+            return all;
+        }
+        if report.segments.is_empty() {
+            return if report.clip_coef == 1.0 { 0 } else { all };
+        }
+        let segments = self.segments.families().zip(&report.segments);
+        let scaled: u64 = segments.filter(|(_, s)| s.clip_coef != 1.0).map(|(family, _)| family.elements).sum();
+        (u128::from(all) * u128::from(scaled) / u128::from(self.elements.max(1))) as u64
+    }
+}
+
+impl GpuClipper {
+    /// Measures how fast the device reads and copies so many bytes, at most as many as it can bind: what no clip can beat.
+    /// It takes two buffers of that size and some runs of each pass, whose results are checked. A few hundred MiB are past
+    /// the caches of most devices.
+    ///
+    /// Of the copies that the device offers, a kernel and `copy_buffer_to_buffer`, the faster one counts.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if there is no room; [`Error::Device`] if what was read or copied is wrong, and as
+    /// [`GpuPlan::profile`].
+    pub async fn speeds(&self, bytes: u64) -> Result<Speeds, Error> {
+        self.speeds_by(Wait::Polling, bytes).await
+    }
+
+    /// [`GpuClipper::speeds`], waiting for the answer.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn speeds_blocking(&self, bytes: u64) -> Result<Speeds, Error> {
+        pollster::block_on(self.speeds_by(Wait::Sleeping, bytes))
+    }
+
+    async fn speeds_by(&self, wait: Wait, bytes: u64) -> Result<Speeds, Error> {
+        let device = &self.device;
+        device.check_not_lost()?;
+        let limits = device.device.limits();
+        let sweep = Sweep::of(device.device.adapter_info().device_type);
+        let workgroup = sweep.workgroup.min(limits.max_compute_invocations_per_workgroup);
+        let bindable = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(1 << 31);
+        let bytes = (bytes.clamp(16, bindable)) & !15;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let from = device.storage("gradclip speeds, from", bytes, usage)?;
+        let to = device.storage("gradclip speeds, to", bytes, usage)?;
+        let invocations = u64::from(workgroup) * u64::from(sweep.workgroups);
+        let sums = device.storage("gradclip speeds, sums", 16 * invocations, usage)?;
+        let total = fill(device, &from)?;
+        let constants = format!("const WORKGROUP: u32 = {workgroup}u;\nconst RUNS: bool = {};\n", sweep.runs);
+        let kernel = |label, source: &str, first, second| {
+            let source = [&constants, include_str!("../../shaders/shared/share.wgsl"), source].join("\n");
+            device.scoped(|| Sweeping::new(&device.device, label, source, [first, second], sweep.workgroups))
+        };
+        let read_source = include_str!("../../shaders/read.wgsl");
+        let read = kernel("read", read_source, &from, &sums)?;
+        let read_back = kernel("read", read_source, &to, &sums)?;
+        let copy = kernel("copy", include_str!("../../shaders/copy.wgsl"), &from, &to)?;
+        // Of zeros the sum is 0: nothing passes that was not copied.
+        let check = async |what: &'static str| {
+            let words: Vec<u32> = bytemuck::pod_collect_to_vec(&device.read(&[(&sums, 0, sums.size())], wait).await?);
+            let right = words.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word)) == total;
+            if right { Ok(()) } else { Err(Error::Device(format!("{what} of {bytes} bytes is wrong on this device"))) }
+        };
+
+        let (spans, clock) = timed(device, SPEED_RUNS, wait, |_, encoder, writes| read.record(encoder, writes)).await?;
+        let read = Speed::of(bytes, &spans, "shaders/read.wgsl");
+        check("a plain read").await?;
+        let (spans, _) = timed(device, SPEED_RUNS, wait, |_, encoder, writes| copy.record(encoder, writes)).await?;
+        let by_kernel = Speed::of(2 * bytes, &spans, "shaders/copy.wgsl");
+        timed(device, 1, wait, |_, encoder, writes| read_back.record(encoder, writes)).await?;
+        check("a plain copy").await?;
+        let clear = |encoder: &mut wgpu::CommandEncoder| encoder.clear_buffer(&to, 0, None);
+        timed(device, 1, wait, |_, encoder, writes| between_passes(encoder, writes.as_ref(), clear)).await?;
+        let copy = |encoder: &mut wgpu::CommandEncoder| encoder.copy_buffer_to_buffer(&from, 0, &to, 0, None);
+        let (spans, _) =
+            timed(device, SPEED_RUNS, wait, |_, encoder, writes| between_passes(encoder, writes.as_ref(), copy))
+                .await?;
+        let by_command = Speed::of(2 * bytes, &spans, "copy_buffer_to_buffer");
+        timed(device, 1, wait, |_, encoder, writes| read_back.record(encoder, writes)).await?;
+        check("a copy of buffers").await?;
+        let copy = if by_kernel.median > by_command.median { by_kernel } else { by_command };
+        Ok(Speeds { copy, read, bytes, clock })
+    }
+}
+
+impl Speed {
+    /// The first run warms up.
+    fn of(bytes: u64, spans: &[Range<f64>], by: &'static str) -> Self {
+        let mut speeds: Vec<_> = spans[1..].iter().map(|span| bytes as f64 / (span.end - span.start)).collect();
+        speeds.sort_by(f64::total_cmp);
+        Self { median: speeds[speeds.len() / 2], best: speeds[speeds.len() - 1], runs: speeds.len(), by }
+    }
+}
+
+/// A plain kernel over two buffers.
+struct Sweeping {
+    pipeline: wgpu::ComputePipeline,
+    buffers: wgpu::BindGroup,
+    workgroups: u32,
+}
+
+impl Sweeping {
+    fn new(device: &wgpu::Device, label: &str, source: String, buffers: [&wgpu::Buffer; 2], workgroups: u32) -> Self {
+        let source = wgpu::ShaderSource::Wgsl(source.into());
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor { label: Some(label), source });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(label),
+            layout: None,
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        let [first, second] = buffers.map(wgpu::Buffer::as_entire_binding);
+        let buffers = device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some(label),
+            layout: &pipeline.get_bind_group_layout(0),
+            entries: &[
+                wgpu::BindGroupEntry { binding: 0, resource: first },
+                wgpu::BindGroupEntry { binding: 1, resource: second },
+            ],
+        });
+        Self { pipeline, buffers, workgroups }
+    }
+
+    fn record(&self, encoder: &mut wgpu::CommandEncoder, timestamp_writes: Option<Timestamps<'_>>) {
+        let descriptor = wgpu::ComputePassDescriptor { label: Some("gradclip speed"), timestamp_writes };
+        let mut pass = encoder.begin_compute_pass(&descriptor);
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.buffers, &[]);
+        pass.dispatch_workgroups(self.workgroups, 1, 1);
+    }
+}
+
+/// Fills a buffer with words that look random, and tells their sum.
+fn fill(device: &GpuDevice, buffer: &wgpu::Buffer) -> Result<u32, Error> {
+    let size = buffer.size();
+    let block: Vec<u32> = (0..(size / 4).min(1 << 20) as u32).map(|i| i.wrapping_mul(2_654_435_761) ^ i >> 7).collect();
+    let sum = |words: &[u32]| words.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word));
+    // wgpu copies from one buffer to another only.
+    let source = device.filled("gradclip speeds, block", bytemuck::cast_slice(&block), wgpu::BufferUsages::COPY_SRC)?;
+    device.scoped(|| {
+        let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let mut at = 0;
+        while at < size {
+            let part = source.size().min(size - at);
+            encoder.copy_buffer_to_buffer(&source, 0, buffer, at, Some(part));
+            at += part;
+        }
+        device.queue.submit([encoder.finish()]);
+    })?;
+    let words = size / 4;
+    let (whole, rest) = ((words / block.len() as u64) as u32, (words % block.len() as u64) as usize);
+    Ok(whole.wrapping_mul(sum(&block)).wrapping_add(sum(&block[..rest])))
+}
+
+type Timestamps<'a> = wgpu::ComputePassTimestampWrites<'a>;
+
+/// Times what is no pass: from the end of an empty one to the end of another.
+fn between_passes(
+    encoder: &mut wgpu::CommandEncoder,
+    writes: Option<&Timestamps<'_>>,
+    record: impl FnOnce(&mut wgpu::CommandEncoder),
+) {
+    let stamp = |encoder: &mut wgpu::CommandEncoder, which: fn(&Timestamps<'_>) -> Option<u32>| {
+        let timestamp_writes = writes.map(|writes| Timestamps {
+            query_set: writes.query_set,
+            beginning_of_pass_write_index: None,
+            end_of_pass_write_index: which(writes),
+        });
+        encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
+    };
+    stamp(encoder, |writes| writes.beginning_of_pass_write_index);
+    record(encoder);
+    stamp(encoder, |writes| writes.end_of_pass_write_index);
+}
+
+/// Submits so many passes, recorded by number, waits for them, and tells when each began and ended, in seconds from the
+/// beginning of the first.
+async fn timed(
+    device: &GpuDevice,
+    passes: usize,
+    wait: Wait,
+    record: impl Fn(usize, &mut wgpu::CommandEncoder, Option<Timestamps<'_>>),
+) -> Result<(Vec<Range<f64>>, Clock), Error> {
+    let encoder = || device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    if !device.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
+        if cfg!(target_arch = "wasm32") {
+            return Err(Error::Unfit("a profile needs a device with TIMESTAMP_QUERY here: the web has no other clock"));
+        }
+        let mut spans = Vec::new();
+        let mut now = 0.0;
+        for i in 0..passes {
+            let commands = device.scoped(|| {
+                let mut encoder = encoder();
+                record(i, &mut encoder, None);
+                encoder.finish()
+            })?;
+            device.run(None, wait).await?;
+            let start = std::time::Instant::now();
+            device.run(Some(commands), wait).await?;
+            let end = now + start.elapsed().as_secs_f64();
+            spans.push(now..end);
+            now = end;
+        }
+        return Ok((spans, Clock::Host));
+    }
+    let count = 2 * passes as u32;
+    let resolved = device.scoped(|| {
+        let queries = device.device.create_query_set(&wgpu::QuerySetDescriptor {
+            label: Some("gradclip profile"),
+            ty: wgpu::QueryType::Timestamp,
+            count,
+        });
+        let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+        let resolved = device.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("gradclip timestamps"),
+            size: 8 * u64::from(count),
+            usage,
+            mapped_at_creation: false,
+        });
+        let mut encoder = encoder();
+        for i in 0..passes {
+            let (begin, end) = (2 * i as u32, 2 * i as u32 + 1);
+            let writes = Timestamps {
+                query_set: &queries,
+                beginning_of_pass_write_index: Some(begin),
+                end_of_pass_write_index: Some(end),
+            };
+            record(i, &mut encoder, Some(writes));
+        }
+        encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
+        device.queue.submit([encoder.finish()]);
+        resolved
+    })?;
+    let bytes = device.read(&[(&resolved, 0, resolved.size())], wait).await?;
+    let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
+    Ok((spans(&ticks, device.queue.get_timestamp_period()), Clock::Device))
+}
+
+/// Seconds from pairs of ticks, counted from the first. Drivers are known whose clocks stand still or go backwards: what
+/// ends before it begins took no time.
+fn spans(ticks: &[u64], nanoseconds_a_tick: f32) -> Vec<Range<f64>> {
+    let first = ticks.first().copied().unwrap_or_default();
+    let seconds = |tick: u64| tick.saturating_sub(first) as f64 * f64::from(nanoseconds_a_tick) * 1e-9;
+    ticks.as_chunks::<2>().0.iter().map(|[begin, end]| seconds(*begin)..seconds(*end.max(begin))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_that_stand_still_or_go_backwards_give_no_negative_times() {
+        assert_eq!(spans(&[10, 12, 15, 20], 0.5e9), [0.0..1.0, 2.5..5.0]);
+        for ticks in [[0; 4], [7; 4], [9, 3, 2, 1], [u64::MAX, 0, 5, u64::MAX]] {
+            for span in spans(&ticks, 1.0) {
+                assert!(span.start >= 0.0 && span.end >= span.start, "{ticks:?}: {span:?}");
+            }
+        }
+        assert!(spans(&[], 1.0).is_empty());
+        let still = Speed::of(8, &[0.0..0.0, 1.0..1.0], "x");
+        assert!(still.median.is_infinite() && still.runs == 1);
+    }
+}
