@@ -15,7 +15,7 @@ use super::table::{Batch, EdgeRow, Limits, Origin, Piece, SumWindow, Table, Tabl
 use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
 use super::tuning::{BUFFERS_OF_CHUNKS, LANE_COLUMN, LANE_ROW};
 use crate::clip::Mode;
-use crate::segment::{By, Segments};
+use crate::segment::{By, Layout, Segments};
 use crate::{Clip, Dtype, Error, NonFinite, NormType};
 
 /// What [`GpuPlan`](super::GpuPlan) is once it is built.
@@ -43,6 +43,8 @@ pub(super) struct Group {
     pub(super) elements: u64,
     pub(super) bytes: Bytes,
     pub(super) given: bool,
+    /// See [`GroupParts::shapes`].
+    pub(super) shapes: Vec<(Dtype, u64, Layout)>,
 }
 
 /// How many bytes the elements of a group are, what the profiler tells throughput from.
@@ -117,6 +119,13 @@ pub(super) struct GroupParts {
     pub(super) pieces: Vec<Piece>,
     /// The parameters, if the clip needs them.
     pub(super) parameters: Vec<Piece>,
+}
+
+impl GroupParts {
+    /// What tensors must have in common to take each other's place: dtypes, lengths, and which segments they are of.
+    pub(super) fn shapes(&self) -> Vec<(Dtype, u64, Layout)> {
+        self.pieces.iter().map(|piece| (piece.dtype, piece.len, piece.layout)).collect()
+    }
 }
 
 /// What a plan does.
@@ -235,6 +244,16 @@ pub(super) const POWERS: std::ops::RangeInclusive<f64> = 1.0 / 1_048_576.0..=4_1
 /// The size of a `Partial` in `shaders/shared/partial.wgsl`.
 pub(super) const PARTIAL_BYTES: u64 = size_of::<PartialRow>() as u64;
 
+/// What a plan takes over.
+#[derive(Clone, Copy)]
+pub(super) enum Kept<'a> {
+    Nothing,
+    /// The results of the running norm that it belongs to.
+    Results(&'a wgpu::Buffer),
+    /// Everything of the same plan for other buffers; new partials where there is no room for them.
+    All(&'a Memory),
+}
+
 impl Memory {
     /// For groups of a clip, its segments, and whether their norms are given.
     pub(super) fn new<'a>(
@@ -242,8 +261,18 @@ impl Memory {
         groups: impl Iterator<Item = (&'a Clip, &'a Segments, bool)>,
         partials: u32,
         states: &[StateRow],
-        results: Option<wgpu::Buffer>,
+        kept: Kept<'_>,
     ) -> Result<Self, Error> {
+        let device = &gpu.device;
+        let read = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let bytes = u64::from(partials.max(1)) * PARTIAL_BYTES;
+        let room = |kept: Option<&Self>| match kept {
+            Some(memory) if memory.partials.size() >= bytes => Ok(memory.partials.clone()),
+            _ => device.storage("gradclip partials", bytes, read),
+        };
+        if let Kept::All(memory) = kept {
+            return Ok(Self { partials: room(Some(memory))?, ..memory.clone() });
+        }
         let mut thresholds = Vec::new();
         for (clip, segments, given) in groups {
             let max_norms = segments.max_norms(clip, &[], &[]);
@@ -258,13 +287,11 @@ impl Memory {
         let segments = thresholds.len() as u64;
         let storage = wgpu::BufferUsages::STORAGE;
         let results_bytes = size_of::<ResultsHead>() as u64 + segments * size_of::<OutcomeRow>() as u64;
-        let device = &gpu.device;
-        let read = storage | wgpu::BufferUsages::COPY_SRC;
         Ok(Self {
-            partials: device.storage("gradclip partials", u64::from(partials.max(1)) * PARTIAL_BYTES, read)?,
-            results: match results {
-                Some(results) => results,
-                None => device.storage("gradclip results", results_bytes, read)?,
+            partials: room(None)?,
+            results: match kept {
+                Kept::Results(results) => results.clone(),
+                _ => device.storage("gradclip results", results_bytes, read)?,
             },
             thresholds: device.filled("gradclip thresholds", bytemuck::cast_slice(&thresholds), storage)?,
             coefficients: device.storage("gradclip coefficients", 4 + 4 * segments, read)?,
@@ -284,7 +311,8 @@ impl Dispatch {
 }
 
 impl Built {
-    pub(super) fn new(gpu: &GpuClipper, parts: Parts) -> Result<Self, Error> {
+    /// With the memory of an earlier one for tensors of the same shapes, if there is one.
+    pub(super) fn new(gpu: &GpuClipper, parts: Parts, earlier: Option<&Memory>) -> Result<Self, Error> {
         let Parts { buffers, groups, job, follows, in_turn } = parts;
         // A sum is one even of examples that nothing exceeds.
         let may_only_measure = matches!(follows, Follows::Clip) && !matches!(job, Job::Sum(_));
@@ -306,9 +334,13 @@ impl Built {
                 (params.warm_up, params.threshold) = (rule.warm_up, rule.numbers);
             }
         }
-        let results = if let Job::Running(running) = &job { Some(running.results.clone()) } else { None };
+        let kept = match (earlier, &job) {
+            (Some(memory), _) => Kept::All(memory),
+            (None, Job::Running(running)) => Kept::Results(&running.results),
+            (None, _) => Kept::Nothing,
+        };
         let of = layout.groups.iter().map(|g| (&g.clip, &g.segments, g.given));
-        let memory = Memory::new(gpu, of, layout.tree.partials, &states, results)?;
+        let memory = Memory::new(gpu, of, layout.tree.partials, &states, kept)?;
         let mut builder = Builder::new(gpu, &buffers);
         layout.measure(&mut builder);
         layout.decide(&mut builder, &job, &rules);
@@ -398,6 +430,7 @@ impl PlanLayout {
         let mut starts = Vec::new();
         for mut of in groups {
             of.clip = of.clip.with_power_in(POWERS);
+            let shapes = of.shapes();
             let pieces = of.pieces.iter_mut().chain(&mut of.parameters);
             pieces.for_each(|piece| piece.layout.segment += first_segment);
             let segments = first_segment..first_segment + of.segments.count;
@@ -424,6 +457,7 @@ impl PlanLayout {
             self.params.push(params);
             self.groups.push(Group {
                 bytes: Bytes::of(&of, job),
+                shapes,
                 clip: of.clip,
                 first_segment,
                 total: 0,
@@ -767,7 +801,6 @@ pub(super) fn dispatch(
 mod tests {
     use super::*;
     use crate::gpu::tuning::{HARDWARE, SOFTWARE, STAGING_BYTES};
-    use crate::segment::Layout;
 
     /// Half a terabyte in loads of 16 MiB, on paper: its partials have room in the smallest default binding.
     #[test]

@@ -300,7 +300,7 @@ impl<'a> Passage<'a> {
         let mut bound: Vec<_> = (0..loads.len()).map(|load| buffers[load % buffers.len()].clone()).collect();
         let job = job(&mut bound, &parts[0].pieces);
         let clips = matches!(job, Job::Clip);
-        let plan = GpuPlan::new(gpu, Parts { buffers: bound, groups: parts, job, follows, in_turn: true })?;
+        let plan = GpuPlan::new(gpu, Parts { buffers: bound, groups: parts, job, follows, in_turn: true }, None)?;
         Ok(Self {
             gpu,
             wait,

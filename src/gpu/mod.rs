@@ -52,7 +52,7 @@ pub mod tuning;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use build::{Follows, GroupParts, Job, PARTIAL_BYTES, Parts};
+use build::{Follows, GroupParts, Job, PARTIAL_BYTES, Parts, RunningMemory};
 use device::GpuDevice;
 use kernels::{Access, Kernels, Shape};
 use table::Piece;
@@ -266,12 +266,7 @@ impl GpuClipper {
         if groups.is_empty() {
             return Err(Error::Unfit("a plan needs a group of tensors, be it an empty one"));
         }
-        let mut gathered = Gathered::default();
-        for (clip, tensors) in groups {
-            gathered.add(clip, tensors)?;
-        }
-        gathered.check_overlaps()?;
-        self.build(gathered, Job::Clip, Follows::Clip)
+        self.make(Recipe::Clip, groups, Follows::Clip)
     }
 
     /// Plans the norm and the scaling apart: [`GpuPlan::encode_measure`], then [`GpuPlan::adapt`] to a threshold on the
@@ -282,9 +277,7 @@ impl GpuClipper {
     /// [`Error::Unfit`] for a clip by value and for AGC; those of [`GpuClipper::plan`].
     pub fn plan_apart(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
         clip.check_adaptive()?;
-        let gathered = Gathered::of(clip, tensors)?;
-        gathered.check_overlaps()?;
-        self.build(gathered, Job::Clip, Follows::Host)
+        self.make(Recipe::Clip, &[(*clip, tensors)], Follows::Host)
     }
 
     /// Plans to measure what a clip would do. Nothing is written but the report and [`GpuPlan::coefficients`], for an
@@ -293,8 +286,7 @@ impl GpuClipper {
     /// # Errors
     /// Those of [`GpuClipper::plan`].
     pub fn plan_measure(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        let gathered = Gathered::of(clip, tensors)?;
-        self.build(gathered, Job::Measure, Follows::Clip)
+        self.make(Recipe::Measure, &[(*clip, tensors)], Follows::Clip)
     }
 
     /// Plans a clip by norms that something else has put into GPU memory: one float32 N for each segment, in the order of
@@ -313,15 +305,7 @@ impl GpuClipper {
         if norms.dtype != Dtype::F32 {
             return Err(Error::Unfit("norms from outside must be float32"));
         }
-        let mut gathered = Gathered::of(clip, tensors)?;
-        gathered.check_overlaps()?;
-        let expected = gathered.groups[0].segments.count.into();
-        if norms.len() != expected {
-            return Err(Error::Length { what: "norms by segment", expected, found: norms.len() });
-        }
-        let layout = Layout { by: By::Rows, columns: 1, segment: 0 };
-        let piece = Piece { tensor: tensors.len(), ..gathered.piece(norms, layout) };
-        self.build(gathered, Job::Scale(piece), Follows::Clip)
+        self.make(Recipe::Scale(norms.clone()), &[(*clip, tensors)], Follows::Clip)
     }
 
     /// Plans a clip by a threshold that follows the norms on the device: no step waits for the host. The clip's own
@@ -336,9 +320,7 @@ impl GpuClipper {
         threshold: DeviceThreshold,
         tensors: &[GpuTensor],
     ) -> Result<GpuPlan, Error> {
-        let gathered = Gathered::of(clip, tensors)?;
-        gathered.check_overlaps()?;
-        self.build(gathered, Job::Clip, Follows::Device(threshold))
+        self.make(Recipe::Clip, &[(*clip, tensors)], Follows::Device(threshold))
     }
 
     /// Plans to clip each example by itself and to sum the clipped ones: `sums[i]`, float32, becomes the sum over
@@ -357,16 +339,7 @@ impl GpuClipper {
         clip.check_examples()?;
         let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
         crate::tensor::check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)?;
-        let mut gathered = Gathered::of(clip, tensors)?;
-        let mut pairs = Vec::new();
-        for (i, sum) in sums.iter().enumerate() {
-            let of = gathered.groups[0].pieces[i];
-            let into = Piece { tensor: i, ..gathered.piece(sum, of.layout) };
-            gathered.written.push((into, tensor_label(sum.name.as_deref(), i)));
-            pairs.push((of, into));
-        }
-        gathered.check_overlaps()?;
-        self.build(gathered, Job::Sum(pairs), Follows::Clip)
+        self.make(Recipe::Sum(sums.to_vec()), &[(*clip, tensors)], Follows::Clip)
     }
 
     /// How kernels reach so many windows.
@@ -392,9 +365,59 @@ impl GpuClipper {
         }
     }
 
-    fn build(&self, gathered: Gathered, job: Job, follows: Follows) -> Result<GpuPlan, Error> {
+    fn make(&self, recipe: Recipe, groups: &[(Clip, &[GpuTensor])], follows: Follows) -> Result<GpuPlan, Error> {
+        let parts = recipe.parts(groups, follows)?;
+        GpuPlan::new(self, parts, Some(recipe))
+    }
+}
+
+/// What a plan makes of tensors, whichever they are.
+#[derive(Clone, Debug)]
+enum Recipe {
+    Clip,
+    Measure,
+    /// Scales by these norms.
+    Scale(GpuTensor),
+    /// Adds up clipped examples to these.
+    Sum(Vec<GpuTensor>),
+    Running(RunningMemory),
+}
+
+impl Recipe {
+    fn parts(&self, groups: &[(Clip, &[GpuTensor])], follows: Follows) -> Result<Parts, Error> {
+        let mut gathered = Gathered::default();
+        for (clip, tensors) in groups {
+            gathered.add(clip, tensors)?;
+        }
+        let job = match self {
+            Self::Clip => Job::Clip,
+            Self::Measure => Job::Measure,
+            Self::Scale(norms) => {
+                let expected = gathered.groups[0].segments.count.into();
+                if norms.len() != expected {
+                    return Err(Error::Length { what: "norms by segment", expected, found: norms.len() });
+                }
+                let layout = Layout { by: By::Rows, columns: 1, segment: 0 };
+                let tensor = gathered.groups[0].pieces.len();
+                Job::Scale(Piece { tensor, ..gathered.piece(norms, layout) })
+            }
+            Self::Sum(sums) => {
+                let mut pairs = Vec::new();
+                for (i, sum) in sums.iter().enumerate() {
+                    let of = gathered.groups[0].pieces[i];
+                    let into = Piece { tensor: i, ..gathered.piece(sum, of.layout) };
+                    gathered.written.push((into, tensor_label(sum.name.as_deref(), i)));
+                    pairs.push((of, into));
+                }
+                Job::Sum(pairs)
+            }
+            Self::Running(memory) => Job::Running(memory.clone()),
+        };
+        if !matches!(self, Self::Measure) {
+            gathered.check_overlaps()?;
+        }
         let Gathered { buffers, groups, .. } = gathered;
-        GpuPlan::new(self, Parts { buffers, groups, job, follows, in_turn: false })
+        Ok(Parts { buffers, groups, job, follows, in_turn: false })
     }
 }
 
@@ -409,13 +432,6 @@ struct Gathered {
 }
 
 impl Gathered {
-    /// One group.
-    fn of(clip: &Clip, tensors: &[GpuTensor]) -> Result<Self, Error> {
-        let mut gathered = Self::default();
-        gathered.add(clip, tensors)?;
-        Ok(gathered)
-    }
-
     fn piece(&mut self, t: &GpuTensor, layout: Layout) -> Piece {
         let buffers = &mut self.buffers;
         let buffer = *self.places.entry(t.buffer.clone()).or_insert_with(|| {

@@ -3,12 +3,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::GpuClipper;
-use super::build::{Built, Group, PARTIAL_BYTES, Parts, Phase};
+use super::build::{Built, Follows, Group, GroupParts, PARTIAL_BYTES, Parts, Phase};
 use super::device::Wait;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::Origin;
 use super::threshold::{DeviceThreshold, StateRow, threshold_number};
+use super::{GpuClipper, GpuTensor, Recipe};
 use crate::partial::{Action, Outcome};
 use crate::threshold::Threshold;
 use crate::{ClipReport, Error, NonFinite, Scope};
@@ -23,6 +23,8 @@ use crate::{ClipReport, Error, NonFinite, Scope};
 pub struct GpuPlan {
     pub(super) gpu: GpuClipper,
     pub(super) built: Built,
+    /// None if it is for no tensors of the caller's.
+    recipe: Option<Recipe>,
     pub(super) encoded: AtomicU64,
     reported: Mutex<Reported>,
 }
@@ -35,9 +37,65 @@ struct Reported {
 }
 
 impl GpuPlan {
-    pub(super) fn new(gpu: &GpuClipper, parts: Parts) -> Result<Self, Error> {
-        let built = Built::new(gpu, parts)?;
-        Ok(Self { gpu: gpu.clone(), built, encoded: AtomicU64::new(0), reported: Mutex::default() })
+    pub(super) fn new(gpu: &GpuClipper, parts: Parts, recipe: Option<Recipe>) -> Result<Self, Error> {
+        let built = Built::new(gpu, parts, None)?;
+        Ok(Self { gpu: gpu.clone(), built, recipe, encoded: AtomicU64::new(0), reported: Mutex::default() })
+    }
+
+    /// Takes other tensors of the same dtypes and shapes in place of the plan's: in other buffers or at other offsets, as a
+    /// pool hands them out anew. Compiles nothing. Adaptive thresholds, [`GpuPlan::coefficients`] and the count of steps go
+    /// on; steps that were encoded before still do what they were encoded for.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, wgpu};
+    /// # use wgpu::util::DeviceExt;
+    /// # let gpu = GpuClipper::open_blocking()?;
+    /// # let buffer = |x: [f32; 2]| gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+    /// #     label: None, contents: bytemuck::cast_slice(&x), usage: wgpu::BufferUsages::STORAGE });
+    /// # let (first, second) = (buffer([3.0, 4.0]), buffer([5.0, 12.0]));
+    /// let mut plan = gpu.plan(&Clip::norm(1.0)?, &[GpuTensor::f32(&first, ..)?])?;
+    /// plan.update(&[GpuTensor::f32(&second, ..)?])?;
+    /// # let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    /// # plan.encode(&mut encoder)?;
+    /// # gpu.queue().submit([encoder.finish()]);
+    /// # assert!((plan.report_blocking()?.total_norm - 13.0).abs() < 1e-5);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if they are not as many, or of another dtype or shape; those of [`GpuClipper::plan`]. The plan is
+    /// then as it was.
+    pub fn update(&mut self, tensors: &[GpuTensor]) -> Result<(), Error> {
+        self.update_groups(&[tensors])
+    }
+
+    /// [`GpuPlan::update`] for a plan of several groups.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn update_groups(&mut self, groups: &[&[GpuTensor]]) -> Result<(), Error> {
+        const UNFIT: Error =
+            Error::Unfit("a plan is updated with tensors of the dtypes and shapes that it was made for");
+        let built = &self.built;
+        let (Some(recipe), true) = (&self.recipe, groups.len() == built.groups.len()) else { return Err(UNFIT) };
+        if built.groups.iter().zip(groups).any(|(group, tensors)| group.shapes.len() != tensors.len()) {
+            return Err(UNFIT);
+        }
+        let groups: Vec<_> = built.groups.iter().zip(groups).map(|(group, tensors)| (group.clip, *tensors)).collect();
+        let follows = match &built.threshold {
+            Some(threshold) => Follows::Device(threshold.clone()),
+            None if built.follows_host => Follows::Host,
+            None => Follows::Clip,
+        };
+        let parts = recipe.parts(&groups, follows)?;
+        let same = |(group, parts): (&Group, &GroupParts)| group.shapes == parts.shapes();
+        if !built.groups.iter().zip(&parts.groups).all(same) {
+            return Err(UNFIT);
+        }
+        self.built = Built::new(&self.gpu, parts, Some(&built.memory))?;
+        Ok(())
     }
 
     /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass. Neither

@@ -4,7 +4,7 @@ use bytemuck::Zeroable;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::build::{
-    Dispatch, Follows, Job, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
+    Dispatch, Follows, Kept, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
 };
 use super::device::Wait;
 use super::kernels::{Access, Kernel, Norm};
@@ -12,7 +12,7 @@ use super::plan::GpuPlan;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::Origin;
 use super::threshold::StateRow;
-use super::{Gathered, GpuClipper, GpuTensor};
+use super::{GpuClipper, GpuTensor, Recipe};
 use crate::clip::Mode;
 use crate::segment::Segments;
 use crate::{Clip, ClipReport, Error, Scope};
@@ -86,7 +86,8 @@ impl GpuClipper {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let partial = self.device.filled("gradclip running partial", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
         let segments = Segments::new(clip, &[], |_| None)?;
-        let memory = Memory::new(self, [(clip, &segments, false)].into_iter(), 1, &[StateRow::zeroed()], None)?;
+        let memory =
+            Memory::new(self, [(clip, &segments, false)].into_iter(), 1, &[StateRow::zeroed()], Kept::Nothing)?;
         let params = Params::new(clip, clip.only_measures());
         let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params)?;
         let whole = |buffer: &wgpu::Buffer| vec![(buffer.clone(), 0, buffer.size())];
@@ -108,15 +109,13 @@ impl GpuRunning {
     /// Those of [`GpuClipper::plan`].
     pub fn plan(&self, tensors: &[GpuTensor]) -> Result<GpuRunningPlan, Error> {
         let mut sets = self.sets();
-        let gathered = Gathered::of(&self.clip, tensors)?;
-        gathered.check_overlaps()?;
         let first_tensor = sets.names.len();
         let memory = RunningMemory {
             partial: self.partial.clone(),
             results: self.memory.results.clone(),
             origins: u32::try_from(sets.origins.len()).unwrap_or(u32::MAX),
         };
-        let plan = self.gpu.build(gathered, Job::Running(memory), Follows::Clip)?;
+        let plan = self.gpu.make(Recipe::Running(memory), &[(self.clip, tensors)], Follows::Clip)?;
         let moved = |origin: &Origin| Origin { tensor: origin.tensor + first_tensor, ..*origin };
         sets.origins.extend(plan.origins().iter().map(moved));
         sets.names.extend(tensors.iter().map(|t| t.name.clone()));
