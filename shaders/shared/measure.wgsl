@@ -80,8 +80,11 @@ fn only_finite_4(magnitudes: vec4<u32>) -> vec4<u32> {
 
 // Takes 16 magnitudes, or returns true if they are to be taken by `take_again`.
 fn take(x: Sixteen) -> bool {
+    if NORM == NORM_P {
+        return true;
+    }
     let top = largest_of(x);
-    let plain = NORM != NORM_P && top < PLAIN_TO && (top >= PLAIN_FROM || !SUMS);
+    let plain = top < PLAIN_TO && (top >= PLAIN_FROM || !SUMS);
     if plain {
         partial.max = max(partial.max, top);
         if SUMS {

@@ -358,6 +358,8 @@ struct PlanLayout {
     parts: Vec<GroupTables>,
     origins: Vec<Origin>,
     tree: MergeTree,
+    /// How many partials a workgroup merges.
+    merged: u32,
     limits: Limits,
     sums: Vec<SumWindow>,
 }
@@ -410,6 +412,7 @@ impl PlanLayout {
             parts: Vec::new(),
             origins: Vec::new(),
             tree: MergeTree::default(),
+            merged: gpu.tuning.merged_partials,
             limits,
             sums,
         };
@@ -468,12 +471,12 @@ impl PlanLayout {
             });
             first_segment = segments.end;
         }
-        self.tree = MergeTree::new(slot);
+        self.tree = MergeTree::new(slot, limits.workgroup, self.merged);
         let mut starts = starts.into_iter();
         let mut level = 0;
         for (tables, params) in self.parts.iter().zip(&mut self.params) {
             let mut merged = |of: &Tables| {
-                let (at, until) = self.tree.segments(starts.next()?, &of.slots, limits.workgroup)?;
+                let (at, until) = self.tree.segments(starts.next()?, &of.slots)?;
                 level = level.max(until);
                 Some(at)
             };
@@ -484,7 +487,7 @@ impl PlanLayout {
         }
         let mut totals = Vec::new();
         for (group, params) in self.groups.iter_mut().zip(&mut self.params) {
-            group.total = self.tree.total(params.segment_partials, params.segments, level, limits.workgroup)?;
+            group.total = self.tree.total(params.segment_partials, params.segments, level)?;
             params.group_partial = group.total;
             totals.push(group.total);
         }

@@ -27,6 +27,12 @@ pub(super) struct Mapping {
     after: wgpu::SubmissionIndex,
 }
 
+/// What a kernel needs to choose one of many buffers. The choice is the same for a whole workgroup, but the shader compiler
+/// does not see that.
+pub(super) const ARRAYS_OF_BUFFERS: wgpu::Features = wgpu::Features::BUFFER_BINDING_ARRAY
+    .union(wgpu::Features::STORAGE_RESOURCE_BINDING_ARRAY)
+    .union(wgpu::Features::SAMPLED_TEXTURE_AND_STORAGE_BUFFER_ARRAY_NON_UNIFORM_INDEXING);
+
 /// A device and its queue, with what was learnt about them.
 #[derive(Clone, Debug)]
 pub(super) struct GpuDevice {
@@ -43,11 +49,8 @@ impl GpuDevice {
 
     /// Opens a device with all the adapter's limits and the features that help.
     pub(super) async fn open(adapter: &wgpu::Adapter) -> Result<Self, Error> {
-        let helpful = wgpu::Features::TIMESTAMP_QUERY
-            | wgpu::Features::SUBGROUP
-            | wgpu::Features::SHADER_F16
-            | wgpu::Features::BUFFER_BINDING_ARRAY
-            | wgpu::Features::STORAGE_RESOURCE_BINDING_ARRAY;
+        let helpful =
+            wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16 | ARRAYS_OF_BUFFERS;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("gradclip"),
             required_features: adapter.features() & helpful,

@@ -122,9 +122,7 @@ impl Access {
             Self::Windows(count) => {
                 let each = |f: &dyn Fn(u32) -> String| (0..count).map(f).collect::<String>();
                 let variables = each(&|k| format!("@group(1) @binding({}) {storage} words_{k}: array<u32>;\n", k + 1));
-                // Loops in place of branches, because software devices run the body of every branch.
-                let once =
-                    |k, body: String| format!("    for (var once = window == {k}u; once; once = false) {{ {body} }}\n");
+                let once = |k, body: String| format!("    if window == {k}u {{ {body} }}\n");
                 let read = each(&|k| once(k, format!("word = words_{k}[i];")));
                 let write = each(&|k| once(k, format!("words_{k}[i] = word;")));
                 let quad = ["4u * i", "4u * i + 1u", "4u * i + 2u", "4u * i + 3u"];

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::tuning::{LANE_PARTIALS, MERGED_PARTIALS};
+use super::tuning::LANE_PARTIALS;
 
 /// Twin of `MergeRow` in `shaders/merge.wgsl`: `runs` times, `count` consecutive partials become one; runs and results
 /// follow one another.
@@ -21,18 +21,21 @@ pub(super) struct MergeTree {
     pub(super) levels: Vec<Vec<MergeRow>>,
     /// How many partials there are room for.
     pub(super) partials: u32,
+    /// Invocations in a workgroup, and how many partials it merges.
+    workgroup: u32,
+    merged: u32,
 }
 
 impl MergeTree {
     /// Nothing to merge yet among so many partials.
-    pub(super) fn new(partials: u32) -> Self {
-        Self { levels: Vec::new(), partials }
+    pub(super) fn new(partials: u32, workgroup: u32, merged: u32) -> Self {
+        Self { levels: Vec::new(), partials, workgroup, merged }
     }
 
     /// Plans the merging of the slots of each segment, which follow one another from `first` on, to one partial for each
     /// segment. Returns the first of those, which are consecutive, and the level from which on they are there. Trees of
     /// other segments may be planned on the same levels. None if 2^32 partials do not suffice.
-    pub(super) fn segments(&mut self, first: u32, slots: &[u32], workgroup: u32) -> Option<(u32, usize)> {
+    pub(super) fn segments(&mut self, first: u32, slots: &[u32]) -> Option<(u32, usize)> {
         let mut runs = Vec::with_capacity(slots.len());
         let mut from = first;
         for count in slots {
@@ -44,18 +47,18 @@ impl MergeTree {
         // Where each segment has one slot they are in place already.
         while runs.iter().any(|(_, count)| *count != 1) {
             start = self.partials;
-            runs = self.level(level, &runs, workgroup)?;
+            runs = self.level(level, &runs)?;
             level += 1;
         }
         Some((start, level))
     }
 
     /// Plans the merging of consecutive partials that are there from a level on, to one. Returns its place.
-    pub(super) fn total(&mut self, first: u32, count: u32, from_level: usize, workgroup: u32) -> Option<u32> {
+    pub(super) fn total(&mut self, first: u32, count: u32, from_level: usize) -> Option<u32> {
         let mut runs = vec![(first, count)];
         let mut level = from_level;
         while runs[0].1 != 1 {
-            runs = self.level(level, &runs, workgroup)?;
+            runs = self.level(level, &runs)?;
             level += 1;
         }
         Some(runs[0].0)
@@ -76,11 +79,11 @@ impl MergeTree {
         if !rows.is_empty() {
             self.levels.push(rows);
         }
-        self.total(first, u32::try_from(totals.len()).ok()?, self.levels.len(), u32::MAX)
+        self.total(first, u32::try_from(totals.len()).ok()?, self.levels.len())
     }
 
     /// Merges each run of partials into a shorter one; an empty run into one empty partial. Returns the new runs.
-    fn level(&mut self, level: usize, runs: &[(u32, u32)], workgroup: u32) -> Option<Vec<(u32, u32)>> {
+    fn level(&mut self, level: usize, runs: &[(u32, u32)]) -> Option<Vec<(u32, u32)>> {
         if self.levels.len() <= level {
             self.levels.resize_with(level + 1, Vec::new);
         }
@@ -89,17 +92,13 @@ impl MergeTree {
         let mut merged = Vec::with_capacity(runs.len());
         for &(from, count) in runs {
             let first = self.partials;
-            for at in (0..count.max(1)).step_by(MERGED_PARTIALS as usize) {
-                let row = MergeRow {
-                    from: from + at,
-                    count: (count - at).min(MERGED_PARTIALS),
-                    into: self.partials,
-                    runs: 1,
-                };
+            for at in (0..count.max(1)).step_by(self.merged as usize) {
+                let row =
+                    MergeRow { from: from + at, count: (count - at).min(self.merged), into: self.partials, runs: 1 };
                 let follows = |last: &&mut MergeRow| {
                     last.count == row.count
                         && row.count <= LANE_PARTIALS
-                        && last.runs < workgroup
+                        && last.runs < self.workgroup
                         && last.from + last.count * last.runs == row.from
                         && last.into + last.runs == row.into
                 };
@@ -135,9 +134,9 @@ mod tests {
         ] {
             let first = 5;
             let count = slots.iter().sum::<u32>();
-            let mut tree = MergeTree::new(first + count);
-            let (segments, level) = tree.segments(first, &slots, 64).expect("fits");
-            let total = tree.total(segments, slots.len() as u32, level, 64).expect("fits");
+            let mut tree = MergeTree::new(first + count, 64, 1024);
+            let (segments, level) = tree.segments(first, &slots).expect("fits");
+            let total = tree.total(segments, slots.len() as u32, level).expect("fits");
             // Follow the tree with sums in place of partials.
             let mut values = vec![1u64; (first + count) as usize];
             values.resize(tree.partials as usize, 0);
@@ -153,6 +152,6 @@ mod tests {
             }
             assert_eq!(values[total as usize], u64::from(count), "{} segments", slots.len());
         }
-        assert!(MergeTree::new(u32::MAX).segments(0, &[2], 64).is_none());
+        assert!(MergeTree::new(u32::MAX, 64, 1024).segments(0, &[2]).is_none());
     }
 }

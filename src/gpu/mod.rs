@@ -53,7 +53,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use build::{Follows, GroupParts, Job, PARTIAL_BYTES, Parts, RunningMemory};
-use device::GpuDevice;
+use device::{ARRAYS_OF_BUFFERS, GpuDevice};
 use kernels::{Access, Kernels, Shape};
 use table::Piece;
 use tuning::{Tuning, memory_budget};
@@ -181,10 +181,9 @@ impl GpuClipper {
         let tree = u64::from(tuning.workgroup) * PARTIAL_BYTES;
         need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;
         tuning.subgroups &= features.contains(wgpu::Features::SUBGROUP);
-        let arrays = wgpu::Features::BUFFER_BINDING_ARRAY | wgpu::Features::STORAGE_RESOURCE_BINDING_ARRAY;
         // Partials, results and a table are bound beside them.
         let bindings = limits.max_storage_buffers_per_shader_stage - 3;
-        let windows = if features.contains(arrays) {
+        let windows = if features.contains(ARRAYS_OF_BUFFERS) {
             // Words and quads are an array each, whose length is a power of two.
             let fitting = (limits.max_binding_array_elements_per_shader_stage / 2).min(tuning.array_windows);
             Windows::Array(if fitting > 1 { 1 << fitting.ilog2() } else { 1 })

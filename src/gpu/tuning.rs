@@ -22,10 +22,13 @@ pub struct Tuning {
     pub chunks: u64,
     /// Words (4 bytes) in the shortest chunk that a tensor is cut into.
     pub min_chunk_words: u32,
-    /// Words in the longest chunk: at most 2^14 for each invocation. Those are 1,024 blocks, of at most 35 iterations (of
-    /// 16-bit elements that are all taken one by one), and llvmpipe silently ends the loops of an invocation after
-    /// 65,535 iterations together.
+    /// Words in the longest chunk: at most 2^14 for each invocation. Those are 1,024 blocks, of at most 39 iterations (of
+    /// 16-bit elements that are all taken one by one; a loop that is never entered counts one as well), and llvmpipe
+    /// silently ends the loops of an invocation after 65,535 iterations together.
     pub max_chunk_words: u32,
+    /// How many partials one workgroup merges: what it saves is a dispatch where there are more, and what it costs is time
+    /// in which most of the device idles.
+    pub merged_partials: u32,
 }
 
 /// The smallest workgroup that kernels are compiled with.
@@ -56,6 +59,7 @@ pub const SOFTWARE: Tuning = Tuning {
     chunks: 64,
     min_chunk_words: 1 << 15,
     max_chunk_words: 1 << 17,
+    merged_partials: 1024,
 };
 
 /// Everything else. Not measured yet: the shape that CUB uses, an even share for some workgroups per core.
@@ -68,14 +72,13 @@ pub const HARDWARE: Tuning = Tuning {
     chunks: 4096,
     min_chunk_words: 1 << 12,
     max_chunk_words: 1 << 20,
+    // 16 for each invocation, and all of 4,096 chunks at once.
+    merged_partials: 4096,
 };
 
 /// How large a window may be to share a dispatch with others where each is a binding of its own: choosing among them
 /// costs more than the dispatch that it saves when there is much to read. Not measured on hardware.
 pub const SHARED_WINDOW_BYTES: u64 = 1 << 18;
-
-/// How many partials one workgroup merges. At most 16 one after another for each of 64 invocations.
-pub const MERGED_PARTIALS: u32 = 1024;
 
 /// Segments of so many partials and fewer are merged by one invocation each: a workgroup's tree has 6 to 8 steps
 /// anyway.
@@ -149,6 +152,11 @@ impl Tuning {
         if self.chunks == 0 || self.min_chunk_words < 4 || self.max_chunk_words < self.min_chunk_words {
             return Err(Error::Unfit(
                 "chunks must be at least one, of at least 4 words, the shortest below the longest",
+            ));
+        }
+        if !(2..=self.workgroup.saturating_mul(1 << 12)).contains(&self.merged_partials) {
+            return Err(Error::Unfit(
+                "a workgroup must merge at least 2 partials, and at most 4,096 for each invocation",
             ));
         }
         if u64::from(self.max_chunk_words) > u64::from(self.workgroup) << 14 {
