@@ -1,6 +1,7 @@
 // scale: multiplies the elements of each task by the factor of its one segment, one workgroup a task. Twin:
 // src/cpu/scale.rs. Tasks are walked from the last to the first: what the norm has read last may still be in a cache.
 
+// What `clamp` tells of. Scaling has nothing to tell.
 fn look_at_word(word: u32, run: Run, chunk: Chunk, i: u32) {}
 
 fn found(outside: bool) {}

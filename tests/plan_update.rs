@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::slice::from_ref;
+
 use common::gpu::{Layout, download, encoder, gpu, step, upload};
 use common::numbers::{Random, exact_norm};
 use common::{Data, assert_norm, assert_same_bits, assert_scaled, numbers_of};
@@ -69,7 +71,7 @@ fn other_buffers_and_offsets() {
             } else {
                 for ((segment, before), after) in report.segments.iter().zip(&second).zip(&after) {
                     assert_norm(segment.norm, exact_norm(NormType::L2, before.numbers()), 1e-6, "updated");
-                    assert_scaled(&[before.clone()], &[after.clone()], segment.clip_coef, 1e-6, "updated");
+                    assert_scaled(from_ref(before), from_ref(after), segment.clip_coef, 1e-6, "updated");
                 }
             }
             // And back.

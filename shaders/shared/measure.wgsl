@@ -1,15 +1,14 @@
-// Measuring 16 elements at a time. A block whose largest element is neither huge nor tiny is summed as it is: no square
-// overflows, and what is flushed to 0 is below 2^-34 of the sum. Any other block is taken again, in units of the power of two of its
-// largest element, into a Number; elements that are not finite, and those of a block in which even
-// that is too small, one by one.
+// Measuring 16 elements at a time. Sixteen whose largest is neither huge nor tiny are summed as they are: no square
+// overflows, and what is flushed to 0 is below 2^-34 of the sum. Any others are taken again, in units of the power of two
+// of their largest, into a Number; those that are not finite, or too small even for that, one by one.
 //
-// Sixteen elements are summed as a tree, at most 16 trees one after another in float32, and what they add up to in a
-// Number. So the longest chain of float32 roundings is short whatever the length: 1 (square) + 4 (tree) + 16 units of
-// 2^-24 in the sum, half of that in the norm: 6.3e-7 at worst.
+// Sixteen elements are summed as a tree, at most 18 trees one after another in float32 (16 of whole blocks, 2 of words
+// outside), and what they add up to in a Number. So the longest chain of float32 roundings is short whatever the length:
+// 1 (square) + 4 (tree) + 18 units of 2^-24 in the sum, half of that in the norm: 6.9e-7 at worst.
 
 const SUMS: bool = NORM != NORM_INF;
 // Powers have a range of their own, and are always taken again.
-const PLAIN_FROM: u32 = select(0x0d800000u, 0x29800000u, NORM == NORM_L2); // 2^-100; 2^-44
+const PLAIN_FROM: u32 = select(0x13800000u, 0x29800000u, NORM == NORM_L2); // 2^-88; 2^-44
 const PLAIN_TO: u32 = select(select(0x71800000u, 0x58800000u, NORM == NORM_L2), INFINITE, !SUMS); // 2^100; 2^50
 // Where the largest exponent is below that of 2^-100, subnormals matter, which float arithmetic may flush: such elements
 // are summed in Numbers.

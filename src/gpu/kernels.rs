@@ -84,73 +84,25 @@ pub(super) enum Access {
 impl Access {
     /// The variables and functions by which a kernel reads and writes words and quads.
     fn source(self) -> String {
-        let storage = "var<storage, read_write>";
-        let scalar_quads = "\
-            fn quad_at(window: u32, i: u32) -> vec4<u32> {\n\
-            \x20   return vec4<u32>(word_at(window, 4u * i), word_at(window, 4u * i + 1u), word_at(window, 4u * i + 2u), word_at(window, 4u * i + 3u));\n\
-            }\n\
-            fn set_quad(window: u32, i: u32, quad: vec4<u32>) {\n\
-            \x20   set_word(window, 4u * i, quad.x);\n\
-            \x20   set_word(window, 4u * i + 1u, quad.y);\n\
-            \x20   set_word(window, 4u * i + 2u, quad.z);\n\
-            \x20   set_word(window, 4u * i + 3u, quad.w);\n\
-            }\n";
-        let direct = |words: &str| {
-            format!(
-                "fn word_at(window: u32, i: u32) -> u32 {{ return {words}[i]; }}\n\
-                 fn set_word(window: u32, i: u32, word: u32) {{ {words}[i] = word; }}\n"
-            )
-        };
-        let direct_quads = |quads: &str| {
-            format!(
-                "fn quad_at(window: u32, i: u32) -> vec4<u32> {{ return {quads}[i]; }}\n\
-                 fn set_quad(window: u32, i: u32, quad: vec4<u32>) {{ {quads}[i] = quad; }}\n"
-            )
-        };
+        use shared::{QUADS, WINDOW_ARRAY, WORD_QUADS, WORDS};
         match self {
             Self::None => String::new(),
-            Self::Words => {
-                format!("@group(1) @binding(1) {storage} words: array<u32>;\n") + &direct("words") + scalar_quads
-            }
-            Self::Quads => {
-                format!(
-                    "@group(1) @binding(1) {storage} words: array<u32>;\n\
-                     @group(1) @binding(2) {storage} quads: array<vec4<u32>>;\n"
-                ) + &direct("words")
-                    + &direct_quads("quads")
-            }
+            Self::Words => [WORDS, WORD_QUADS].concat(),
+            Self::Quads => [WORDS, QUADS].concat(),
             Self::Windows(count) => {
-                let each = |f: &dyn Fn(u32) -> String| (0..count).map(f).collect::<String>();
-                let variables = each(&|k| format!("@group(1) @binding({}) {storage} words_{k}: array<u32>;\n", k + 1));
-                let once = |k, body: String| format!("    if window == {k}u {{ {body} }}\n");
-                let read = each(&|k| once(k, format!("word = words_{k}[i];")));
-                let write = each(&|k| once(k, format!("words_{k}[i] = word;")));
-                let quad = ["4u * i", "4u * i + 1u", "4u * i + 2u", "4u * i + 3u"];
-                let read_quad = each(&|k| {
-                    once(k, format!("quad = vec4<u32>({});", quad.map(|i| format!("words_{k}[{i}]")).join(", ")))
+                let each = |f: fn(u32) -> String| (0..count).map(f).collect::<String>();
+                let variables = each(|k| {
+                    format!("@group(1) @binding({}) var<storage, read_write> words_{k}: array<u32>;\n", k + 1)
                 });
-                let write_quad = each(&|k| {
-                    let parts = ["x", "y", "z", "w"];
-                    let stores = quad.iter().zip(parts).map(|(i, part)| format!("words_{k}[{i}] = quad.{part};"));
-                    once(k, stores.collect::<Vec<_>>().join(" "))
-                });
+                let read = each(|k| format!("case {k}u: {{ return words_{k}[i]; }}\n"));
+                let write = each(|k| format!("case {k}u: {{ words_{k}[i] = word; }}\n"));
                 format!(
-                    "{variables}\
-                     fn word_at(window: u32, i: u32) -> u32 {{\n    var word = 0u;\n{read}    return word;\n}}\n\
-                     fn set_word(window: u32, i: u32, word: u32) {{\n{write}}}\n\
-                     fn quad_at(window: u32, i: u32) -> vec4<u32> {{\n    var quad = vec4<u32>(0u);\n{read_quad}    \
-                     return quad;\n}}\n\
-                     fn set_quad(window: u32, i: u32, quad: vec4<u32>) {{\n{write_quad}}}\n"
+                    "{variables}fn word_at(window: u32, i: u32) -> u32 {{\nswitch window {{\n{read}default: {{ return 0u; }}\n}}\n}}\n\
+                     fn set_word(window: u32, i: u32, word: u32) {{\nswitch window {{\n{write}default: {{ }}\n}}\n}}\n\
+                     {WORD_QUADS}"
                 )
             }
-            Self::Array(count) => {
-                format!(
-                    "struct Words {{ data: array<u32> }}\nstruct Quads {{ data: array<vec4<u32>> }}\n\
-                     @group(1) @binding(1) {storage} words: binding_array<Words, {count}>;\n\
-                     @group(1) @binding(2) {storage} quads: binding_array<Quads, {count}>;\n"
-                ) + &direct("words[window].data")
-                    + &direct_quads("quads[window].data")
-            }
+            Self::Array(count) => WINDOW_ARRAY.replace("WINDOWS>", &format!("{count}>")),
         }
     }
 
@@ -173,6 +125,10 @@ mod shared {
     pub(super) const TREE: &str = include_str!("../../shaders/shared/tree.wgsl");
     pub(super) const SUBGROUP: &str = include_str!("../../shaders/shared/subgroup.wgsl");
     pub(super) const OUTCOME: &str = include_str!("../../shaders/shared/outcome.wgsl");
+    pub(super) const WORDS: &str = include_str!("../../shaders/shared/words.wgsl");
+    pub(super) const WORD_QUADS: &str = include_str!("../../shaders/shared/word_quads.wgsl");
+    pub(super) const QUADS: &str = include_str!("../../shaders/shared/quads.wgsl");
+    pub(super) const WINDOW_ARRAY: &str = include_str!("../../shaders/shared/window_array.wgsl");
     pub(super) const HALF: &str = include_str!("../../shaders/shared/half.wgsl");
     pub(super) const CHUNK: &str = include_str!("../../shaders/shared/chunk.wgsl");
     pub(super) const POWER: &str = include_str!("../../shaders/shared/power.wgsl");

@@ -108,7 +108,7 @@ impl GpuClipper {
     /// Clips on the caller's device. Any limits and features will do from wgpu's downlevel defaults on.
     ///
     /// # Errors
-    /// [`Error::Limit`] if the device cannot run compute shaders of 64 invocations with four storage buffers.
+    /// [`Error::Limit`] if the device cannot run compute shaders of 8 invocations with four storage buffers.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self, Error> {
         Self::on(GpuDevice::new(device, queue))
     }
@@ -188,7 +188,9 @@ impl GpuClipper {
             let fitting = (limits.max_binding_array_elements_per_shader_stage / 2).min(tuning.array_windows);
             Windows::Array(if fitting > 1 { 1 << fitting.ilog2() } else { 1 })
         } else {
-            Windows::Few(bindings.min(tuning.windows).max(1))
+            // Windows may overlap, and fill up what is left: browsers allow no two writable views of the same bytes.
+            let few = if cfg!(target_arch = "wasm32") { 1 } else { tuning.windows };
+            Windows::Few(bindings.min(few).max(1))
         };
         let quads = bindings >= 2 && !cfg!(target_arch = "wasm32");
         let Tuning { workgroup, contiguous, subgroups, .. } = tuning;

@@ -15,7 +15,7 @@ use crate::{ClipReport, Error, NonFinite, Scope};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
-/// Made by [`GpuClipper::plan`] and its sisters. The plan keeps the tensors' buffers alive, and holds some 80 bytes on the
+/// Made by [`GpuClipper::plan`] and its sisters. The plan keeps the tensors' buffers alive, and holds some 90 bytes on the
 /// device for each chunk (a tensor, or 16 KiB to 4 MiB of one), and some 100 more for each segment beyond the first. It is
 /// `Send + Sync`. Its steps share one set of partials and results, so they must run on the GPU one after another, as
 /// everything on one queue does.

@@ -1,0 +1,28 @@
+// Gradients in WINDOWS windows, as words and as quads. No invocation reaches the same bytes both ways.
+
+struct Words {
+    data: array<u32>,
+}
+
+struct Quads {
+    data: array<vec4<u32>>,
+}
+
+@group(1) @binding(1) var<storage, read_write> words: binding_array<Words, WINDOWS>;
+@group(1) @binding(2) var<storage, read_write> quads: binding_array<Quads, WINDOWS>;
+
+fn word_at(window: u32, i: u32) -> u32 {
+    return words[window].data[i];
+}
+
+fn set_word(window: u32, i: u32, word: u32) {
+    words[window].data[i] = word;
+}
+
+fn quad_at(window: u32, i: u32) -> vec4<u32> {
+    return quads[window].data[i];
+}
+
+fn set_quad(window: u32, i: u32, quad: vec4<u32>) {
+    quads[window].data[i] = quad;
+}
