@@ -25,8 +25,22 @@ fn main(me: Invocation) {
     let first = select(begin, begin + lane, alone);
     let step = select(1u, WORKGROUP, alone);
     var own = EMPTY_PARTIAL;
-    for (var i = first; i < end; i += step) {
-        own = merge(own, partials[i]);
+    // Four in flight: what one workgroup merges is all that the device has to do meanwhile.
+    for (var i = first; i < end; i += 4u * step) {
+        let a = partials[i];
+        let b = partials[select(i, i + step, i + step < end)];
+        let c = partials[select(i, i + 2u * step, i + 2u * step < end)];
+        let d = partials[select(i, i + 3u * step, i + 3u * step < end)];
+        own = merge(own, a);
+        if i + step < end {
+            own = merge(own, b);
+        }
+        if i + 2u * step < end {
+            own = merge(own, c);
+        }
+        if i + 3u * step < end {
+            own = merge(own, d);
+        }
     }
     if alone {
         own = merged_in_workgroup(me, own);
