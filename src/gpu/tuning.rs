@@ -13,10 +13,9 @@ pub struct Tuning {
     /// Whether a workgroup's partials merge by operations of subgroups, where the device has them; else by a tree in
     /// workgroup memory.
     pub subgroups: bool,
-    /// How many windows (parts of buffers) a dispatch binds at most, a binding each; on a device with arrays of bindings,
-    /// how many in an array.
+    /// How many windows (parts of buffers) a dispatch binds at most where each is a binding.
     pub windows: u32,
-    /// See `windows`.
+    /// How many where they are in an array, on devices that have arrays of buffers.
     pub array_windows: u32,
     /// The number of chunks that a large set is cut into, if the two limits below allow.
     pub chunks: u64,
