@@ -49,15 +49,7 @@ fn main(me: Invocation) {
         return;
     }
     partial = EMPTY_PARTIAL;
-    var row = task;
-    loop {
-        let chunk = table.chunks[row];
-        apply_chunk(chunk, me.lane, outcome);
-        row = chunk.next;
-        if row == 0u {
-            break;
-        }
-    }
+    apply_task(task, me.lane, outcome);
     let whole = merged_in_workgroup(me, partial);
     if leads(me) {
         partials[table.chunks[task].slot] = whole;

@@ -12,18 +12,11 @@ fn main(me: Invocation) {
     if task >= table.tasks {
         return;
     }
-    var row = table.tasks - 1u - task;
+    let row = table.tasks - 1u - task;
     // The same for all chunks of a task.
     let outcome = outcome_of(table.chunks[row].segment);
     if outcome.action == LEAVE {
         return;
     }
-    loop {
-        let chunk = table.chunks[row];
-        apply_chunk(chunk, me.lane, outcome);
-        row = chunk.next;
-        if row == 0u {
-            break;
-        }
-    }
+    apply_task(row, me.lane, outcome);
 }

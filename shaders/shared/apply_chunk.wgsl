@@ -83,3 +83,16 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
         }
     }
 }
+
+// Applies the outcome to all chunks of the task that begins with this one.
+fn apply_task(first: u32, lane: u32, outcome: Outcome) {
+    var row = first;
+    loop {
+        let chunk = table.chunks[row];
+        apply_chunk(chunk, lane, outcome);
+        row = chunk.next;
+        if row == 0u {
+            break;
+        }
+    }
+}

@@ -341,7 +341,7 @@ impl Built {
         };
         let of = layout.groups.iter().map(|g| (&g.clip, &g.segments, g.given));
         let memory = Memory::new(gpu, of, layout.tree.partials, &states, kept)?;
-        let mut builder = Builder::new(gpu, &buffers);
+        let mut builder = Builder::new(gpu, &buffers, layout.limits);
         layout.measure(&mut builder);
         layout.decide(&mut builder, &job, &rules);
         layout.apply(&mut builder, &job);
@@ -358,8 +358,6 @@ struct PlanLayout {
     parts: Vec<GroupTables>,
     origins: Vec<Origin>,
     tree: MergeTree,
-    /// How many partials a workgroup merges.
-    merged: u32,
     limits: Limits,
     sums: Vec<SumWindow>,
 }
@@ -411,8 +409,7 @@ impl PlanLayout {
             params: Vec::new(),
             parts: Vec::new(),
             origins: Vec::new(),
-            tree: MergeTree::default(),
-            merged: gpu.tuning.merged_partials,
+            tree: MergeTree::new(limits.workgroup, gpu.tuning.merged_partials),
             limits,
             sums,
         };
@@ -471,7 +468,7 @@ impl PlanLayout {
             });
             first_segment = segments.end;
         }
-        self.tree = MergeTree::new(slot, limits.workgroup, self.merged);
+        self.tree.partials = slot;
         let mut starts = starts.into_iter();
         let mut level = 0;
         for (tables, params) in self.parts.iter().zip(&mut self.params) {
@@ -509,13 +506,7 @@ impl PlanLayout {
                 builder.batch(Phase::Measure, kernel, i, batch, table);
             }
             if norm.is_none() && tables.writes && !guarded {
-                builder.edges(
-                    Phase::Measure,
-                    i,
-                    &tables.measured,
-                    Kernel::Edges { value: true, guarded: false },
-                    &self.limits,
-                );
+                builder.edges(Phase::Measure, i, &tables.measured, Kernel::Edges { value: true, guarded: false });
             }
             if let (Some(parameters), Some(norm)) = (&tables.parameters, norm) {
                 for (batch, of, dtype, table) in parameters.each() {
@@ -565,7 +556,7 @@ impl PlanLayout {
                 };
                 builder.batch(Phase::Apply, kernel, i, batch, table);
             }
-            builder.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true }, &self.limits);
+            builder.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true });
         }
     }
 }
@@ -604,6 +595,7 @@ enum Subject {
 struct Builder<'a> {
     gpu: &'a GpuClipper,
     buffers: &'a [wgpu::Buffer],
+    limits: Limits,
     /// All tables of the plan, each at an offset that can be bound.
     tables: Vec<u8>,
     /// Where each table is, by its address here: what is measured is often what is scaled.
@@ -612,8 +604,8 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(gpu: &'a GpuClipper, buffers: &'a [wgpu::Buffer]) -> Self {
-        Self { gpu, buffers, tables: Vec::new(), places: HashMap::new(), pending: Vec::new() }
+    fn new(gpu: &'a GpuClipper, buffers: &'a [wgpu::Buffer], limits: Limits) -> Self {
+        Self { gpu, buffers, limits, tables: Vec::new(), places: HashMap::new(), pending: Vec::new() }
     }
 
     fn push(&mut self, phase: Phase, kernel: Kernel, group: usize, subject: Subject, workgroups: u32) {
@@ -645,11 +637,11 @@ impl<'a> Builder<'a> {
         self.push(phase, kernel, group, Subject::Windows(rows, batch.windows.clone()), table.tasks);
     }
 
-    fn edges(&mut self, phase: Phase, group: usize, tables: &Tables, kernel: Kernel, limits: &Limits) {
+    fn edges(&mut self, phase: Phase, group: usize, tables: &Tables, kernel: Kernel) {
         for batch in &tables.batches {
-            for rows in batch.edges.chunks(limits.rows::<EdgeRow>()) {
+            for rows in batch.edges.chunks(self.limits.rows::<EdgeRow>()) {
                 let table = self.table(&[], rows);
-                let workgroups = count(rows).div_ceil(limits.workgroup);
+                let workgroups = count(rows).div_ceil(self.limits.workgroup);
                 self.push(phase, kernel, group, Subject::Windows(table, batch.windows.clone()), workgroups);
             }
         }

@@ -16,7 +16,7 @@ pub(super) struct MergeRow {
 }
 
 /// How partials merge: levels of rows, to be run one after another.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MergeTree {
     pub(super) levels: Vec<Vec<MergeRow>>,
     /// How many partials there are room for.
@@ -27,9 +27,9 @@ pub(super) struct MergeTree {
 }
 
 impl MergeTree {
-    /// Nothing to merge yet among so many partials.
-    pub(super) fn new(partials: u32, workgroup: u32, merged: u32) -> Self {
-        Self { levels: Vec::new(), partials, workgroup, merged }
+    /// Nothing to merge yet, among no partials.
+    pub(super) fn new(workgroup: u32, merged: u32) -> Self {
+        Self { levels: Vec::new(), partials: 0, workgroup, merged }
     }
 
     /// Plans the merging of the slots of each segment, which follow one another from `first` on, to one partial for each
@@ -134,7 +134,7 @@ mod tests {
         ] {
             let first = 5;
             let count = slots.iter().sum::<u32>();
-            let mut tree = MergeTree::new(first + count, 64, 1024);
+            let mut tree = MergeTree { partials: first + count, ..MergeTree::new(64, 1024) };
             let (segments, level) = tree.segments(first, &slots).expect("fits");
             let total = tree.total(segments, slots.len() as u32, level).expect("fits");
             // Follow the tree with sums in place of partials.
@@ -152,6 +152,7 @@ mod tests {
             }
             assert_eq!(values[total as usize], u64::from(count), "{} segments", slots.len());
         }
-        assert!(MergeTree::new(u32::MAX, 64, 1024).segments(0, &[2]).is_none());
+        let mut full = MergeTree { partials: u32::MAX, ..MergeTree::new(64, 1024) };
+        assert!(full.segments(0, &[2]).is_none());
     }
 }

@@ -429,18 +429,13 @@ async fn timed(
         return Ok((spans, Clock::Host));
     }
     let count = 2 * passes as u32;
-    let resolved = device.scoped(|| {
+    let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+    let resolved = device.storage("gradclip timestamps", 8 * u64::from(count), usage)?;
+    device.scoped(|| {
         let queries = device.device.create_query_set(&wgpu::QuerySetDescriptor {
             label: Some("gradclip profile"),
             ty: wgpu::QueryType::Timestamp,
             count,
-        });
-        let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
-        let resolved = device.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("gradclip timestamps"),
-            size: 8 * u64::from(count),
-            usage,
-            mapped_at_creation: false,
         });
         let mut encoder = encoder();
         for i in 0..passes {
@@ -454,7 +449,6 @@ async fn timed(
         }
         encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
         device.queue.submit([encoder.finish()]);
-        resolved
     })?;
     let bytes = device.read(&[(&resolved, 0, resolved.size())], wait).await?;
     let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
