@@ -37,6 +37,8 @@
 
 mod build;
 mod device;
+#[cfg(test)]
+mod every_language;
 mod host;
 mod kernels;
 mod merge;

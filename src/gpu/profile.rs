@@ -259,25 +259,25 @@ impl GpuClipper {
         let device = &self.device;
         device.check_not_lost()?;
         let limits = device.device.limits();
-        let sweep = Sweep::of(device.device.adapter_info().device_type);
-        let workgroup = sweep.workgroup.min(limits.max_compute_invocations_per_workgroup);
+        let mut sweep = Sweep::of(device.device.adapter_info().device_type);
+        let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
+        sweep.workgroup = sweep.workgroup.min(invocations);
+        sweep.workgroups = sweep.workgroups.min(limits.max_compute_workgroups_per_dimension);
         let bindable = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(1 << 31);
         let bytes = (bytes.clamp(16, bindable)) & !15;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let from = device.storage("gradclip speeds, from", bytes, usage)?;
         let to = device.storage("gradclip speeds, to", bytes, usage)?;
-        let invocations = u64::from(workgroup) * u64::from(sweep.workgroups);
+        let invocations = u64::from(sweep.workgroup) * u64::from(sweep.workgroups);
         let sums = device.storage("gradclip speeds, sums", 16 * invocations, usage)?;
         let total = fill(device, &from)?;
-        let constants = format!("const WORKGROUP: u32 = {workgroup}u;\nconst RUNS: bool = {};\n", sweep.runs);
-        let kernel = |label, source: &str, first, second| {
-            let source = [&constants, include_str!("../../shaders/shared/share.wgsl"), source].join("\n");
+        let kernel = |label, kernel, first, second| {
+            let source = source(sweep, kernel);
             device.scoped(|| Sweeping::new(&device.device, label, source, [first, second], sweep.workgroups))
         };
-        let read_source = include_str!("../../shaders/read.wgsl");
-        let read = kernel("read", read_source, &from, &sums)?;
-        let read_back = kernel("read", read_source, &to, &sums)?;
-        let copy = kernel("copy", include_str!("../../shaders/copy.wgsl"), &from, &to)?;
+        let read = kernel("read", READ, &from, &sums)?;
+        let read_back = kernel("read", READ, &to, &sums)?;
+        let copy = kernel("copy", COPY, &from, &to)?;
         // Of zeros the sum is 0: nothing passes that was not copied.
         let check = async |what: &'static str| {
             let words: Vec<u32> = bytemuck::pod_collect_to_vec(&device.read(&[(&sums, 0, sums.size())], wait).await?);
@@ -313,6 +313,16 @@ impl Speed {
         speeds.sort_by(f64::total_cmp);
         Self { median: speeds[speeds.len() / 2], best: speeds[speeds.len() - 1], runs: speeds.len(), by }
     }
+}
+
+pub(super) const READ: &str = include_str!("../../shaders/read.wgsl");
+pub(super) const COPY: &str = include_str!("../../shaders/copy.wgsl");
+
+/// The whole WGSL module of one of these.
+pub(super) fn source(sweep: Sweep, kernel: &str) -> String {
+    let Sweep { workgroup, runs, .. } = sweep;
+    let constants = format!("const WORKGROUP: u32 = {workgroup}u;\nconst RUNS: bool = {runs};\n");
+    [&constants, include_str!("../../shaders/shared/share.wgsl"), kernel].join("\n")
 }
 
 /// A plain kernel over two buffers.
