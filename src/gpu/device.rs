@@ -94,6 +94,9 @@ impl GpuDevice {
             None => Ok(result),
             Some(wgpu::Error::OutOfMemory { source }) => Err(Error::OutOfMemory(source.to_string())),
             Some(wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. }) => {
+                // That a device was lost, wgpu keeps from scopes: what it gave out by then is merely invalid.
+                self.poll()?;
+                self.check_not_lost()?;
                 Err(Error::Device(one_line(&description)))
             }
         }
@@ -231,7 +234,8 @@ impl GpuDevice {
         self.catching_loss(|| self.device.poll(wait))
     }
 
-    /// wgpu answers a poll of a device that hangs or is gone with a panic.
+    /// wgpu answers a poll of a device that hangs or is gone with a panic. A panic of the caller's own callbacks, which a poll
+    /// calls too, goes on to the caller.
     fn catching_loss<E: std::fmt::Display>(
         &self,
         poll: impl FnOnce() -> Result<wgpu::PollStatus, E>,
@@ -239,9 +243,14 @@ impl GpuDevice {
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(poll)) {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(Error::Device(error.to_string())),
-            Err(_) => {
+            Err(panic) => {
                 self.check_not_lost()?;
-                Err(Error::DeviceLost("polling it failed".into()))
+                let message =
+                    panic.downcast_ref::<String>().filter(|message| message.starts_with("Error in Device::poll"));
+                match message {
+                    Some(message) => Err(Error::DeviceLost(one_line(message))),
+                    None => std::panic::resume_unwind(panic),
+                }
             }
         }
     }
