@@ -1,30 +1,89 @@
 #!/usr/bin/env bash
 # Runs the whole test suite, on every machine that has Rust: where no Vulkan driver is found, a software one is
-# installed first (Debian, Ubuntu). Arguments are passed on to the test runner.
+# installed first (Debian, Ubuntu). Other arguments are passed on to the test runner.
+#
+#   scripts/test.sh                   on the device that the library chooses here
+#   scripts/test.sh --every-device    on lavapipe under the validation layers of Khronos, and then what runs on a GPU once more
+#                                     on each of the software devices below; one that cannot be had is an error (Debian)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/devices.sh
 
-# Mesa's device-select layer complains wherever there is no desktop session.
-[ -n "${XDG_RUNTIME_DIR:-}" ] || export NODEVICE_SELECT=1
+if [ "${1-}" != --every-device ]; then
+    # With the tests, which tell much later, comes the program, which tells at once.
+    cargo test --workspace --all-features --no-run
+    vulkan_is_there() { "${CARGO_TARGET_DIR:-target}/debug/gradclip" devices --json | grep -q '"backend":"Vulkan"'; }
+    if ! vulkan_is_there; then
+        install_lavapipe
+        vulkan_is_there || { echo "error: still no Vulkan device; see: cargo run -p gradclip-cli -- devices" >&2; exit 1; }
+    fi
+    cargo test --workspace --all-features "$@"
+    # Only optimised kernels are vectors, and only without checks of overflow.
+    cargo test --release -p gradclip --no-default-features --lib cpu::instructions
+    exit
+fi
+shift
 
-vulkan_is_there() {
-    cargo run --quiet -p gradclip-cli -- devices --json | grep -q '"backend":"Vulkan"'
+install_lavapipe
+install_swiftshader
+install_gl
+
+# The files whose tests run kernels. What is large in bytes is so on any device.
+on_gpu=()
+for file in $(grep -l gpu tests/*.rs); do
+    name=$(basename "$file" .rs)
+    [ "$name" = beyond_4_gib ] || on_gpu+=(--test "$name")
+done
+
+results=()
+
+# on NAME SKIPPED... -- ENVIRONMENT...: these tests on one device.
+on() {
+    local name=$1 skipped=()
+    shift
+    while [ "$1" != -- ]; do skipped+=(--skip "$1"); shift; done
+    shift
+    echo "== $name"
+    local log=$devices/tests.log begin=$SECONDS
+    env "$@" cargo test --workspace --all-features "${on_gpu[@]}" -- "${skipped[@]}" 2>&1 | tee "$log"
+    conclude "$name" "$log" "$begin" "$@"
 }
 
-if ! vulkan_is_there; then
-    if ! command -v apt-get >/dev/null; then
-        echo "error: no Vulkan device found; install a driver (Mesa's lavapipe needs no GPU) and run this again" >&2
-        exit 1
+# conclude NAME LOG BEGIN ENVIRONMENT...: what a run printed, for the table at the end. Under validation layers they must have
+# been at work, and must have found nothing.
+conclude() {
+    local name=$1 log=$2 begin=$3 validated=
+    shift 3
+    local passed
+    passed=$(awk '/^test result: ok/ { sum += $4 } END { print sum }' "$log")
+    if [[ " $* " == *" VK_LAYER_PATH="* ]]; then
+        if grep -aq -E 'Validation (Error|Performance)|Validation Warning' "$log"; then
+            grep -a -A6 -E 'Validation (Error|Performance)|Validation Warning' "$log" | head -60 >&2
+            echo "error: the validation layers found something on $name" >&2
+            exit 1
+        fi
+        grep -aq 'Current Validation Enabled' "$log" || { echo "error: no validation layer ran on $name" >&2; exit 1; }
+        validated=", nothing found by validation"
     fi
-    echo "no Vulkan device found: installing Mesa's software driver"
-    as_root=()
-    [ "$(id -u)" -eq 0 ] || as_root=(sudo)
-    "${as_root[@]}" apt-get update -qq
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mesa-vulkan-drivers libvulkan1
-    vulkan_is_there || { echo "error: still no Vulkan device; see: cargo run -p gradclip-cli -- devices" >&2; exit 1; }
-fi
+    results+=("$name: $passed tests passed in $((SECONDS - begin)) s$validated")
+}
 
-cargo test --workspace --all-features "$@"
-
-# Only optimised kernels are vectors, and only without checks of overflow.
+echo "== everything on lavapipe"
+begin=$SECONDS
+env "${lavapipe[@]}" "${validation[@]}" cargo test --workspace --all-features "$@" 2>&1 | tee "$devices/tests.log"
+conclude "everything on lavapipe" "$devices/tests.log" "$begin" "${validation[@]}"
 cargo test --release -p gradclip --no-default-features --lib cpu::instructions
+
+on "lavapipe, subgroups of 8" -- "${lavapipe[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups
+# A count of allocations is that of a pass with one dispatch for each kernel.
+on "lavapipe, lowered limits" three_thousand_tensors_cost_one_merge -- \
+    "${lavapipe[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=small
+on "SwiftShader, no subgroups" -- "${swiftshader[@]}" "${validation[@]}"
+on "SwiftShader, subgroups of 4, lowered limits" three_thousand_tensors_cost_one_merge -- \
+    "${swiftshader[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups,small
+# On OpenGL wgpu's `submit` runs the work before it returns, and wgpu has no report of what is allocated; and it panics where one
+# thread waits for the context for six seconds while another compiles.
+on "llvmpipe, OpenGL" encoding_does_not_wait_for_the_queue the_budget_is_kept -- "${gl[@]}" RUST_TEST_THREADS=1
+
+echo "== devices"
+printf '%s\n' "${results[@]}"

@@ -426,3 +426,44 @@ fn trusted(device: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) 
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::GpuClipper;
+
+    /// Reads behind what is bound, though not behind the buffer: by itself it proves nothing.
+    #[test]
+    #[ignore = "the control of scripts/gpu-assisted.sh: the validation layer must tell of it"]
+    fn behind_what_is_bound() {
+        let gpu = GpuClipper::open_blocking().expect("a device");
+        let device = gpu.device();
+        let source = "@group(0) @binding(0) var<storage, read_write> words: array<u32>;\n\
+            @compute @workgroup_size(1) fn main() { words[0] = words[arrayLength(&words) + 1u]; }";
+        let source = wgpu::ShaderSource::Wgsl(source.into());
+        let module = trusted(device, wgpu::ShaderModuleDescriptor { label: None, source });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: None,
+            layout: None,
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        let words = gpu.device.storage("control", 1024, wgpu::BufferUsages::STORAGE).expect("there is memory");
+        let part = wgpu::BufferBinding { buffer: &words, offset: 0, size: std::num::NonZeroU64::new(256) };
+        let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &pipeline.get_bind_group_layout(0),
+            entries: &[wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(part) }],
+        });
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        pass.set_pipeline(&pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        pass.dispatch_workgroups(1, 1, 1);
+        drop(pass);
+        gpu.queue().submit([encoder.finish()]);
+        device.poll(wgpu::PollType::wait_indefinitely()).expect("the device works");
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use gradclip::gpu::tuning::Tuning;
 use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
 use gradclip::wgpu;
 use gradclip::{Clip, ClipReport, Dtype, Error};
@@ -18,9 +19,68 @@ pub(crate) fn gpu() -> &'static GpuClipper {
     GPU.get_or_init(open)
 }
 
+/// What `GRADCLIP_TEST_DEVICE` asks for, a list of words apart by commas, so that the same tests run with all that a device
+/// may do or lack (`scripts/test.sh --every-device`). What the adapter lacks is an error, not another test.
+struct Asked {
+    /// `subgroups`: partials merge by subgroups, which software devices do not do by themselves.
+    subgroups: bool,
+    /// `small`: tiny bindings, dispatches and workgroups and few bindings, so that whatever can be split is split.
+    small: bool,
+}
+
+impl Asked {
+    fn get() -> Self {
+        let words = std::env::var("GRADCLIP_TEST_DEVICE").unwrap_or_default();
+        let mut asked = Self { subgroups: false, small: false };
+        for word in words.split(',').filter(|word| !word.is_empty()) {
+            match word {
+                "subgroups" => asked.subgroups = true,
+                "small" => asked.small = true,
+                other => panic!("GRADCLIP_TEST_DEVICE is a list of \"subgroups\" and \"small\"; found {other:?}"),
+            }
+        }
+        asked
+    }
+
+    fn features(&self) -> wgpu::Features {
+        if self.subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() }
+    }
+
+    fn limits(&self, mut limits: wgpu::Limits) -> wgpu::Limits {
+        if self.small {
+            let least = |limit: &mut u32, most: u32| *limit = most.min(*limit);
+            limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(1 << 17);
+            least(&mut limits.max_storage_buffers_per_shader_stage, 4);
+            least(&mut limits.max_compute_workgroups_per_dimension, 60);
+            least(&mut limits.max_compute_invocations_per_workgroup, 16);
+            least(&mut limits.max_compute_workgroup_size_x, 16);
+            limits.max_compute_workgroup_size_y = 1;
+            limits.max_compute_workgroup_size_z = 1;
+        }
+        limits
+    }
+
+    fn tuned(&self, gpu: GpuClipper) -> GpuClipper {
+        if !self.subgroups {
+            return gpu;
+        }
+        let mut tuning = Tuning::of(&gpu.adapter_info());
+        tuning.subgroups = true;
+        gpu.with_tuning(tuning).expect("valid")
+    }
+}
+
 /// A device of its own, for tests that spoil it.
 pub(crate) fn open() -> GpuClipper {
-    GpuClipper::open_blocking().unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"))
+    let asked = Asked::get();
+    let gpu = GpuClipper::open_blocking().unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"));
+    assert!(gpu.device().features().contains(asked.features()), "{:?} has no subgroups", gpu.adapter_info());
+    if !asked.small {
+        return asked.tuned(gpu);
+    }
+    let gpu = clipper(adapter().limits());
+    gpu.device().on_uncaptured_error(std::sync::Arc::new(|error| log::error!("{error}")));
+    gpu
 }
 
 pub(crate) fn adapter() -> wgpu::Adapter {
@@ -31,14 +91,19 @@ pub(crate) fn adapter() -> wgpu::Adapter {
 
 /// A device as a caller would make it, with these limits.
 pub(crate) fn device(limits: wgpu::Limits) -> (wgpu::Device, wgpu::Queue) {
-    let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
+    let asked = Asked::get();
+    let descriptor = wgpu::DeviceDescriptor {
+        required_features: asked.features(),
+        required_limits: asked.limits(limits),
+        ..Default::default()
+    };
     block_on(adapter().request_device(&descriptor)).expect("the adapter gives a device")
 }
 
 /// A clipper on a device as a caller would make it, with these limits.
 pub(crate) fn clipper(limits: wgpu::Limits) -> GpuClipper {
     let (device, queue) = device(limits);
-    GpuClipper::new(&device, &queue).expect("these limits suffice")
+    Asked::get().tuned(GpuClipper::new(&device, &queue).expect("these limits suffice"))
 }
 
 /// The smallest executor: sleeps until woken.

@@ -1,0 +1,78 @@
+# Software devices for the tests, which other scripts source: how to get them (Debian), and the environment that chooses each.
+# shellcheck shell=bash disable=SC2034
+
+# Mesa's device-select layer complains wherever there is no desktop session.
+[ -n "${XDG_RUNTIME_DIR:-}" ] || export NODEVICE_SELECT=1
+
+devices=$(realpath -m "${CARGO_TARGET_DIR:-target}")/devices
+mkdir -p "$devices"
+
+lavapipe=(VK_DRIVER_FILES=/usr/share/vulkan/icd.d/lvp_icd.x86_64.json WGPU_BACKEND=vulkan)
+swiftshader=("VK_DRIVER_FILES=$devices/vk_swiftshader_icd.json" WGPU_BACKEND=vulkan)
+gl=(WGPU_BACKEND=gl)
+
+# Khronos's validation layers, of synchronisation too: debug builds of wgpu load them where they are found. Left out is what
+# wgpu does whatever its caller does:
+# - 10684: naga gives arrays in workgroup memory a stride, which SPIR-V 1.4 and later forbid and every driver ignores.
+# - 10247: with arrays of buffers, wgpu asks for robust access and for updates after binding on a device that has not both.
+validation=(
+    "VK_LAYER_PATH=$devices"
+    VK_LAYER_DEBUG_ACTION=VK_DBG_LAYER_ACTION_LOG_MSG
+    VK_LAYER_REPORT_FLAGS=error,warn,perf,info
+    VK_LAYER_MESSAGE_ID_FILTER=VUID-StandaloneSpirv-None-10684,VUID-VkDeviceCreateInfo-robustBufferAccess-10247
+)
+
+# install PACKAGE...: by apt-get, unless they are there.
+install() {
+    if ! command -v apt-get >/dev/null; then
+        echo "error: this needs a software device; install Mesa's Vulkan driver (lavapipe), which needs no GPU" >&2
+        exit 1
+    fi
+    dpkg -s "$@" >/dev/null 2>&1 && return
+    echo "installing $*"
+    "${as_root[@]}" apt-get update -qq
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@"
+}
+as_root=()
+[ "$(id -u)" -eq 0 ] || as_root=(sudo)
+
+install_lavapipe() {
+    install mesa-vulkan-drivers libvulkan1
+}
+
+install_gl() {
+    install libegl1 libegl-mesa0 libgles2 libgl1-mesa-dri
+}
+
+# SwiftShader and the validation layers, out of a package of Debian's chromium, which is not installed.
+install_swiftshader() {
+    [ ! -e "$devices/VkLayer_khronos_validation.json" ] || return 0
+    local unpacked=$devices/chromium
+    mkdir -p "$unpacked"
+    "${as_root[@]}" apt-get update -qq
+    (cd "$unpacked" && apt-get download -qq chromium-common && dpkg-deb -x chromium-common_*.deb .)
+    cp "$unpacked"/usr/lib/chromium/{libvk_swiftshader.so,vk_swiftshader_icd.json,libVkLayer_khronos_validation.so} "$devices" || {
+        echo "error: this distribution's chromium-common has no SwiftShader; Debian's has" >&2
+        exit 1
+    }
+    rm -r "$unpacked"
+    cat >"$devices/VkLayer_khronos_validation.json" <<END
+{
+    "file_format_version": "1.2.0",
+    "layer": {
+        "name": "VK_LAYER_KHRONOS_validation",
+        "type": "GLOBAL",
+        "library_path": "./libVkLayer_khronos_validation.so",
+        "api_version": "1.3.0",
+        "implementation_version": "1",
+        "description": "Khronos validation",
+        "instance_extensions": [
+            { "name": "VK_EXT_debug_report", "spec_version": "9" },
+            { "name": "VK_EXT_debug_utils", "spec_version": "1" },
+            { "name": "VK_EXT_layer_settings", "spec_version": "2" },
+            { "name": "VK_EXT_validation_features", "spec_version": "2" }
+        ]
+    }
+}
+END
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# What takes too long for every change, one after another: some hours on two cores. Prints the figures of docs/RELIABILITY.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+scripts/properties.sh
+scripts/soak.sh
+scripts/fuzz.sh
+scripts/gpu-assisted.sh
+scripts/miri.sh
+scripts/deny.sh
+scripts/public-api.sh
