@@ -70,12 +70,8 @@ pub(crate) struct NormArgs {
     /// How many of the largest norms to list
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) top: usize,
-    /// Draw the norm of each tensor into a new file
-    #[arg(long, value_name = "OUT.svg")]
-    pub(crate) plot: Option<PathBuf>,
-    /// Replace OUT.svg if it exists
-    #[arg(long, requires = "plot")]
-    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) plot: PlotArgs,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Print one JSON object
@@ -182,7 +178,7 @@ pub(crate) struct MeasureArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct BackendArgs {
-    /// Where to compute; auto takes a GPU if there is one, but no software device
+    /// Where to compute
     #[arg(long, value_enum, value_name = "WHERE", default_value = "auto")]
     pub(crate) backend: BackendChoice,
     /// Use the first GPU whose name contains NAME, even a software device
@@ -191,6 +187,17 @@ pub(crate) struct BackendArgs {
     /// Threads for the CPU [default: one a core]; the result is the same for any number
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
+}
+
+/// A picture beside the text.
+#[derive(Debug, Args)]
+pub(crate) struct PlotArgs {
+    /// Draw what was measured, into a new file
+    #[arg(long = "plot", id = "plot", value_name = "OUT.svg")]
+    pub(crate) out: Option<PathBuf>,
+    /// Replace OUT.svg if it exists
+    #[arg(long, requires = "plot")]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -236,12 +243,8 @@ pub(crate) struct BenchArgs {
     /// Time GPU steps by the host's clock, with recording, submitting and waiting, even where the device has a clock
     #[arg(long)]
     pub(crate) host_clock: bool,
-    /// Draw throughput against size into a new file
-    #[arg(long, value_name = "OUT.svg")]
-    pub(crate) plot: Option<PathBuf>,
-    /// Replace OUT.svg if it exists
-    #[arg(long, requires = "plot")]
-    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) plot: PlotArgs,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Print one JSON object
@@ -258,8 +261,11 @@ pub(crate) struct DevicesArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub(crate) enum BackendChoice {
+    /// On a GPU if there is one, else on the CPU
     Auto,
+    /// On a GPU, even a software device
     Gpu,
+    /// On the CPU
     Cpu,
 }
 
@@ -270,6 +276,13 @@ fn one_of<T: Copy + Send + Sync + 'static>(names: &'static Names<T>) -> impl Typ
         let found = names.iter().find(|(name, ..)| *name == text);
         found.map(|(_, value, _)| *value).ok_or("no such value")
     })
+}
+
+impl NormArgs {
+    /// Whether nothing but the answer is printed.
+    pub(crate) fn hidden(&self) -> bool {
+        self.quiet || self.json
+    }
 }
 
 impl MeasureArgs {

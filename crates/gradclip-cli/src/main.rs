@@ -1,7 +1,7 @@
 //! The program `gradclip`: measures, clips and verifies gradients in safetensors files, and tells how fast it is.
 //!
 //! One file a command ([`norm`], [`clip`], [`verify`], [`bench`], [`devices`]), and what they share: [`args`] is the command line,
-//! [`spec`] a clip as it was asked for, [`input`] and [`header`] read gradients, [`layout`], [`stream`] and
+//! [`spec`] a clip as it was asked for, [`input`], [`header`] and [`mapped`] read gradients, [`layout`], [`stream`] and
 //! [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws norms
 //! and [`throughput`] speeds, [`made`] and [`subject`] make gradients, [`contender`] times a step on them, [`failure`] holds the exit codes.
 
@@ -21,6 +21,7 @@ mod input;
 mod layout;
 #[cfg(feature = "gpu")]
 mod made;
+mod mapped;
 mod norm;
 mod output;
 mod plot;
