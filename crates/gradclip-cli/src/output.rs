@@ -248,6 +248,8 @@ struct Temporaries(());
 
 impl Temporaries {
     fn new() -> Result<Self, Failure> {
+        #[cfg(unix)]
+        let ignored = signals::ignored();
         ctrlc::set_handler(|| {
             // Held until the end of the process: nothing can be put in place any more.
             for path in unfinished().iter() {
@@ -256,6 +258,8 @@ impl Temporaries {
             std::process::exit(130);
         })
         .map_err(|error| Failure::Setup(format!("cannot watch for interrupts: {error}")))?;
+        #[cfg(unix)]
+        signals::ignore(&ignored);
         Ok(Self(()))
     }
 
@@ -320,6 +324,38 @@ impl Temporaries {
             let _ = File::open(folder_of(target)).and_then(|folder| folder.sync_all());
         }
         Ok(())
+    }
+}
+
+/// What a program is started to ignore it goes on ignoring: under `nohup`, its terminal goes and it stays.
+#[cfg(unix)]
+mod signals {
+    use std::mem::MaybeUninit;
+    use std::ptr::{null, null_mut};
+
+    /// The interrupts that are ignored now.
+    pub(super) fn ignored() -> Vec<libc::c_int> {
+        let ignored = |signal: &libc::c_int| {
+            let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+            // SAFETY: Nothing is set, and `action`, for which zeros are a valid value, has room for what is told.
+            let action = unsafe {
+                libc::sigaction(*signal, null(), action.as_mut_ptr());
+                action.assume_init()
+            };
+            action.sa_sigaction == libc::SIG_IGN
+        };
+        [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter().filter(ignored).collect()
+    }
+
+    pub(super) fn ignore(signals: &[libc::c_int]) {
+        for &signal in signals {
+            // SAFETY: Zeros are a valid action, and ignoring runs no code.
+            unsafe {
+                let mut action = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
+                action.sa_sigaction = libc::SIG_IGN;
+                libc::sigaction(signal, &raw const action, null_mut());
+            }
+        }
     }
 }
 
