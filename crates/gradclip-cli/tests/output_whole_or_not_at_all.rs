@@ -207,9 +207,9 @@ fn a_folder_that_goes_while_it_is_written_to() {
         let pid = Pid::from_raw(child.id() as i32);
         nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
         if moved {
-            fs::rename(&sub, folder.path("moved")).unwrap()
+            fs::rename(&sub, folder.path("moved")).unwrap();
         } else {
-            fs::remove_dir_all(&sub).unwrap()
+            fs::remove_dir_all(&sub).unwrap();
         }
         nix::sys::signal::kill(pid, Signal::SIGCONT).unwrap();
         let output = child.wait_with_output().unwrap();
