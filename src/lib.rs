@@ -86,7 +86,6 @@
 #![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuPlan::coefficients`]: #features")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuRunning`]: #features")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`verify_blocking`]: #features")]
-
 #![deny(unsafe_code)]
 
 mod clip;
