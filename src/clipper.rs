@@ -16,7 +16,10 @@ use crate::gpu::{GpuClipper, Wait};
 
 /// Clips gradients that lie in host memory, on the CPU or through a GPU.
 ///
-/// Gradients that lie in GPU memory already are clipped there by [`GpuClipper`](crate::gpu::GpuClipper).
+#[cfg_attr(
+    feature = "gpu",
+    doc = "Gradients that lie in GPU memory already are clipped there by [`GpuClipper`](crate::gpu::GpuClipper)."
+)]
 #[derive(Clone, Debug)]
 pub struct Clipper {
     backend: Backend,

@@ -77,7 +77,15 @@
 //!
 //! - `gpu` (default): the wgpu path. Without it the library is the CPU path alone and builds no wgpu.
 //! - `serde`: [`ZClip`], [`AutoClip`] and [`AdaGc`] can be saved and restored with a checkpoint.
-
+// What is not there without the feature leads to what the feature is.
+#![cfg_attr(not(feature = "gpu"), doc = "")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper::plan_adaptive`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper::plan_measure`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper::plan_scale`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuPlan::coefficients`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuRunning`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`verify_blocking`]: #features")]
 #![deny(unsafe_code)]
 
 mod clip;

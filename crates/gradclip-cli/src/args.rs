@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use gradclip::{Budget, NonFinite, NormType, Scope, UnitAxis};
 
 use crate::failure::Failure;
@@ -15,11 +16,13 @@ use crate::spec::{AXES, BUDGETS, Mode, Names, POLICIES, SCOPES, Spec};
 use crate::subject;
 
 #[derive(Debug, Parser)]
-#[command(name = "gradclip", version, about, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
+#[command(name = "gradclip", version, about = ABOUT, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
 }
+
+const ABOUT: &str = "Measures, clips and verifies gradients in safetensors files";
 
 const LONG: &str = "Measures, clips and verifies gradients in safetensors files, on the GPU or on the CPU.
 
@@ -43,6 +46,10 @@ const BENCH: &str = "The gradients are made, and every answer that is timed is c
 only), unclipped (a clip that finds nothing to do), clipped (by norm) and value (clipped by value). GB/s is what the case \
 must move over the median time: float32 4, 4, 12 and 8 bytes an element. A copy of n bytes moves 2 n.";
 
+const COMPLETIONS: &str = "For bash: gradclip completions bash > ~/.local/share/bash-completion/completions/gradclip";
+
+const MAN: &str = "To read one: gradclip man clip > gradclip-clip.1; man ./gradclip-clip.1";
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Measure the gradients in the files: their norm, and which are the largest
@@ -58,6 +65,12 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// List the devices that the GPU backend can use
     Devices(DevicesArgs),
+    /// Print a script that lets a shell complete commands and options
+    #[command(after_help = COMPLETIONS)]
+    Completions(CompletionsArgs),
+    /// Print the manual page of the program, or of a command
+    #[command(after_help = MAN)]
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -70,12 +83,8 @@ pub(crate) struct NormArgs {
     /// How many of the largest norms to list
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) top: usize,
-    /// Draw the norm of each tensor into a new file
-    #[arg(long, value_name = "OUT.svg")]
-    pub(crate) plot: Option<PathBuf>,
-    /// Replace OUT.svg if it exists
-    #[arg(long, requires = "plot")]
-    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) plot: PlotArgs,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Print one JSON object
@@ -182,7 +191,7 @@ pub(crate) struct MeasureArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct BackendArgs {
-    /// Where to compute; auto takes a GPU if there is one, but no software device
+    /// Where to compute
     #[arg(long, value_enum, value_name = "WHERE", default_value = "auto")]
     pub(crate) backend: BackendChoice,
     /// Use the first GPU whose name contains NAME, even a software device
@@ -191,6 +200,17 @@ pub(crate) struct BackendArgs {
     /// Threads for the CPU [default: one a core]; the result is the same for any number
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
+}
+
+/// A picture beside the text.
+#[derive(Debug, Args)]
+pub(crate) struct PlotArgs {
+    /// Draw what was measured, into a new file
+    #[arg(long = "plot", id = "plot", value_name = "OUT.svg")]
+    pub(crate) out: Option<PathBuf>,
+    /// Replace OUT.svg if it exists
+    #[arg(long, requires = "plot")]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -236,12 +256,8 @@ pub(crate) struct BenchArgs {
     /// Time GPU steps by the host's clock, with recording, submitting and waiting, even where the device has a clock
     #[arg(long)]
     pub(crate) host_clock: bool,
-    /// Draw throughput against size into a new file
-    #[arg(long, value_name = "OUT.svg")]
-    pub(crate) plot: Option<PathBuf>,
-    /// Replace OUT.svg if it exists
-    #[arg(long, requires = "plot")]
-    pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) plot: PlotArgs,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Print one JSON object
@@ -256,10 +272,27 @@ pub(crate) struct DevicesArgs {
     pub(crate) json: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// For which shell
+    #[arg(value_name = "SHELL", value_enum)]
+    pub(crate) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// Of which command; without one, of the program
+    #[arg(value_name = "COMMAND")]
+    pub(crate) command: Option<String>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 pub(crate) enum BackendChoice {
+    /// On a GPU if there is one, else on the CPU
     Auto,
+    /// On a GPU, even a software device
     Gpu,
+    /// On the CPU
     Cpu,
 }
 
@@ -270,6 +303,13 @@ fn one_of<T: Copy + Send + Sync + 'static>(names: &'static Names<T>) -> impl Typ
         let found = names.iter().find(|(name, ..)| *name == text);
         found.map(|(_, value, _)| *value).ok_or("no such value")
     })
+}
+
+impl NormArgs {
+    /// Whether nothing but the answer is printed.
+    pub(crate) fn hidden(&self) -> bool {
+        self.quiet || self.json
+    }
 }
 
 impl MeasureArgs {
@@ -361,4 +401,28 @@ fn range(text: &str) -> Result<(f64, f64), String> {
     let number = |text: &str| text.trim().parse::<f64>().map_err(|_| format!("{text:?} is not a number"));
     let (min, max) = text.split_once(',').ok_or("two numbers are needed: MIN,MAX")?;
     Ok((number(min)?, number(max)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn everything_has_a_help_text() {
+        let mut program = Cli::command();
+        program.build();
+        program.clone().debug_assert();
+        for command in program.get_subcommands().chain([&program]) {
+            assert!(command.get_about().is_some(), "{command}");
+            for option in command.get_arguments() {
+                assert!(option.get_help().is_some_and(|help| !help.to_string().is_empty()), "{command}: {option}");
+                let values = option.get_possible_values();
+                let told = values.iter().filter(|value| value.get_help().is_some()).count();
+                // The names of shells say enough.
+                assert!(told == values.len() || option.get_id() == "shell", "{command}: {option}");
+            }
+        }
+    }
 }

@@ -103,8 +103,8 @@ struct Machine<'a> {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
-    if let Some(plot) = &args.plot {
-        output::check(std::slice::from_ref(plot), std::iter::empty(), args.force)?;
+    if let Some(plot) = &args.plot.out {
+        output::check(std::slice::from_ref(plot), std::iter::empty(), args.plot.force)?;
     }
     let backend = Backend::choose(&args.backend, &[])?;
     refuse(&[(args.host_clock && backend.adapter().is_none(), "--host-clock is for a GPU: the CPU has no other")])?;
@@ -161,10 +161,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
     bar.finish_and_clear();
 
-    if let Some(path) = &args.plot {
+    if let Some(path) = &args.plot.out {
         let limits = (machine.limits.copy / 1e9, machine.limits.read / 1e9);
         let drawing = throughput::draw(&format!("Throughput of gradclip on {backend}"), &rows, limits);
-        output::write_file(drawing.as_bytes(), path, args.force)?;
+        output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
     if args.json {
         return print_json(&Json {
@@ -180,7 +180,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         let title = "passes of a clipped step";
         print(&format!("\n{title:<38} {median:>9} {speed:>7} {share:>7}\n{passes}"))?;
     }
-    match &args.plot {
+    match &args.plot.out {
         Some(path) => print(&format!("\n{}", table(&[("plot", path.display().to_string())]))),
         None => Ok(()),
     }

@@ -1,5 +1,6 @@
 //! `gradclip clip`: the gradients of a file, clipped into a new file.
 
+use std::iter::once;
 use std::time::Instant;
 
 use gradclip::{Clip, ClipReport, NonFinite, Scope, Tensor};
@@ -8,20 +9,24 @@ use indicatif::HumanCount;
 use crate::args::ClipArgs;
 use crate::backend::Backend;
 use crate::failure::Failure;
-use crate::input::{Input, with_parameters};
+use crate::input::{Input, explain, unchanged, with_parameters};
 use crate::output::Output;
 use crate::progress;
 use crate::report::{Outcome, number, print, remark, segments, shown, table};
 use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
-    let hidden = args.quiet || args.json;
     let spec = args.spec()?;
     let clip = spec.clip()?;
     let input = Input::open(&args.file)?;
     let params = args.how.params.as_deref().map(Input::open).transpose()?;
-    let output = Output::new(&input, params.as_ref(), &args.out, args.sum, args.force)?;
-    let parameters = input.parameters(params.as_ref())?;
+    clip_file(args, &spec, &clip, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
+}
+
+fn clip_file(args: &ClipArgs, spec: &Spec, clip: &Clip, input: &Input, params: Option<&Input>) -> Result<(), Failure> {
+    let hidden = args.quiet || args.json;
+    let output = Output::new(input, params, &args.out, args.sum, args.force)?;
+    let parameters = input.parameters(params)?;
     let tensors = with_parameters(input.tensors()?, &parameters);
     let mut backend = Backend::choose(&args.backend, &[&tensors[..], &parameters].concat())?;
     if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
@@ -29,7 +34,7 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     }
     if args.verify {
         let spinner = progress::spinner("verifying", hidden);
-        verify(&backend, &spec, &clip, &tensors)?;
+        verify(&backend, spec, clip, &tensors)?;
         drop(spinner);
     }
 
@@ -42,7 +47,8 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     };
     let report = if backend.streams() && !args.sum {
         let bar = follow(&mut backend, "measuring");
-        let decided = backend.decide(&clip, &tensors)?;
+        let decided = backend.decide(clip, &tensors)?;
+        unchanged(output.inputs())?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
         backend.install(|| output.stream(&decided, &bar))?;
@@ -54,7 +60,7 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
             bar.finish_and_clear();
             let bar = follow(&mut backend, "clipping");
             let report =
-                if args.sum { backend.sum_examples(&clip, &tensors, written) } else { backend.apply(&clip, written) };
+                if args.sum { backend.sum_examples(clip, &tensors, written) } else { backend.apply(clip, written) };
             bar.finish_and_clear();
             report
         })?
@@ -77,7 +83,7 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     if let Some(found) = &report.non_finite {
         lines.push(("non-finite", found.to_string()));
     }
-    lines.push(("result", result(&spec, &report, args.sum)));
+    lines.push(("result", result(spec, &report, args.sum)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
         lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));

@@ -8,10 +8,10 @@ use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
 use gradclip::Tensor;
-use memmap2::Mmap;
 
 use crate::failure::Failure;
 use crate::header::{self, Entry, MAX_HEADER, Pairs};
+use crate::mapped::Mapped;
 
 /// How the name of a sharded set's index ends.
 pub(crate) const INDEX_SUFFIX: &str = ".safetensors.index.json";
@@ -39,7 +39,7 @@ pub(crate) struct Part {
     pub(crate) entries: Vec<Entry>,
     /// The text of the header's metadata.
     pub(crate) metadata: Option<String>,
-    map: Mmap,
+    map: Mapped,
 }
 
 impl Input {
@@ -96,12 +96,11 @@ impl Input {
 impl Part {
     fn open(path: &Path) -> Result<Self, Failure> {
         let file = open_regular(path)?;
-        // SAFETY: Nothing else in this process writes to the file: `Output` refuses targets that are inputs. Another
-        // process could. If it changes bytes, the tensors change under our eyes, which may give a wrong norm but, as
-        // every bit pattern is a valid byte and the header is read once, nothing worse; if it truncates the file, the
-        // operating system ends this process at the next access. Neither can be prevented without copying the file.
-        let map = unsafe { Mmap::map(&file) }.map_err(Failure::io(path, "map the file into memory"))?;
-        let (entries, metadata) = header::parse(&map).map_err(|problem| Failure::file(path, problem))?;
+        let map = Mapped::open(path, file)?;
+        let (entries, metadata) = header::parse(&map).map_err(|problem| match map.unchanged() {
+            Ok(()) => Failure::file(path, problem),
+            Err(changed) => changed,
+        })?;
         Ok(Self { path: path.to_owned(), entries, metadata, map })
     }
 
@@ -118,6 +117,16 @@ impl Part {
         };
         entry.dtype.map(of).transpose()
     }
+}
+
+/// Fails if a file is not what it was when it was opened: what was read is then worth nothing.
+pub(crate) fn unchanged<'a>(inputs: impl IntoIterator<Item = &'a Input>) -> Result<(), Failure> {
+    inputs.into_iter().flat_map(|input| &input.parts).try_for_each(|part| part.map.unchanged())
+}
+
+/// For `map_err`, around all that reads the inputs: one that changed is reason enough for any failure.
+pub(crate) fn explain<'a>(inputs: impl IntoIterator<Item = &'a Input>) -> impl FnOnce(Failure) -> Failure {
+    move |failure| unchanged(inputs).err().unwrap_or(failure)
 }
 
 /// Gives each gradient its parameter, unless there are none.

@@ -1,7 +1,7 @@
 //! The program `gradclip`: measures, clips and verifies gradients in safetensors files, and tells how fast it is.
 //!
-//! One file a command ([`norm`], [`clip`], [`verify`], [`bench`], [`devices`]), and what they share: [`args`] is the command line,
-//! [`spec`] a clip as it was asked for, [`input`] and [`header`] read gradients, [`layout`], [`stream`] and
+//! One file a command ([`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]), and what they share: [`args`] is the command line,
+//! [`spec`] a clip as it was asked for, [`input`], [`header`] and [`mapped`] read gradients, [`layout`], [`stream`] and
 //! [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws norms
 //! and [`throughput`] speeds, [`made`] and [`subject`] make gradients, [`contender`] times a step on them, [`failure`] holds the exit codes.
 
@@ -12,6 +12,7 @@ mod args;
 mod backend;
 mod bench;
 mod clip;
+mod completions;
 mod contender;
 #[cfg(feature = "gpu")]
 mod devices;
@@ -21,6 +22,8 @@ mod input;
 mod layout;
 #[cfg(feature = "gpu")]
 mod made;
+mod man;
+mod mapped;
 mod norm;
 mod output;
 mod plot;
@@ -63,6 +66,8 @@ fn run(command: &Command) -> Result<(), Failure> {
         Command::Norm(args) => norm::run(args),
         Command::Clip(args) => clip::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args),
         #[cfg(feature = "gpu")]
         Command::Verify(args) => verify::run(args),
         #[cfg(feature = "gpu")]

@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use gradclip::{NormType, Scope, SegmentReport};
+use gradclip::{Clip, NormType, Scope, SegmentReport};
 
 use crate::args::{NormArgs, refuse};
 use crate::backend::Backend;
 use crate::failure::Failure;
 use crate::header::Entry;
-use crate::input::Input;
+use crate::input::{Input, explain, unchanged};
 use crate::output;
 use crate::plot::{self, Row};
 use crate::progress;
@@ -16,43 +16,44 @@ use crate::report::{Outcome, number, print, remark, segments, shown, table};
 use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
-    let hidden = args.quiet || args.json;
     let spec = args.measure.spec(Mode::Norm(f64::INFINITY))?.measuring();
     let by_tensor = matches!(spec.scope, Scope::Global | Scope::Tensor);
-    refuse(&[(args.plot.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
+    refuse(&[(args.plot.out.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
     // Measured by tensor, everything has the same norm.
-    let parts = args.plot.is_some() || (args.top > 0 && !hidden);
+    let parts = args.plot.out.is_some() || (args.top > 0 && !args.hidden());
     let measured = if by_tensor && parts { Spec { scope: Scope::Tensor, ..spec } } else { spec };
     let clip = measured.clip()?;
     let inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
-    if let Some(plot) = &args.plot {
-        output::check(std::slice::from_ref(plot), inputs.iter(), args.force)?;
+    measure(args, &spec, &clip, &inputs).map_err(explain(&inputs))
+}
+
+fn measure(args: &NormArgs, spec: &Spec, clip: &Clip, inputs: &[Input]) -> Result<(), Failure> {
+    if let Some(plot) = &args.plot.out {
+        output::check(std::slice::from_ref(plot), inputs.iter(), args.plot.force)?;
     }
     let tensors = inputs.iter().map(Input::tensors).collect::<Result<Vec<_>, _>>()?;
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();
     let tensors = tensors.concat();
     let mut backend = Backend::choose(&args.backend, &tensors)?;
-    if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
+    if let Some(why) = backend.fallback.as_ref().filter(|_| !args.hidden()) {
         remark(&format!("{why}: measuring on the CPU"));
     }
 
     let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
-    let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", hidden));
+    let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", args.hidden()));
     backend.show_progress(&bar);
-    let report = backend.measure(&clip, &tensors)?;
+    let report = backend.measure(clip, &tensors)?;
     let (scope, time) = (spec.scope, start.elapsed());
     let outcome = Outcome { report: &report, scope, tensors: &tensors, sum: false, backend: &backend, time };
     bar.finish_and_clear();
+    let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
+    let largest = if args.hidden() { String::new() } else { largest(&outcome, &entries, spec, args.top) };
+    let drawing = args.plot.out.as_ref().map(|path| (path, draw(&outcome, &title(args, spec))));
 
-    if let Some(path) = &args.plot {
-        let row = |segment: &SegmentReport| {
-            let tensor = &tensors[segment.tensor.unwrap_or_default()];
-            let non_finite = if segment.norm.is_finite() { 0 } else { backend.install(|| tensor.census()).non_finite };
-            Row { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
-        };
-        let rows: Vec<_> = report.segments.iter().map(row).collect();
-        let drawing = plot::draw(&title(args, &spec), &rows, report.total_norm);
-        output::write_file(drawing.as_bytes(), path, args.force)?;
+    // Nothing is read any more.
+    unchanged(inputs)?;
+    if let Some((path, drawing)) = &drawing {
+        output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
     if args.json {
         return outcome.print_json();
@@ -72,11 +73,22 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
         lines.push(("non-finite", format!("{found}{}", file.unwrap_or_default())));
     }
     lines.extend(outcome.lines(inputs.iter().map(Input::others).sum(), bytes));
-    if let Some(path) = &args.plot {
+    if let Some(path) = &args.plot.out {
         lines.push(("plot", path.display().to_string()));
     }
-    let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
-    print(&(table(&lines) + &largest(&outcome, &entries, &spec, args.top)))
+    print(&(table(&lines) + &largest))
+}
+
+/// A plot of the norm of each tensor.
+fn draw(outcome: &Outcome<'_>, title: &str) -> String {
+    let row = |segment: &SegmentReport| {
+        let tensor = &outcome.tensors[segment.tensor.unwrap_or_default()];
+        let census = || outcome.backend.install(|| tensor.census());
+        let non_finite = if segment.norm.is_finite() { 0 } else { census().non_finite };
+        Row { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
+    };
+    let rows: Vec<_> = outcome.report.segments.iter().map(row).collect();
+    plot::draw(title, &rows, outcome.report.total_norm)
 }
 
 /// The largest norms, one a line.

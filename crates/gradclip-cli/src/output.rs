@@ -5,15 +5,17 @@
 //! fill       a temporary file in each target's folder, in one of two ways:
 //!              stream: clipped piece by piece, as was decided before (stream.rs)
 //!              mapped: each input copied, byte for byte, or room for its sums; then clipped in the copies, mapped
+//! check      no input may have changed meanwhile
 //! sync       every temporary file
-//! rename     each to its target, an index last
+//! rename     each to its target, an index last; one that is replaced goes first
 //! ```
 //!
 //! The CPU streams. A GPU clips tensors whole, and sums of examples are written whole.
 //!
 //! Whatever fails before the first rename leaves nothing behind, because temporary files vanish when dropped. A rename
 //! that fails takes the earlier ones back. An interrupt (Ctrl-C) is held off during the renames and otherwise removes
-//! the temporary files.
+//! the temporary files. A process that is killed leaves these behind, but no OUT; a set without its index is none, and so
+//! shards of two sets never stand under one index.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -24,14 +26,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use gradclip::{DecidedClip, Tensor, TensorMut};
 use indicatif::ProgressBar;
-use memmap2::MmapMut;
 use same_file::Handle;
 use serde_json::Value;
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::failure::Failure;
-use crate::input::{INDEX_SUFFIX, Input, folder_of, is_index};
+use crate::input::{INDEX_SUFFIX, Input, folder_of, is_index, unchanged};
 use crate::layout::Layout;
+use crate::mapped::MappedMut;
 use crate::stream;
 
 /// How much is copied between two steps of the progress bar.
@@ -45,6 +47,8 @@ pub(crate) struct Output<'a> {
     index: Option<Vec<u8>>,
     /// One for each layout; then the index.
     targets: Vec<PathBuf>,
+    /// What is read meanwhile.
+    inputs: Vec<&'a Input>,
     force: bool,
 }
 
@@ -53,7 +57,7 @@ impl<'a> Output<'a> {
     /// written.
     pub(crate) fn new(
         input: &'a Input,
-        parameters: Option<&Input>,
+        parameters: Option<&'a Input>,
         out: &Path,
         sum: bool,
         force: bool,
@@ -75,7 +79,8 @@ impl<'a> Output<'a> {
             targets.extend(input.parts.iter().map(|part| beside(&part.path)));
         }
         targets.push(out.to_owned());
-        check(&targets, once(input).chain(parameters), force)?;
+        let inputs: Vec<_> = once(input).chain(parameters).collect();
+        check(&targets, inputs.iter().copied(), force)?;
         let layout = |part| if sum { Layout::sums(part) } else { Ok(Layout::copy(part)) };
         let layouts = input.parts.iter().map(layout).collect::<Result<Vec<_>, _>>()?;
         let mut index = input.index.clone();
@@ -83,12 +88,17 @@ impl<'a> Output<'a> {
             let size = layouts.iter().map(Layout::data_len).sum();
             index = index.map(|text| with_total_size(text, size));
         }
-        Ok(Self { layouts, index, targets, force })
+        Ok(Self { layouts, index, targets, inputs, force })
     }
 
     /// How many bytes will be written.
     pub(crate) fn bytes(&self) -> u64 {
         self.layouts.iter().map(Layout::len).sum()
+    }
+
+    /// The input, and the parameters if there are any.
+    pub(crate) fn inputs(&self) -> impl Iterator<Item = &'a Input> {
+        self.inputs.iter().copied()
     }
 
     /// Writes the parts piece by piece, clipped as was decided, on the threads of the current pool.
@@ -112,14 +122,17 @@ impl<'a> Output<'a> {
     ) -> Result<T, Failure> {
         let temporaries = Temporaries::new()?;
         let copies = self.layouts.iter().zip(&self.targets);
-        let mut copies = copies
+        // Written before they are mapped: a full disk is then an error, not a signal.
+        let copies = copies
             .map(|(layout, target)| temporaries.copy(layout.blocks(), target, progress))
             .collect::<Result<Vec<_>, _>>()?;
 
-        let mut maps = copies.iter_mut().map(map).collect::<Result<Vec<_>, _>>()?;
+        let maps = copies.iter().zip(&self.targets);
+        let mut maps =
+            maps.map(|(copy, target)| MappedMut::open(copy.as_file(), target)).collect::<Result<Vec<_>, _>>()?;
         let mut tensors = Vec::new();
         for (layout, map) in self.layouts.iter().zip(&mut maps) {
-            tensors.append(&mut layout.tensors_in(map)?);
+            tensors.append(&mut layout.tensors_in(&mut map.map)?);
         }
         let mut parameters = parameters.iter();
         let with_parameter = |tensor| match parameters.next() {
@@ -130,10 +143,9 @@ impl<'a> Output<'a> {
         let result = clip(&mut tensors)?;
         drop(tensors);
 
-        for (map, target) in maps.iter().zip(&self.targets) {
-            map.flush().map_err(Failure::io(target, "write"))?;
+        for (map, target) in maps.into_iter().zip(&self.targets) {
+            map.finish(target)?;
         }
-        drop(maps);
         self.finish(&temporaries, copies, progress)?;
         Ok(result)
     }
@@ -145,13 +157,16 @@ impl<'a> Output<'a> {
         mut files: Vec<NamedTempFile>,
         progress: &ProgressBar,
     ) -> Result<(), Failure> {
-        if let Some((text, target)) = self.index.as_deref().zip(self.targets.last()) {
+        unchanged(self.inputs())?;
+        let index = self.index.as_deref().zip(self.targets.last());
+        if let Some((text, target)) = index {
             files.push(temporaries.copy(once(text), target, progress)?);
         }
         for (file, target) in files.iter().zip(&self.targets) {
             file.as_file().sync_all().map_err(Failure::io(target, "write"))?;
         }
-        temporaries.place(files.into_iter().zip(&self.targets), self.force)
+        let files = files.into_iter().zip(&self.targets);
+        temporaries.place(files, index.map(|(_, target)| target.as_path()), self.force)
     }
 }
 
@@ -160,7 +175,7 @@ pub(crate) fn write_file(bytes: &[u8], target: &Path, force: bool) -> Result<(),
     let temporaries = Temporaries::new()?;
     let copy = temporaries.copy(once(bytes), target, &ProgressBar::hidden())?;
     copy.as_file().sync_all().map_err(Failure::io(target, "write"))?;
-    temporaries.place(once((copy, &target.to_owned())), force)
+    temporaries.place(once((copy, &target.to_owned())), None, force)
 }
 
 /// Checks that targets can be written: none may be an input, or exist unless forced.
@@ -221,13 +236,6 @@ fn exists(target: &Path) -> Failure {
     Failure::file(target, "exists already: choose another OUT, or replace it with --force")
 }
 
-fn map(copy: &mut NamedTempFile) -> Result<MmapMut, Failure> {
-    // SAFETY: The file was made by this process under a random name that no other one was told, and is mapped once. A
-    // process that finds and changes it nevertheless spoils the result; one that truncates it makes the operating
-    // system end this process, before OUT exists. Every bit pattern is a valid byte.
-    unsafe { MmapMut::map_mut(copy.as_file()) }.map_err(Failure::io(copy.path(), "map the copy into memory"))
-}
-
 /// The temporary files that an interrupt must remove; locked while they turn into OUT.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
@@ -240,6 +248,8 @@ struct Temporaries(());
 
 impl Temporaries {
     fn new() -> Result<Self, Failure> {
+        #[cfg(unix)]
+        let ignored = signals::ignored();
         ctrlc::set_handler(|| {
             // Held until the end of the process: nothing can be put in place any more.
             for path in unfinished().iter() {
@@ -248,6 +258,8 @@ impl Temporaries {
             std::process::exit(130);
         })
         .map_err(|error| Failure::Setup(format!("cannot watch for interrupts: {error}")))?;
+        #[cfg(unix)]
+        signals::ignore(&ignored);
         Ok(Self(()))
     }
 
@@ -272,7 +284,6 @@ impl Temporaries {
         progress: &ProgressBar,
     ) -> Result<NamedTempFile, Failure> {
         let mut copy = self.empty(target)?;
-        // Written rather than mapped: a full disk is then an error, not a signal.
         for block in blocks.flat_map(|block| block.chunks(BLOCK)) {
             copy.write_all(block).map_err(Failure::io(target, "write"))?;
             progress.inc(block.len() as u64);
@@ -280,13 +291,21 @@ impl Temporaries {
         Ok(copy)
     }
 
-    /// Renames the copies to their targets, in order; all of them, or none.
+    /// Renames the copies to their targets, in order; all of them, or none. The index, which is the last, makes a set of
+    /// them: one that will be replaced must not hold together old shards and new.
     fn place<'a>(
         &self,
         copies: impl Iterator<Item = (NamedTempFile, &'a PathBuf)>,
+        index: Option<&Path>,
         force: bool,
     ) -> Result<(), Failure> {
         let mut unfinished = unfinished();
+        if let Some(index) = index.filter(|_| force) {
+            match fs::remove_file(index) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(Failure::io(index, "replace")(error)),
+                _ => {}
+            }
+        }
         // Closed first, because some systems rename no open file.
         let copies: Vec<_> = copies.map(|(copy, target)| (copy.into_temp_path(), target)).collect();
         let mut placed = Vec::<&Path>::new();
@@ -305,6 +324,38 @@ impl Temporaries {
             let _ = File::open(folder_of(target)).and_then(|folder| folder.sync_all());
         }
         Ok(())
+    }
+}
+
+/// What a program is started to ignore it goes on ignoring: under `nohup`, its terminal goes and it stays.
+#[cfg(unix)]
+mod signals {
+    use std::mem::MaybeUninit;
+    use std::ptr::{null, null_mut};
+
+    /// The interrupts that are ignored now.
+    pub(super) fn ignored() -> Vec<libc::c_int> {
+        let ignored = |signal: &libc::c_int| {
+            let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+            // SAFETY: Nothing is set, and `action`, for which zeros are a valid value, has room for what is told.
+            let action = unsafe {
+                libc::sigaction(*signal, null(), action.as_mut_ptr());
+                action.assume_init()
+            };
+            action.sa_sigaction == libc::SIG_IGN
+        };
+        [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter().filter(ignored).collect()
+    }
+
+    pub(super) fn ignore(signals: &[libc::c_int]) {
+        for &signal in signals {
+            // SAFETY: Zeros are a valid action, and ignoring runs no code.
+            unsafe {
+                let mut action = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
+                action.sa_sigaction = libc::SIG_IGN;
+                libc::sigaction(signal, &raw const action, null_mut());
+            }
+        }
     }
 }
 
@@ -339,7 +390,7 @@ mod tests {
                 fs::write(&targets[1], "old").unwrap();
             }
             let copies = copies(folder.path(), &targets);
-            let failure = Temporaries(()).place(copies.into_iter().zip(&targets), force).unwrap_err();
+            let failure = Temporaries(()).place(copies.into_iter().zip(&targets), None, force).unwrap_err();
             assert!(failure.to_string().starts_with(&targets[1].display().to_string()), "{failure}");
             let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             assert_eq!(left, ["b"]);

@@ -1,5 +1,6 @@
 //! `gradclip verify`: the same clips on GPU and CPU.
 
+use std::iter::once;
 use std::path::PathBuf;
 
 use gradclip::gpu::GpuClipper;
@@ -10,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::args::{VerifyArgs, refuse};
 use crate::backend;
 use crate::failure::Failure;
-use crate::input::{Input, with_parameters};
+use crate::input::{Input, unchanged, with_parameters};
 use crate::made::{self, Case};
 use crate::progress;
 use crate::report::{number, plural, print, print_json};
@@ -41,8 +42,11 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
         Some(input) => {
             let parameters = input.parameters(params.as_ref())?;
             let tensors = with_parameters(input.tensors()?, &parameters);
-            let specs = spec.map_or_else(|| specs_for(&tensors), |spec| Ok(vec![spec]))?;
-            of_file(&tensors, &specs, &gpu, hidden)?
+            let specs = spec.map_or_else(|| specs_for(&tensors), |spec| Ok(vec![spec]));
+            let compared = specs.and_then(|specs| of_file(&tensors, &specs, &gpu, hidden));
+            // Both sides measured the same only if nobody wrote meanwhile.
+            unchanged(once(input).chain(&params))?;
+            compared?
         }
         None => of_made(args, &gpu, hidden)?,
     };

@@ -119,19 +119,46 @@ fn a_norm_of_non_finite_gradients_is_0() {
 
 #[test]
 fn help_is_0_and_fits_a_terminal() {
-    for args in [
-        &["--help"][..],
-        &["norm", "-h"],
-        &["clip", "-h"],
-        &["verify", "-h"],
-        &["bench", "-h"],
-        &["bench", "--help"],
-        &["devices", "-h"],
-    ] {
+    let commands = ["norm", "clip", "verify", "bench", "devices", "completions", "man"];
+    let listed = gradclip(["--help"]).stdout;
+    let listed = listed.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   ")).count();
+    // Those above, `help`, and the options -h and -V.
+    assert_eq!(listed, commands.len() + 3);
+    let of = |command: &'static str| [vec![command, "-h"], vec![command, "--help"], vec!["help", command]];
+    for args in commands.into_iter().flat_map(of).chain([vec!["-h"], vec!["--help"], vec!["help"]]) {
         let run = gradclip(args).succeeded();
         let wide = run.stdout.lines().find(|line| line.chars().count() > 80);
         assert_eq!(wide, None);
     }
+}
+
+#[test]
+fn manual_pages_are_0_and_unknown_ones_2() {
+    for command in [&["man"][..], &["man", "clip"], &["man", "man"]] {
+        let run = gradclip(command).succeeded();
+        assert!(run.stdout.contains(".TH gradclip"), "{run:?}");
+    }
+    gradclip(["man", "clap"]).failed(2, &["no command \"clap\"", "--help"]);
+    gradclip(["completions", "sh"]).failed(2, &["invalid value 'sh'", "bash"]);
+}
+
+/// As bash does when someone presses Tab.
+#[cfg(unix)]
+#[test]
+fn bash_completes_options_and_their_values() {
+    let complete = |words: &str| {
+        let script = r#"
+            eval "$("$0" completions bash)"
+            COMP_WORDS=($1) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+            _gradclip gradclip "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+            echo "${COMPREPLY[@]}""#;
+        let mut command = std::process::Command::new("bash");
+        let output = command.args(["-c", script, env!("CARGO_BIN_EXE_gradclip"), words]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    assert_eq!(complete("gradclip ver"), "verify");
+    assert_eq!(complete("gradclip clip --max"), "--max-norm --max-rms --max-average-norm");
+    assert_eq!(complete("gradclip clip --non-finite z"), "zero");
 }
 
 #[cfg(not(feature = "gpu"))]

@@ -6,8 +6,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 #[cfg(unix)]
 use std::process::Command;
+#[cfg(target_os = "linux")]
+use std::process::Stdio;
 
-use common::{EXAMPLE, Folder, clip, f32s, file};
+use common::{EXAMPLE, Folder, clip, f32s, file, sparse};
+#[cfg(unix)]
+use nix::{
+    sys::signal::{SigHandler, Signal},
+    unistd::Pid,
+};
 
 const MODE: [&str; 2] = ["--max-norm", "0.2"];
 
@@ -124,34 +131,95 @@ fn a_full_disk_leaves_nothing() {
     assert_eq!(folder.names(), ["in"]);
 }
 
-/// Ctrl-C while OUT is being written.
+/// Runs the program until it has begun to write, then sends it a signal; until that met it writing, and `ended` says so.
 #[cfg(unix)]
-#[test]
-fn an_interrupt_leaves_nothing() {
-    let (folder, input) = (Folder::new(), 256 << 20);
-    let header = format!(r#"{{"a":{{"dtype":"F32","shape":[{}],"data_offsets":[0,{input}]}}}}"#, input / 4);
-    let path = folder.write("in", common::raw(&header, b""));
+fn signalled(signal: Signal, ignore: &str, route: &[&str], ended: Option<i32>) {
+    let folder = Folder::new();
     // Sparse: only the writing takes time.
-    fs::File::options().write(true).open(&path).unwrap().set_len(8 + header.len() as u64 + input).unwrap();
+    let path = sparse(&folder.path("in"), &[64, 1 << 20]);
     let mut codes = Vec::new();
-    // On a busy machine OUT may be finished before the interrupt comes.
-    while codes.last() != Some(&Some(130)) && codes.len() < 5 {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gradclip"));
-        command.arg("clip").arg(&path).arg("-o").arg(folder.path("out")).args(["--max-norm", "1", "--force", "-q"]);
+    // On a busy machine OUT may be finished before the signal comes.
+    while codes.last() != Some(&ended) && codes.len() < 10 {
         let _ = fs::remove_file(folder.path("out"));
-        let mut child = command.args(["--backend", "cpu"]).spawn().unwrap();
+        let script = format!(r#"{ignore} exec "$0" "$@""#);
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, env!("CARGO_BIN_EXE_gradclip"), "clip"]).arg(&path).arg("-o");
+        let mut child = command.arg(folder.path("out")).args(route).arg("-q").spawn().unwrap();
         while folder.names().len() == 1 {
             assert!(child.try_wait().unwrap().is_none(), "it ended without writing");
             std::thread::yield_now();
         }
-        assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        nix::sys::signal::kill(Pid::from_raw(child.id() as i32), signal).unwrap();
         codes.push(child.wait().unwrap().code());
-        // Whole or not at all, and no temporary file; an interrupt after the rename finds the former.
+        // Whole or not at all, and no temporary file; a signal after the rename finds the former.
         let names = folder.names();
         assert!(names == ["in"] || names == ["in", "out"], "{names:?}");
-        if let Ok(out) = fs::metadata(folder.path("out")) {
+        if let (Ok(out), false) = (fs::metadata(folder.path("out")), route.contains(&"--sum")) {
             assert_eq!(out.len(), fs::metadata(&path).unwrap().len());
         }
     }
-    assert_eq!(codes.last(), Some(&Some(130)), "{codes:?}");
+    assert_eq!(codes.last(), Some(&ended), "{signal} {ignore} {route:?}: {codes:?}");
+}
+
+/// Ctrl-C and its kin while OUT is being written.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_leaves_nothing() {
+    // SAFETY: The default is no code of ours. A suite that runs in the background may have been started with it ignored.
+    unsafe { nix::sys::signal::signal(Signal::SIGINT, SigHandler::SigDfl) }.unwrap();
+    let route = ["--max-norm", "1", "--backend", "cpu"];
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        signalled(signal, "", &route, Some(130));
+    }
+    // In mapped files.
+    signalled(Signal::SIGTERM, "", &[&route[..], &["--scope", "example", "--sum"]].concat(), Some(130));
+    #[cfg(feature = "gpu")]
+    signalled(Signal::SIGTERM, "", &["--max-norm", "1", "--backend", "gpu"], Some(130));
+}
+
+/// As under `nohup`, whose terminal goes while it runs.
+#[cfg(unix)]
+#[test]
+fn a_signal_that_is_ignored_from_the_start_stays_ignored() {
+    for (signal, name) in [(Signal::SIGHUP, "HUP"), (Signal::SIGINT, "INT")] {
+        let ignore = format!("trap '' {name};");
+        signalled(signal, &ignore, &["--max-norm", "1", "--backend", "cpu"], Some(0));
+    }
+}
+
+/// Someone takes OUT's folder away, or moves it, while OUT is being written.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_folder_that_goes_while_it_is_written_to() {
+    let folder = Folder::new();
+    let input = sparse(&folder.path("in"), &[64, 1 << 20]);
+    let routes =
+        [&["--max-norm", "1"][..], &["--clip-value", "1"], &["--max-norm", "1", "--scope", "example", "--sum"]];
+    for (route, moved) in routes.into_iter().flat_map(|route| [(route, false), (route, true)]) {
+        let (sub, out) = (folder.path("sub"), folder.path("sub/out"));
+        fs::create_dir(&sub).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gradclip"));
+        command.arg("clip").arg(&input).arg("-o").arg(&out).args(route).args(["--backend", "cpu"]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        while fs::read_dir(&sub).unwrap().count() == 0 {
+            std::thread::yield_now();
+        }
+        let pid = Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
+        if moved {
+            fs::rename(&sub, folder.path("moved")).unwrap();
+        } else {
+            fs::remove_dir_all(&sub).unwrap();
+        }
+        nix::sys::signal::kill(pid, Signal::SIGCONT).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{route:?}: {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains("sub/out: cannot write"), "{stderr}");
+        assert!(stderr.lines().count() <= 2 && !out.exists(), "{stderr}");
+        if moved {
+            fs::remove_dir_all(folder.path("moved")).unwrap();
+        }
+        assert_eq!(folder.names(), ["in"]);
+    }
 }

@@ -139,6 +139,16 @@ fn size(dtype: &str) -> usize {
     }
 }
 
+/// A well-formed file of float32 zeros, so many bytes of them. Sparse, so that it takes no room.
+pub(crate) fn sparse(path: &Path, shape: &[u64]) -> PathBuf {
+    let bytes = 4 * shape.iter().product::<u64>();
+    let header = raw(&format!(r#"{{"a":{{"dtype":"F32","shape":{shape:?},"data_offsets":[0,{bytes}]}}}}"#), b"");
+    fs::write(path, &header).expect("the file is written");
+    let file = fs::File::options().write(true).open(path).expect("the file is there");
+    file.set_len(header.len() as u64 + bytes).expect("the file grows");
+    path.to_owned()
+}
+
 /// One of the files that the peers were asked about, or answered with.
 pub(crate) fn fixture(path: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures")).join(path)
