@@ -11,6 +11,7 @@ mod common;
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use common::gpu::{Layout, clip_laid_out, clip_tensors, clipper, download, gpu, gpu_tensor, upload};
@@ -360,10 +361,11 @@ impl Drawn {
 }
 
 /// How many devices a case chooses from.
-const POOL: usize = 6;
+const POOL: usize = 4;
 
-/// For so many cases the devices are the same: a tuning of its own has kernels of its own, which must be compiled.
-const CASES_A_POOL: u64 = 250;
+/// For so many cases the devices are the same: a tuning of its own has kernels of its own, and compiling them is most of
+/// what a case takes on a software device.
+const CASES_A_POOL: u64 = 1000;
 
 /// The device of the tests, and two more with few bindings, small ones, and few workgroups in a dimension.
 fn devices() -> &'static [GpuClipper; 3] {
@@ -371,7 +373,7 @@ fn devices() -> &'static [GpuClipper; 3] {
     DEVICES.get_or_init(|| {
         let tiny = wgpu::Limits {
             max_storage_buffer_binding_size: 1 << 16,
-            max_compute_workgroups_per_dimension: 16,
+            max_compute_workgroups_per_dimension: 64,
             ..wgpu::Limits::downlevel_defaults()
         };
         let small = wgpu::Limits { max_storage_buffer_binding_size: 1 << 17, ..wgpu::Limits::default() };
@@ -400,6 +402,10 @@ fn device(seed: u64, slot: usize) -> GpuClipper {
         // Short, so that small sets have many chunks, and several levels to merge.
         tuning.chunks = [1, 7, 64][random.below(3)];
         tuning.min_chunk_words = [4, 64, 512, 4096][random.below(4)];
+        if slot % 3 == 1 {
+            // There are not so many workgroups.
+            tuning.min_chunk_words = tuning.min_chunk_words.max(64);
+        }
         tuning.max_chunk_words = tuning.min_chunk_words << random.below(4);
         tuning.merged_partials = [2, 3, 8, 20][random.below(4)];
         devices()[slot % 3].with_tuning(tuning).expect("valid")
@@ -494,8 +500,12 @@ fn check(seed: u64, drawn: &Drawn) -> Option<Errors> {
         assert_same_bits(&done.after, set, "refused");
         return Some(errors);
     }
+    let too_large = TOO_LARGE.load(Ordering::Relaxed);
     for place in [host, one, several] {
         errors = errors.merge(check_place(&case, place));
+    }
+    if TOO_LARGE.load(Ordering::Relaxed) > too_large {
+        return Some(errors);
     }
     for place in [Place::Cpu, one] {
         check_placed_otherwise(&case, place, several, drawn.seed);
@@ -503,11 +513,21 @@ fn check(seed: u64, drawn: &Drawn) -> Option<Errors> {
     Some(errors)
 }
 
+/// How many clips a device refused as too large for it.
+static TOO_LARGE: AtomicUsize = AtomicUsize::new(0);
+
 /// The reference, the same again, the norm of the result, and a second clip.
 fn check_place(case: &Case, place: Place<'_>) -> Errors {
     let Case { set, asked } = case;
     let what = format!("{place:?}");
     let done = place.clip(asked, set);
+    if let (Err(Error::TooLarge { .. }), Place::Host(gpu, _) | Place::Buffers(gpu, ..)) = (&done.report, place) {
+        // More segments than the device with few workgroups can address.
+        assert!(gpu.device().limits().max_compute_workgroups_per_dimension <= 64, "{what}: {:?}", done.report);
+        assert_same_bits(&done.after, set, &what);
+        TOO_LARGE.fetch_add(1, Ordering::Relaxed);
+        return Errors::default();
+    }
     let expected = asked.check_done(&done, place.path(), set, &what);
     let again = place.clip(asked, set);
     assert_same_report(&again, &done, &format!("again {what}"));
@@ -656,6 +676,10 @@ fn check_clipped_again_by_value(asked: &Asked, expected: &Expected, place: Place
         for (i, x) in data.numbers().enumerate() {
             assert!(x.is_nan() || (min <= x && x <= max), "{place:?} {asked:?}: {:e} became {x:e}", set[t].get(i));
         }
+    }
+    if asked.policy != NonFinite::Propagate && !numbers_of(after).all(f64::is_finite) {
+        // Divided by a tiny loss scale, and a half holds no such bound.
+        return;
     }
     let again = place.clip(&Asked { grad_scale: 1.0, ..*asked }, after);
     assert_same_bits(&again.after, after, &format!("{place:?} {asked:?}, a second time"));
