@@ -24,8 +24,8 @@ on_device() {
     local name="$1" status=0
     shift
     env "$@" cargo test --quiet -p gradclip --test properties -- --nocapture >"$out" 2>&1 || status=$?
-    if grep -q '^properties:' "$out"; then
-        echo "$name: $(grep '^properties:' "$out")"
+    if grep -q 'properties:' "$out"; then
+        grep -o 'properties:.*' "$out" | sed "s|^|$name: |"
         grep '^again:' "$out" || true
     elif grep -q 'no GPU adapter found' "$out"; then
         echo "$name: no such device here"
@@ -33,7 +33,7 @@ on_device() {
     fi
     if [ "$status" -ne 0 ]; then
         failed=1
-        grep -v '^properties:\|^again:' "$out" >&2
+        grep -v 'properties:\|^again:' "$out" >&2
     fi
 }
 

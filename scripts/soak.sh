@@ -10,4 +10,4 @@ if ! GRADCLIP_SOAK_STEPS="${1:-100000}" cargo test --quiet -p gradclip --test so
     cat "$out" >&2
     exit 1
 fi
-grep '^soak:' "$out"
+grep -o 'soak:.*' "$out"
