@@ -299,7 +299,7 @@ impl Drawn {
         for (place, bad) in drawn.bad.iter().filter(|_| len > 0) {
             t.set_bits(place.index(len), bad.bits(dtype));
         }
-        if i % 2 == 0 {
+        if i.is_multiple_of(2) {
             t = t.named(&format!("tensor {i}"));
         }
         if self.mode != Mode::Agc {

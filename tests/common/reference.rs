@@ -160,7 +160,8 @@ impl Asked {
         loads.sort_by(f64::total_cmp);
         let third = loads.len() / 3;
         let gaps = loads[third..].windows(2).take(third + 1).map(|pair| (pair[1] / pair[0], pair));
-        let widest = gaps.max_by(|a, b| a.0.total_cmp(&b.0));
+        // Equal norms have no middle.
+        let widest = gaps.filter(|(gap, _)| *gap > 1.0001).max_by(|a, b| a.0.total_cmp(&b.0));
         self.threshold = match widest {
             Some((_, pair)) => pair[0].sqrt() * pair[1].sqrt(),
             None => loads.first().map_or(1.0, |load| load * 0.7),
