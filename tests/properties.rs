@@ -657,8 +657,9 @@ fn check_norm_afterwards(asked: &Asked, expected: &Expected, place: Place<'_>, a
             {
                 let mut worst = MOVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 let worst = &mut worst[usize::from(!is_cpu)][usize::from(dtype.size() == 2)];
-                *worst = worst.max(moved / unit.min(ulp(dtype, y)));
-                assert!(*worst <= 2.0, "{what}: {x:e} of {dtype}, clipped again, is {y:e}: {worst} units");
+                let units = moved / unit.min(ulp(dtype, y));
+                *worst = worst.max(units);
+                assert!(units <= 2.0, "{what}: {x:e} of {dtype}, clipped again, is {y:e}: {units} units");
             }
         }
     }
