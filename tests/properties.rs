@@ -649,12 +649,10 @@ fn check_norm_afterwards(asked: &Asked, expected: &Expected, place: Place<'_>, a
                 x == y || (moved <= x.abs() * (1.0 - least) + unit * 0.5001 && y.abs() <= x.abs()),
                 "{what}: {x:e} of {dtype}, clipped again, is {y:e}; the factor was to be {least} at least"
             );
-            if eps == 0.0
-                && denormals < limit * 1e-9
-                && rounding == self::rounding(dtype)
-                && moved > 0.0
-                && least > 0.99
-            {
+            // Norms are not right to the last bit of a float64, and those of other powers not to that of a float32.
+            let is_told = dtype != Dtype::F64 && !matches!(asked.norm_type, NormType::P(_)) && eps == 0.0;
+            let is_plain = denormals < limit * 1e-9 && rounding == self::rounding(dtype) && least > 0.99;
+            if is_told && is_plain && moved > 0.0 {
                 let mut worst = MOVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 let worst = &mut worst[usize::from(!is_cpu)][usize::from(dtype.size() == 2)];
                 let units = moved / unit.min(ulp(dtype, y));

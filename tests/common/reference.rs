@@ -88,6 +88,7 @@ pub(crate) struct Errors {
     /// The largest relative error of a norm.
     pub(crate) norm: f64,
     /// The largest distance of an element from the one that is nearest to the exact result, in units of its last place.
+    /// Float64 does not count: a norm is not right to its last bit.
     pub(crate) ulps: f64,
 }
 
@@ -438,7 +439,7 @@ impl Expected {
             errors.norm = errors.norm.max(off(got.norm, want.norm));
         }
         for (t, (before, after)) in before.iter().zip(&done.after).enumerate() {
-            for (i, x) in before.numbers().enumerate() {
+            for (i, x) in before.numbers().enumerate().filter(|_| before.dtype != Dtype::F64) {
                 let Some(want) = self.want(before.dtype, x, self.of[t][i]) else { continue };
                 let off = (after.get(i) - rounded(before.dtype, want)).abs() / ulp(before.dtype, want);
                 errors.ulps = errors.ulps.max(if off.is_finite() { off } else { 0.0 });
