@@ -267,10 +267,12 @@ impl Asked {
         if x.is_nan() || (x.is_infinite() && self.policy == NonFinite::Drop) {
             return (false, true);
         }
-        let ((min, max), unscaled) = (self.bounds(dtype), x / self.grad_scale);
+        let ((min, max), exact) = (self.bounds(dtype), x / self.grad_scale);
+        // Compared in float32, where what is too large is infinite.
+        let unscaled = if dtype == Dtype::F64 { exact } else { rounded(Dtype::F32, exact) };
         let near = |bound: f64| match dtype {
             // Rounded to 0, and so within a bound of 0, or not.
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 if unscaled.abs() < 2f64.powi(-148) => unscaled != 0.0,
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 if exact.abs() < 2f64.powi(-148) => exact != 0.0,
             _ => (unscaled / bound - 1.0).abs() < 1e-5,
         };
         let unsure = self.grad_scale != 1.0 && (near(min) || near(max));
