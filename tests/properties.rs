@@ -389,6 +389,8 @@ fn devices() -> &'static [GpuClipper; 3] {
 fn device(seed: u64, slot: usize) -> GpuClipper {
     static POOLS: Mutex<Option<HashMap<(u64, usize), GpuClipper>>> = Mutex::new(None);
     let pool = seed / CASES_A_POOL;
+    // SwiftShader takes a second and some 70 MB for each kernel, for as long as it is there.
+    let slot = if gpu().adapter_info().name.contains("SwiftShader") { 0 } else { slot };
     let mut pools = POOLS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let pools = pools.get_or_insert_default();
     pools.retain(|(at, _), _| *at == pool);
@@ -557,6 +559,11 @@ fn assert_same_report(a: &Done, b: &Done, what: &str) {
 }
 
 fn check_sums(asked: &Asked, set: &[Data], place: Place<'_>) {
+    if asked.threshold == f64::INFINITY && asked.policy == NonFinite::Propagate && !numbers_of(set).all(f64::is_finite)
+    {
+        // Infinity over infinity: no formula says what that is.
+        return;
+    }
     // Where a clip would only measure there still is a sum, of gradients without their loss scale.
     let threshold = if asked.mode == Mode::Agc { asked.threshold } else { asked.threshold.min(f64::MAX) };
     let expected = Asked { threshold, ..*asked }.expected(set);
