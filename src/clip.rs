@@ -169,7 +169,8 @@ pub(crate) const AGC_FLOOR: f64 = 1e-6;
 /// last place in any test, a GPU by three, and both mostly none at all; but that a second clip finds nothing to clip cannot
 /// be promised. An `eps` pulls the norm to `max_norm - eps`, nearer with each clip, because that
 /// is where PyTorch's formula comes to rest; so a `max_norm` near `eps` shrinks gradients every time. Likewise AGC with a
-/// threshold below 1e-6, which is the least that it divides by. A value clip leaves bits that a second one does not touch.
+/// threshold below 1e-6, which is the least that it divides by. A value clip leaves bits that a second one does not touch (but for
+/// a 0 outside its bounds, which [`NonFinite::Zero`] and [`NonFinite::Drop`] leave).
 ///
 /// ```
 /// use gradclip::{Clip, NonFinite, NormType, Scope};
