@@ -3,8 +3,8 @@
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
-// Blocks that are summed in float32: 16 trees of 16 elements.
-const BLOCKS_IN_FLOAT: u32 = 16u / PER_WORD;
+// Blocks that are summed in float32.
+const BLOCKS_IN_FLOAT: u32 = TREES_IN_FLOAT / PER_WORD;
 
 // How many quads are in flight where there is no whole block: on software devices nothing ever is.
 const REST: u32 = select(4u, 1u, APART == 1u);

@@ -35,8 +35,8 @@ fn main(me: Invocation) {
     }
     let first = chunk.first + me.lane * chunk.segment_stride;
     begin();
-    for (var span = 0u; span < chunk.elements; span += 256u) {
-        for (var k = span; k < min(span + 256u, chunk.elements); k += 16u) {
+    for (var span = 0u; span < chunk.elements; span += 16u * TREES_IN_FLOAT) {
+        for (var k = span; k < min(span + 16u * TREES_IN_FLOAT, chunk.elements); k += 16u) {
             let magnitudes = Sixteen(
                 four_of(chunk, first, k),
                 four_of(chunk, first, k + 4u),

@@ -244,7 +244,9 @@ fn sums_of_examples() {
         (format!("{report:?}"), sums)
     };
     let (all_at_once, few) = clippers();
-    for clip in [norm().scope(Scope::Example), norm().scope(Scope::ExampleTensor)] {
+    // Parameters are in loads as well, which are not summed.
+    let agc = Clip::agc(0.5).expect("valid").scope(Scope::Example);
+    for clip in [norm().scope(Scope::Example), norm().scope(Scope::ExampleTensor), agc] {
         for bad in [false, true] {
             for policy in [NonFinite::Error, NonFinite::Zero] {
                 let (clip, mut set) = (clip.non_finite(policy), examples());

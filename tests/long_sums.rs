@@ -169,3 +169,28 @@ fn the_reference_sum_loses_nothing() {
     }
     assert!((sum.total() - (1.0 + 1e-11)).abs() < 1e-15);
 }
+
+/// Elements of which each, as the kernels add them up, is a little more than half a unit in the last place of the sum so
+/// far: every addition in float32 rounds up by as much as it can. 256 elements are a lane's run of blocks on software devices.
+#[cfg(feature = "gpu")]
+#[test]
+fn every_addition_rounds_up() {
+    let half = 2f64.powi(-24) * 1.001;
+    let pattern = |i: usize| match i % 256 {
+        0 => 1.0,
+        1 => half,
+        i @ 2..16 => half / f64::from(1 << i.ilog2()),
+        _ => half / 16.0,
+    };
+    for norm_type in [NormType::L1, NormType::L2] {
+        let power = norm_type.power();
+        let set = [Data::rounded(Dtype::F32, (0..1 << 20).map(|i| pattern(i).powf(1.0 / power)))];
+        let norm = exact_norm(norm_type, set[0].numbers());
+        let clip = Clip::norm(f64::INFINITY).expect("valid").norm_type(norm_type);
+        for path in Path::ALL {
+            let total = path.clip(&clip, &set).ok().0.total_norm;
+            println!("{path:?} {norm_type:?}: off by {:.2e}", (total / norm - 1.0).abs());
+            assert_norm(total, norm, path.norm_tolerance(), &format!("{path:?} {norm_type:?}"));
+        }
+    }
+}

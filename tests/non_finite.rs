@@ -301,6 +301,31 @@ fn every_norm_type_finds_them() {
     }
 }
 
+/// What is dropped is 0, even where 0 lies outside the bounds, and even if a tiny loss scale makes a finite neighbour
+/// infinite; the rest is clamped. A segment that is zeroed is 0 as well.
+#[test]
+fn what_is_dropped_is_0_outside_the_bounds_too() {
+    for path in Path::ALL {
+        for dtype in path.dtypes() {
+            for n in [4, 2051] {
+                let most = if *dtype == Dtype::F16 { 65504.0 } else { 3e38 };
+                let numbers = [f64::INFINITY, f64::NAN, most, 0.25].into_iter().cycle().take(n);
+                let set = [Data::rounded(*dtype, numbers)];
+                for (grad_scale, last) in [(1.0, 0.5), (0.125, 2.0)] {
+                    let clip = Clip::range(0.5, 8.0).expect("valid").grad_scale(grad_scale).expect("valid");
+                    let (report, after) = path.clip(&clip.non_finite(NonFinite::Drop), &set).ok();
+                    for (i, x) in after[0].numbers().enumerate() {
+                        assert_eq!(x, [0.0, 0.0, 8.0, last][i % 4], "{path:?} {dtype}, element {i} of {n}");
+                    }
+                    assert!((report.clipped || grad_scale != 1.0) && report.non_finite.is_some());
+                    let (_, after) = path.clip(&clip.non_finite(NonFinite::Zero), &set).ok();
+                    assert!(after[0].numbers().all(|x| x == 0.0), "{path:?} {dtype}");
+                }
+            }
+        }
+    }
+}
+
 /// Infinities have a bound to go to; NaN has none.
 #[test]
 fn infinities_go_to_the_bounds() {

@@ -4,9 +4,12 @@
 //
 // Sixteen elements are summed as a tree, at most 18 trees one after another in float32 (16 of whole blocks, 2 of words
 // outside), and what they add up to in a Number. So the longest chain of float32 roundings is short whatever the length:
-// 1 (square) + 4 (tree) + 18 units of 2^-24 in the sum, half of that in the norm: 6.9e-7 at worst.
+// 1 (square) + 4 (tree) + 18 units of 2^-24 in the sum, half of that in the norm: 6.9e-7 at worst. L1 is the sum itself,
+// of no squares: 8 trees of whole blocks, 4 + 10 units, 8.3e-7 at worst.
 
 const SUMS: bool = NORM != NORM_INF;
+// How many trees of whole blocks follow one another in float32.
+const TREES_IN_FLOAT: u32 = select(16u, 8u, NORM == NORM_L1);
 // Powers have a range of their own, and are always taken again.
 const PLAIN_FROM: u32 = select(0x13800000u, 0x29800000u, NORM == NORM_L2); // 2^-88; 2^-44
 const PLAIN_TO: u32 = select(select(0x71800000u, 0x58800000u, NORM == NORM_L2), INFINITE, !SUMS); // 2^100; 2^50

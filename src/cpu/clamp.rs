@@ -65,7 +65,8 @@ impl<T: Widen> Clamp<T> {
     fn look(self, at: Location, block: &[u8], wide: &mut [T::Wide; BLOCK]) -> Partial {
         let [mut outside, non_finite] = run(Look { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
         if self.factor != 1.0 {
-            self.unscale(false, block, wide);
+            let factor = self.factor;
+            with_product!(T::Wide, factor, false, map => run(Unscale::<T, _> { block, map, wide, of: PhantomData }));
             let block = bytemuck::cast_slice(&wide[..block.len() / size_of::<T>()]);
             [outside, _] = run(Look { bounds: self.wide_bounds(), drop: self.drop, block });
         }
@@ -73,19 +74,16 @@ impl<T: Widen> Clamp<T> {
         Partial { outside, ..counted }
     }
 
-    /// Clamps what `look` has left in `wide`, and rounds it into the block. Where elements are dropped it is taken again:
-    /// `look` has to know them, and what is written are zeros.
+    /// Clamps what `look` has left in `wide`, and rounds it into the block.
     fn write_unscaled(self, drops: bool, block: &mut [u8], wide: &mut [T::Wide; BLOCK]) {
-        if drops {
-            self.unscale(true, block, wide);
-        }
         let unscaled = bytemuck::cast_slice_mut(&mut wide[..block.len() / size_of::<T>()]);
         run(Write { bounds: self.wide_bounds(), drop: false, block: unscaled });
+        if drops {
+            // By what they were: an element may be infinite now because it is divided by so small a loss scale.
+            let was = elements::<T>(block).zip(wide.iter_mut());
+            was.filter(|(x, _)| x.bits().magnitude() >= T::INFINITY).for_each(|(_, wide)| *wide = T::Wide::ZERO);
+        }
         run(Round::<T> { wide, block });
-    }
-
-    fn unscale(self, drop: bool, block: &[u8], wide: &mut [T::Wide; BLOCK]) {
-        with_product!(T::Wide, self.factor, drop, map => run(Unscale::<T, _> { block, map, wide, of: PhantomData }));
     }
 
     fn wide_bounds(self) -> Bounds<T::Wide> {
@@ -149,15 +147,15 @@ impl<T: Widen> Kernel for Write<'_, T> {
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
         let Bounds { min, max, low, high } = self.bounds;
-        // What is dropped becomes 0, and then what 0 becomes.
+        // What is dropped becomes 0, be that within the bounds or not.
         let dropped_from = if self.drop { T::INFINITY } else { T::Bits::MAX };
         for bytes in self.block.chunks_exact_mut(size_of::<T>()) {
             let bits = bytemuck::pod_read_unaligned::<T::Bits>(bytes);
-            let bits = if bits.magnitude() >= dropped_from { T::Bits::ZERO } else { bits };
             let ordered = bits.ordered();
             let above = if ordered > high { max } else { bits };
             let clamped = if ordered < low { min } else { above };
-            let new = if bits.magnitude() > T::INFINITY { bits } else { clamped };
+            let kept = if bits.magnitude() > T::INFINITY { bits } else { clamped };
+            let new = if bits.magnitude() >= dropped_from { T::Bits::ZERO } else { kept };
             bytes.copy_from_slice(bytemuck::bytes_of(&new));
         }
     }

@@ -350,7 +350,8 @@ impl<'a> Passage<'a> {
             if self.is_held(load) {
                 self.submit(apply)?;
             } else {
-                self.fill(load, |run| Some(&tensors[run.tensor].data[run.bytes.clone()])).await?;
+                // Parameters come behind all tensors, and nothing is done with them any more.
+                self.fill(load, |run| tensors.get(run.tensor).map(|t| &t.data[run.bytes.clone()])).await?;
                 self.submit_filled(load, apply)?;
             }
         }

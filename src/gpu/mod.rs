@@ -332,7 +332,8 @@ impl GpuClipper {
     ///
     /// On the web the sums must lie in buffers of their own, because WebGPU allows no two writable views of one.
     ///
-    /// A sum is off by at most (32 + examples / 256) · 2^-24 of the sum of the sizes of what it adds. Under the policies
+    /// A sum is off by at most (32 + examples / 256) · 2^-24 of the sum of the sizes of what it adds, and by 2^-126 for each
+    /// example: drivers may flush what is smaller to 0. Under the policies
     /// `Error` and `Skip` sums stay as they were if anything is not finite.
     ///
     /// # Errors

@@ -276,7 +276,9 @@ pub(crate) fn is_scaled(dtype: Dtype, got: f64, want: f64, relative: f64) -> boo
     // The factor and the product are rounded to float32 before the result is rounded to the dtype.
     let inner = if dtype == Dtype::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
     let slack = want.abs() * (relative + inner) + numbers::ulp(dtype, want) * 0.5001;
-    (got - want).abs() <= slack || got == want || (got.is_nan() && want.is_nan())
+    // Beyond the largest number the nearest is infinity.
+    let overflows = got.is_infinite() && got == numbers::rounded(dtype, want + slack.copysign(want));
+    (got - want).abs() <= slack || got == want || overflows || (got.is_nan() && want.is_nan())
 }
 
 /// That a norm is the true one, within a relative error.
