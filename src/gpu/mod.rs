@@ -47,7 +47,7 @@ mod readback;
 mod running;
 mod table;
 #[cfg(any(test, fuzzing))]
-mod tables_hold;
+pub(crate) mod tables_hold;
 mod threshold;
 pub mod tuning;
 

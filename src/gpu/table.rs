@@ -719,7 +719,7 @@ fn add_sums(
 
 #[cfg(test)]
 mod tests {
-    use super::super::tables_hold::{check, check_grid, check_sums};
+    use super::super::tables_hold::{check_grid, check_sums, check_tables};
     use super::super::tuning::HARDWARE;
     use super::*;
 
@@ -734,6 +734,16 @@ mod tests {
     /// As [`piece`], as a matrix.
     fn matrix(by: By, columns: u64, of: Piece) -> Piece {
         Piece { layout: Layout { by, columns, segment: 0 }, ..of }
+    }
+
+    /// As [`check_tables`], of segments that begin with 0, for a clip.
+    fn check(pieces: &[Piece], limits: Limits) -> Tables {
+        let last = |p: &Piece| match p.layout.by {
+            By::Columns => p.layout.segment + p.layout.columns as u32 - 1,
+            _ => p.layout.segment_of(p.first_element + p.len.max(1) - 1),
+        };
+        let segments = pieces.iter().map(|p| last(p) + 1).max().unwrap_or(1);
+        check_tables(pieces, segments, false, limits)
     }
 
     const SMALL: Limits = Limits {

@@ -1,29 +1,22 @@
 //! What tables and merge trees must hold whatever the tensors and limits, as one checker for the unit tests and for
 //! fuzzing: kernels trust it instead of checking bounds (`kernels::trusted`).
 
+use arbitrary::{Result, Unstructured};
+
 use super::merge::MergeTree;
 use super::table::{
     ChunkRow, Limits, NOWHERE, Origin, Piece, SUMMED_ROWS, TASK_CHUNKS, Table, Tables, Use, Window, grid, sum_windows,
 };
-use super::tuning::LANE_PARTIALS;
-use crate::Dtype;
-use crate::segment::By;
+use super::tuning::{HARDWARE, LANE_PARTIALS, SHARED_WINDOW_BYTES, SMALLEST_WORKGROUP, SOFTWARE};
+use crate::segment::{By, Layout, Segments};
+use crate::tensor::Dims;
+use crate::{Clip, Dtype, Scope, UnitAxis};
 
 /// After so many iterations together llvmpipe silently ends the loops of an invocation.
 const MOST_ITERATIONS: u64 = 65_535;
 
 /// Slots are counted from here in all checks.
 const FIRST_SLOT: u32 = 3;
-
-/// As [`check_tables`], of segments that begin with 0, for a clip.
-pub(super) fn check(pieces: &[Piece], limits: Limits) -> Tables {
-    let last = |p: &Piece| match p.layout.by {
-        By::Columns => p.layout.segment + p.layout.columns as u32 - 1,
-        _ => p.layout.segment_of(p.first_element + p.len.max(1) - 1),
-    };
-    let segments = pieces.iter().map(|p| last(p) + 1).max().unwrap_or(1);
-    check_tables(pieces, segments, false, limits)
-}
 
 /// Makes the tables of pieces and checks them. Every element is measured once, into a slot of its segment that no other task
 /// has, and found by its origin; every word has at most one writer, which knows the segment of each of its elements; nothing
@@ -320,4 +313,169 @@ pub(super) fn check_grid(workgroups: u32, widest: u32) {
     assert!(x >= 1 && x <= widest && y <= widest);
     let (workgroups, x, y) = (u64::from(workgroups), u64::from(x), u64::from(y));
     assert!(x * y >= workgroups && x * y < workgroups + x);
+}
+
+/// Tables, sums and merge trees of any tensors under any limits and tuning; see `crate::fuzzing`.
+pub fn fuzz(data: &[u8]) {
+    // An error is that the bytes are too few for a case.
+    let _ = case(&mut Unstructured::new(data));
+}
+
+fn case(u: &mut Unstructured<'_>) -> Result<()> {
+    let widest = if u.arbitrary()? { 65_535 } else { u.int_in_range(1..=100)? };
+    check_grid(u.arbitrary()?, widest);
+    let small = u.arbitrary()?;
+    let (limits, merged) = if small { small_limits(u)? } else { limits_of_a_device(u)? };
+    if u.ratio(1, 4)? {
+        let sums = examples_and_sums(u, limits)?;
+        check_sums(&sums, limits);
+        return Ok(());
+    }
+    let (pieces, segments) = tensors(u, limits)?;
+    let tables = check_tables(&pieces, segments, u.ratio(1, 4)?, limits);
+    let mut groups = vec![tables.slots];
+    if u.arbitrary()? {
+        groups.push((0..u.int_in_range(0..=4)?).map(|_| u.int_in_range(0..=5000)).collect::<Result<_>>()?);
+    }
+    check_merge(&groups, limits.workgroup, merged);
+    Ok(())
+}
+
+/// Limits as low as the arithmetic allows, so that few elements meet them.
+fn small_limits(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
+    let alignment = 1 << u.int_in_range(4..=8)?;
+    let chunk_words = 4 * u.int_in_range(1..=64)?;
+    let workgroup = 1 << u.int_in_range(0..=6)?;
+    let lane_row = u.int_in_range(1..=64)?;
+    // A chunk, a row, and an element for each invocation fit into a binding, and the rows of a task.
+    let fits = u64::from(chunk_words.max(workgroup).max(lane_row) * 4) + alignment;
+    let rows = 4 + u64::from(chunk_words.min(TASK_CHUNKS as u32)) * size_of::<ChunkRow>() as u64;
+    let limits = Limits {
+        chunk_words,
+        binding_bytes: fits.max(rows) + 4 * u.int_in_range(0..=1000)?,
+        alignment,
+        workgroup,
+        lane_row,
+        lane_column: u.int_in_range(1..=300)?,
+        windows: u.int_in_range(1..=20)?,
+        shared_window_bytes: if u.arbitrary()? { u64::MAX } else { u.int_in_range(0..=3000)? },
+    };
+    Ok((limits, u.int_in_range(2..=100)?))
+}
+
+/// Limits as a plan takes them from a device and a tuning, whatever that is.
+fn limits_of_a_device(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
+    let mut tuning = *u.choose(&[SOFTWARE, HARDWARE])?;
+    if u.arbitrary()? {
+        tuning.workgroup = 1 << u.int_in_range(3..=10)?;
+        tuning.chunks = u.int_in_range(1..=10_000)?;
+        tuning.min_chunk_words = u.int_in_range(4..=1 << 24)?;
+        tuning.max_chunk_words = u.int_in_range(4..=1 << 24)?;
+        tuning.merged_partials = u.int_in_range(2..=1 << 22)?;
+    }
+    if tuning.check().is_err() {
+        tuning = SOFTWARE;
+    }
+    tuning.narrow(u.int_in_range(SMALLEST_WORKGROUP..=1024)?);
+    tuning.check().expect("still fits");
+    let most = *u.choose(&[1 << 16, 1 << 27, (1 << 31) - 256, (1 << 31) - 1])?;
+    let binding = u.int_in_range(1 << 16..=most)?;
+    let alignment = *u.choose(&[32, 64, 128, 256])?;
+    let windows = *u.choose(&[1, 2, 8, 256, 1024])?;
+    let shared = *u.choose(&[SHARED_WINDOW_BYTES, u64::MAX])?;
+    let most = 1 << u.int_in_range(0..=40)?;
+    let words = u.int_in_range(0..=most)?;
+    Ok((Limits::new(&tuning, words, (binding, alignment), (windows, shared)), tuning.merged_partials))
+}
+
+/// Tensors of some scope, in pieces that lie in buffers in any order, and the number of their segments.
+fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)> {
+    let scope =
+        *u.choose(&[Scope::Global, Scope::Tensor, Scope::Unit, Scope::Unit, Scope::Example, Scope::ExampleTensor])?;
+    let clip = Clip::norm(1.0).expect("valid").scope(scope);
+    let clip = clip.unit_axis(*u.choose(&[UnitAxis::First, UnitAxis::Last])?);
+    let examples = u.int_in_range(0..=40)?;
+    let mut shapes = Vec::new();
+    for _ in 0..u.int_in_range(0..=12)? {
+        let shape: Vec<usize> = match (scope, u.int_in_range(0..=3)?) {
+            // Long enough for several chunks, and sometimes for several origins, but not for too many chunks to check.
+            (Scope::Global | Scope::Tensor, 0) => {
+                vec![u.int_in_range(0..=(usize::try_from(limits.chunk_words).unwrap_or(0) * 200).min(1 << 33))?]
+            }
+            (_, 0) => vec![u.int_in_range(1..=5)?, u.int_in_range(0..=10_000)?],
+            (_, 1) => vec![u.int_in_range(0..=100)?],
+            (_, 2) => vec![u.int_in_range(0..=40)?, u.int_in_range(0..=100)?],
+            _ => vec![u.int_in_range(0..=20)?, u.int_in_range(0..=10)?, u.int_in_range(0..=10)?],
+        };
+        shapes.push(shape);
+    }
+    if matches!(scope, Scope::Example | Scope::ExampleTensor) {
+        shapes.iter_mut().for_each(|shape| shape[0] = examples);
+    }
+    let dims = |shape: &'_ Vec<usize>| shape.iter().map(|n| *n as u64).product();
+    let dims: Vec<_> = shapes.iter().map(|s| Dims { shape: Some(s), len: dims(s) }).collect();
+    let segments = Segments::new(&clip, &dims, |_| None).expect("fits");
+
+    let mut ends = vec![0u64; u.int_in_range(1..=20)?];
+    let mut pieces = Vec::new();
+    for (tensor, (layout, dims)) in segments.layouts.iter().zip(&dims).enumerate() {
+        let dtype = *u.choose(&[Dtype::F32, Dtype::F16, Dtype::BF16])?;
+        let mut first_element = 0;
+        let parts = u.int_in_range(1..=3)?;
+        for part in 1..=parts {
+            let rest = dims.len - first_element;
+            let len = if part == parts { rest } else { u.int_in_range(0..=rest)? };
+            let buffer = u.choose_index(ends.len())?;
+            let size = dtype.size() as u64;
+            let start = ends[buffer].div_ceil(size) + if u.arbitrary()? { u.int_in_range(0..=300)? } else { 0 };
+            ends[buffer] = (start + len) * size;
+            pieces.push(Piece { buffer, dtype, start, len, tensor, first_element, layout: *layout });
+            first_element += len;
+        }
+    }
+    if u.arbitrary()? {
+        // In each buffer the other way round.
+        for piece in &mut pieces {
+            let end = ends[piece.buffer].next_multiple_of(4) / piece.dtype.size() as u64;
+            piece.start = end - piece.start - piece.len;
+        }
+    }
+    Ok((pieces, segments.count))
+}
+
+/// Pieces of tensors of examples, each with that of its sums.
+fn examples_and_sums(u: &mut Unstructured<'_>, limits: Limits) -> Result<Vec<(Piece, Piece)>> {
+    let examples = u.int_in_range(0..=40)?;
+    let tensors = u.int_in_range(0..=4)?;
+    let mut found = Vec::new();
+    for tensor in 0..tensors {
+        let dtype = *u.choose(&[Dtype::F32, Dtype::F16, Dtype::BF16])?;
+        let columns = if u.arbitrary()? {
+            u.int_in_range(0..=20)?
+        } else {
+            u.int_in_range(0..=(limits.binding_bytes / 2).min(2000))?
+        };
+        let layout = |by, columns| Layout { by, columns, segment: 0 };
+        let start = u.int_in_range(0..=300)?;
+        let sums = Piece {
+            buffer: 2 * tensors + tensor,
+            dtype: Dtype::F32,
+            start,
+            len: columns,
+            tensor,
+            first_element: 0,
+            layout: layout(By::Whole, columns),
+        };
+        let all = columns * examples;
+        let cut = if u.arbitrary()? { u.int_in_range(0..=all)? } else { 0 };
+        for (i, (first_element, end)) in [(0, cut), (cut, all)].into_iter().enumerate() {
+            // The whole of an empty tensor is a piece, an empty part of another is none.
+            if end > first_element || (all == 0 && i == 0) {
+                let (start, len) = (u.int_in_range(0..=300)?, end - first_element);
+                let (buffer, layout) = (2 * tensor + i, layout(By::Rows, columns));
+                found.push((Piece { buffer, dtype, start, len, tensor, first_element, layout }, sums));
+            }
+        }
+    }
+    Ok(found)
 }

@@ -19,6 +19,9 @@ mod contender;
 #[cfg(feature = "gpu")]
 mod devices;
 mod failure;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod header;
 mod input;
 mod layout;
