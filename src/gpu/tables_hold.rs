@@ -396,15 +396,15 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
     let clip = clip.unit_axis(*u.choose(&[UnitAxis::First, UnitAxis::Last])?);
     let examples = u.int_in_range(0..=40)?;
     let mut shapes = Vec::new();
-    for _ in 0..u.int_in_range(0..=12)? {
+    for _ in 0..u.int_in_range(0..=8)? {
         let shape: Vec<usize> = match (scope, u.int_in_range(0..=3)?) {
             // Long enough for several chunks, and sometimes for several origins, but not for too many chunks to check.
             (Scope::Global | Scope::Tensor, 0) => {
-                vec![u.int_in_range(0..=(usize::try_from(limits.chunk_words).unwrap_or(0) * 200).min(1 << 33))?]
+                vec![u.int_in_range(0..=(limits.chunk_words as usize * 100).min(1 << 33))?]
             }
-            (_, 0) => vec![u.int_in_range(1..=5)?, u.int_in_range(0..=10_000)?],
+            (_, 0) => vec![u.int_in_range(1..=5)?, u.int_in_range(0..=limits.chunk_words.min(1000) as usize * 10)?],
             (_, 1) => vec![u.int_in_range(0..=100)?],
-            (_, 2) => vec![u.int_in_range(0..=40)?, u.int_in_range(0..=100)?],
+            (_, 2) => vec![u.int_in_range(0..=20)?, u.int_in_range(0..=60)?],
             _ => vec![u.int_in_range(0..=20)?, u.int_in_range(0..=10)?, u.int_in_range(0..=10)?],
         };
         shapes.push(shape);
@@ -453,7 +453,7 @@ fn examples_and_sums(u: &mut Unstructured<'_>, limits: Limits) -> Result<Vec<(Pi
         let columns = if u.arbitrary()? {
             u.int_in_range(0..=20)?
         } else {
-            u.int_in_range(0..=(limits.binding_bytes / 2).min(2000))?
+            u.int_in_range(0..=(limits.binding_bytes / 2).min(500))?
         };
         let layout = |by, columns| Layout { by, columns, segment: 0 };
         let start = u.int_in_range(0..=300)?;
