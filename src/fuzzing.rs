@@ -196,7 +196,8 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
     let changed = tensors.iter().zip(&before).any(|(t, before)| t.bytes != *before);
     match &applied {
         Ok(report) => {
-            assert!(!(report.total_norm < 0.0) && !(report.clip_coef < 0.0 || report.clip_coef > 1.0), "{report:?}");
+            assert!(report.total_norm.is_nan() || report.total_norm >= 0.0, "{report:?}");
+            assert!(report.clip_coef.is_nan() || (0.0..=1.0).contains(&report.clip_coef), "{report:?}");
             assert_eq!(report.elements, tensors.iter().map(|t| t.elements().len() as u64).sum::<u64>());
             // What is neither clipped, scaled nor replaced keeps every bit.
             let replaces = report.non_finite.is_some() && clip.non_finite != NonFinite::Skip;
@@ -265,10 +266,12 @@ mod tests {
     /// Runs a target on each case of its corpus.
     fn replay(name: &str, target: fn(&[u8])) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
-        let cases: Vec<_> =
-            fs::read_dir(&folder).expect("there is a corpus").map(|file| file.unwrap().path()).collect();
+        let files = fs::read_dir(&folder).expect("there is a corpus");
+        let mut cases: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
+        cases.sort();
         assert!(cases.len() >= 10, "{} cases in {}", cases.len(), folder.display());
-        for case in &cases {
+        // An interpreter has time for some.
+        for case in cases.iter().step_by(if cfg!(miri) { 12 } else { 1 }) {
             println!("{}", case.display());
             target(&fs::read(case).expect("readable"));
         }

@@ -103,7 +103,8 @@ fn united(mut runs: Vec<(usize, u64, u64)>) -> Vec<(usize, u64, u64)> {
 }
 
 fn check_window(w: &Window, limits: Limits) {
-    assert!(w.size > 0 && w.size <= limits.binding_bytes && w.offset % limits.alignment == 0 && w.size % 4 == 0);
+    assert!((1..=limits.binding_bytes).contains(&w.size) && w.size.is_multiple_of(4));
+    assert!(w.offset.is_multiple_of(limits.alignment));
 }
 
 /// The chunks of each task, in order. Each chunk is of one task, and what follows one stands behind it.

@@ -194,8 +194,9 @@ mod tests {
     /// Runs a target on each case of its corpus.
     fn replay(name: &str, target: fn(&[u8])) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
-        let cases: Vec<_> =
-            fs::read_dir(&folder).expect("there is a corpus").map(|file| file.unwrap().path()).collect();
+        let files = fs::read_dir(&folder).expect("there is a corpus");
+        let mut cases: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
+        cases.sort();
         assert!(cases.len() >= 10, "{} cases in {}", cases.len(), folder.display());
         for case in &cases {
             println!("{}", case.display());
