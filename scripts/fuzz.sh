@@ -30,7 +30,7 @@ export RUSTFLAGS="--cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module -Cllv
 -Cllvm-args=-sanitizer-coverage-trace-compares"
 # Scopes that a panic leaves are not leaks, and nothing here lives long.
 export ASAN_OPTIONS=detect_leaks=0 RUST_BACKTRACE=0
-cargo build --quiet --release --locked --manifest-path fuzz/Cargo.toml --target $host --target-dir fuzz/target
+cargo build --quiet --release --manifest-path fuzz/Cargo.toml --target $host --target-dir fuzz/target
 unset RUSTFLAGS
 
 failed=
