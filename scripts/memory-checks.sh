@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests of the CPU path under AddressSanitizer and under valgrind (Linux on x86-64; Debian's package valgrind).
-# The first sees every instruction set that the machine has; the second stops short of AVX-512, and so sees AVX2.
+# Runs the tests of the CPU path and of the program under AddressSanitizer, and those of the CPU path under valgrind (Linux on
+# x86-64; Debian's package valgrind). The first sees every instruction set that the machine has, and the program's memory maps,
+# with files that are whole, truncated, hostile and sharded; the second stops short of AVX-512, and so sees AVX2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,6 +15,12 @@ echo "== AddressSanitizer"
 # The sanitizer is an option of the compiler that it calls unstable; the variable lets this toolchain take it.
 RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
     cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip --no-default-features "${tests[@]}"
+
+# Its tests run the program that is built beside them. `larger_than_memory` counts pages, of which the sanitizer has its own.
+program=(--lib --test bad_files --test bad_tensors --test exit_codes --test output_whole_or_not_at_all --test passes_through
+    --test pieces --test sharded --test sums)
+RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
+    cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip-cli --no-default-features "${program[@]}"
 
 echo "== valgrind"
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=9"

@@ -92,6 +92,9 @@ mod clip;
 mod clipper;
 mod cpu;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 mod partial;

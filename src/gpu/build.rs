@@ -11,9 +11,9 @@ use super::kernels::{Access, ClipGroup, Kernel, Norm, PARAMS, PARTIALS, RESULTS}
 use super::merge::MergeTree;
 use super::number::Number;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
-use super::table::{Batch, EdgeRow, Limits, Origin, Piece, SumWindow, Table, Tables, Use, Window, sum_windows};
+use super::table::{Batch, EdgeRow, Limits, Origin, Piece, SumWindow, Table, Tables, Use, Window, grid, sum_windows};
 use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
-use super::tuning::{BUFFERS_OF_CHUNKS, LANE_COLUMN, LANE_ROW};
+use super::tuning::BUFFERS_OF_CHUNKS;
 use crate::clip::Mode;
 use crate::segment::{By, Layout, Segments};
 use crate::{Clip, Dtype, Error, NonFinite, NormType};
@@ -380,23 +380,15 @@ impl PlanLayout {
     ) -> Result<Self, Error> {
         let device_limits = gpu.device.device.limits();
         let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
-        let binding_bytes = device_limits.max_storage_buffer_binding_size & !3;
         let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
-        let words = words_at_a_time(pieces(), in_turn);
-        // A chunk must fit into a binding wherever it starts.
-        let fitting = (binding_bytes - alignment) / 4;
-        let limits = Limits {
-            chunk_words: gpu.tuning.chunk_words(words).min(u32::try_from(fitting).unwrap_or(u32::MAX)) & !3,
-            binding_bytes,
-            alignment,
-            workgroup: gpu.kernels.shape.workgroup,
-            lane_row: LANE_ROW,
-            lane_column: LANE_COLUMN,
-            windows: if in_turn { 1 } else { gpu.windows_at_once() },
-            shared_window_bytes: gpu.shared_window_bytes(),
-        };
+        let limits = Limits::new(
+            &gpu.tuning,
+            words_at_a_time(pieces(), in_turn),
+            (device_limits.max_storage_buffer_binding_size, alignment),
+            (if in_turn { 1 } else { gpu.windows_at_once() }, gpu.shared_window_bytes()),
+        );
         // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
-        let limit = binding_bytes / PARTIAL_BYTES;
+        let limit = limits.binding_bytes / PARTIAL_BYTES;
         let segments = groups.iter().map(|g| u64::from(g.segments.count)).sum();
         if segments + 2 > limit {
             return Err(Error::TooLarge { what: "the number of segments", value: segments, limit: limit - 2 });
@@ -767,11 +759,10 @@ pub(super) fn dispatch(
     workgroups: u32,
 ) -> Result<Dispatch, Error> {
     let widest = gpu.device.device.limits().max_compute_workgroups_per_dimension;
-    let x = workgroups.clamp(1, widest);
-    if workgroups.div_ceil(x) > widest {
+    let workgroups = grid(workgroups, widest).ok_or_else(|| {
         let limit = u64::from(widest) * u64::from(widest);
-        return Err(Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit });
-    }
+        Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit }
+    })?;
     let pipeline = gpu.kernels.pipeline(&gpu.device, kernel, access)?;
     let bindings: Vec<Vec<_>> = parts.iter().map(|parts| parts.iter().map(bound).collect()).collect();
     let subject = gpu.device.scoped(|| {
@@ -788,7 +779,6 @@ pub(super) fn dispatch(
         let layout = &pipeline.get_bind_group_layout(1);
         gpu.device.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
     })?;
-    let workgroups = (x, workgroups.div_ceil(x));
     Ok(Dispatch { kernel, pipeline, clip_group: clip_group.clone(), subject, workgroups, buffer: None })
 }
 

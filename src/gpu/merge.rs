@@ -117,11 +117,12 @@ impl MergeTree {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tables_hold::check_merge;
     use super::*;
 
     #[test]
     fn partials_merge_to_one_for_each_segment_and_one_for_all() {
-        for slots in [
+        let groups = [
             vec![],
             vec![0],
             vec![1],
@@ -131,27 +132,13 @@ mod tests {
             vec![1; 3000],
             vec![2; 3000],
             vec![2_000_000],
-        ] {
-            let first = 5;
-            let count = slots.iter().sum::<u32>();
-            let mut tree = MergeTree { partials: first + count, ..MergeTree::new(64, 1024) };
-            let (segments, level) = tree.segments(first, &slots).expect("fits");
-            let total = tree.total(segments, slots.len() as u32, level).expect("fits");
-            // Follow the tree with sums in place of partials.
-            let mut values = vec![1u64; (first + count) as usize];
-            values.resize(tree.partials as usize, 0);
-            for row in tree.levels.iter().flatten() {
-                assert!(row.runs == 1 || (row.runs <= 64 && row.count <= LANE_PARTIALS));
-                for run in 0..row.runs {
-                    let (from, count) = ((row.from + run * row.count) as usize, row.count as usize);
-                    values[(row.into + run) as usize] = values[from..from + count].iter().sum();
-                }
-            }
-            for (i, slots) in slots.iter().enumerate() {
-                assert_eq!(values[segments as usize + i], u64::from(*slots));
-            }
-            assert_eq!(values[total as usize], u64::from(count), "{} segments", slots.len());
+        ];
+        for slots in &groups {
+            check_merge(std::slice::from_ref(slots), 64, 1024);
         }
+        check_merge(&groups, 64, 1024);
+        check_merge(&groups, 8, 2);
+        check_merge(&[], 8, 2);
         let mut full = MergeTree { partials: u32::MAX, ..MergeTree::new(64, 1024) };
         assert!(full.segments(0, &[2]).is_none());
     }

@@ -48,6 +48,8 @@ mod profile;
 mod readback;
 mod running;
 mod table;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod tables_hold;
 mod threshold;
 pub mod tuning;
 
@@ -175,10 +177,7 @@ impl GpuClipper {
         need("max_compute_invocations_per_workgroup", invocations.into(), tuning::SMALLEST_WORKGROUP.into())?;
         need("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into(), 4)?;
         need("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size, 1 << 16)?;
-        while tuning.workgroup > invocations {
-            tuning.workgroup /= 2;
-            tuning.max_chunk_words = (tuning.max_chunk_words / 2).max(tuning.min_chunk_words);
-        }
+        tuning.narrow(invocations);
         // What a workgroup merges, 32 bytes each, lies in its memory.
         let tree = u64::from(tuning.workgroup) * PARTIAL_BYTES;
         need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;

@@ -19,6 +19,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::tuning::{LANE_COLUMN, LANE_ROW, Tuning};
 use crate::Dtype;
 use crate::segment::{By, Layout};
 
@@ -55,7 +56,7 @@ impl Piece {
     }
 
     /// Where in the buffer an element of the tensor is.
-    fn at(&self, element: u64) -> u64 {
+    pub(super) fn at(&self, element: u64) -> u64 {
         self.start + (element - self.first_element)
     }
 
@@ -261,6 +262,29 @@ impl Tables {
 }
 
 impl Limits {
+    /// What follows for a set of so many words from a tuning, a device's largest binding and alignment, and what it binds
+    /// at once (as the fields of these names).
+    pub(super) fn new(
+        tuning: &Tuning,
+        words: u64,
+        (largest_binding, alignment): (u64, u64),
+        (windows, shared_window_bytes): (usize, u64),
+    ) -> Self {
+        let binding_bytes = largest_binding & !3;
+        // A chunk must fit into a binding wherever it starts.
+        let fitting = (binding_bytes - alignment) / 4;
+        Self {
+            chunk_words: tuning.chunk_words(words).min(u32::try_from(fitting).unwrap_or(u32::MAX)) & !3,
+            binding_bytes,
+            alignment,
+            workgroup: tuning.workgroup,
+            lane_row: LANE_ROW,
+            lane_column: LANE_COLUMN,
+            windows,
+            shared_window_bytes,
+        }
+    }
+
     /// How many rows of a table can be bound.
     pub(super) fn rows<T>(&self) -> usize {
         usize::try_from((self.binding_bytes - 4) / size_of::<T>() as u64).unwrap_or(usize::MAX)
@@ -330,7 +354,7 @@ impl Cut {
 }
 
 /// Chunks in one task at most, so that loops stay short.
-const TASK_CHUNKS: usize = 128;
+pub(super) const TASK_CHUNKS: usize = 128;
 
 /// Gathers chunks, by their numbers, in tasks: in list order, of one segment and one table, and no longer together than the
 /// longest chunk.
@@ -407,8 +431,10 @@ impl Cutter {
             }
         } else {
             let rows = (last_row - first_row) / columns;
-            for row in (0..rows).step_by(self.limits.workgroup as usize) {
-                let count = (rows - row).min(self.limits.workgroup.into());
+            let fitting = (self.limits.binding_bytes - self.limits.alignment) / (columns * piece.dtype.size() as u64);
+            let rows_at_once = fitting.clamp(1, self.limits.workgroup.into());
+            for row in (0..rows).step_by(rows_at_once as usize) {
+                let count = (rows - row).min(rows_at_once);
                 self.each(piece, origin, first_row + row * columns, (count, columns), (columns, 1))?;
             }
         }
@@ -546,6 +572,13 @@ fn gather(cuts: &mut [Cut], limits: Limits) -> Option<Vec<Batch>> {
     Some(batches)
 }
 
+/// So many workgroups in two dimensions, of which a device allows so many in each. None if it cannot hold them.
+pub(super) fn grid(workgroups: u32, widest: u32) -> Option<(u32, u32)> {
+    let x = workgroups.clamp(1, widest);
+    let y = workgroups.div_ceil(x);
+    (y <= widest).then_some((x, y))
+}
+
 /// Lists the words that an element of half precision shares with something else than its tensor, each in a window that
 /// holds it.
 fn add_edges(batches: &mut [Batch], pieces: &[Piece]) {
@@ -584,7 +617,7 @@ fn add_edges(batches: &mut [Batch], pieces: &[Piece]) {
 
 /// Examples that one invocation adds up: with its loops over them it stays below the 65,535 iterations after which
 /// llvmpipe silently ends it.
-const SUMMED_ROWS: u64 = 1 << 15;
+pub(super) const SUMMED_ROWS: u64 = 1 << 15;
 
 /// A dispatch of `sum`: rows of a table, with the part of a tensor and the part of its sums that they lie in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -686,6 +719,8 @@ fn add_sums(
 
 #[cfg(test)]
 mod tests {
+    use super::super::tables_hold::{check_grid, check_sums, check_tables};
+    use super::super::tuning::HARDWARE;
     use super::*;
 
     fn piece(buffer: usize, dtype: Dtype, start: u64, len: u64) -> Piece {
@@ -701,182 +736,14 @@ mod tests {
         Piece { layout: Layout { by, columns, segment: 0 }, ..of }
     }
 
-    /// How many segments pieces have that begin with segment 0.
-    fn segments(pieces: &[Piece]) -> u32 {
+    /// As [`check_tables`], of segments that begin with 0, for a clip.
+    fn check(pieces: &[Piece], limits: Limits) -> Tables {
         let last = |p: &Piece| match p.layout.by {
             By::Columns => p.layout.segment + p.layout.columns as u32 - 1,
             _ => p.layout.segment_of(p.first_element + p.len.max(1) - 1),
         };
-        pieces.iter().map(|p| last(p) + 1).max().unwrap_or(1)
-    }
-
-    /// Runs of bytes or words (buffer, from, to), merged where they touch. No two may overlap.
-    fn united(mut runs: Vec<(usize, u64, u64)>) -> Vec<(usize, u64, u64)> {
-        runs.sort_unstable();
-        let mut united: Vec<(usize, u64, u64)> = Vec::new();
-        for run in runs.into_iter().filter(|run| run.1 < run.2) {
-            match united.last_mut() {
-                Some(last) if last.0 == run.0 && last.2 >= run.1 => {
-                    assert_eq!(last.2, run.1, "covered twice");
-                    last.2 = run.2;
-                }
-                _ => united.push(run),
-            }
-        }
-        united
-    }
-
-    /// Every element is measured once, into a slot of its segment that no other task has, and found by its origin; every
-    /// word has at most one writer, which knows the segment of each of its elements; nothing leaves its window.
-    fn check(pieces: &[Piece], limits: Limits) -> Tables {
-        let count = segments(pieces);
-        let tables = Tables::new(pieces, 0..count, (3, 0), false, limits).expect("fits");
-        let first_slot = |segment: u32| 3 + tables.slots[..segment as usize].iter().sum::<u32>();
-        let mut measured = Vec::new();
-        let mut written = Vec::new();
-        let mut used = vec![false; tables.slots.iter().sum::<u32>() as usize];
-        for batch in &tables.batches {
-            assert!((1..=limits.windows).contains(&batch.windows.len()));
-            for w in &batch.windows {
-                assert!(w.size <= limits.binding_bytes && w.offset % limits.alignment == 0 && w.size % 4 == 0);
-            }
-            for ((of, dtype), table) in &batch.tables {
-                assert!(table.chunks.len() <= limits.rows::<ChunkRow>());
-                for (head, task) in tasks_of(table).iter().enumerate() {
-                    let words: u64 = task.iter().map(|row| u64::from(row.elements) * dtype.size() as u64 / 4).sum();
-                    assert!(
-                        task.len() == 1 || (matches!(of, Use::Whole | Use::Run) && words <= limits.chunk_words.into())
-                    );
-                    if *of != Use::Mixed {
-                        let row = &table.chunks[head];
-                        for s in 0..row.count {
-                            let slot = row.slot + s * row.slot_stride;
-                            let segment = row.segment + s;
-                            assert!(slot >= first_slot(segment) && slot < first_slot(segment + 1));
-                            assert!(!std::mem::replace(&mut used[slot as usize - 3], true), "a slot taken twice");
-                        }
-                    }
-                    for row in task {
-                        assert_eq!(row.segment, task[0].segment);
-                        let w = &batch.windows[row.window as usize];
-                        check_chunk(
-                            pieces,
-                            (*of, *dtype),
-                            w,
-                            row,
-                            &tables.origins,
-                            limits,
-                            &mut measured,
-                            &mut written,
-                        );
-                    }
-                }
-            }
-            for edge in &batch.edges {
-                let w = &batch.windows[edge.window as usize];
-                assert!(u64::from(edge.word) * 4 < w.size);
-                assert!(edge.low != NOWHERE || edge.high != NOWHERE);
-                let word = w.offset / 4 + u64::from(edge.word);
-                written.push((w.buffer, word, word + 1));
-            }
-        }
-        assert!(used.iter().all(|used| *used), "a slot that nothing is measured into");
-        let bytes = |p: &Piece| (p.buffer, p.bytes().start, p.bytes().end);
-        assert_eq!(united(measured), united(pieces.iter().map(bytes).collect()));
-        // Two pieces may share a word.
-        let mut words: Vec<_> =
-            pieces.iter().map(bytes).filter(|b| b.1 < b.2).map(|b| (b.0, b.1 / 4, b.2.div_ceil(4))).collect();
-        words.sort_unstable();
-        for i in 1..words.len() {
-            if words[i].0 == words[i - 1].0 {
-                words[i].1 = words[i].1.max(words[i - 1].2);
-            }
-        }
-        assert_eq!(united(written), united(words));
-        tables
-    }
-
-    /// The chunks of each task, in order. Each chunk is of one task, and what follows one stands behind it.
-    fn tasks_of(table: &Table) -> Vec<Vec<ChunkRow>> {
-        let mut seen = 0;
-        let mut tasks = Vec::new();
-        for head in 0..table.tasks as usize {
-            let mut task = vec![table.chunks[head]];
-            let mut at = head;
-            while table.chunks[at].next != 0 {
-                assert!(table.chunks[at].next as usize > at.max(table.tasks as usize - 1));
-                at = table.chunks[at].next as usize;
-                task.push(table.chunks[at]);
-            }
-            seen += task.len();
-            tasks.push(task);
-        }
-        assert_eq!(seen, table.chunks.len());
-        tasks
-    }
-
-    /// Notes which bytes a chunk measures and which words it writes.
-    #[allow(clippy::too_many_arguments)]
-    fn check_chunk(
-        pieces: &[Piece],
-        (of, dtype): (Use, Dtype),
-        w: &Window,
-        row: &ChunkRow,
-        origins: &[Origin],
-        limits: Limits,
-        measured: &mut Vec<(usize, u64, u64)>,
-        written: &mut Vec<(usize, u64, u64)>,
-    ) {
-        let (size, per_word) = (dtype.size() as u64, 4 / dtype.size() as u64);
-        let at = |i: u64| w.offset / size + u64::from(row.first) + i;
-        let origin = origins[row.origin as usize];
-        let piece = pieces
-            .iter()
-            .find(|p| p.buffer == w.buffer && p.dtype == dtype && at(0) >= p.start && at(0) < p.start + p.len);
-        let piece = piece.expect("a chunk lies in a piece");
-        assert_eq!((origin.tensor, piece.dtype), (piece.tensor, dtype));
-        let place = |i: u64| origin.first_element + u64::from(row.origin_element) + i;
-        assert_eq!(piece.at(place(0)), at(0));
-        let (count, elements) = (u64::from(row.count), u64::from(row.elements));
-        let (segment_stride, element_stride) = match of {
-            Use::Each => (u64::from(row.segment_stride), u64::from(row.element_stride)),
-            _ => (0, 1),
-        };
-        let last = at((count - 1) * segment_stride + (elements - 1) * element_stride);
-        assert!((last + 1) * size <= w.offset + w.size);
-        assert!(row.count >= 1 && row.count <= limits.workgroup && row.elements >= 1);
-        if of != Use::Each {
-            let words = (at(elements) - 1) / per_word - at(0) / per_word + 1;
-            assert!(row.count == 1 && words <= limits.chunk_words.into());
-        }
-        if of != Use::Mixed {
-            for s in 0..row.count {
-                let first = at(u64::from(s) * segment_stride);
-                // All elements of a run are of one segment if its first and its last are.
-                let some = if element_stride == 1 { vec![0, elements - 1] } else { (0..elements).collect() };
-                for i in some {
-                    let element = u64::from(s) * segment_stride + i * element_stride;
-                    assert_eq!(piece.layout.segment_of(place(element)), row.segment + s);
-                }
-                if element_stride == 1 {
-                    measured.push((w.buffer, first * size, (first + elements) * size));
-                } else {
-                    let each = (0..elements).map(|i| (first + i * element_stride) * size);
-                    measured.extend(each.map(|byte| (w.buffer, byte, byte + size)));
-                }
-            }
-        }
-        if matches!(of, Use::Whole | Use::Mixed) {
-            written.push((w.buffer, at(0).div_ceil(per_word), at(elements) / per_word));
-        }
-        if of == Use::Mixed {
-            for i in (0..elements).step_by(1 + elements as usize / 64).chain([elements - 1]) {
-                let at = u64::from(row.column) + i;
-                let step =
-                    if piece.layout.by == By::Rows { at / u64::from(row.columns) } else { at % u64::from(row.columns) };
-                assert_eq!(u64::from(row.segment) + step, u64::from(piece.layout.segment_of(place(i))));
-            }
-        }
+        let segments = pieces.iter().map(|p| last(p) + 1).max().unwrap_or(1);
+        check_tables(pieces, segments, false, limits)
     }
 
     const SMALL: Limits = Limits {
@@ -1026,6 +893,7 @@ mod tests {
             (Dtype::F16, 7, 9, 20),
             (Dtype::BF16, 100, 4, 250),
             (Dtype::F32, 60, 40, 61),
+            (Dtype::F16, 60, 0, 0),
         ] {
             let len = columns * examples;
             let into = piece(2, Dtype::F32, 9, columns);
@@ -1033,32 +901,26 @@ mod tests {
                 first_element,
                 ..matrix(By::Rows, columns, piece(buffer, dtype, 2, len))
             };
-            let pairs = [(part(0, 0, cut.min(len)), into), (part(1, cut.min(len), len - cut.min(len)), into)];
-            let mut added = vec![Vec::new(); columns as usize];
-            for window in sum_windows(&pairs[..if cut < len { 2 } else { 1 }], SMALL).expect("fits") {
-                let Window { buffer, offset, size: bytes } = window.examples.expect("there are examples");
-                assert!(bytes <= SMALL.binding_bytes && window.sums.size <= SMALL.binding_bytes);
-                for row in &window.table.chunks {
-                    for (lane, i) in (0..row.count).flat_map(|lane| (0..row.elements).map(move |i| (lane, i))) {
-                        let at = u64::from(row.first + lane + i * row.element_stride);
-                        assert!((at + 1) * dtype.size() as u64 <= bytes);
-                        let element = offset / dtype.size() as u64 + at - 2 + if buffer == 1 { cut } else { 0 };
-                        let sum = window.sums.offset / 4 + u64::from(row.slot + lane) - 9;
-                        assert_eq!(element % columns, sum);
-                        assert_eq!(element / columns, u64::from(row.segment + i));
-                        let sums = &mut added[sum as usize];
-                        assert_eq!(
-                            row.column == 0,
-                            element / columns == u64::from(i) && sums.len() as u64 == element / columns
-                        );
-                        sums.push(element / columns);
-                    }
-                }
-            }
-            assert!(
-                added.iter().all(|of| of.iter().copied().eq(0..examples)),
-                "{dtype} {columns}x{examples}: {added:?}"
-            );
+            let pairs = [(part(0, 0, cut), into), (part(1, cut, len - cut), into)];
+            check_sums(&pairs[..if cut < len { 2 } else { 1 }], SMALL);
+        }
+    }
+
+    /// A device that binds 64 KiB, the least that is taken, and kernels of many invocations.
+    #[test]
+    fn short_rows_of_a_large_workgroup_fit_a_small_binding() {
+        let limits = Limits::new(&HARDWARE, 1 << 20, (1 << 16, 256), (1, u64::MAX));
+        for columns in [1, 16, 63, 64] {
+            check(&[matrix(By::Rows, columns, piece(0, Dtype::F32, 1, columns * 5000))], limits);
+        }
+    }
+
+    #[test]
+    fn workgroups_are_laid_out_in_at_most_two_dimensions() {
+        for workgroups in [0, 1, 7, 8, 9, 63, 64, 65, u32::MAX] {
+            check_grid(workgroups, 8);
+            check_grid(workgroups, 65_535);
+            check_grid(workgroups, u32::MAX);
         }
     }
 

@@ -153,15 +153,35 @@ impl Tuning {
                 "chunks must be at least one, of at least 4 words, the shortest below the longest",
             ));
         }
-        if !(2..=self.workgroup.saturating_mul(1 << 12)).contains(&self.merged_partials) {
+        if !(2..=self.most_merged()).contains(&self.merged_partials) {
             return Err(Error::Unfit(
                 "a workgroup must merge at least 2 partials, and at most 4,096 for each invocation",
             ));
         }
-        if u64::from(self.max_chunk_words) > u64::from(self.workgroup) << 14 {
+        if self.max_chunk_words > self.longest_chunk() {
             return Err(Error::Unfit("a chunk must have at most 2^14 words for each invocation"));
         }
         Ok(())
+    }
+
+    /// The longest chunk that loops can walk.
+    fn longest_chunk(&self) -> u32 {
+        self.workgroup.saturating_mul(1 << 14)
+    }
+
+    /// How many partials an invocation can merge, for all of them.
+    fn most_merged(&self) -> u32 {
+        self.workgroup.saturating_mul(1 << 12)
+    }
+
+    /// Takes smaller workgroups, of at most so many invocations (8 or more), and less work for each.
+    pub(super) fn narrow(&mut self, invocations: u32) {
+        while self.workgroup > invocations {
+            self.workgroup /= 2;
+            self.max_chunk_words = (self.max_chunk_words / 2).max(self.min_chunk_words).min(self.longest_chunk());
+            self.min_chunk_words = self.min_chunk_words.min(self.max_chunk_words);
+            self.merged_partials = self.merged_partials.min(self.most_merged());
+        }
     }
 
     /// The length of chunks for a set of so many words: an even share of them, rounded up to a multiple of the shortest.
@@ -256,6 +276,19 @@ impl HostRoute {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Chunks that a large workgroup can walk are too long for the loops of a small one.
+    #[test]
+    fn tunings_that_are_narrowed_keep_their_bounds() {
+        let long = Tuning { min_chunk_words: 1 << 20, merged_partials: 1 << 20, ..HARDWARE };
+        for tuning in [HARDWARE, SOFTWARE, long] {
+            for invocations in [8, 16, 100, 256, 1024] {
+                let mut narrowed = tuning;
+                narrowed.narrow(invocations);
+                assert!(narrowed.workgroup <= invocations && narrowed.check().is_ok(), "{narrowed:?}");
+            }
+        }
+    }
 
     /// Every kind of device has its row, and none is chosen that has not earned it.
     #[test]

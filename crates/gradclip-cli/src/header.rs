@@ -62,6 +62,11 @@ pub(crate) fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String>
         return Err(format!("the header lists tensor {name:?} twice: write the file again with unique names"));
     }
     let (metadata, tensors): (Vec<_>, Vec<_>) = tensors.into_iter().partition(|(name, _)| name == METADATA);
+    if let Some((_, text)) = metadata.first() {
+        serde_json::from_str::<Option<Pairs<String>>>(text.get()).map_err(|error| {
+            format!("{METADATA:?} is not an object of strings, and no reader of the format accepts it ({error})")
+        })?;
+    }
     let mut entries = tensors
         .into_iter()
         .map(|(name, tensor)| entry(&name, tensor, data.len()).map_err(|problem| format!("tensor {name:?}: {problem}")))
@@ -109,7 +114,8 @@ fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
             "its data ends at byte {end}, but the file holds only {data} bytes of data: is it truncated?"
         ));
     }
-    let bits = shape.iter().try_fold(kind.bitsize() as u64, |bits, &n| bits.checked_mul(n as u64));
+    let elements = shape.iter().try_fold(1u64, |elements, &n| elements.checked_mul(n as u64));
+    let bits = elements.and_then(|elements| elements.checked_mul(kind.bitsize() as u64));
     if bits != Some((end - start) * 8) {
         return Err(format!("its shape {shape:?} of {dtype} does not fit its {} bytes", end - start));
     }

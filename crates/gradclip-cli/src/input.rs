@@ -206,7 +206,8 @@ fn shard_path(index: &Path, shard: &str, tensor: &str) -> Result<PathBuf, Failur
         Ok(real) if real.parent() == Some(&folder) => Ok(path),
         Ok(_) => Err(bad("is a link that leaves the index's folder: put the file itself there")),
         Err(error) if error.kind() == ErrorKind::NotFound => Err(bad("is missing: put it beside the index")),
-        Err(error) => Err(Failure::io(&path, "open")(error)),
+        // The name is a stranger's, and must not reach a terminal as it is.
+        Err(error) => Err(bad(&format!("cannot be opened: {error}"))),
     }
 }
 

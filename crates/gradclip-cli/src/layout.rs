@@ -12,6 +12,10 @@ use crate::input::Part;
 
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
+/// How many bytes the sums of no examples may have. With examples a sum is at most twice as long as its tensor; without any, a
+/// file of 80 bytes could ask for a terabyte of zeros.
+const SUM_OF_NOTHING: usize = 64 << 20;
+
 /// A file to be: its header, and behind it the tensors.
 #[derive(Debug)]
 pub(crate) struct Layout<'a> {
@@ -56,6 +60,7 @@ impl<'a> Layout<'a> {
     /// Each gradient makes room for the sum over its dimension 0, in float32 or float64; metadata and other tensors stay.
     pub(crate) fn sums(part: &'a Part) -> Result<Self, Failure> {
         let mut slots = Self::copy(part).slots;
+        let mut of_nothing = 0usize;
         for slot in &mut slots {
             let Some(dtype) = slot.entry.dtype else { continue };
             let (dtype, kind) = match dtype {
@@ -67,6 +72,13 @@ impl<'a> Layout<'a> {
             let length = shape.iter().try_fold(dtype.size(), |bytes, &n| bytes.checked_mul(n));
             let too_large = || format!("tensor {:?}: the sum of its examples is too large", slot.entry.name);
             let length = length.ok_or_else(|| Failure::file(&part.path, too_large()))?;
+            if slot.content.is_empty() {
+                of_nothing = of_nothing.saturating_add(length);
+            }
+            if of_nothing > SUM_OF_NOTHING {
+                let problem = format!("there are no examples, and their sums would be {of_nothing} bytes of zeros");
+                return Err(Failure::file(&part.path, format!("tensor {:?}: {problem}", slot.entry.name)));
+            }
             let name = std::mem::take(&mut slot.entry.name);
             slot.entry = Entry { name, kind, dtype: Some(dtype), shape, bytes: 0..length };
             slot.content = &[];

@@ -1,48 +1,6 @@
-//! The program `gradclip`: measures, clips and verifies gradients in safetensors files, and tells how fast it is.
-//!
-//! One file a command ([`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]), and what they share: [`args`] is the command line,
-//! [`spec`] a clip as it was asked for, [`input`], [`header`] and [`mapped`] read gradients, [`layout`], [`stream`] and
-//! [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws norms
-//! and [`throughput`] speeds, [`made`] and [`subject`] make gradients, [`contender`] times a step on them, [`failure`] holds the exit codes.
+//! The program `gradclip`; see the library beside it.
 
-#[cfg(target_endian = "big")]
-compile_error!("safetensors files are little-endian, and gradclip computes on their bytes in place");
-
-mod args;
-mod backend;
-mod bench;
-mod clip;
-mod completions;
-mod contender;
-#[cfg(feature = "gpu")]
-mod devices;
-mod failure;
-mod header;
-mod input;
-mod layout;
-#[cfg(feature = "gpu")]
-mod made;
-mod man;
-mod mapped;
-mod norm;
-mod output;
-mod plot;
-mod progress;
-mod report;
-mod spec;
-mod stream;
-mod subject;
-mod throughput;
-#[cfg(feature = "gpu")]
-mod verify;
-
-use std::io::Write;
 use std::process::ExitCode;
-
-use clap::Parser;
-
-use args::{Cli, Command};
-use failure::Failure;
 
 fn main() -> ExitCode {
     if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
@@ -50,29 +8,5 @@ fn main() -> ExitCode {
         // SAFETY: No other thread runs yet, so none can read the environment meanwhile.
         unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     }
-    match run(&Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            // Messages of drivers may span many lines; nobody is left to tell if stderr is closed.
-            let message = failure.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-            let _ = writeln!(std::io::stderr(), "error: {message}");
-            ExitCode::from(failure.exit_code())
-        }
-    }
-}
-
-fn run(command: &Command) -> Result<(), Failure> {
-    match command {
-        Command::Norm(args) => norm::run(args),
-        Command::Clip(args) => clip::run(args),
-        Command::Bench(args) => bench::run(args),
-        Command::Completions(args) => completions::run(args),
-        Command::Man(args) => man::run(args),
-        #[cfg(feature = "gpu")]
-        Command::Verify(args) => verify::run(args),
-        #[cfg(feature = "gpu")]
-        Command::Devices(args) => devices::run(args),
-        #[cfg(not(feature = "gpu"))]
-        Command::Verify(_) | Command::Devices(_) => Err(Failure::BuiltWithoutGpu),
-    }
+    gradclip_cli::main()
 }

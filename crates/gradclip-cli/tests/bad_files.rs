@@ -100,6 +100,15 @@ fn shapes() {
     refused(&one(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}"#, 4), &["tensor \"a\"", "not understood"]);
 }
 
+/// The product of its sizes is 0, whatever the others are.
+#[test]
+fn a_tensor_without_elements_may_have_any_shape() {
+    let folder = Folder::new();
+    let tensor = one(r#"{"dtype":"F64","shape":[2305843009213693952,0],"data_offsets":[0,0]}"#, 0);
+    let file = folder.write("empty.safetensors", tensor);
+    gradclip(["norm", "--backend", "cpu", file.to_str().unwrap()]).succeeded();
+}
+
 #[test]
 fn descriptions() {
     refused(&one(r#"{"shape":[1],"data_offsets":[0,4]}"#, 4), &["tensor \"a\"", "dtype"]);
@@ -129,6 +138,17 @@ fn duplicate_names() {
     refused(&raw(&format!(r#"{{"a":{entry},"a":{entry}}}"#), &[0; 4]), &["tensor \"a\" twice"]);
     // The same name, spelt otherwise.
     refused(&raw(&format!(r#"{{"a":{entry},"\u0061":{entry}}}"#), &[0; 4]), &["tensor \"a\" twice"]);
+}
+
+/// What is written has the metadata of what was read: other readers must take it.
+#[test]
+fn metadata_that_no_other_reader_accepts() {
+    for metadata in ["5", "[]", r#"{"a":1}"#, r#"{"a":{"b":"c"}}"#] {
+        refused(
+            &raw(&format!(r#"{{"__metadata__":{metadata}}}"#), b""),
+            &["\"__metadata__\"", "not an object of strings"],
+        );
+    }
 }
 
 #[test]

@@ -110,6 +110,15 @@ fn a_missing_shard() {
     refused((folder, index), &["shard \"2.safetensors\" of tensor \"c\" is missing"]);
 }
 
+/// Not even where no file can have such a name.
+#[test]
+fn names_of_shards_cannot_forge_the_message() {
+    let long = format!("\\u001b[31m{}", "x".repeat(300));
+    for (name, shown) in [("1\\u0000", r#""1\0""#), (long.as_str(), r#""\u{1b}[31mxx"#)] {
+        refused(set(&format!(r#"{{"weight_map": {{"a": "{name}"}}}}"#)), &["cannot be opened", shown]);
+    }
+}
+
 #[test]
 fn a_damaged_shard() {
     let (folder, index) = set(GOOD);

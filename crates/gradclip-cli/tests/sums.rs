@@ -65,6 +65,15 @@ fn no_examples_and_no_gradients() {
     assert_eq!(folder.read("same")[folder.read("same").len() - 8..], [1; 8]);
 }
 
+/// 80 bytes could ask for a terabyte of zeros.
+#[test]
+fn the_sum_of_no_examples_does_not_fill_the_disk() {
+    let folder = Folder::new();
+    let input = folder.write("in", shaped_file(&[("w", "F32", &[0, 1 << 25], vec![])]));
+    sum(&input, &folder.path("out"), "1").failed(1, &["tensor \"w\"", "no examples", "134217728 bytes of zeros"]);
+    assert_eq!(folder.names(), ["in"]);
+}
+
 #[test]
 fn non_finite_examples() {
     let folder = Folder::new();

@@ -1,0 +1,221 @@
+//! What fuzzing runs: each function takes any bytes, and panics if the program would break a promise on them. The targets
+//! in `fuzz/` call them, and so does a test, for each case in `fuzz/corpus`.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::{fs, str};
+
+use clap::Parser;
+use gradclip::{Clipper, TensorMut};
+use safetensors::SafeTensors;
+
+use crate::args::{Cli, Command};
+use crate::failure::Failure;
+use crate::header::{self, Entry};
+use crate::input::Input;
+use crate::layout::Layout;
+use crate::spec::{Mode, Spec};
+
+/// A file: what is accepted is consistent, and read as the crate `safetensors` reads it.
+pub fn file(bytes: &[u8]) {
+    let theirs = SafeTensors::deserialize(bytes);
+    let (entries, metadata) = match header::parse(bytes) {
+        Ok(accepted) => accepted,
+        Err(problem) => {
+            assert!(!problem.is_empty());
+            // Stricter on purpose: names are unique, and what cannot be clipped does not pass as if it had been.
+            let on_purpose = ["twice", "cannot be clipped"].iter().any(|why| problem.contains(why));
+            assert!(theirs.is_err() || on_purpose, "{problem}");
+            return;
+        }
+    };
+    let theirs = theirs.expect("other readers accept it");
+    let start = check_entries(&entries, bytes.len());
+    assert_eq!(theirs.len(), entries.len());
+    for Entry { name, kind, shape, bytes: range, .. } in &entries {
+        let view = theirs.tensor(name).expect("it is there");
+        assert_eq!((view.dtype(), view.shape(), view.data()), (*kind, &shape[..], &bytes[range.clone()]), "{name}");
+    }
+
+    // Its header can be written again.
+    let relative = |of: &Entry| Entry { bytes: of.bytes.start - start..of.bytes.end - start, ..of.clone() };
+    let relative: Vec<_> = entries.iter().map(relative).collect();
+    let mut again = header::compose(relative.iter(), metadata.as_deref());
+    again.extend_from_slice(&bytes[start..]);
+    let (read, metadata_read) = header::parse(&again).expect("what is written can be read");
+    assert_eq!(metadata_read, metadata);
+    assert_eq!(read.len(), entries.len());
+    let shift = again.len() as isize - bytes.len() as isize;
+    for (a, b) in entries.iter().zip(&read) {
+        assert_eq!((&a.name, a.kind, &a.shape, a.dtype), (&b.name, b.kind, &b.shape, b.dtype));
+        assert_eq!(a.bytes.start as isize + shift, b.bytes.start as isize);
+    }
+}
+
+/// Checks that entries have names of their own and cover a file from the end of its header, which is returned.
+fn check_entries(entries: &[Entry], length: usize) -> usize {
+    let mut names = HashSet::new();
+    let start = entries.first().map_or(length, |entry| entry.bytes.start);
+    let mut end = start;
+    for Entry { name, kind, dtype, shape, bytes } in entries {
+        assert!(names.insert(name), "{name} twice");
+        assert_eq!(bytes.start, end, "{name} begins where the one before ends");
+        let bits = shape.iter().fold(kind.bitsize() as u128, |bits, n| bits.saturating_mul(*n as u128));
+        assert_eq!(bits, bytes.len() as u128 * 8, "{name}");
+        assert!(dtype.is_none_or(|dtype| dtype.size() * 8 == kind.bitsize()));
+        end = bytes.end;
+    }
+    assert_eq!(end, length);
+    start
+}
+
+/// What an index is called here, and its shards.
+const SET: [&str; 3] = ["set.safetensors.index.json", "a", "b"];
+
+/// An index and two shards: the lengths of the first two, of 2 bytes each, then the three of them.
+pub fn index(data: &[u8]) {
+    let Some((lengths, rest)) = data.split_first_chunk::<4>() else { return };
+    let length = |at: usize| usize::from(u16::from_le_bytes([lengths[at], lengths[at + 1]]));
+    let (text, rest) = rest.split_at(length(0).min(rest.len()));
+    let (a, b) = rest.split_at(length(2).min(rest.len()));
+    thread_local! {
+        static FOLDER: tempfile::TempDir = tempfile::tempdir().expect("a temporary folder");
+    }
+    FOLDER.with(|folder| {
+        for (name, bytes) in SET.iter().zip([text, a, b]) {
+            fs::write(folder.path().join(name), bytes).expect("it is written");
+        }
+        set(&folder.path().join(SET[0]), &[a, b]);
+    });
+}
+
+fn set(path: &Path, shards: &[&[u8]]) {
+    let input = match Input::open(path) {
+        Ok(input) => input,
+        Err(failure) => {
+            // Nothing in a file may write to a terminal but letters.
+            assert!(failure.exit_code() == 1 && !failure.to_string().contains(char::is_control), "{failure}");
+            return;
+        }
+    };
+    let mut names = HashSet::new();
+    for part in &input.parts {
+        check_entries(&part.entries, part.bytes().len());
+        assert!(part.entries.iter().all(|entry| names.insert(&entry.name)), "a tensor in two shards");
+        assert!(shards.contains(&part.bytes()));
+        let copy = Layout::copy(part);
+        assert_eq!(copy.len(), part.bytes().len() as u64);
+        assert_eq!(copy.blocks().collect::<Vec<_>>().concat(), part.bytes());
+        let mut end = 0;
+        for piece in copy.pieces(16) {
+            assert_eq!(
+                (piece.offset, piece.bytes),
+                (end, &part.bytes()[end as usize..end as usize + piece.bytes.len()])
+            );
+            end += piece.bytes.len() as u64;
+        }
+        assert_eq!(end, copy.len());
+        // Sums may be larger than the file if there are no examples.
+        if let Ok(sums) = Layout::sums(part)
+            && sums.len() < 1 << 20
+        {
+            let mut file = sums.blocks().collect::<Vec<_>>().concat();
+            assert_eq!(file.len() as u64, sums.len());
+            let (entries, _) = header::parse(&file).expect("what is written can be read");
+            check_entries(&entries, file.len());
+            assert_eq!(sums.tensors_in(&mut file).expect("they fit").len(), copy.gradients());
+        }
+    }
+    let tensors = input.tensors().expect("what is accepted can be viewed");
+    assert_eq!(tensors.len(), input.gradients().count());
+    let spec = Spec::new(Mode::Norm(1.0)).measuring();
+    let measured = Clipper::cpu().measure(&spec.clip().expect("valid"), &tensors).expect("it can be measured");
+    assert_eq!(measured.elements, tensors.iter().map(|t| t.len() as u64).sum::<u64>());
+    // A set is a set of its own parameters.
+    assert_eq!(input.parameters(Some(&input)).expect("they fit").len(), tensors.len());
+}
+
+/// Arguments, one a line: what is accepted means a clip, and what is not is a usage error.
+pub fn arguments(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    let cli = match Cli::try_parse_from(std::iter::once("gradclip").chain(text.split('\n'))) {
+        Ok(cli) => cli,
+        Err(error) => {
+            assert!(matches!(error.exit_code(), 0 | 2) && !error.render().to_string().is_empty());
+            return;
+        }
+    };
+    let spec = match &cli.command {
+        Command::Norm(args) => args.measure.spec(Mode::Norm(f64::INFINITY)).map(Some),
+        Command::Clip(args) => args.spec().map(Some),
+        Command::Verify(args) => args.how.spec(),
+        _ => return,
+    };
+    let clip = spec.and_then(|spec| spec.map(|spec| Ok((spec, spec.clip()?))).transpose());
+    match clip {
+        Ok(None) => {}
+        Ok(Some((spec, clip))) => means(&spec, &clip),
+        Err(failure) => assert!(matches!(failure, Failure::Usage(_)) && failure.exit_code() == 2, "{failure}"),
+    }
+}
+
+/// Checks that a clip which was accepted has parameters as documented, a text, and a meaning for gradients.
+fn means(spec: &Spec, clip: &gradclip::Clip) {
+    match spec.mode {
+        Mode::Norm(x) | Mode::Rms(x) | Mode::AverageNorm(x) | Mode::Value(x) => assert!(x >= 0.0),
+        Mode::Agc(x) => assert!(x >= 0.0 && x.is_finite()),
+        Mode::Range((min, max)) => assert!(min <= max),
+    }
+    assert!(spec.grad_scale > 0.0 && spec.grad_scale.is_finite() && spec.norm_type.power() > 0.0);
+    assert!([spec.eps, spec.agc_eps].iter().flatten().all(|eps| *eps >= 0.0 && eps.is_finite()));
+    assert!(!spec.to_string().is_empty() && !spec.norm_name().is_empty());
+    spec.measuring().clip().expect("what can be clipped can be measured");
+
+    let mut a = [3.0f32, -4.0, 0.0, 1e30, 1e-30, 2.0];
+    let mut b = [1.0f64, -1.0];
+    let (of_a, of_b) = (a, b);
+    let parameters = [gradclip::Tensor::new(&of_a).shape(&[2, 3]).expect("fits"), gradclip::Tensor::new(&of_b)];
+    let mut tensors = [
+        TensorMut::new(&mut a).shape(&[2, 3]).expect("fits").parameter(&parameters[0]),
+        TensorMut::new(&mut b).parameter(&parameters[1]),
+    ];
+    let report = Clipper::cpu().apply(clip, &mut tensors).expect("finite gradients can be clipped");
+    assert!(report.elements == 8 && (0.0..=1.0).contains(&report.clip_coef));
+    if !report.clipped && spec.grad_scale == 1.0 {
+        assert!(a == of_a && b == of_b);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    /// Runs a target on each case of its corpus.
+    fn replay(name: &str, target: fn(&[u8])) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
+        let files = fs::read_dir(&folder).expect("there is a corpus");
+        let mut cases: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
+        cases.sort();
+        assert!(cases.len() >= 10, "{} cases in {}", cases.len(), folder.display());
+        for case in &cases {
+            println!("{}", case.display());
+            target(&fs::read(case).expect("readable"));
+        }
+    }
+
+    #[test]
+    fn files_hold_on_their_corpus() {
+        replay("file", super::file);
+    }
+
+    #[test]
+    fn indexes_hold_on_their_corpus() {
+        replay("index", super::index);
+    }
+
+    #[test]
+    fn arguments_hold_on_their_corpus() {
+        replay("arguments", super::arguments);
+    }
+}
