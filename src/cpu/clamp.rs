@@ -67,8 +67,14 @@ impl<T: Widen> Clamp<T> {
         if self.factor != 1.0 {
             let factor = self.factor;
             with_product!(T::Wide, factor, false, map => run(Unscale::<T, _> { block, map, wide, of: PhantomData }));
-            let block = bytemuck::cast_slice(&wide[..block.len() / size_of::<T>()]);
-            [outside, _] = run(Look { bounds: self.wide_bounds(), drop: self.drop, block });
+            let (bounds, unscaled) = (self.wide_bounds(), &wide[..block.len() / size_of::<T>()]);
+            outside = if self.drop && non_finite {
+                // By what they were: one that overflows only now is not dropped.
+                let mut was = elements::<T>(block).zip(unscaled);
+                was.any(|(x, wide)| x.bits().magnitude() < T::INFINITY && bounds.exclude(*wide))
+            } else {
+                run(Look { bounds, drop: false, block: bytemuck::cast_slice(unscaled) })[0]
+            };
         }
         let counted = if non_finite { count::<T>(block).partial(|i| at.ahead(i)) } else { Partial::EMPTY };
         Partial { outside, ..counted }
@@ -108,6 +114,11 @@ impl<T: Widen> Bounds<T> {
         let low = if zero(min) { T::Bits::NEGATIVE_ZERO } else { min }.ordered();
         let high = if zero(max) { T::Bits::ZERO } else { max }.ordered();
         Self { min, max, low, high }
+    }
+
+    fn exclude(&self, x: T) -> bool {
+        let ordered = x.bits().ordered();
+        ordered < self.low || ordered > self.high
     }
 }
 
