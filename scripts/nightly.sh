@@ -9,4 +9,3 @@ scripts/fuzz.sh
 scripts/gpu-assisted.sh
 scripts/miri.sh
 scripts/deny.sh
-scripts/public-api.sh
