@@ -6,6 +6,5 @@ cd "$(dirname "$0")/.."
 scripts/properties.sh
 scripts/soak.sh
 scripts/fuzz.sh
-scripts/gpu-assisted.sh
 scripts/miri.sh
 scripts/deny.sh
