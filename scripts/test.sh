@@ -2,9 +2,12 @@
 # Runs the whole test suite, on every machine that has Rust: where no Vulkan driver is found, a software one is
 # installed first (Debian, Ubuntu). Other arguments are passed on to the test runner.
 #
-#   scripts/test.sh                   on the device that the library chooses here
-#   scripts/test.sh --every-device    on lavapipe under the validation layers of Khronos, and then what runs on a GPU once more
-#                                     on each of the software devices below; one that cannot be had is an error (Debian)
+#   scripts/test.sh                           on the device that the library chooses here
+#   scripts/test.sh --every-device            everything on lavapipe, and then what runs on a GPU on each of the software devices
+#                                             below, on Vulkan under the validation layers of Khronos; one that cannot be had is
+#                                             an error (Debian)
+#   scripts/test.sh --every-device --whole    there too the files that choose limits or tunings of their own, which on
+#                                             SwiftShader take long to compile
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
@@ -23,27 +26,28 @@ if [ "${1-}" != --every-device ]; then
     exit
 fi
 shift
+whole=
+if [ "${1-}" = --whole ]; then
+    whole=yes
+    shift
+fi
 
 install_lavapipe
 install_swiftshader
 install_gl
 
-# The files whose tests run kernels, without what is the same on any device.
-on_gpu() { grep -l gpu tests/*.rs | xargs -n1 basename -s .rs | grep -v -x -e beyond_4_gib -e out_of_memory; }
-# Those among them that choose limits or tunings of their own, and so need to run once on each driver only.
+# The files whose tests run kernels, without what is large or short of memory on any device.
+mapfile -t files < <(grep -l gpu tests/*.rs | xargs -n1 basename -s .rs | grep -v -x -e beyond_4_gib -e out_of_memory)
+# Those among them that choose limits or tunings of their own.
 own_limits=(kernel_variants large_offsets larger_than_device encode_allocates_nothing properties)
+[ -n "$whole" ] || mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -v -x "${own_limits[@]/#/-e}")
 
 results=()
 
-# on NAME [again] SKIPPED... -- ENVIRONMENT...: these tests on one device; `again` leaves out what needs to run once on its driver.
+# on NAME SKIPPED... -- ENVIRONMENT...: these tests on one device.
 on() {
-    local name=$1 files skipped=()
+    local name=$1 skipped=()
     shift
-    mapfile -t files < <(on_gpu)
-    if [ "$1" = again ]; then
-        mapfile -t files < <(on_gpu | grep -v -x "${own_limits[@]/#/-e}")
-        shift
-    fi
     while [ "$1" != -- ]; do skipped+=(--skip "$1"); shift; done
     shift
     echo "== $name"
@@ -77,10 +81,12 @@ env "${lavapipe[@]}" "${validation[@]}" cargo test --no-fail-fast --workspace --
 conclude "everything on lavapipe" "$devices/tests.log" "$begin" "${validation[@]}"
 cargo test --release -p gradclip --no-default-features --lib cpu::instructions
 
-on "lavapipe, subgroups of 8" again -- "${lavapipe[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups
-on "lavapipe, lowered limits" again -- "${lavapipe[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=small
+on "lavapipe, subgroups of 8" -- "${lavapipe[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups
+# A count of allocations is that of a pass with one dispatch for each kernel.
+on "lavapipe, lowered limits" three_thousand_tensors_cost_one_merge -- \
+    "${lavapipe[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=small
 on "SwiftShader" -- "${swiftshader[@]}" "${validation[@]}"
-on "SwiftShader, subgroups of 4, lowered limits" again -- \
+on "SwiftShader, subgroups of 4, lowered limits" three_thousand_tensors_cost_one_merge -- \
     "${swiftshader[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups,small
 # On OpenGL wgpu's `submit` runs the work before it returns, and wgpu has no report of what is allocated; and it panics where one
 # thread waits for the context for six seconds while another compiles.
