@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+scripts/test.sh --every-device --whole
 scripts/properties.sh
 scripts/soak.sh
 scripts/fuzz.sh

@@ -24,7 +24,7 @@ pub(crate) fn gpu() -> &'static GpuClipper {
 struct Asked {
     /// `subgroups`: partials merge by subgroups, which software devices do not do by themselves.
     subgroups: bool,
-    /// `small`: tiny bindings, dispatches and workgroups and few bindings, so that whatever can be split is split.
+    /// `small`: tiny bindings and dispatches and few bindings, so that whatever can be split is split.
     small: bool,
 }
 
@@ -52,10 +52,6 @@ impl Asked {
             limits.max_storage_buffer_binding_size = limits.max_storage_buffer_binding_size.min(1 << 17);
             least(&mut limits.max_storage_buffers_per_shader_stage, 4);
             least(&mut limits.max_compute_workgroups_per_dimension, 60);
-            least(&mut limits.max_compute_invocations_per_workgroup, 16);
-            least(&mut limits.max_compute_workgroup_size_x, 16);
-            limits.max_compute_workgroup_size_y = 1;
-            limits.max_compute_workgroup_size_z = 1;
         }
         limits
     }
