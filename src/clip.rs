@@ -158,7 +158,8 @@ pub(crate) const AGC_FLOOR: f64 = 1e-6;
 /// - r is 1e-6 for float32 and float64: the error of the norm that was measured, and the rounding of the coefficient and of
 ///   each element. (For norms of any other p than 1, 2 and infinity it is what [`NormType::p`] tells and 1.2e-7 for these
 ///   roundings; under AGC, whose threshold has an error of its own, 2.2e-6.) Halves are rounded to 11 or 8 bits, to nearest:
-///   r is 4.9e-4 (2^-11) more for float16 and 3.9e-3 (2^-8) more for bfloat16;
+///   r is 4.9e-4 (2^-11) more for float16 and 3.9e-3 (2^-8) more for bfloat16. A coefficient below the normal numbers of a
+///   float64, 2.2e-308, has fewer digits, and for it no r is promised;
 /// - z is half the smallest number of the dtype for each of the n elements, n^(1/p) times that together: 3.0e-8 n^(1/p) for
 ///   float16, 4.6e-41 n^(1/p) for bfloat16. It only matters where most elements are that small. It is divided as N is under
 ///   [`Clip::rms`] and [`Clip::average_norm`]; for p below 1 it is p-th powers that add up.
