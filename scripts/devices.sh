@@ -18,9 +18,15 @@ gl=(WGPU_BACKEND=gl)
 validation=(
     "VK_LAYER_PATH=$devices"
     VK_LAYER_DEBUG_ACTION=VK_DBG_LAYER_ACTION_LOG_MSG
-    VK_LAYER_REPORT_FLAGS=error,warn,perf,info
+    VK_LAYER_REPORT_FLAGS=error,warn,perf
     VK_LAYER_MESSAGE_ID_FILTER=VUID-StandaloneSpirv-None-10684,VUID-VkDeviceCreateInfo-robustBufferAccess-10247
 )
+
+# validates ENVIRONMENT...: whether the layers are at work in what debug builds run so. They only say it if asked for more.
+validates() {
+    env "$@" VK_LAYER_REPORT_FLAGS=error,warn,perf,info "${CARGO_TARGET_DIR:-target}/debug/gradclip" devices |
+        grep -aq 'Current Validation Enabled'
+}
 
 # install PACKAGE...: by apt-get, unless they are there.
 install() {
