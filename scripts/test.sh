@@ -40,7 +40,7 @@ install_gl
 mapfile -t files < <(grep -l -e gpu -e Path:: tests/*.rs | xargs -n1 basename -s .rs |
     grep -v -x -e beyond_4_gib -e out_of_memory -e pools -e cut_into_pieces)
 # Those among them that choose limits or tunings of their own, or are long.
-own_limits=(kernel_variants large_offsets larger_than_device encode_allocates_nothing properties soak long_sums)
+own_limits=(kernel_variants device_scopes large_offsets larger_than_device encode_allocates_nothing properties soak long_sums)
 [ -n "$whole" ] || mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -v -x "${own_limits[@]/#/-e}")
 
 results=()
