@@ -46,26 +46,16 @@ own_limits=(kernel_variants device_scopes large_offsets larger_than_device encod
 results=()
 failed=
 
-# on NAME SKIPPED... -- ENVIRONMENT...: these tests on one device.
+# on NAME SKIPPED... -- ENVIRONMENT...: the tests that `only` chooses, on one device, and what they printed, for the table at the
+# end. Under validation layers, which write to standard output, they must be at work, and must have found nothing.
 on() {
-    local name=$1 skipped=()
+    local name=$1 skipped=() log=$devices/tests.log begin=$SECONDS validated= passed
     shift
     while [ "$1" != -- ]; do skipped+=(--skip "$1"); shift; done
     shift
     echo "== $name"
-    local log=$devices/tests.log begin=$SECONDS
-    env "$@" cargo test --no-fail-fast --workspace --all-features "${files[@]/#/--test=}" -- "${skipped[@]}" 2>&1 | tee "$log" ||
+    env "$@" cargo test --no-fail-fast --workspace --all-features "${only[@]}" -- "${skipped[@]}" 2>&1 | tee "$log" ||
         failed+="$name; "
-    conclude "$name" "$log" "$begin" "$@"
-}
-
-# conclude NAME LOG BEGIN ENVIRONMENT...: what a run printed, for the table at the end. Under validation layers, which write to
-# standard output, they must be at work, and must have found nothing.
-conclude() {
-    local name=$1 log=$2 begin=$3 validated=
-    shift 3
-    local passed
-    passed=$(awk '/^test result: ok/ { sum += $4 } END { print sum }' "$log")
     if [[ " $* " == *" VK_LAYER_PATH="* ]]; then
         if grep -aqE "$found" "$log"; then
             grep -a -A6 -E "$found" "$log" | head -60 >&2
@@ -76,17 +66,16 @@ conclude() {
             failed+="no validation layer on $name; "
         fi
     fi
+    passed=$(awk '/^test result: ok/ { sum += $4 } END { print sum }' "$log")
     results+=("$name: $passed tests passed in $((SECONDS - begin)) s$validated")
 }
 found='Validation [A-Z][A-Za-z ]*: \['
 
-echo "== everything on lavapipe"
-begin=$SECONDS
-env "${lavapipe[@]}" "${validation[@]}" cargo test --no-fail-fast --workspace --all-features "$@" 2>&1 | tee "$devices/tests.log" ||
-    failed+="lavapipe; "
-conclude "everything on lavapipe" "$devices/tests.log" "$begin" "${lavapipe[@]}" "${validation[@]}"
+only=("$@")
+on "everything on lavapipe" -- "${lavapipe[@]}" "${validation[@]}"
 cargo test --release -p gradclip --no-default-features --lib cpu::instructions
 
+only=("${files[@]/#/--test=}")
 # What by its very size is refused there, and a count of allocations, which is that of one dispatch for each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
     speeds_are_of_what_was_moved behind_the_callers_own_pass three_thousand_tensors_cost_one_merge)

@@ -259,31 +259,23 @@ fn sums(u: &mut Unstructured<'_>, clip: &Clip, tensors: &[Tensor<'_>]) -> Result
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::Path;
+#[path = "../fuzz/replay.rs"]
+mod replay;
 
-    /// Runs a target on each case of its corpus.
-    fn replay(name: &str, target: fn(&[u8])) {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
-        let files = fs::read_dir(&folder).expect("there is a corpus");
-        let mut cases: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
-        cases.sort();
-        assert!(cases.len() >= 10, "{} cases in {}", cases.len(), folder.display());
-        for case in &cases {
-            println!("{}", case.display());
-            target(&fs::read(case).expect("readable"));
-        }
-    }
+#[cfg(test)]
+mod tests {
+    use super::replay::replay;
+
+    const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
     #[test]
     fn builder_holds_on_its_corpus() {
-        replay("builder", super::builder);
+        replay(ROOT, "builder", super::builder);
     }
 
     #[test]
     #[cfg(feature = "gpu")]
     fn tables_hold_on_their_corpus() {
-        replay("tables", super::tables);
+        replay(ROOT, "tables", super::tables);
     }
 }

@@ -69,14 +69,14 @@ impl Asked {
 /// A device of its own, for tests that spoil it.
 pub(crate) fn open() -> GpuClipper {
     let asked = Asked::get();
+    if asked.small {
+        let gpu = clipper(adapter().limits());
+        gpu.device().on_uncaptured_error(std::sync::Arc::new(|error| log::error!("{error}")));
+        return gpu;
+    }
     let gpu = GpuClipper::open_blocking().unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"));
     assert!(gpu.device().features().contains(asked.features()), "{:?} has no subgroups", gpu.adapter_info());
-    if !asked.small {
-        return asked.tuned(gpu);
-    }
-    let gpu = clipper(adapter().limits());
-    gpu.device().on_uncaptured_error(std::sync::Arc::new(|error| log::error!("{error}")));
-    gpu
+    asked.tuned(gpu)
 }
 
 pub(crate) fn adapter() -> wgpu::Adapter {

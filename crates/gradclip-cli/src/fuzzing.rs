@@ -187,35 +187,27 @@ fn means(spec: &Spec, clip: &gradclip::Clip) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::Path;
+#[path = "../../../fuzz/replay.rs"]
+mod replay;
 
-    /// Runs a target on each case of its corpus.
-    fn replay(name: &str, target: fn(&[u8])) {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
-        let files = fs::read_dir(&folder).expect("there is a corpus");
-        let mut cases: Vec<_> = files.map(|file| file.expect("readable").path()).collect();
-        cases.sort();
-        assert!(cases.len() >= 10, "{} cases in {}", cases.len(), folder.display());
-        for case in &cases {
-            println!("{}", case.display());
-            target(&fs::read(case).expect("readable"));
-        }
-    }
+#[cfg(test)]
+mod tests {
+    use super::replay::replay;
+
+    const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
     #[test]
     fn files_hold_on_their_corpus() {
-        replay("file", super::file);
+        replay(ROOT, "file", super::file);
     }
 
     #[test]
     fn indexes_hold_on_their_corpus() {
-        replay("index", super::index);
+        replay(ROOT, "index", super::index);
     }
 
     #[test]
     fn arguments_hold_on_their_corpus() {
-        replay("arguments", super::arguments);
+        replay(ROOT, "arguments", super::arguments);
     }
 }
