@@ -427,7 +427,9 @@ impl Clip {
         Ok(())
     }
 
-    pub(crate) fn needs_parameters(&self) -> bool {
+    /// Whether each gradient must be given its parameter: AGC goes by them.
+    #[must_use]
+    pub fn needs_parameters(&self) -> bool {
         matches!(self.mode, Mode::Agc { .. })
     }
 

@@ -130,7 +130,7 @@ impl Segments {
                 Scope::Global | Scope::Tensor => whole,
                 Scope::Example | Scope::ExampleTensor => by_example,
                 Scope::Unit if d.len == 0 => whole,
-                Scope::Unit => match (clip.unit_axis, d.first(), d.last()) {
+                Scope::Unit => match (d.unit_axis.or(clip.unit_axis), d.first(), d.last()) {
                     (Some(_), None, _) => {
                         return fail(i, "it is a scalar, and has no axis to take units along".into());
                     }
@@ -292,7 +292,10 @@ mod tests {
     use super::*;
 
     fn dims<'a>(shapes: &[&'a [usize]]) -> Vec<Dims<'a>> {
-        shapes.iter().map(|s| Dims { shape: Some(s), len: s.iter().product::<usize>() as u64 }).collect()
+        shapes
+            .iter()
+            .map(|s| Dims { shape: Some(s), unit_axis: None, len: s.iter().product::<usize>() as u64 })
+            .collect()
     }
 
     fn segments(scope: Scope, shapes: &[&[usize]]) -> Segments {
@@ -322,6 +325,20 @@ mod tests {
         assert_eq!(all(Scope::Example, None), (examples, vec![8, 8]));
         let both = vec![vec![0, 0, 0, 1, 1, 1], vec![2, 3], vec![4, 4, 4, 4, 5, 5, 5, 5]];
         assert_eq!(all(Scope::ExampleTensor, None), (both, vec![3, 3, 1, 1, 4, 4]));
+    }
+
+    #[test]
+    fn a_tensor_may_choose_its_own_units() {
+        let shapes: [&[usize]; 3] = [&[2, 3], &[2, 3], &[3]];
+        let mut dims = dims(&shapes);
+        (dims[0].unit_axis, dims[2].unit_axis) = (Some(UnitAxis::Last), Some(UnitAxis::Last));
+        let of = |scope| {
+            let clip = Clip::norm(1.0).expect("valid").scope(scope).unit_axis(UnitAxis::First);
+            let found = Segments::new(&clip, &dims, |_| None).expect("valid");
+            found.layouts.iter().map(|layout| layout.by).collect::<Vec<_>>()
+        };
+        assert_eq!(of(Scope::Unit), [By::Columns, By::Rows, By::Whole]);
+        assert_eq!(of(Scope::Global), [By::Whole; 3]);
     }
 
     #[test]

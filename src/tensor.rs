@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::cpu::census::census;
-use crate::{Census, Error};
+use crate::{Census, Error, UnitAxis};
 
 /// The element types that can be clipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,6 +75,7 @@ pub struct Tensor<'a> {
     pub(crate) dtype: Dtype,
     pub(crate) data: &'a [u8],
     pub(crate) shape: Option<&'a [usize]>,
+    pub(crate) unit_axis: Option<UnitAxis>,
     pub(crate) parameter: Option<&'a Tensor<'a>>,
 }
 
@@ -85,6 +86,7 @@ pub struct TensorMut<'a> {
     pub(crate) dtype: Dtype,
     pub(crate) data: &'a mut [u8],
     pub(crate) shape: Option<&'a [usize]>,
+    pub(crate) unit_axis: Option<UnitAxis>,
     pub(crate) parameter: Option<&'a Tensor<'a>>,
 }
 
@@ -92,7 +94,14 @@ impl<'a> Tensor<'a> {
     /// A view of elements.
     #[must_use]
     pub fn new<T: Element>(data: &'a [T]) -> Self {
-        Self { name: None, dtype: T::DTYPE, data: bytemuck::cast_slice(data), shape: None, parameter: None }
+        Self {
+            name: None,
+            dtype: T::DTYPE,
+            data: bytemuck::cast_slice(data),
+            shape: None,
+            unit_axis: None,
+            parameter: None,
+        }
     }
 
     /// A view of native-endian elements in bytes, as a mapped file gives them. The bytes may be misaligned.
@@ -101,7 +110,7 @@ impl<'a> Tensor<'a> {
     /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
-        Ok(Self { name: None, dtype, data, shape: None, parameter: None })
+        Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, parameter: None })
     }
 }
 
@@ -122,7 +131,14 @@ impl<'a> TensorMut<'a> {
     /// A view of elements.
     #[must_use]
     pub fn new<T: Element>(data: &'a mut [T]) -> Self {
-        Self { name: None, dtype: T::DTYPE, data: bytemuck::cast_slice_mut(data), shape: None, parameter: None }
+        Self {
+            name: None,
+            dtype: T::DTYPE,
+            data: bytemuck::cast_slice_mut(data),
+            shape: None,
+            unit_axis: None,
+            parameter: None,
+        }
     }
 
     /// A view of native-endian elements in bytes, as a mapped file gives them. The bytes may be misaligned.
@@ -131,14 +147,14 @@ impl<'a> TensorMut<'a> {
     /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a mut [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
-        Ok(Self { name: None, dtype, data, shape: None, parameter: None })
+        Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, parameter: None })
     }
 
     /// The same elements, read only.
     #[must_use]
     pub fn as_tensor(&self) -> Tensor<'_> {
-        let Self { name, dtype, ref data, shape, parameter } = *self;
-        Tensor { name, dtype, data, shape, parameter }
+        let Self { name, dtype, ref data, shape, unit_axis, parameter } = *self;
+        Tensor { name, dtype, data, shape, unit_axis, parameter }
     }
 }
 
@@ -161,6 +177,15 @@ macro_rules! common {
                 check_shape(self.name, shape, self.len() as u64)?;
                 self.shape = Some(shape);
                 Ok(self)
+            }
+
+            /// Chooses this tensor's units under [`Scope::Unit`](crate::Scope::Unit), in place of the clip's
+            /// [`unit_axis`](crate::Clip::unit_axis): layers of one model differ in where they keep their outputs. Other scopes
+            /// ignore it.
+            #[must_use]
+            pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
+                self.unit_axis = Some(axis);
+                self
             }
 
             /// Says which parameter the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). Its shape must be the
@@ -217,6 +242,8 @@ common!(TensorMut, &'a mut [T]);
 pub(crate) struct Dims<'a> {
     /// None for a tensor of one dimension whose shape was not told.
     pub(crate) shape: Option<&'a [usize]>,
+    /// In place of the clip's, if there is one.
+    pub(crate) unit_axis: Option<UnitAxis>,
     pub(crate) len: u64,
 }
 
@@ -252,7 +279,7 @@ impl std::fmt::Display for Dims<'_> {
 
 impl Tensor<'_> {
     pub(crate) fn dims(&self) -> Dims<'_> {
-        Dims { shape: self.shape, len: self.len() as u64 }
+        Dims { shape: self.shape, unit_axis: self.unit_axis, len: self.len() as u64 }
     }
 }
 
@@ -309,6 +336,7 @@ pub struct GpuTensor {
     pub(crate) end: u64,
     pub(crate) name: Option<std::sync::Arc<str>>,
     pub(crate) shape: Option<std::sync::Arc<[usize]>>,
+    pub(crate) unit_axis: Option<UnitAxis>,
     pub(crate) parameter: Option<std::sync::Arc<GpuTensor>>,
 }
 
@@ -347,7 +375,16 @@ impl GpuTensor {
         if start < end && end * size > buffer.size() - trailing {
             return Err(Error::UnreachableTail { tensor: tensor(), trailing });
         }
-        Ok(Self { buffer: buffer.clone(), dtype, start, end, name: None, shape: None, parameter: None })
+        Ok(Self {
+            buffer: buffer.clone(),
+            dtype,
+            start,
+            end,
+            name: None,
+            shape: None,
+            unit_axis: None,
+            parameter: None,
+        })
     }
 
     /// Elements of float32.
@@ -392,6 +429,15 @@ impl GpuTensor {
         Ok(self)
     }
 
+    /// Chooses this tensor's units under [`Scope::Unit`](crate::Scope::Unit), in place of the clip's
+    /// [`unit_axis`](crate::Clip::unit_axis): layers of one model differ in where they keep their outputs. Other scopes
+    /// ignore it.
+    #[must_use]
+    pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
+        self.unit_axis = Some(axis);
+        self
+    }
+
     /// Says which parameter the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). Its shape must be the
     /// gradient's, and so must its name if it has one; its dtype may differ.
     #[must_use]
@@ -401,7 +447,7 @@ impl GpuTensor {
     }
 
     pub(crate) fn dims(&self) -> Dims<'_> {
-        Dims { shape: self.shape.as_deref(), len: self.len() }
+        Dims { shape: self.shape.as_deref(), unit_axis: self.unit_axis, len: self.len() }
     }
 
     /// The number of elements.

@@ -152,8 +152,8 @@ fn compare_decisions(cpu: (f64, f64, bool), gpu: (f64, f64, bool), tolerance: f6
 
 fn views<'a>(copies: &'a mut [Vec<u8>], tensors: &[Tensor<'a>]) -> Vec<TensorMut<'a>> {
     let view = |(data, t): (&'a mut Vec<u8>, &Tensor<'a>)| {
-        let Tensor { name, dtype, shape, parameter, .. } = *t;
-        TensorMut { name, dtype, data, shape, parameter }
+        let Tensor { name, dtype, shape, unit_axis, parameter, .. } = *t;
+        TensorMut { name, dtype, data, shape, unit_axis, parameter }
     };
     copies.iter_mut().zip(tensors).map(view).collect()
 }

@@ -344,3 +344,25 @@ fn progress_adds_up_under_every_scope() {
         assert_eq!(told.load(Ordering::Relaxed), bytes, "{clip:?}");
     }
 }
+
+/// Layers differ in where they keep their outputs; each then is clipped as by a clip for it alone.
+#[test]
+fn units_along_an_axis_of_a_tensors_own() {
+    for &path in Path::ALL {
+        for mode in [Mode::Norm, Mode::Agc] {
+            let clip = Asked { scope: Scope::Unit, ..Asked::new(mode, 0.9) }.clip().unit_axis(UnitAxis::First);
+            let axes = [Some(UnitAxis::Last), None, Some(UnitAxis::First), Some(UnitAxis::Last)];
+            let own = |(t, axis): (Data, Option<UnitAxis>)| match axis {
+                Some(axis) => t.with_unit_axis(axis),
+                None => t,
+            };
+            let set = set(path, &[&[5, 7], &[7, 5], &[3, 4, 6], &[9]], 51);
+            let together = path.clip(&clip, &set.iter().cloned().zip(axes).map(own).collect::<Vec<_>>());
+            for (i, axis) in axes.into_iter().enumerate() {
+                let alone = path.clip(&axis.map_or(clip, |axis| clip.unit_axis(axis)), &set[i..=i]);
+                assert_same_bits(&together.after[i..=i], &alone.after, &format!("{path:?} {mode:?} {axis:?}"));
+                assert!(alone.report.expect("finite").clipped);
+            }
+        }
+    }
+}

@@ -15,7 +15,7 @@ use super::table::{Batch, EdgeRow, Limits, Origin, Piece, SumWindow, Table, Tabl
 use super::threshold::{DeviceThreshold, Rule, StateRow, threshold_number};
 use super::tuning::BUFFERS_OF_CHUNKS;
 use crate::clip::Mode;
-use crate::segment::{By, Layout, Segments};
+use crate::segment::{Layout, Segments};
 use crate::{Clip, Dtype, Error, NonFinite, NormType};
 
 /// What [`GpuPlan`](super::GpuPlan) is once it is built.
@@ -491,7 +491,7 @@ impl PlanLayout {
             let guarded = group.clip.reads_first();
             for (batch, of, dtype, table) in tables.measured.each() {
                 let kernel = match (of, norm) {
-                    (Use::Mixed, _) => continue,
+                    (Use::Mixed { .. }, _) => continue,
                     (of, Some(norm)) => norm_kernel(of, dtype, norm),
                     (_, None) => Kernel::Clamp { dtype, guarded: false, writes: tables.writes && !guarded },
                 };
@@ -538,13 +538,12 @@ impl PlanLayout {
                 continue;
             }
             let applied = tables.applied.as_ref().unwrap_or(&tables.measured);
-            let columns = group.segments.layouts.iter().any(|layout| layout.by == By::Columns);
             for (batch, of, dtype, table) in applied.each() {
                 let kernel = match of {
                     Use::Run | Use::Each => continue,
                     Use::Whole if value => Kernel::Clamp { dtype, guarded: true, writes: true },
                     Use::Whole => Kernel::Scale { dtype },
-                    Use::Mixed => Kernel::ScaleEach { dtype, columns },
+                    Use::Mixed { columns } => Kernel::ScaleEach { dtype, columns },
                 };
                 builder.batch(Phase::Apply, kernel, i, batch, table);
             }
@@ -786,6 +785,7 @@ pub(super) fn dispatch(
 mod tests {
     use super::*;
     use crate::gpu::tuning::{HARDWARE, SOFTWARE, STAGING_BYTES};
+    use crate::segment::By;
 
     /// Half a terabyte in loads of 16 MiB, on paper: its partials have room in the smallest default binding.
     #[test]

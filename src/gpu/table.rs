@@ -126,8 +126,14 @@ pub(super) enum Use {
     Run,
     /// Rows or columns, to be measured by an invocation each.
     Each,
-    /// Runs over many segments, to be scaled.
-    Mixed,
+    /// Runs over many segments, rows or columns, to be scaled.
+    Mixed { columns: bool },
+}
+
+impl Use {
+    pub(super) fn is_mixed(self) -> bool {
+        matches!(self, Self::Mixed { .. })
+    }
 }
 
 /// Part of a buffer that is bound.
@@ -218,7 +224,7 @@ impl Tables {
         let mut slots = vec![0u32; segments.len()];
         let first = segments.start as usize;
         let own_slots = |row: &ChunkRow| row.segment as usize - first..(row.segment + row.count) as usize - first;
-        for head in tasks.iter().map(|task| &cuts[task[0]]).filter(|cut| cut.use_ != Use::Mixed) {
+        for head in tasks.iter().map(|task| &cuts[task[0]]).filter(|cut| !cut.use_.is_mixed()) {
             for count in &mut slots[own_slots(&head.row)] {
                 *count += 1;
             }
@@ -234,8 +240,7 @@ impl Tables {
         let mut open = HashMap::new();
         for task in &tasks {
             let head = cuts[task[0]];
-            let placed =
-                if head.use_ == Use::Mixed { vec![head] } else { head.placed(&mut starts[own_slots(&head.row)]) };
+            let placed = if head.use_.is_mixed() { vec![head] } else { head.placed(&mut starts[own_slots(&head.row)]) };
             for head in placed {
                 let at = limits.table_of(&mut open, &mut batches, &head, task.len());
                 let table = &mut batches[head.batch].tables[at].1;
@@ -416,7 +421,7 @@ impl Cutter {
         }
         if !measures_only {
             for run in piece.runs(elements.clone(), chunk_words) {
-                self.run(piece, Use::Mixed, origin, run)?;
+                self.run(piece, Use::Mixed { columns: by == By::Columns }, origin, run)?;
             }
         }
         // Whole rows, and parts of rows before and behind them.

@@ -42,7 +42,7 @@ pub(super) fn check_tables(pieces: &[Piece], segments: u32, measures_only: bool,
             for task in tasks_of(table) {
                 checker.check_task(*of, *dtype, &task);
                 let head = task[0];
-                for s in (0..head.count).filter(|_| *of != Use::Mixed) {
+                for s in (0..head.count).filter(|_| !of.is_mixed()) {
                     let (slot, segment) = (head.slot + s * head.slot_stride, (head.segment + s) as usize);
                     assert!((starts[segment]..starts[segment + 1]).contains(&slot), "a slot of another segment");
                     let used = &mut used[(slot - FIRST_SLOT) as usize];
@@ -68,7 +68,7 @@ pub(super) fn check_tables(pieces: &[Piece], segments: u32, measures_only: bool,
     assert_eq!(united(measured), united(pieces.iter().map(bytes).collect()), "what is measured");
     if measures_only {
         let writes = |batch: &super::table::Batch| {
-            !batch.edges.is_empty() || batch.tables.iter().any(|((of, _), _)| *of == Use::Mixed)
+            !batch.edges.is_empty() || batch.tables.iter().any(|((of, _), _)| of.is_mixed())
         };
         assert!(!tables.batches.iter().any(writes));
         return tables;
@@ -179,7 +179,7 @@ impl Checker<'_> {
             let words = (at(elements) - 1) / per_word - at(0) / per_word + 1;
             assert!(row.count == 1 && words <= self.limits.chunk_words.into());
         }
-        for s in (0..row.count).filter(|_| of != Use::Mixed) {
+        for s in (0..row.count).filter(|_| !of.is_mixed()) {
             let first = at(u64::from(s) * segment_stride);
             // All elements of a run are of one segment if its first and its last are.
             let some = if element_stride == 1 { vec![0, elements - 1] } else { (0..elements).collect() };
@@ -194,10 +194,10 @@ impl Checker<'_> {
                 self.measured.extend(each.map(|byte| (w.buffer, byte, byte + size)));
             }
         }
-        if matches!(of, Use::Whole | Use::Mixed) {
+        if matches!(of, Use::Whole | Use::Mixed { .. }) {
             self.written.push((w.buffer, at(0).div_ceil(per_word), at(elements) / per_word));
         }
-        if of == Use::Mixed {
+        if of.is_mixed() {
             for i in (0..elements).step_by(1 + elements as usize / 64).chain([elements - 1]) {
                 let at = u64::from(row.column) + i;
                 let step =
@@ -394,9 +394,8 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
     let scope =
         *u.choose(&[Scope::Global, Scope::Tensor, Scope::Unit, Scope::Unit, Scope::Example, Scope::ExampleTensor])?;
     let clip = Clip::norm(1.0).expect("valid").scope(scope);
-    let clip = clip.unit_axis(*u.choose(&[UnitAxis::First, UnitAxis::Last])?);
     let examples = u.int_in_range(0..=40)?;
-    let mut shapes = Vec::new();
+    let (mut shapes, mut axes) = (Vec::new(), Vec::new());
     for _ in 0..u.int_in_range(0..=8)? {
         let shape: Vec<usize> = match (scope, u.int_in_range(0..=3)?) {
             // Long enough for several chunks, and sometimes for several origins, but not for too many chunks to check.
@@ -409,12 +408,14 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
             _ => vec![u.int_in_range(0..=20)?, u.int_in_range(0..=10)?, u.int_in_range(0..=10)?],
         };
         shapes.push(shape);
+        axes.push(*u.choose(&[UnitAxis::First, UnitAxis::Last])?);
     }
     if matches!(scope, Scope::Example | Scope::ExampleTensor) {
         shapes.iter_mut().for_each(|shape| shape[0] = examples);
     }
-    let dims = |shape: &'_ Vec<usize>| shape.iter().map(|n| *n as u64).product();
-    let dims: Vec<_> = shapes.iter().map(|s| Dims { shape: Some(s), len: dims(s) }).collect();
+    let len = |shape: &[usize]| shape.iter().map(|n| *n as u64).product();
+    let own = shapes.iter().zip(axes);
+    let dims: Vec<_> = own.map(|(s, axis)| Dims { shape: Some(s), unit_axis: Some(axis), len: len(s) }).collect();
     let segments = Segments::new(&clip, &dims, |_| None).expect("fits");
 
     let mut ends = vec![0u64; u.int_in_range(1..=20)?];

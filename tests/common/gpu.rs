@@ -290,6 +290,9 @@ pub(crate) fn gpu_tensor(buffer: &wgpu::Buffer, t: &Data, first: u64) -> GpuTens
     if let Some(name) = &t.name {
         view = view.named(name);
     }
+    if let Some(axis) = t.unit_axis {
+        view = view.unit_axis(axis);
+    }
     match &t.shape {
         Some(shape) => view.shape(shape).expect("the shape fits"),
         None => view,

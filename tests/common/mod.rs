@@ -7,7 +7,7 @@ pub(crate) mod gpu;
 pub(crate) mod numbers;
 pub(crate) mod reference;
 
-use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, NonFinite, NormType, Tensor, TensorMut};
+use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, NonFinite, NormType, Tensor, TensorMut, UnitAxis};
 use numbers::{from_bits, rounded_bits};
 
 /// Every policy.
@@ -22,6 +22,7 @@ pub(crate) struct Data {
     pub(crate) bytes: Vec<u8>,
     /// One dimension if it is not told.
     pub(crate) shape: Option<Vec<usize>>,
+    pub(crate) unit_axis: Option<UnitAxis>,
     pub(crate) parameter: Option<Box<Data>>,
 }
 
@@ -47,7 +48,7 @@ impl Data {
     }
 
     pub(crate) fn from_bytes(dtype: Dtype, bytes: Vec<u8>) -> Self {
-        Self { name: None, dtype, bytes, shape: None, parameter: None }
+        Self { name: None, dtype, bytes, shape: None, unit_axis: None, parameter: None }
     }
 
     pub(crate) fn named(mut self, name: &str) -> Self {
@@ -57,6 +58,11 @@ impl Data {
 
     pub(crate) fn shaped(mut self, shape: &[usize]) -> Self {
         self.shape = Some(shape.to_vec());
+        self
+    }
+
+    pub(crate) fn with_unit_axis(mut self, axis: UnitAxis) -> Self {
+        self.unit_axis = Some(axis);
         self
     }
 
@@ -104,6 +110,9 @@ impl Data {
         if let Some(name) = &self.name {
             view = view.named(name);
         }
+        if let Some(axis) = self.unit_axis {
+            view = view.unit_axis(axis);
+        }
         match &self.shape {
             Some(shape) => view.shape(shape).expect("the shape fits"),
             None => view,
@@ -114,6 +123,9 @@ impl Data {
         let mut view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements");
         if let Some(name) = &self.name {
             view = view.named(name);
+        }
+        if let Some(axis) = self.unit_axis {
+            view = view.unit_axis(axis);
         }
         match &self.shape {
             Some(shape) => view.shape(shape).expect("the shape fits"),
