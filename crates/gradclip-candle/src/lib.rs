@@ -48,7 +48,8 @@
 //! Nothing where nothing is to be clipped: the store keeps the very tensor that it has. Otherwise a clipped copy takes the
 //! gradient's place in the store, contiguous and detached, one gradient after the other. Candle's tensors share their storage
 //! with their clones and views, and candle tells nobody whether one does; so the old tensor is never written to, and whoever
-//! else holds it (you, another var, a view) sees what was there. [`clip_in_place`] spares the copy.
+//! else holds it (you, another var, a view) sees what was there. Right after `backward` nobody else holds one, and
+//! [`clip_in_place`] spares the copy.
 //!
 //! # The same every time
 //!
@@ -160,12 +161,25 @@ pub fn clip_adaptive(
     run(grads, &vars.vars(), clip, Some(threshold), Place::Copy)
 }
 
-/// Clips where the gradients lie, as described and by a threshold that follows the norms, if there is one. No tensor is made,
-/// and a step that clips takes less time.
+/// Clips where the gradients lie, as described and by a threshold that follows the norms, if there is one. That spares new
+/// memory, which takes most of a clip's time: 16 Mi float32 on two cores of a virtual machine 6.5 ms, by [`clip`] 52 ms, and by
+/// candle's own `sqr`, `sum_all` and `affine` 80 ms. (Where nothing is clipped both take the 3 ms of the norm.)
 ///
-/// **A clone or a view of a gradient that you keep elsewhere changes with it.** Right after `backward` nobody has one. What
-/// can be seen from here is looked for: a gradient that shares its storage with another tensor of the store or with one of
-/// the vars, or that is not contiguous, is replaced by a copy, as [`clip`] does it.
+/// **A clone or a view of a gradient that is kept elsewhere changes with it.** Right after `backward`, before anything was
+/// taken out of the store, there is none. What can be seen from here is looked for: a gradient that shares its storage with
+/// another tensor of the store or with one of the vars, or that is not contiguous, is replaced by a copy as [`clip`] does it.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use gradclip_candle::gradclip::Clip;
+///
+/// let w = Var::new(&[3f32, 4.], &Device::Cpu)?;
+/// let mut grads = (w.sqr()?.sum_all()? * 0.5)?.backward()?;
+/// let report = gradclip_candle::clip_in_place(&mut grads, &[w.clone()], &Clip::norm(1.0)?, None)?;
+/// assert_eq!(report.total_norm, 5.0);
+/// assert!((grads.get(&w).unwrap().to_vec1::<f32>()?[0] - 0.6).abs() < 1e-6);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 /// Those of [`clip`] or [`clip_adaptive`]. The gradients are then as they were.
