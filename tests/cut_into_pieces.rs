@@ -11,8 +11,8 @@ use common::numbers::Random;
 use common::reference::{Asked, Mode, SCOPES, uneven};
 use common::{Data, POLICIES, Path, assert_same_bits, assert_says, parameters, views};
 use gradclip::{
-    AdaGc, Clip, ClipReport, Clipper, DecidedClip, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut, Threshold,
-    UnitAxis, ZClip,
+    AdaGc, Clip, ClipReport, Clipper, DecidedClip, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut,
+    Threshold, UnitAxis, ZClip,
 };
 
 /// The elements of each tensor in pieces of so many, in an order of chance.

@@ -29,10 +29,8 @@ pub(crate) struct Gradient<'a> {
     /// What the library calls it.
     name: String,
     pub(crate) var: &'a Var,
-    /// The gradient, contiguous, of a dtype and on a device that are fit to be clipped.
+    /// The gradient, of a dtype and on a device that are fit to be clipped; or a copy of it, if it is not contiguous.
     pub(crate) tensor: Tensor,
-    /// Whether it was copied to be contiguous.
-    pub(crate) is_copy: bool,
     /// The var's value, contiguous, if adaptive gradient clipping can go by it.
     parameter: Option<Tensor>,
 }
@@ -53,8 +51,7 @@ pub(crate) fn gather<'a>(grads: &GradStore, vars: &[(Option<&str>, &'a Var)]) ->
             return Err(Error::Shape { tensor: label(), gradient: gradient.shape().clone(), var: var.shape().clone() });
         }
         let parameter = if check_parameter(&name, var).is_ok() { Some(var.contiguous()?) } else { None };
-        let (tensor, is_copy) = (gradient.contiguous()?, !gradient.is_contiguous());
-        gradients.push(Gradient { place, name, var, tensor, is_copy, parameter });
+        gradients.push(Gradient { place, name, var, tensor: gradient.contiguous()?, parameter });
     }
     Ok(gradients)
 }

@@ -220,13 +220,13 @@ fn run(
     // Nothing can fail from here on, but for a bug. A gradient leaves the list as soon as it is done with, so that its old
     // memory is free before the next one needs new.
     for (tensor, gradient) in gradients.into_iter().enumerate() {
-        let Gradient { var, tensor: contiguous, is_copy, .. } = gradient;
+        let Gradient { var, tensor: contiguous, .. } = gradient;
         if decided.leaves(tensor, 0..contiguous.elem_count() as u64)? {
             continue;
         }
         let write = Write { decided: &decided, tensor };
-        let is_alone = !is_copy && holders.get(&storage_address(&contiguous)) == Some(&1);
-        if is_alone {
+        // A copy that was made to be contiguous has no holder among them.
+        if holders.get(&storage_address(&contiguous)) == Some(&1) {
             contiguous.inplace_op1(&write)?;
         } else if let Some(clipped) = write.copy(&contiguous)? {
             grads.insert(var, clipped);
