@@ -246,3 +246,8 @@ fn holders(grads: &GradStore, vars: &[(Option<&str>, &Var)]) -> HashMap<usize, u
     }
     holders
 }
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
