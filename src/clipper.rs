@@ -193,7 +193,22 @@ impl Clipper {
     /// # Errors
     /// Those of [`Clipper::apply`].
     pub fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
-        let decided = cpu::decide(clip, tensors, &self.progress)?;
+        let decided = cpu::decide(clip, tensors, None, &self.progress)?;
+        Ok(DecidedClip::new(clip, tensors, decided))
+    }
+
+    /// Measures and decides what [`Clipper::apply_adaptive`] would do, on the CPU, as [`Clipper::decide`] does. The threshold
+    /// takes the step into its state here.
+    ///
+    /// # Errors
+    /// Those of [`Clipper::apply_adaptive`].
+    pub fn decide_adaptive(
+        &self,
+        clip: &Clip,
+        threshold: &mut dyn Threshold,
+        tensors: &[Tensor<'_>],
+    ) -> Result<DecidedClip, Error> {
+        let decided = cpu::decide(clip, tensors, Some(threshold), &self.progress)?;
         Ok(DecidedClip::new(clip, tensors, decided))
     }
 

@@ -9,7 +9,8 @@ use crate::segment::Segments;
 use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, cpu};
 
 /// A clip of some tensors that has been decided and is yet to be applied, piece by piece: in any order, from any thread,
-/// on any copy of the elements. Made by [`Clipper::decide`](crate::Clipper::decide).
+/// on any copy of the elements. Made by [`Clipper::decide`](crate::Clipper::decide) and
+/// [`Clipper::decide_adaptive`](crate::Clipper::decide_adaptive).
 ///
 /// It holds the coefficients and not the tensors, so that of tensors larger than memory no more than a piece needs to be
 /// there at a time. Once each element was in one piece, the elements are what [`Clipper::apply`](crate::Clipper::apply)

@@ -11,7 +11,8 @@ use common::numbers::Random;
 use common::reference::{Asked, Mode, SCOPES, uneven};
 use common::{Data, POLICIES, Path, assert_same_bits, assert_says, parameters, views};
 use gradclip::{
-    Clip, ClipReport, Clipper, DecidedClip, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut, UnitAxis,
+    AdaGc, Clip, ClipReport, Clipper, DecidedClip, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut,
+    Threshold, UnitAxis, ZClip,
 };
 
 /// The elements of each tensor in pieces of so many, in an order of chance.
@@ -183,6 +184,55 @@ fn a_clamp_reads_once() {
     decided.apply(0, 0, &mut TensorMut::new(&mut data[..2])).expect("within");
     assert!(decided.report().clipped);
     assert_eq!(data[..2], [0.0, 1.0]);
+}
+
+/// The same run of steps, whole and in pieces: the state follows, and the elements become the same.
+#[track_caller]
+fn check_adaptive<T: Threshold + Clone + PartialEq + std::fmt::Debug>(clip: &Clip, mut whole: T) {
+    let mut random = Random(11);
+    let mut in_pieces = whole.clone();
+    let mut clipped = 0;
+    for step in 0..20 {
+        let mut set = set(&[&[40], &[3, 5], &[0], &[2, 9]], 100 + step);
+        if step % 7 == 5 {
+            set = spoil(set);
+        }
+        let clipper = Clipper::cpu();
+        let mut after = set.clone();
+        let mut tensors: Vec<_> = after.iter_mut().map(Data::view_mut).collect();
+        let report = clipper.apply_adaptive(clip, &mut whole, &mut tensors);
+        let decided = clipper.decide_adaptive(clip, &mut in_pieces, &views(&set, &parameters(&set)));
+        let what = format!("{clip:?}, {whole:?}, step {step}");
+        assert_eq!(whole, in_pieces, "{what}");
+        match (report, decided) {
+            (Ok(report), Ok(decided)) => {
+                clipped += usize::from(report.clipped);
+                assert_same_bits(&clip_pieces(&decided, &set, &pieces(&set, 4, &mut random)), &after, &what);
+                assert_eq!(told(&decided.report()), told(&report), "{what}");
+            }
+            (Err(whole), Err(in_pieces)) => assert_eq!(whole.to_string(), in_pieces.to_string(), "{what}"),
+            (whole, in_pieces) => panic!("{what}: {whole:?}, {in_pieces:?}"),
+        }
+    }
+    assert!(clipped > 0, "{clip:?}: a clip that never clips tests nothing");
+}
+
+#[test]
+fn a_threshold_follows_what_is_decided() {
+    let zclip = || ZClip::new().warm_up(3).expect("valid").z_threshold(0.1).expect("valid");
+    let adagc = || AdaGc::new().warm_up(2).expect("valid").lambda_rel(0.9).expect("valid");
+    for policy in POLICIES {
+        let measuring = Clip::norm(f64::INFINITY).expect("valid").eps(0.0).expect("valid").non_finite(policy);
+        check_adaptive(&measuring, zclip());
+        check_adaptive(&measuring.grad_scale(4.0).expect("valid").scope(Scope::Tensor), adagc());
+        check_adaptive(&Clip::norm(0.5).expect("valid").non_finite(policy), zclip());
+    }
+    let mut threshold = zclip();
+    for clip in [Clip::value(1.0), Clip::agc(0.1)] {
+        let error = Clipper::cpu().decide_adaptive(&clip.expect("valid"), &mut threshold, &[]);
+        assert!(matches!(error, Err(Error::Unfit(_))), "{error:?}");
+        assert_eq!(threshold, zclip());
+    }
 }
 
 #[test]

@@ -80,20 +80,28 @@ pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) 
 }
 
 /// What [`apply`] would do, if it is known before anything is written: the segments, the outcomes and the report. A clip
-/// that does not read first is told of as if there were no elements.
+/// that does not read first is told of as if there were no elements. A `threshold` follows the norms.
 pub(crate) fn decide(
     clip: &Clip,
     tensors: &[Tensor<'_>],
+    threshold: Option<&mut dyn Threshold>,
     progress: &Progress,
 ) -> Result<(Segments, Vec<Outcome>, ClipReport), Error> {
+    if threshold.is_some() {
+        clip.check_adaptive()?;
+    }
     let segments = segments_of(clip, tensors)?;
-    let found = if clip.reads_first() {
+    let mut found = if clip.reads_first() {
         Measured::with(clip, tensors, segments, progress)
     } else {
         Measured::new(clip, tensors, segments, &[Partial::EMPTY])
     };
-    let (report, outcomes) =
-        found.decide(clip, |i| tensors.get(i)?.name, clip.only_measures() || found.refused(clip))?;
+    // A clip that only measures does not even unscale.
+    let leaves = found.refused(clip) || clip.only_measures() && threshold.is_none();
+    if let Some(threshold) = threshold {
+        found.adapt(clip, tensors, threshold)?;
+    }
+    let (report, outcomes) = found.decide(clip, |i| tensors.get(i)?.name, leaves)?;
     Ok((found.segments, outcomes, report))
 }
 

@@ -1,0 +1,125 @@
+//! The gradients of a store: checked, and seen as the library's tensors.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use candle_core::backprop::GradStore;
+use candle_core::{Layout, Storage, Tensor, Var};
+use gradclip::ClipReport;
+
+use crate::error::{Error, check};
+
+/// Calls `$body` with `$elements` standing for the vector in a storage; `$other` for dtypes that cannot be clipped.
+macro_rules! with_elements {
+    ($storage:expr, $elements:ident => $body:expr, $other:expr) => {
+        match $storage {
+            candle_core::CpuStorage::F16($elements) => $body,
+            candle_core::CpuStorage::BF16($elements) => $body,
+            candle_core::CpuStorage::F32($elements) => $body,
+            candle_core::CpuStorage::F64($elements) => $body,
+            _ => $other,
+        }
+    };
+}
+pub(crate) use with_elements;
+
+/// A gradient that is to be clipped.
+pub(crate) struct Gradient<'a> {
+    /// The place of its var in the caller's list.
+    pub(crate) place: usize,
+    /// What the library calls it.
+    name: String,
+    pub(crate) var: &'a Var,
+    /// The gradient, of a dtype and on a device that are fit to be clipped; or a copy of it, if it is not contiguous.
+    pub(crate) tensor: Tensor,
+    /// The var's value, contiguous, if adaptive gradient clipping can go by it.
+    parameter: Option<Tensor>,
+}
+
+/// The gradients that the store has, in the order of the vars.
+pub(crate) fn gather<'a>(grads: &GradStore, vars: &[(Option<&str>, &'a Var)]) -> Result<Vec<Gradient<'a>>, Error> {
+    let mut seen = HashSet::new();
+    let mut gradients = Vec::new();
+    for (place, &(name, var)) in vars.iter().enumerate() {
+        if !seen.insert(var.id()) {
+            continue;
+        }
+        let Some(gradient) = grads.get(var) else { continue };
+        let name = name.map_or_else(|| format!("vars[{place}]"), str::to_owned);
+        let label = || format!("the gradient of {name:?}");
+        check(label, gradient)?;
+        if gradient.shape() != var.shape() {
+            return Err(Error::Shape { tensor: label(), gradient: gradient.shape().clone(), var: var.shape().clone() });
+        }
+        let parameter = if check_parameter(&name, var).is_ok() { Some(var.contiguous()?) } else { None };
+        gradients.push(Gradient { place, name, var, tensor: gradient.contiguous()?, parameter });
+    }
+    Ok(gradients)
+}
+
+fn check_parameter(name: &str, var: &Var) -> Result<(), Error> {
+    check(|| format!("the var {name:?}"), var)
+}
+
+/// Where a tensor's storage is: tensors that share one have the same.
+pub(crate) fn storage_address(tensor: &Tensor) -> usize {
+    let (storage, _) = tensor.storage_and_layout();
+    std::ptr::from_ref(&*storage).addr()
+}
+
+/// Calls `f` with the library's views of the gradients.
+pub(crate) fn with_views<R>(
+    gradients: &[Gradient<'_>],
+    f: impl FnOnce(&[gradclip::Tensor<'_>]) -> R,
+) -> Result<R, Error> {
+    let tensors =
+        || gradients.iter().flat_map(|gradient| [Some(&gradient.tensor), gradient.parameter.as_ref()]).flatten();
+    let addresses: HashMap<_, _> = tensors().map(|tensor| (tensor.id(), storage_address(tensor))).collect();
+    // One lock for each storage, because a second one would wait for a writer that waits for the first; and in the order of
+    // addresses, as candle takes several, so that two threads do not wait for each other.
+    let one_each: BTreeMap<_, _> = tensors().map(|tensor| (addresses[&tensor.id()], tensor)).collect();
+    let locked: BTreeMap<_, _> =
+        one_each.into_iter().map(|(address, tensor)| (address, tensor.storage_and_layout().0)).collect();
+    let storage = |tensor: &Tensor| &locked[&addresses[&tensor.id()]];
+
+    let mut parameters = Vec::new();
+    for gradient in gradients {
+        parameters.push(gradient.parameter.as_ref().map(|var| view(storage(var), var.layout())).transpose()?);
+    }
+    let mut views = Vec::new();
+    for (gradient, parameter) in gradients.iter().zip(&parameters) {
+        let tensor = view(storage(&gradient.tensor), gradient.tensor.layout())?.named(&gradient.name);
+        views.push(match parameter {
+            Some(parameter) => tensor.parameter(parameter),
+            None => tensor,
+        });
+    }
+    Ok(f(&views))
+}
+
+fn view<'s>(storage: &'s Storage, layout: &'s Layout) -> Result<gradclip::Tensor<'s>, Error> {
+    let elements = match (storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(storage), Some((start, end))) => {
+            with_elements!(storage, elements => elements.get(start..end).map(gradclip::Tensor::new), None)
+        }
+        _ => None,
+    };
+    let view = elements.ok_or_else(|| candle_core::Error::msg("a gradient was replaced while it was clipped"))?;
+    Ok(view.shape(layout.dims())?)
+}
+
+/// The library's error, or why it was not given what it misses.
+pub(crate) fn explain(error: gradclip::Error, gradients: &[Gradient<'_>]) -> Error {
+    let lacking = gradients.iter().find_map(|gradient| check_parameter(&gradient.name, gradient.var).err());
+    match (&error, lacking) {
+        (gradclip::Error::Parameter { .. }, Some(lacking)) => lacking,
+        _ => error.into(),
+    }
+}
+
+/// Makes the numbers of tensors in a report those of the caller's vars.
+pub(crate) fn renumber(report: &mut ClipReport, places: &[usize]) {
+    let numbers = report.segments.iter_mut().filter_map(|segment| segment.tensor.as_mut());
+    for number in numbers.chain(report.non_finite.as_mut().map(|found| &mut found.tensor)) {
+        *number = places[*number];
+    }
+}

@@ -1,0 +1,119 @@
+//! Writing a gradient as was decided: into a tensor of its own, or in place.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor, WithDType};
+use gradclip::{DecidedClip, Element, TensorMut};
+use rayon::prelude::*;
+
+use crate::error::Error;
+use crate::gradients::with_elements;
+
+/// Elements in a chunk, the unit of parallel work: the library's own.
+const CHUNK: usize = 128 * 1024;
+
+/// How one gradient is clipped.
+pub(crate) struct Write<'d> {
+    pub(crate) decided: &'d DecidedClip,
+    /// Its number in the decision.
+    pub(crate) tensor: usize,
+}
+
+/// What is known of a chunk.
+enum Looked<T> {
+    /// Nothing: another one was found to change before.
+    NotYet,
+    Same,
+    /// What it becomes.
+    Other(Vec<T>),
+}
+
+impl Write<'_> {
+    /// The clipped gradient; None if no bit of it would differ. A contiguous tensor is asked for.
+    pub(crate) fn copy(&self, gradient: &Tensor) -> Result<Option<Tensor>, Error> {
+        let (storage, layout) = gradient.storage_and_layout();
+        let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+            return Err(gone());
+        };
+        with_elements!(storage, elements => {
+            let Some(clipped) = self.copy_elements(elements.get(start..end).ok_or_else(gone)?)? else { return Ok(None) };
+            Ok(Some(Tensor::from_vec(clipped, layout.shape(), &Device::Cpu)?))
+        }, Err(gone()))
+    }
+
+    /// Looks at chunks until one changes, which under a norm is the first and under a value clip may be none; only then is
+    /// there memory for a copy. Each chunk is clipped once, because a value clip counts what it meets.
+    fn copy_elements<T: Element + WithDType>(&self, from: &[T]) -> Result<Option<Vec<T>>, Error> {
+        if from.len() <= CHUNK {
+            let mut copy = from.to_vec();
+            self.apply(0, &mut copy)?;
+            return Ok((!same_bits(from, &copy)).then_some(copy));
+        }
+        let changes = AtomicBool::new(false);
+        let look = |(i, chunk): (usize, &[T])| -> Result<_, Error> {
+            if changes.load(Ordering::Relaxed) {
+                return Ok(Looked::NotYet);
+            }
+            let mut copy = chunk.to_vec();
+            self.apply(i, &mut copy)?;
+            if same_bits(chunk, &copy) {
+                return Ok(Looked::Same);
+            }
+            changes.store(true, Ordering::Relaxed);
+            Ok(Looked::Other(copy))
+        };
+        let looked: Vec<_> = from.par_chunks(CHUNK).enumerate().map(look).collect::<Result<_, _>>()?;
+        if !changes.into_inner() {
+            return Ok(None);
+        }
+        // Untouched by this thread, so that each page is first met, and given, where it is written.
+        let mut to = bytemuck::zeroed_vec::<T>(from.len());
+        let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).zip(looked).enumerate();
+        chunks.try_for_each(|(i, ((to, from), looked))| {
+            match looked {
+                Looked::Other(clipped) => to.copy_from_slice(&clipped),
+                Looked::Same => to.copy_from_slice(from),
+                Looked::NotYet => {
+                    to.copy_from_slice(from);
+                    self.apply(i, to)?;
+                }
+            }
+            Ok::<_, Error>(())
+        })?;
+        Ok(Some(to))
+    }
+
+    fn in_place<T: Element>(&self, elements: &mut [T]) -> Result<(), Error> {
+        if elements.len() <= CHUNK {
+            return self.apply(0, elements);
+        }
+        elements.par_chunks_mut(CHUNK).enumerate().try_for_each(|(i, chunk)| self.apply(i, chunk))
+    }
+
+    /// Clips chunk number `i`.
+    fn apply<T: Element>(&self, i: usize, chunk: &mut [T]) -> Result<(), Error> {
+        Ok(self.decided.apply(self.tensor, (i * CHUNK) as u64, &mut TensorMut::new(chunk))?)
+    }
+}
+
+impl InplaceOp1 for Write<'_> {
+    fn name(&self) -> &'static str {
+        "clip"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (start, end) = layout.contiguous_offsets().ok_or_else(gone)?;
+        with_elements!(storage, elements => {
+            Ok(self.in_place(elements.get_mut(start..end).ok_or_else(gone)?)?)
+        }, Err(gone().into()))
+    }
+}
+
+/// Another thread has put something else into the storage, which safe code cannot but through an operation of its own.
+fn gone() -> Error {
+    candle_core::Error::msg("a gradient was replaced while it was clipped").into()
+}
+
+fn same_bits<T: Element>(a: &[T], b: &[T]) -> bool {
+    bytemuck::cast_slice::<T, u8>(a) == bytemuck::cast_slice::<T, u8>(b)
+}
