@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what would be published, and builds it from the packed files alone: the library with its shaders, examples and
-# documentation, and the program with that library. Dependencies that are built already serve again, which `cargo package`
+# documentation, and the program and gradclip-candle with that library. gradclip-burn is only packed: burn takes too long. Dependencies that are built already serve again, which `cargo package`
 # by itself would build anew, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-packages=(gradclip gradclip-cli)
+packages=(gradclip gradclip-cli gradclip-candle gradclip-burn)
 cargo package --quiet --no-verify --allow-dirty "${packages[@]/#/--package=}"
 version=$(cargo metadata --quiet --no-deps --format-version 1 | sed 's/.*"name":"gradclip","version":"\([^"]*\)".*/\1/')
 members=()
@@ -23,7 +23,7 @@ done
 
 # Side by side, far from the repository; the versions and profiles are the repository's, so that what was built there fits.
 {
-    printf '[workspace]\nresolver = "3"\nmembers = ["%s", "%s"]\n' "${members[@]}"
+    printf '[workspace]\nresolver = "3"\nmembers = ["%s", "%s", "%s"]\n' "${members[@]:0:3}"
     printf '[patch.crates-io]\ngradclip = { path = "gradclip-%s" }\n' "$version"
     sed -n '/^\[profile\.dev\]/,/^$/p; /^\[profile\.dev\.package/,/^$/p' Cargo.toml
 } >"$work/Cargo.toml"
@@ -34,4 +34,4 @@ cargo build --quiet --workspace --lib --bins --examples
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
 "$CARGO_TARGET_DIR/debug/gradclip" clip "$example" --max-norm 0.2 --backend cpu -o clipped.safetensors >/dev/null
 files() { find "$1" -type f | wc -l; }
-echo "packages: gradclip $version ($(files "${members[0]}") files), gradclip-cli $version ($(files "${members[1]}") files)"
+echo "packages: $(for member in "${members[@]}"; do echo -n "$member ($(files "$member") files) "; done)"

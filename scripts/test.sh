@@ -2,25 +2,31 @@
 # Runs the whole test suite, on every machine that has Rust: where no Vulkan driver is found, a software one is
 # installed first (Debian, Ubuntu). Other arguments are passed on to the test runner.
 #
-#   scripts/test.sh                           on the device that the library chooses here
+#   scripts/test.sh                           on the device that the library chooses here; without gradclip-burn, whose are
+#                                             cargo test -p gradclip-burn --profile quick
 #   scripts/test.sh --every-device            everything on lavapipe, and then what runs on a GPU on each of the software devices
 #                                             below, on Vulkan under the validation layers of Khronos; one that cannot be had is
 #                                             an error (Debian)
 #   scripts/test.sh --every-device --whole    there too the files that choose limits or tunings of their own, which on
-#                                             SwiftShader take long to compile
+#                                             SwiftShader take long to compile; and burn with fusion
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
 
+# burn takes long to compile and its tests little to run, so those are built without optimisation. By themselves, because what
+# burn asks of dependencies that are shared would build everything else anew.
+all=(--workspace --exclude gradclip-burn --all-features)
+burn=(-p gradclip-burn --profile quick)
+
 if [ "${1-}" != --every-device ]; then
     # With the tests, which tell much later, comes the program, which tells at once.
-    cargo test --no-fail-fast --workspace --all-features --no-run
+    cargo test --no-fail-fast "${all[@]}" --no-run
     vulkan_is_there() { "${CARGO_TARGET_DIR:-target}/debug/gradclip" devices --json | grep -q '"backend":"Vulkan"'; }
     if ! vulkan_is_there; then
         install_lavapipe
         vulkan_is_there || { echo "error: still no Vulkan device; see: cargo run -p gradclip-cli -- devices" >&2; exit 1; }
     fi
-    cargo test --no-fail-fast --workspace --all-features "$@"
+    cargo test --no-fail-fast "${all[@]}" "$@"
     # Only optimised kernels are vectors, and only without checks of overflow.
     cargo test --release -p gradclip --no-default-features --lib cpu::instructions
     exit
@@ -54,7 +60,7 @@ on() {
     while [ "$1" != -- ]; do skipped+=(--skip "$1"); shift; done
     shift
     echo "== $name"
-    env "$@" cargo test --no-fail-fast --workspace --all-features "${only[@]}" -- "${skipped[@]}" 2>&1 | tee "$log" ||
+    env "$@" cargo test --no-fail-fast "${only[@]}" -- "${skipped[@]}" 2>&1 | tee "$log" ||
         failed+="$name; "
     if [[ " $* " == *" VK_LAYER_PATH="* ]]; then
         if grep -aqE "$found" "$log"; then
@@ -71,11 +77,18 @@ on() {
 }
 found='Validation [A-Z][A-Za-z ]*: \['
 
-only=("$@")
+only=("${all[@]}" "$@")
 on "everything on lavapipe" -- "${lavapipe[@]}" "${validation[@]}"
 cargo test --release -p gradclip --no-default-features --lib cpu::instructions
 
-only=("${files[@]/#/--test=}")
+only=("${burn[@]}")
+on "burn, on lavapipe" -- "${lavapipe[@]}"
+if [ -n "$whole" ]; then
+    only+=(--features burn/fusion)
+    on "burn with fusion, on lavapipe" -- "${lavapipe[@]}"
+fi
+
+only=("${all[@]}" "${files[@]/#/--test=}")
 # What by its very size is refused there, and a count of allocations, which is that of one dispatch for each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
     speeds_are_of_what_was_moved behind_the_callers_own_pass three_thousand_tensors_cost_one_merge)

@@ -1,0 +1,380 @@
+//! Gradients on burn's wgpu devices, clipped where they lie.
+//!
+//! burn keeps tensors in pages that it shares out, and records work by stream. So a step here goes: resolve what fusion has
+//! not computed yet; ask for each gradient's buffer and place in it, which schedules what makes it; flush, so that it is
+//! submitted; then submit the clip to the same queue, behind it. Whatever burn submits afterwards finds clipped gradients.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, PoisonError};
+
+use burn::backend::wgpu::{CubeBackend, CubeTensor};
+use burn::backend::{
+    BackendTensor, CubeDevice, DispatchAutodiffContext, DispatchDevice, DispatchTensor, DispatchTensorKind,
+    TensorMetadata,
+};
+use burn::cubecl::wgpu::{AutoCompiler, WgpuServer};
+use burn::module::ParamId;
+use burn::tensor::Device;
+use burn::tensor::wgpu::{WgpuOptions, WgpuSetup};
+use burn_fusion::{FusionBackend, FusionRuntime, FusionTensor, NoOp, stream::StreamId};
+use burn_ir::{InitOperationIr, OperationIr};
+use gradclip::gpu::{DeviceThreshold, GpuClipper, GpuPlan, GpuTensor};
+use gradclip::{Clip, Dtype, UnitAxis, wgpu};
+
+use crate::Error;
+use crate::clipper::AdaptiveThreshold;
+use crate::gradients::{Gradient, dtype_of};
+
+/// The devices whose handles are known. burn's own registry of devices lives as long, which is the process.
+static SHARED: Mutex<Vec<(CubeDevice, GpuClipper)>> = Mutex::new(Vec::new());
+
+/// Opens burn's wgpu device in place of burn, so that gradients are clipped where they lie. Call it once, before anything
+/// else uses the device; afterwards `Device::default()` or `Device::wgpu(..)` of the same kind is this device.
+///
+/// ```no_run
+/// use burn::tensor::Device;
+///
+/// let device = gradclip_burn::open_wgpu(Device::wgpu_options())?.autodiff();
+/// # Ok::<(), gradclip_burn::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Burn`] if there is no such device or it is in use already; [`Error::Clip`] if it cannot run the kernels.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn open_wgpu(options: WgpuOptions) -> Result<Device, Error> {
+    opened(options.init_with_setup())
+}
+
+/// [`open_wgpu`] for browsers and whoever must not wait.
+///
+/// # Errors
+/// The same.
+pub async fn open_wgpu_async(options: WgpuOptions) -> Result<Device, Error> {
+    opened(options.init_with_setup_async().await)
+}
+
+fn opened<E: std::fmt::Display>(opened: Result<(Device, WgpuSetup), E>) -> Result<Device, Error> {
+    let (device, setup) = opened.map_err(|error| Error::Burn(error.to_string()))?;
+    share(&device, &setup)?;
+    Ok(device)
+}
+
+/// Tells which wgpu device and queue are behind a device of burn's, for programs that made them themselves or asked burn
+/// for them (`Device::wgpu_options().init_with_setup()`, `.setup(..)`).
+///
+/// # Errors
+/// [`Error::Burn`] if it is no wgpu device; [`Error::Clip`] if it cannot run the kernels.
+pub fn share(device: &Device, setup: &WgpuSetup) -> Result<(), Error> {
+    let Some(cube) = cube_device(device.as_dispatch()) else {
+        return Err(Error::Burn(format!("{device:?} is no wgpu device")));
+    };
+    let gpu = GpuClipper::new(&setup.device, &setup.queue)?;
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.retain(|(other, _)| *other != cube);
+    shared.push((cube, gpu));
+    Ok(())
+}
+
+/// The wgpu device, if it is one.
+fn cube_device(device: &DispatchDevice) -> Option<CubeDevice> {
+    match device {
+        DispatchDevice::Cube(cube @ CubeDevice::Wgpu(_)) => Some(cube.clone()),
+        #[allow(unreachable_patterns, reason = "features of burn add and remove variants")]
+        DispatchDevice::Autodiff(device) => cube_device(&device.clone().inner()),
+        #[allow(unreachable_patterns, reason = "features of burn add and remove variants")]
+        _ => None,
+    }
+}
+
+/// What clips gradients where they lie; None if they are to be clipped on the host.
+pub(crate) fn shared_by(gradients: &[Gradient]) -> Result<Option<GpuClipper>, Error> {
+    let mut devices = gradients.iter().filter_map(|gradient| gradient.tensor.as_ref()).map(TensorMetadata::device);
+    let Some(device) = devices.next().as_ref().and_then(cube_device) else { return Ok(None) };
+    if devices.any(|other| cube_device(&other).as_ref() != Some(&device)) {
+        return Ok(None);
+    }
+    let shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    match shared.iter().find(|(known, _)| *known == device) {
+        Some((_, gpu)) => Ok(Some(gpu.clone())),
+        None => Err(Error::NotShared { device: format!("{device:?}") }),
+    }
+}
+
+/// A float tensor of the wgpu backend, which is another type with the feature `fusion` of burn than without. Whoever builds
+/// a program chooses that, so both are handled; `B` is the backend without fusion.
+trait Primitive<B> {
+    /// Runs what fusion has put off.
+    fn resolve(self) -> CubeTensor;
+    fn wrap(tensor: CubeTensor) -> Self;
+}
+
+impl<B> Primitive<B> for CubeTensor {
+    fn resolve(self) -> CubeTensor {
+        self
+    }
+
+    fn wrap(tensor: CubeTensor) -> Self {
+        tensor
+    }
+}
+
+impl<B> Primitive<B> for FusionTensor<B::FusionRuntime>
+where
+    B: FusionBackend<FloatTensorPrimitive = CubeTensor>,
+    B::FusionRuntime: FusionRuntime<FusionDevice = CubeDevice>,
+{
+    fn resolve(self) -> CubeTensor {
+        let client = self.client.clone();
+        client.resolve_tensor_float::<B>(self)
+    }
+
+    fn wrap(tensor: CubeTensor) -> Self {
+        let client = burn_fusion::get_client::<B>(&tensor.device);
+        let (shape, dtype) = (TensorMetadata::shape(&tensor), tensor.dtype);
+        let handle = B::float_tensor_handle(tensor);
+        let created = InitOperationIr::create(shape, dtype, || client.register_tensor_handle(handle));
+        let mut outputs = client.register(StreamId::current(), OperationIr::Init(created), NoOp::<B>::new());
+        outputs.swap_remove(0)
+    }
+}
+
+/// A float tensor of the wgpu backend. [`shared_by`] has seen that it is one.
+fn resolved(tensor: DispatchTensor) -> Result<CubeTensor, Error> {
+    match tensor.kind {
+        DispatchTensorKind::Cube(BackendTensor::Float(tensor)) => Ok(Primitive::<CubeBackend>::resolve(tensor)),
+        _ => Err(Error::Burn("a tensor is of another backend than its device's".into())),
+    }
+}
+
+fn wrapped(tensor: CubeTensor) -> DispatchTensor {
+    let kind = DispatchTensorKind::Cube(BackendTensor::Float(Primitive::<CubeBackend>::wrap(tensor)));
+    DispatchTensor { kind, autodiff: DispatchAutodiffContext::Disabled }
+}
+
+/// What burn panics with becomes an error: its device is lost, say.
+fn caught<T>(f: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let message = panic.downcast_ref::<String>().map(String::as_str);
+        let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(Error::Burn(message.unwrap_or("it panicked").to_owned()))
+    })
+}
+
+fn failed(error: &impl std::fmt::Display) -> Error {
+    Error::Burn(error.to_string())
+}
+
+/// A plan for the gradients of the last step, which goes on while they are the same parameters'.
+#[derive(Debug)]
+pub(crate) struct Planned {
+    pub(crate) plan: GpuPlan,
+    gpu: GpuClipper,
+    placed: Vec<Placed>,
+}
+
+/// A gradient in its buffer.
+#[derive(Clone, Debug, PartialEq)]
+struct Placed {
+    id: ParamId,
+    unit_axis: Option<UnitAxis>,
+    gradient: Place,
+    /// If the clip goes by it.
+    parameter: Option<Place>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Place {
+    buffer: wgpu::Buffer,
+    dtype: Dtype,
+    /// In elements.
+    start: u64,
+    shape: Vec<usize>,
+}
+
+impl Planned {
+    /// The adaptive threshold, if its state is on the device.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn threshold_blocking(&self) -> Result<Option<AdaptiveThreshold>, Error> {
+        Ok(match self.plan.threshold_blocking()? {
+            Some(DeviceThreshold::ZClip(zclip)) => Some(AdaptiveThreshold::ZClip(zclip)),
+            Some(DeviceThreshold::AdaGc(adagc)) => Some(AdaptiveThreshold::AdaGc(adagc)),
+            _ => None,
+        })
+    }
+
+    fn new(
+        gpu: &GpuClipper,
+        clip: &Clip,
+        threshold: Option<&AdaptiveThreshold>,
+        placed: Vec<Placed>,
+        tensors: &[GpuTensor],
+    ) -> Result<Self, Error> {
+        let plan = match threshold {
+            None => gpu.plan(clip, tensors)?,
+            Some(AdaptiveThreshold::ZClip(zclip)) => {
+                gpu.plan_adaptive(clip, DeviceThreshold::ZClip(zclip.clone()), tensors)?
+            }
+            Some(AdaptiveThreshold::AdaGc(adagc)) => {
+                gpu.plan_adaptive(clip, DeviceThreshold::AdaGc(adagc.clone()), tensors)?
+            }
+            Some(AdaptiveThreshold::AutoClip(_)) => gpu.plan_apart(clip, tensors)?,
+        };
+        Ok(Self { plan, gpu: gpu.clone(), placed })
+    }
+
+    /// Whether the plan can be updated to these: the same parameters, on the same device.
+    fn fits(&self, gpu: &GpuClipper, placed: &[Placed]) -> bool {
+        let same = |(a, b): (&Placed, &Placed)| {
+            (a.id, a.gradient.dtype, &a.gradient.shape) == (b.id, b.gradient.dtype, &b.gradient.shape)
+        };
+        self.gpu.device() == gpu.device()
+            && self.placed.len() == placed.len()
+            && self.placed.iter().zip(placed).all(same)
+    }
+}
+
+/// Clips gradients behind whatever burn recorded before, by the earlier plan if it fits. All of them are put back, clipped
+/// or, after an error, as they were.
+pub(crate) fn clip(
+    planned: &mut Option<Planned>,
+    gpu: &GpuClipper,
+    clip: &Clip,
+    threshold: &mut Option<AdaptiveThreshold>,
+    gradients: &mut [Gradient],
+) -> Result<(), Error> {
+    let Some(device) = gradients.iter().find_map(|gradient| gradient.tensor.as_ref().map(TensorMetadata::device))
+    else {
+        return Ok(());
+    };
+    let device = Device::new(device);
+    let mut tensors = Vec::with_capacity(gradients.len());
+    let outcome = caught(|| {
+        for gradient in gradients.iter_mut() {
+            if let Some(tensor) = gradient.tensor.take() {
+                tensors.push(exclusive(resolved(tensor)?));
+            }
+        }
+        submit(planned, gpu, clip, threshold, gradients, &tensors)
+    });
+    let put_back = caught(|| {
+        for (gradient, tensor) in gradients.iter_mut().zip(tensors) {
+            gradient.tensor = Some(wrapped(tensor));
+        }
+        Ok(())
+    });
+    outcome.and(put_back).map_err(|error| told_by(&device, error))
+}
+
+/// A lost device shows in many ways. burn knows whether it is lost, and why.
+fn told_by(device: &Device, error: Error) -> Error {
+    match caught(|| device.sync().map_err(|error| failed(&error))) {
+        Ok(()) => error,
+        Err(cause) => cause,
+    }
+}
+
+/// The same elements, contiguous, in memory that no other tensor shares.
+fn exclusive(tensor: CubeTensor) -> CubeTensor {
+    if tensor.can_mut() && tensor.is_contiguous() { tensor } else { tensor.copy() }
+}
+
+fn submit(
+    planned: &mut Option<Planned>,
+    gpu: &GpuClipper,
+    clip: &Clip,
+    threshold: &mut Option<AdaptiveThreshold>,
+    gradients: &mut [Gradient],
+    tensors: &[CubeTensor],
+) -> Result<(), Error> {
+    let mut parameters = Vec::with_capacity(gradients.len());
+    for gradient in gradients.iter_mut() {
+        let parameter = gradient.parameter.take().map(resolved).transpose()?;
+        parameters.push(parameter.map(|p| if p.is_contiguous() { p } else { p.copy() }));
+    }
+    let all = || tensors.iter().chain(parameters.iter().flatten());
+    // As long as they are held, burn neither moves nor reuses the memory. What it hands out after the submission is
+    // written by what it submits later.
+    let resources = all().map(|tensor| {
+        let resource = tensor.client.get_resource::<WgpuServer<AutoCompiler>>(tensor.handle.clone());
+        resource.map_err(|error| failed(&error))
+    });
+    let resources = resources.collect::<Result<Vec<_>, _>>()?;
+    let mut flushed = Vec::new();
+    for tensor in all() {
+        let stream = tensor.handle.stream;
+        if !flushed.contains(&stream) {
+            stream.executes(|| tensor.client.flush()).map_err(|error| failed(&error))?;
+            flushed.push(stream);
+        }
+    }
+    let mut places = all().zip(&resources).map(|(tensor, resource)| {
+        let resource = resource.resource();
+        let Some(dtype) = dtype_of(tensor.dtype) else {
+            return Err(Error::Burn(format!("a parameter is {:?}", tensor.dtype)));
+        };
+        let (start, shape) = (resource.offset / dtype.size() as u64, TensorMetadata::shape(tensor).to_vec());
+        Ok(Place { buffer: resource.buffer.clone(), dtype, start, shape })
+    });
+    let of_gradients = places.by_ref().take(tensors.len()).collect::<Result<Vec<_>, _>>()?;
+    let mut placed = Vec::with_capacity(gradients.len());
+    for ((gradient, place), parameter) in gradients.iter().zip(of_gradients).zip(&parameters) {
+        let parameter = if parameter.is_some() { places.next().transpose()? } else { None };
+        placed.push(Placed { id: gradient.id, unit_axis: gradient.unit_axis, gradient: place, parameter });
+    }
+    drop(places);
+    if planned.as_ref().is_none_or(|planned| planned.gpu.device() != gpu.device() || planned.placed != placed) {
+        let views = placed.iter().zip(&*gradients).map(|(placed, gradient)| placed.view(&gradient.name));
+        let views = views.collect::<Result<Vec<_>, _>>()?;
+        match planned {
+            Some(planned) if planned.fits(gpu, &placed) => {
+                planned.plan.update(&views)?;
+                planned.placed = placed;
+            }
+            _ => {
+                #[cfg(not(target_arch = "wasm32"))]
+                if let Some(planned) = planned.as_ref()
+                    && let Some(followed) = planned.threshold_blocking()?
+                {
+                    *threshold = Some(followed);
+                }
+                *planned = Some(Planned::new(gpu, clip, threshold.as_ref(), placed, &views)?);
+            }
+        }
+    }
+    let Some(Planned { plan, .. }) = planned else { return Ok(()) };
+    let record = |encode: &dyn Fn(&mut wgpu::CommandEncoder) -> Result<(), gradclip::Error>| {
+        let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        encode(&mut encoder)?;
+        gpu.queue().submit([encoder.finish()]);
+        Ok::<_, Error>(())
+    };
+    match threshold {
+        #[cfg(not(target_arch = "wasm32"))]
+        Some(AdaptiveThreshold::AutoClip(autoclip)) => {
+            record(&|encoder| plan.encode_measure(encoder))?;
+            plan.adapt_blocking(autoclip)?;
+            record(&|encoder| plan.encode_scale(encoder))
+        }
+        _ => record(&|encoder| plan.encode(encoder)),
+    }
+}
+
+impl Placed {
+    fn view(&self, name: &str) -> Result<GpuTensor, Error> {
+        let mut view = self.gradient.view()?.named(name);
+        if let Some(axis) = self.unit_axis {
+            view = view.unit_axis(axis);
+        }
+        if let Some(parameter) = &self.parameter {
+            view = view.parameter(parameter.view()?);
+        }
+        Ok(view)
+    }
+}
+
+impl Place {
+    fn view(&self) -> Result<GpuTensor, Error> {
+        let elements = self.shape.iter().product::<usize>() as u64;
+        Ok(GpuTensor::new(&self.buffer, self.dtype, self.start..self.start + elements)?.shape(&self.shape)?)
+    }
+}

@@ -1,0 +1,63 @@
+//! Gradients of any device, clipped on the host as burn's tensor data.
+
+use burn::backend::TensorMetadata;
+use burn::tensor::{Device, TensorData};
+use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut, Threshold};
+
+use crate::Error;
+use crate::gradients::{Gradient, dtype_of};
+
+/// Clips gradients on the host. burn's own CPU backend gives its memory away and takes it back, so nothing is copied there
+/// unless a tensor is shared or not contiguous; any other device is read and written.
+pub(crate) fn clip(
+    clip: &Clip,
+    threshold: Option<&mut dyn Threshold>,
+    gradients: &mut [Gradient],
+) -> Result<ClipReport, Error> {
+    let mut parameters = Vec::with_capacity(gradients.len());
+    for gradient in gradients.iter_mut() {
+        parameters.push(gradient.parameter.take().map(gradient.ranked.read).transpose()?);
+    }
+    let mut read = Vec::with_capacity(gradients.len());
+    let mut outcome = Ok(());
+    for gradient in gradients.iter_mut() {
+        let Some(tensor) = gradient.tensor.take() else { continue };
+        let device = Device::new(tensor.device());
+        // A device that cannot be read has lost the gradient already.
+        match (gradient.ranked.read)(tensor) {
+            Ok(data) => read.push((gradient, data.into_parts(), device)),
+            Err(error) => outcome = Err(error),
+        }
+    }
+    let report = outcome.and_then(|()| {
+        let parameters: Vec<_> =
+            parameters.iter().map(|p| p.as_ref().map(view).transpose()).collect::<Result<_, _>>()?;
+        let mut tensors = Vec::with_capacity(read.len());
+        for ((gradient, (bytes, ..), _), parameter) in read.iter_mut().zip(&parameters) {
+            let mut tensor =
+                TensorMut::from_bytes(gradient.dtype, bytes)?.named(&gradient.name).shape(&gradient.shape)?;
+            if let Some(axis) = gradient.unit_axis {
+                tensor = tensor.unit_axis(axis);
+            }
+            tensors.push(match parameter {
+                Some(parameter) => tensor.parameter(parameter),
+                None => tensor,
+            });
+        }
+        let clipper = Clipper::cpu();
+        Ok(match threshold {
+            Some(threshold) => clipper.apply_adaptive(clip, threshold, &mut tensors)?,
+            None => clipper.apply(clip, &mut tensors)?,
+        })
+    });
+    for (gradient, (bytes, shape, dtype), device) in read {
+        gradient.tensor = Some((gradient.ranked.make)(TensorData::from_bytes(bytes, shape, dtype), &device));
+    }
+    report
+}
+
+/// Without a name, for a gradient's is its parameter's.
+fn view(data: &TensorData) -> Result<Tensor<'_>, Error> {
+    let dtype = dtype_of(data.dtype()).ok_or_else(|| Error::Burn(format!("a parameter is {:?}", data.dtype())))?;
+    Ok(Tensor::from_bytes(dtype, data.as_bytes())?.shape(data.shape())?)
+}
