@@ -49,7 +49,7 @@ fn one(words: &mut Words<'_>, allowed: &[&str]) -> bool {
     }
 }
 
-/// The licences in `deny.toml` that a crate may have beside those.
+/// The expressions in `deny.toml` that a crate may have beside those.
 fn excepted<'a>(manifest: &'a str, name: &str) -> Vec<&'a str> {
     let of_crate = format!("crate = \"{name}\"");
     let line = manifest.lines().find(|line| line.contains(&of_crate) && line.contains("allow = ["));
@@ -72,7 +72,7 @@ fn every_dependency_has_a_licence_that_is_allowed() {
     let packages: BTreeSet<(&str, &str)> = lines.map(|line| line.split_once('|').expect("as asked")).collect();
     let is_fine = |(package, licence): &&(&str, &str)| {
         let name = package.split_whitespace().next().unwrap_or_default();
-        is_met(licence, &[&allowed[..], &excepted(&manifest, name)].concat())
+        is_met(licence, &allowed) || excepted(&manifest, name).contains(licence)
     };
     let refused: Vec<_> = packages.iter().filter(|package| !is_fine(package)).collect();
     assert!(refused.is_empty(), "{refused:?}");
