@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# Runs the tests of the CPU path and of the program under AddressSanitizer, and those of the CPU path under valgrind (Linux on
-# x86-64; Debian's package valgrind). The first sees every instruction set that the machine has, and the program's memory maps,
-# with files that are whole, truncated, hostile and sharded; the second stops short of AVX-512, and so sees AVX2.
+# Runs the tests of the CPU path and of the program under AddressSanitizer, which sees every instruction set that the machine
+# has, and the program's memory maps, with files that are whole, truncated, hostile and sharded (Linux on x86-64). With
+# --valgrind those of the CPU path under valgrind too (Debian's package valgrind), which stops short of AVX-512, and so sees AVX2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
 
 tests=(--lib --test pools --test misaligned --test odd_lengths --test non_finite --test scopes --test cut_into_pieces --test outside_norms)
 # These two go over millions of elements.
@@ -22,6 +20,8 @@ program=(--lib --test bad_files --test bad_tensors --test exit_codes --test outp
 RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
     cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip-cli --no-default-features "${program[@]}"
 
+[ "${1-}" = --valgrind ] || exit 0
+command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
 echo "== valgrind"
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=9"
 cargo test --target x86_64-unknown-linux-gnu --target-dir target/valgrind -p gradclip --no-default-features --lib -- \

@@ -3,8 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-cargo test --workspace --exclude gradclip-burn --no-default-features
+cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
 scripts/test.sh --every-device --whole
+scripts/memory-checks.sh --valgrind
 scripts/properties.sh
 scripts/soak.sh
 scripts/fuzz.sh

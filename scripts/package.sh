@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what would be published, and builds it from the packed files alone: the library with its shaders, examples and
-# documentation, and the program and gradclip-candle with that library. gradclip-burn is only packed: burn takes too long. Dependencies that are built already serve again, which `cargo package`
+# documentation, and the program with that library. The crates for burn and candle are only packed: those take too long. Dependencies that are built already serve again, which `cargo package`
 # by itself would build anew, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +23,7 @@ done
 
 # Side by side, far from the repository; the versions and profiles are the repository's, so that what was built there fits.
 {
-    printf '[workspace]\nresolver = "3"\nmembers = ["%s", "%s", "%s"]\n' "${members[@]:0:3}"
+    printf '[workspace]\nresolver = "3"\nmembers = ["%s", "%s"]\n' "${members[@]:0:2}"
     printf '[patch.crates-io]\ngradclip = { path = "gradclip-%s" }\n' "$version"
     sed -n '/^\[profile\.dev\]/,/^$/p; /^\[profile\.dev\.package/,/^$/p' Cargo.toml
 } >"$work/Cargo.toml"

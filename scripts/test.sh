@@ -2,21 +2,22 @@
 # Runs the whole test suite, on every machine that has Rust: where no Vulkan driver is found, a software one is
 # installed first (Debian, Ubuntu). Other arguments are passed on to the test runner.
 #
-#   scripts/test.sh                           on the device that the library chooses here; without gradclip-burn, whose are
-#                                             cargo test -p gradclip-burn --profile quick
+#   scripts/test.sh                           on the device that the library chooses here; without gradclip-burn and
+#                                             gradclip-candle: cargo test -p gradclip-burn --profile quick, ...
 #   scripts/test.sh --every-device            everything on lavapipe, and then what runs on a GPU on each of the software devices
 #                                             below, on Vulkan under the validation layers of Khronos; one that cannot be had is
 #                                             an error (Debian)
 #   scripts/test.sh --every-device --whole    there too the files that choose limits or tunings of their own, SwiftShader with
-#                                             subgroups and lowered limits, which take long to compile, and burn with fusion
+#                                             subgroups and lowered limits, which take long to compile
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
 
-# burn takes long to compile and its tests little to run, so those are built without optimisation. By themselves, because what
-# burn asks of dependencies that are shared would build everything else anew.
-all=(--workspace --exclude gradclip-burn --all-features)
+# burn and candle take long to compile and the tests of their crates little to run, so those are built without optimisation; and
+# each by itself, because what one asks of dependencies that are shared would build everything else anew.
+all=(--workspace --exclude gradclip-burn --exclude gradclip-candle --all-features)
 burn=(-p gradclip-burn --profile quick)
+candle=(-p gradclip-candle --profile quick)
 
 if [ "${1-}" != --every-device ]; then
     # With the tests, which tell much later, comes the program, which tells at once.
@@ -83,10 +84,10 @@ cargo test --release -p gradclip --no-default-features --lib cpu::instructions
 
 only=("${burn[@]}")
 on "burn, on lavapipe" -- "${lavapipe[@]}"
-if [ -n "$whole" ]; then
-    only+=(--features burn/fusion)
-    on "burn with fusion, on lavapipe" -- "${lavapipe[@]}"
-fi
+only=("${burn[@]}" --features burn/fusion --test suite)
+on "burn with fusion, on lavapipe" -- "${lavapipe[@]}"
+only=("${candle[@]}")
+on "candle, on the CPU" --
 
 only=("${all[@]}" "${files[@]/#/--test=}")
 # What by its very size is refused there, and a count of allocations, which is that of one dispatch for each kernel.
