@@ -17,12 +17,13 @@ use burn::tensor::Device;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde::Serialize;
 
 use checkpoint::Checkpoint;
 use data::Data;
 use model::Rnn;
 use settings::{Backend, Clipping, Settings};
-use train::Run;
+use train::{Figures, Run};
 
 mod checkpoint;
 mod data;
@@ -36,7 +37,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 
 /// Trains a recurrent network where gradients explode: without clipping, with value clipping, norm clipping and ZClip
 #[derive(Parser)]
-#[command(name = "explode")]
+#[command(name = "explode", args_override_self = true)]
 struct Options {
     #[command(flatten)]
     settings: Settings,
@@ -172,39 +173,43 @@ fn words(number: Option<f32>) -> String {
     number.map_or("not finite".into(), |number| format!("{number:.4}"))
 }
 
+/// The figures as they are written.
+#[derive(Serialize)]
+struct Report<'a> {
+    settings: &'a Settings,
+    parameters: usize,
+    runs: Vec<Summary<'a>>,
+}
+
+#[derive(Serialize)]
+struct Summary<'a> {
+    clipping: Clipping,
+    steps: usize,
+    mean_loss_of_last_100: f32,
+    weights: String,
+    #[serde(flatten)]
+    figures: &'a Figures,
+}
+
+impl<'a> Summary<'a> {
+    fn of(run: &'a Run) -> Self {
+        let (figures, clipping) = (&run.figures, run.clipping);
+        let last = &figures.loss[figures.loss.len().saturating_sub(100)..];
+        let mean_loss_of_last_100 = last.iter().sum::<f32>() / last.len().max(1) as f32;
+        Self { clipping, steps: run.steps(), mean_loss_of_last_100, weights: run.fingerprint(), figures }
+    }
+}
+
 /// Writes the picture and the figures.
 fn report(options: &Options, parameters: usize, runs: &[Run]) -> Result<()> {
     let settings = &options.settings;
-    let summary = runs.iter().map(|run| {
-        let figures = &run.figures;
-        let last = &figures.loss[figures.loss.len().saturating_sub(100)..];
-        serde_json::json!({
-            "clipping": run.clipping,
-            "steps": run.steps(),
-            "clipped": figures.clipped,
-            "diverged_at": figures.diverged_at,
-            "first_loss": figures.loss.first(),
-            "mean_loss_of_last_100": last.iter().sum::<f32>() / last.len().max(1) as f32,
-            "validation": figures.validation,
-            "weights": run.fingerprint(),
-            "loss": figures.loss,
-            "norm": figures.norm,
-        })
-    });
-    let json = serde_json::json!({
-        "settings": settings, "parameters": parameters, "runs": summary.collect::<Vec<_>>(),
-    });
-    let name = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-    let title = "A recurrent network where gradients explode: four ways to clip them";
+    let json = serde_json::to_string(&Report { settings, parameters, runs: runs.iter().map(Summary::of).collect() })?;
+    let title = "A recurrent network where gradients explode, and four ways to clip them";
     let subtitle = format!(
-        "{} hidden units, {} steps unrolled, {}, {}, learning rate {}; line: mean, band: least to most",
-        settings.hidden,
-        settings.unroll,
-        name(&json["settings"]["activation"]),
-        name(&json["settings"]["optimizer"]),
-        settings.lr
+        "{} hidden units, {} steps unrolled, {:?}, {:?}, learning rate {}; lines: means; bands: least to most",
+        settings.hidden, settings.unroll, settings.activation, settings.optimizer, settings.lr
     );
-    for (file, text) in [("explode.json", json.to_string()), ("explode.svg", plot::draw(title, &subtitle, runs))] {
+    for (file, text) in [("explode.json", json), ("explode.svg", plot::draw(title, &subtitle, runs))] {
         let path = options.out.join(file);
         fs::write(&path, text).map_err(|error| format!("{}: {error}", path.display()))?;
         println!("{}", path.display());
