@@ -42,10 +42,10 @@ struct Options {
     #[command(flatten)]
     settings: Settings,
     /// Steps that each run takes
-    #[arg(long, value_name = "N", default_value_t = 1500, value_parser = settings::count)]
+    #[arg(long, value_name = "N", default_value_t = 3000, value_parser = settings::count)]
     steps: usize,
     /// Save and validate every so many steps
-    #[arg(long, value_name = "N", default_value_t = 250, value_parser = settings::count)]
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = settings::count)]
     save_every: usize,
     /// The folder for the picture, the figures and the checkpoints
     #[arg(long, value_name = "DIR", default_value = "target/explode")]
@@ -206,7 +206,7 @@ fn report(options: &Options, parameters: usize, runs: &[Run]) -> Result<()> {
     let json = serde_json::to_string(&Report { settings, parameters, runs: runs.iter().map(Summary::of).collect() })?;
     let title = "A recurrent network where gradients explode, and four ways to clip them";
     let subtitle = format!(
-        "{} hidden units, {} steps unrolled, {:?}, {:?}, learning rate {}; lines: means; bands: least to most",
+        "{} hidden units, {} steps unrolled, {:?}, {:?}, learning rate {}; lines: means, bands: least to most, losses up to 100",
         settings.hidden, settings.unroll, settings.activation, settings.optimizer, settings.lr
     );
     for (file, text) in [("explode.json", json), ("explode.svg", plot::draw(title, &subtitle, runs))] {

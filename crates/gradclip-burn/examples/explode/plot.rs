@@ -11,8 +11,10 @@ const LEFT: f64 = 70.0;
 const RIGHT: f64 = 24.0;
 /// Top and bottom of each panel.
 const PANELS: [(f64, f64); 2] = [(84.0, 354.0), (396.0, 650.0)];
-/// Points that a line has at most; each stands for the steps about it.
-const POINTS: usize = 240;
+/// How much later a point of a line begins than the one before, at least; it stands for the steps between.
+const PITCH: f64 = 1.03;
+/// Losses beyond this are drawn at the edge, or those that explode would leave no room for those that fall.
+const MOST_LOSS: f32 = 100.0;
 
 fn colour(clipping: Clipping) -> &'static str {
     match clipping {
@@ -34,7 +36,8 @@ pub(crate) fn draw(title: &str, subtitle: &str, runs: &[Run]) -> String {
 "##
     );
     let steps = runs.iter().map(Run::steps).max().unwrap_or(0).max(2);
-    let losses: Vec<_> = runs.iter().map(|run| run.figures.loss.iter().copied().map(Some).collect()).collect();
+    let losses: Vec<_> =
+        runs.iter().map(|run| run.figures.loss.iter().map(|loss| Some(loss.min(MOST_LOSS))).collect()).collect();
     let norms: Vec<_> = runs.iter().map(|run| run.figures.norm.clone()).collect();
     legend(&mut svg, runs);
     panel(&mut svg, PANELS[0], "loss", steps, runs, &losses);
@@ -73,7 +76,8 @@ fn panel(
     let logs = values.iter().flatten().flatten().filter(|v| positive(v)).map(|v| f64::from(*v).log10());
     let (least, most) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(least, most), v| (least.min(v), most.max(v)));
     let (least, most) = if least <= most { (least, most.max(least + 0.3)) } else { (-1.0, 0.0) };
-    let x = |step: f64| LEFT + step / (steps - 1) as f64 * (WIDTH - LEFT - RIGHT);
+    // Steps from 1: what explodes does so in the first few of them.
+    let x = |step: f64| LEFT + step.ln() / (steps as f64).ln() * (WIDTH - LEFT - RIGHT);
     let y = |log: f64| bottom - (log - least) / (most - least) * (bottom - top);
 
     for (value, strong) in ticks(least, most) {
@@ -84,11 +88,12 @@ fn panel(
             let _ = writeln!(svg, r#"<text x="{}" y="{:.1}" text-anchor="end">{label}</text>"#, LEFT - 6.0, at + 4.0);
         }
     }
-    let pitch = round(steps as f64 / 8.0);
-    for step in (0..).map(|i| f64::from(i) * pitch).take_while(|step| *step < steps as f64) {
+    for (step, _) in ticks(0.0, (steps as f64).log10()) {
         let at = x(step);
         let _ = writeln!(svg, r##"<path d="M{at:.1} {top}V{bottom}" stroke="#eee"/>"##);
-        let _ = writeln!(svg, r#"<text x="{at:.1}" y="{}" text-anchor="middle">{step}</text>"#, bottom + 16.0);
+        if ["1", "2", "5"].iter().any(|digit| format!("{step}").starts_with(digit)) {
+            let _ = writeln!(svg, r#"<text x="{at:.1}" y="{}" text-anchor="middle">{step}</text>"#, bottom + 16.0);
+        }
     }
     let middle = (top + bottom) / 2.0;
     let _ = writeln!(
@@ -96,17 +101,21 @@ fn panel(
         r#"<text transform="translate(18 {middle}) rotate(-90)" text-anchor="middle" font-weight="bold">{title}</text>"#
     );
 
-    let bin = steps.div_ceil(POINTS);
-    for (run, values) in runs.iter().zip(values) {
+    // The first run on top: it is the shortest.
+    for (run, values) in runs.iter().zip(values).rev() {
         let colour = colour(run.clipping);
         let (mut upper, mut lower, mut line) = (String::new(), Vec::new(), String::new());
         let mut last = None;
-        for (i, chunk) in values.chunks(bin).enumerate() {
+        let mut start = 0;
+        while start < values.len() {
+            let end = ((start as f64 * PITCH) as usize).clamp(start + 1, values.len());
+            let (chunk, middle) = (&values[start..end], (start + 1 + end) as f64 / 2.0);
+            start = end;
             let logs: Vec<_> = chunk.iter().flatten().filter(|v| positive(v)).map(|v| f64::from(*v).log10()).collect();
             if logs.is_empty() {
                 continue;
             }
-            let at = x((i * bin) as f64 + (chunk.len() - 1) as f64 / 2.0);
+            let at = x(middle);
             let (least, most) =
                 logs.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, m), v| (l.min(*v), m.max(*v)));
             let mean = y(logs.iter().sum::<f64>() / logs.len() as f64);
@@ -127,7 +136,7 @@ fn panel(
                 svg,
                 r#"<path d="M{x:.1} {y:.1}m-5 -5l10 10m0 -10l-10 10" stroke="{colour}" stroke-width="2.5"/><text x="{:.1}" y="{:.1}" fill="{colour}" font-weight="bold">not finite at step {step}</text>"#,
                 x + 10.0,
-                y + 4.0
+                y + 16.0
             );
         }
     }
@@ -146,10 +155,4 @@ fn ticks(least: f64, most: f64) -> Vec<(f64, bool)> {
         (format!("{digit}e{power}").parse().unwrap_or(1.0), strong)
     });
     all.filter(|(value, _): &(f64, bool)| (least..=most).contains(&value.log10())).collect()
-}
-
-/// The next of 1, 2, 5, 10, ... from here on.
-fn round(number: f64) -> f64 {
-    let power = 10_f64.powf(number.log10().floor()).max(1.0);
-    [1.0, 2.0, 5.0, 10.0].map(|digit| digit * power).into_iter().find(|step| *step >= number).unwrap_or(number)
 }

@@ -31,10 +31,10 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "G", default_value_t = 1.0, value_parser = positive)]
     pub(crate) gain: f64,
     /// The learning rate at the first step
-    #[arg(long, default_value_t = 0.05, value_parser = positive)]
+    #[arg(long, default_value_t = 0.2, value_parser = positive)]
     pub(crate) lr: f64,
     /// What is left of the learning rate after 1,000 steps
-    #[arg(long, value_name = "F", default_value_t = 0.3, value_parser = fraction)]
+    #[arg(long, value_name = "F", default_value_t = 0.5, value_parser = fraction)]
     pub(crate) lr_decay: f64,
     /// Value clipping: the largest size of an element
     #[arg(long, value_name = "V", default_value_t = 0.03, value_parser = positive)]
@@ -46,7 +46,7 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "Z", default_value_t = 2.5, value_parser = positive)]
     pub(crate) z_threshold: f64,
     /// ZClip: how many steps are only measured
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) z_warm_up: u32,
     /// Of the first weights and of the batches
     #[arg(long, value_name = "N", default_value_t = 1)]
