@@ -96,7 +96,7 @@ impl Data {
         let (batch, unroll) = (self.batch_size, self.unroll);
         let mut inputs = vec![0.0_f32; unroll * batch * 2];
         let mut targets = vec![0.0_f32; batch];
-        for sequence in 0..batch {
+        for (sequence, target) in targets.iter_mut().enumerate() {
             let half = unroll / 2;
             let marked = [random.below(half), half + random.below(unroll - half)];
             for time in 0..unroll {
@@ -104,7 +104,7 @@ impl Data {
                 inputs[at] = random.unit();
                 if marked.contains(&time) {
                     inputs[at + 1] = 1.0;
-                    targets[sequence] += inputs[at];
+                    *target += inputs[at];
                 }
             }
         }
