@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests of the CPU path and of the program under AddressSanitizer, which sees every instruction set that the machine
-# has, and the program's memory maps, with files that are whole, truncated, hostile and sharded (Linux on x86-64). With
-# --valgrind those of the CPU path under valgrind too (Debian's package valgrind), which stops short of AVX-512, and so sees AVX2.
+# Runs the tests of the CPU path under AddressSanitizer, which sees every instruction set that the machine has (Linux on
+# x86-64). With --whole those of the program too, with its memory maps and files that are whole, truncated, hostile and sharded;
+# and those of the CPU path under valgrind (Debian's package valgrind), which stops short of AVX-512, and so sees AVX2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,13 +14,13 @@ echo "== AddressSanitizer"
 RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
     cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip --no-default-features "${tests[@]}"
 
+[ "${1-}" = --whole ] || exit 0
 # Its tests run the program that is built beside them. `larger_than_memory` counts pages, of which the sanitizer has its own.
 program=(--lib --test bad_files --test bad_tensors --test exit_codes --test output_whole_or_not_at_all --test passes_through
     --test pieces --test sharded --test sums)
 RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
     cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip-cli --no-default-features "${program[@]}"
 
-[ "${1-}" = --valgrind ] || exit 0
 command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
 echo "== valgrind"
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=9"

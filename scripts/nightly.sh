@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
 scripts/test.sh --every-device --whole
-scripts/memory-checks.sh --valgrind
+scripts/memory-checks.sh --whole
 scripts/properties.sh
 scripts/soak.sh
 scripts/fuzz.sh
