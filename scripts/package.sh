@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Packs what would be published, and builds it from the packed files alone: the library with its shaders, examples and
-# documentation, and the program with that library. The crates for burn and candle are only packed: those take too long. Dependencies that are built already serve again, which `cargo package`
-# by itself would build anew, twice.
+# documentation, and the program with that library. The crates for burn and candle are only packed: those take too long.
+# Dependencies that are built already serve again, which `cargo package` by itself would build anew, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -53,7 +53,8 @@ impl From<AutoClip> for AdaptiveThreshold {
 /// Clips gradients between `GradientsParams::from_grads` and the optimizer's `step`.
 ///
 /// Make one before the training loop and keep it: it holds what a clip on a GPU needs, as long as the parameters stay the
-/// same, and the pages of burn's memory that the last gradients lay in. Each optimizer or group of parameters that is to have a norm of its own gets a clipper of its own.
+/// same, and the pages of burn's memory that the last gradients lay in. Each optimizer or group of parameters that is to
+/// have a norm of its own gets a clipper of its own.
 ///
 /// ```
 /// # use burn::{module::Module, nn::{Linear, LinearConfig}, optim::{AdamConfig, GradientsParams}};
@@ -159,7 +160,7 @@ impl GradClipper {
                 return crate::device::clip(&mut self.planned, &gpu, &self.clip, &mut self.threshold, gradients);
             }
             #[cfg(not(target_arch = "wasm32"))]
-            {
+            if self.report.is_none() && self.planned.is_some() {
                 self.threshold = self.threshold_blocking()?;
             }
         }

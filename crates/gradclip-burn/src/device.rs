@@ -23,7 +23,7 @@ use gradclip::{Clip, Dtype, UnitAxis, wgpu};
 
 use crate::Error;
 use crate::clipper::AdaptiveThreshold;
-use crate::gradients::{Gradient, dtype_of};
+use crate::gradients::{Gradient, known_dtype};
 
 /// The devices whose handles are known. burn's own registry of devices lives as long, which is the process.
 static SHARED: Mutex<Vec<(CubeDevice, GpuClipper)>> = Mutex::new(Vec::new());
@@ -54,7 +54,7 @@ pub async fn open_wgpu_async(options: WgpuOptions) -> Result<Device, Error> {
 }
 
 fn opened<E: std::fmt::Display>(opened: Result<(Device, WgpuSetup), E>) -> Result<Device, Error> {
-    let (device, setup) = opened.map_err(|error| Error::Burn(error.to_string()))?;
+    let (device, setup) = opened.map_err(|error| failed(&error))?;
     share(&device, &setup)?;
     Ok(device)
 }
@@ -291,38 +291,33 @@ fn submit(
         let parameter = gradient.parameter.take().map(resolved).transpose()?;
         parameters.push(parameter.map(|p| if p.is_contiguous() { p } else { p.copy() }));
     }
-    let all = || tensors.iter().chain(parameters.iter().flatten());
     // As long as they are held, burn neither moves nor reuses the memory. What it hands out after the submission is
     // written by what it submits later.
-    let resources = all().map(|tensor| {
+    let mut held = Vec::new();
+    let mut place = |tensor: &CubeTensor| -> Result<Place, Error> {
         let resource = tensor.client.get_resource::<WgpuServer<AutoCompiler>>(tensor.handle.clone());
-        resource.map_err(|error| failed(&error))
-    });
-    let resources = resources.collect::<Result<Vec<_>, _>>()?;
+        let managed = resource.map_err(|error| failed(&error))?;
+        let (resource, dtype) = (managed.resource(), known_dtype(tensor.dtype)?);
+        let (start, shape) = (resource.offset / dtype.size() as u64, TensorMetadata::shape(tensor).to_vec());
+        let place = Place { buffer: resource.buffer.clone(), dtype, start, shape };
+        held.push(managed);
+        Ok(place)
+    };
+    let mut placed = Vec::with_capacity(gradients.len());
+    for ((gradient, tensor), parameter) in gradients.iter().zip(tensors).zip(&parameters) {
+        let Gradient { id, unit_axis, .. } = *gradient;
+        let (tensor, parameter) = (place(tensor)?, parameter.as_ref().map(&mut place).transpose()?);
+        placed.push(Placed { id, unit_axis, gradient: tensor, parameter });
+    }
     let mut flushed = Vec::new();
-    for tensor in all() {
+    for tensor in tensors.iter().chain(parameters.iter().flatten()) {
         let stream = tensor.handle.stream;
         if !flushed.contains(&stream) {
             stream.executes(|| tensor.client.flush()).map_err(|error| failed(&error))?;
             flushed.push(stream);
         }
     }
-    let mut places = all().zip(&resources).map(|(tensor, resource)| {
-        let resource = resource.resource();
-        let Some(dtype) = dtype_of(tensor.dtype) else {
-            return Err(Error::Burn(format!("a parameter is {:?}", tensor.dtype)));
-        };
-        let (start, shape) = (resource.offset / dtype.size() as u64, TensorMetadata::shape(tensor).to_vec());
-        Ok(Place { buffer: resource.buffer.clone(), dtype, start, shape })
-    });
-    let of_gradients = places.by_ref().take(tensors.len()).collect::<Result<Vec<_>, _>>()?;
-    let mut placed = Vec::with_capacity(gradients.len());
-    for ((gradient, place), parameter) in gradients.iter().zip(of_gradients).zip(&parameters) {
-        let parameter = if parameter.is_some() { places.next().transpose()? } else { None };
-        placed.push(Placed { id: gradient.id, unit_axis: gradient.unit_axis, gradient: place, parameter });
-    }
-    drop(places);
-    if planned.as_ref().is_none_or(|planned| planned.gpu.device() != gpu.device() || planned.placed != placed) {
+    if planned.as_ref().is_none_or(|planned| planned.placed != placed) {
         let views = placed.iter().zip(&*gradients).map(|(placed, gradient)| placed.view(&gradient.name));
         let views = views.collect::<Result<Vec<_>, _>>()?;
         match planned {

@@ -1,7 +1,6 @@
 //! Gradients, taken out of their containers and put back.
 
-use burn::backend::DispatchTensor;
-use burn::backend::TensorMetadata;
+use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -158,8 +157,13 @@ pub(crate) fn first_parameter<M: Module>(module: &M) -> Option<ParamId> {
     first.0
 }
 
+/// The dtype of what the walk has let through, or of a parameter.
+pub(crate) fn known_dtype(dtype: DType) -> Result<Dtype, Error> {
+    dtype_of(dtype).ok_or_else(|| Error::Burn(format!("a parameter is {dtype:?}")))
+}
+
 /// None if such tensors cannot be clipped.
-pub(crate) fn dtype_of(dtype: DType) -> Option<Dtype> {
+fn dtype_of(dtype: DType) -> Option<Dtype> {
     match dtype {
         DType::F64 => Some(Dtype::F64),
         // Stored as float32.

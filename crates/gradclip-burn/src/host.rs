@@ -5,7 +5,7 @@ use burn::tensor::{Device, TensorData};
 use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut, Threshold};
 
 use crate::Error;
-use crate::gradients::{Gradient, dtype_of};
+use crate::gradients::{Gradient, known_dtype};
 
 /// Clips gradients on the host. burn's own CPU backend gives its memory away and takes it back, so nothing is copied there
 /// unless a tensor is shared or not contiguous; any other device is read and written.
@@ -58,6 +58,5 @@ pub(crate) fn clip(
 
 /// Without a name, for a gradient's is its parameter's.
 fn view(data: &TensorData) -> Result<Tensor<'_>, Error> {
-    let dtype = dtype_of(data.dtype()).ok_or_else(|| Error::Burn(format!("a parameter is {:?}", data.dtype())))?;
-    Ok(Tensor::from_bytes(dtype, data.as_bytes())?.shape(data.shape())?)
+    Ok(Tensor::from_bytes(known_dtype(data.dtype())?, data.as_bytes())?.shape(data.shape())?)
 }

@@ -73,6 +73,11 @@ fn check_kind(label: impl Fn() -> String, location: DeviceLocation, dtype: DType
     }
 }
 
+/// Another thread has put something else into the storage, which safe code cannot but through an operation of its own.
+pub(crate) fn gone() -> Error {
+    candle_core::Error::msg("a gradient was replaced while it was clipped").into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Layout, Storage, Tensor, Var};
 use gradclip::ClipReport;
 
-use crate::error::{Error, check};
+use crate::error::{Error, check, gone};
 
 /// Calls `$body` with `$elements` standing for the vector in a storage; `$other` for dtypes that cannot be clipped.
 macro_rules! with_elements {
@@ -103,8 +103,7 @@ fn view<'s>(storage: &'s Storage, layout: &'s Layout) -> Result<gradclip::Tensor
         }
         _ => None,
     };
-    let view = elements.ok_or_else(|| candle_core::Error::msg("a gradient was replaced while it was clipped"))?;
-    Ok(view.shape(layout.dims())?)
+    Ok(elements.ok_or_else(gone)?.shape(layout.dims())?)
 }
 
 /// The library's error, or why it was not given what it misses.

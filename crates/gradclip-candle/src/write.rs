@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor, WithD
 use gradclip::{DecidedClip, Element, TensorMut};
 use rayon::prelude::*;
 
-use crate::error::Error;
+use crate::error::{Error, gone};
 use crate::gradients::with_elements;
 
 /// Elements in a chunk, the unit of parallel work: the library's own.
@@ -107,11 +107,6 @@ impl InplaceOp1 for Write<'_> {
             Ok(self.in_place(elements.get_mut(start..end).ok_or_else(gone)?)?)
         }, Err(gone().into()))
     }
-}
-
-/// Another thread has put something else into the storage, which safe code cannot but through an operation of its own.
-fn gone() -> Error {
-    candle_core::Error::msg("a gradient was replaced while it was clipped").into()
 }
 
 fn same_bits<T: Element>(a: &[T], b: &[T]) -> bool {

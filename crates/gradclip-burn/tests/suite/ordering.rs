@@ -14,16 +14,20 @@ struct Two {
     second: Param<Tensor<1>>,
 }
 
+impl Two {
+    fn new(shape: [usize; 2], len: usize, device: &Device) -> Self {
+        let first = Param::from_tensor(Tensor::<2>::ones(shape, device));
+        Self { first, second: Param::from_tensor(Tensor::<1>::ones([len], device)) }
+    }
+}
+
 /// What makes the gradients is a chain of kernels on tensors that take their time, recorded just before; what reads them is
 /// recorded just after. In each of 1,000 steps both must see the clip where it belongs. A clip ahead of the chain would
 /// scale the numbers of the step before, of another size.
 #[test]
 fn a_thousand_steps_in_order() {
     let device = wgpu();
-    let two = Two {
-        first: Param::from_tensor(Tensor::<2>::ones([64, 256], &device)),
-        second: Param::from_tensor(Tensor::<1>::ones([3], &device)),
-    };
+    let two = Two::new([64, 256], 3, &device);
     let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
     let chain = |scale: f32| {
         let mut x = Tensor::<2>::full([64, 256], scale / 1.1f32.powi(8), &device);
@@ -60,10 +64,7 @@ fn several_threads_on_one_device() {
         for thread in 0..4 {
             scope.spawn(move || {
                 let device: Device = wgpu();
-                let module = Two {
-                    first: Param::from_tensor(Tensor::<2>::ones([8, 8], &device)),
-                    second: Param::from_tensor(Tensor::<1>::ones([2], &device)),
-                };
+                let module = Two::new([8, 8], 2, &device);
                 let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
                 for step in 0..30 {
                     let size = (1 + thread * 30 + step) as f32;
@@ -85,10 +86,7 @@ fn several_threads_on_one_device() {
 #[test]
 fn gradients_made_by_another_thread() {
     let device = wgpu();
-    let two = Two {
-        first: Param::from_tensor(Tensor::<2>::ones([64, 256], &device)),
-        second: Param::from_tensor(Tensor::<1>::ones([3], &device)),
-    };
+    let two = Two::new([64, 256], 3, &device);
     let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
     for step in 1..40 {
         let (first, second) = (two.first.id, two.second.id);
