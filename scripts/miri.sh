@@ -12,4 +12,4 @@ cd "$(dirname "$0")/.."
 # the program are no leak. Left to itself, Miri adds errors of rounding to powers of two.
 export MIRIFLAGS="-Zmiri-deterministic-floats -Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-tree-borrows -Zmiri-permissive-provenance"
 cargo +nightly miri test --target-dir target/miri -p gradclip --no-default-features --lib -- \
-    cpu::pool partial:: segment:: powers_reach_the_ends sums_of_examples_agree
+    cpu::pool partial:: segment:: processes::exchange powers_reach_the_ends sums_of_examples_agree

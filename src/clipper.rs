@@ -1,6 +1,9 @@
 //! [`Clipper`]: host tensors, clipped by whichever backend was chosen; and the one-line functions.
 
-use crate::cpu::{self, Given};
+use std::sync::Arc;
+
+use crate::cpu::{self, Around, Given};
+use crate::processes::{ProcessGroup, SingleProcess};
 use crate::progress::Progress;
 use crate::tensor::check_sums;
 use crate::{Clip, ClipReport, DecidedClip, Element, Error, RunningPartial, Tensor, TensorMut, Threshold};
@@ -8,11 +11,13 @@ use crate::{Clip, ClipReport, DecidedClip, Element, Error, RunningPartial, Tenso
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
 use crate::Dtype;
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
+use crate::gpu::GpuClipper;
+#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
 use crate::gpu::tuning::HOST_ROUTES;
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
 use crate::gpu::tuning::HostRoute;
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-use crate::gpu::{GpuClipper, Wait};
+use crate::wait::Wait;
 
 /// Clips gradients that lie in host memory, on the CPU or through a GPU.
 ///
@@ -27,6 +32,7 @@ pub struct Clipper {
     #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
     routes: Option<&'static [HostRoute]>,
     progress: Progress,
+    processes: Arc<dyn ProcessGroup>,
 }
 
 #[derive(Clone, Debug)]
@@ -92,6 +98,7 @@ impl Clipper {
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             routes: None,
             progress: Progress::default(),
+            processes: Arc::new(SingleProcess::default()),
         }
     }
 
@@ -100,6 +107,20 @@ impl Clipper {
     #[must_use]
     pub fn on_progress(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.progress = Progress::new(f);
+        self
+    }
+
+    fn around(&self) -> Around<'_> {
+        Around { progress: &self.progress, processes: &*self.processes }
+    }
+
+    /// Clips together with the other processes of a group, each of which holds a part of the gradients: every norm is that of
+    /// all parts. [`processes`](crate::processes) says what must be called together. [`Clipper::scale`],
+    /// [`Clipper::accumulate`] and [`Clipper::finish`] measure no norm that others have a part in, and ask nobody.
+    #[cfg(not(target_arch = "wasm32"))]
+    #[must_use]
+    pub fn within(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
+        self.processes = processes;
         self
     }
 
@@ -145,9 +166,9 @@ impl Clipper {
     /// [`Error::Unfit`] if the clips disagree, and those of [`Clipper::apply`].
     pub fn apply_groups(&self, groups: &mut [(Clip, &mut [TensorMut<'_>])]) -> Result<Vec<ClipReport>, Error> {
         match self.choose(&groups.iter().flat_map(|(_, tensors)| tensors.iter().map(TensorMut::as_tensor))) {
-            Backend::Cpu => cpu::apply(groups, None, &self.progress),
+            Backend::Cpu => cpu::apply(groups, None, self.around()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => pollster::block_on(gpu.apply_by(Wait::Sleeping, groups, &self.progress)),
+            Backend::Gpu(gpu) => pollster::block_on(gpu.apply_by(Wait::Sleeping, groups, self.around())),
         }
     }
 
@@ -164,10 +185,10 @@ impl Clipper {
         tensors: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
         match self.choose(&tensors.iter().map(TensorMut::as_tensor)) {
-            Backend::Cpu => Ok(cpu::apply(&mut [(*clip, tensors)], Some(threshold), &self.progress)?.swap_remove(0)),
+            Backend::Cpu => Ok(cpu::apply(&mut [(*clip, tensors)], Some(threshold), self.around())?.swap_remove(0)),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             Backend::Gpu(gpu) => {
-                pollster::block_on(gpu.apply_adaptive_by(Wait::Sleeping, clip, threshold, tensors, &self.progress))
+                pollster::block_on(gpu.apply_adaptive_by(Wait::Sleeping, clip, threshold, tensors, self.around()))
             }
         }
     }
@@ -178,9 +199,9 @@ impl Clipper {
     /// The same.
     pub fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
         match self.choose(&tensors.iter().copied()) {
-            Backend::Cpu => cpu::measure(clip, tensors, &self.progress),
+            Backend::Cpu => cpu::measure(clip, tensors, self.around()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => pollster::block_on(gpu.measure_by(Wait::Sleeping, clip, tensors, &self.progress)),
+            Backend::Gpu(gpu) => pollster::block_on(gpu.measure_by(Wait::Sleeping, clip, tensors, self.around())),
         }
     }
 
@@ -193,7 +214,7 @@ impl Clipper {
     /// # Errors
     /// Those of [`Clipper::apply`].
     pub fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
-        let decided = cpu::decide(clip, tensors, None, &self.progress)?;
+        let decided = cpu::decide(clip, tensors, None, self.around())?;
         Ok(DecidedClip::new(clip, tensors, decided))
     }
 
@@ -208,7 +229,7 @@ impl Clipper {
         threshold: &mut dyn Threshold,
         tensors: &[Tensor<'_>],
     ) -> Result<DecidedClip, Error> {
-        let decided = cpu::decide(clip, tensors, Some(threshold), &self.progress)?;
+        let decided = cpu::decide(clip, tensors, Some(threshold), self.around())?;
         Ok(DecidedClip::new(clip, tensors, decided))
     }
 
@@ -241,8 +262,9 @@ impl Clipper {
     /// tensors in the list.
     ///
     /// # Errors
-    /// None so far; the signature leaves room for a backend that has some.
+    /// [`Error::Unfit`] after [`RunningPartial::merge_across`].
     pub fn accumulate(&self, running: &mut RunningPartial, tensors: &[Tensor<'_>]) -> Result<(), Error> {
+        running.check_open()?;
         let partial = cpu::partial(running.clip(), tensors, &self.progress)?;
         running.add(partial, tensors);
         Ok(())
@@ -295,10 +317,10 @@ impl Clipper {
         let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len() as u64)).collect();
         check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name)), &given)?;
         match self.choose(&tensors.iter().copied()) {
-            Backend::Cpu => cpu::sum_examples(clip, tensors, sums, &self.progress),
+            Backend::Cpu => cpu::sum_examples(clip, tensors, sums, self.around()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             Backend::Gpu(gpu) => {
-                pollster::block_on(gpu.sum_examples_by(Wait::Sleeping, clip, tensors, sums, &self.progress))
+                pollster::block_on(gpu.sum_examples_by(Wait::Sleeping, clip, tensors, sums, self.around()))
             }
         }
     }

@@ -154,6 +154,31 @@ pub enum Error {
     /// A report was asked for, but nothing that this plan encoded has run since the last one.
     #[error("nothing to report: no encoded step of this plan has run; submit the encoder before asking for the report")]
     NotSubmitted,
+    /// Another process of the group failed before anything was decided, and says why itself. Nothing was written.
+    #[error("rank {rank} of the process group failed, and tells why itself; nothing was written")]
+    PeerFailed {
+        /// The first such rank.
+        rank: u32,
+    },
+    /// A tensor does not count exactly once in a group of processes: [`check_counted_once`](crate::processes::check_counted_once).
+    #[error("{tensor}: {reason}")]
+    Counted {
+        /// The tensor's name.
+        tensor: String,
+        /// How often it counts, or what else is wrong.
+        reason: String,
+    },
+    /// The processes of a group were not called with the same clip and the same segments. Nothing was written.
+    #[error("rank {rank} of the process group {reason}; nothing was written")]
+    Disagreement {
+        /// The first rank that differs from rank 0.
+        rank: u32,
+        /// In what it differs.
+        reason: String,
+    },
+    /// The other processes of a group cannot be heard.
+    #[error("the process group: {0}")]
+    ProcessGroup(String),
     /// The plan would need more rows than a table can address.
     #[error("{what} is {value}, more than the {limit} that the GPU path can address")]
     TooLarge {

@@ -46,6 +46,7 @@
 //!   [`gpu::GpuRunning`].
 //! - Gradients larger than memory: [`Clipper::decide`] measures them where they lie, say in a mapped file, and
 //!   [`DecidedClip`] clips them piece by piece, from any thread.
+//! - Gradients that are spread over processes, clipped by the one norm of all: [`processes`], with [`Clipper::within`].
 //! - Gradients in wgpu buffers: [`gpu::GpuClipper`] plans once and records each step into the caller's own encoder,
 //!   without a wait, a copy or an allocation. Its page has an example.
 //! - Whether GPU and CPU agree on a clip: [`verify_blocking`].
@@ -99,6 +100,7 @@ pub mod fuzzing;
 pub mod gpu;
 mod partial;
 mod pieces;
+pub mod processes;
 mod progress;
 mod report;
 mod running;
@@ -107,6 +109,7 @@ mod tensor;
 mod threshold;
 #[cfg(feature = "gpu")]
 mod verify;
+mod wait;
 
 pub use clip::{Budget, Clip, NonFinite, NormType, Power, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};

@@ -70,6 +70,7 @@ impl Partial {
     ) -> Option<NonFiniteElements> {
         self.first.map(|first| NonFiniteElements {
             count: self.non_finite,
+            rank: None,
             tensor: first.tensor,
             name: name_of(first.tensor).map(str::to_owned),
             index: first.index,
@@ -207,18 +208,18 @@ impl Clip {
         Outcome { norm: norm * weight, clip_coef, clipped, factor: clip_coef / self.grad_scale, action }
     }
 
-    /// The report on a clip, of which N over everything is `total_norm`.
+    /// The report on a clip, given N over everything, whether an element lies outside a value clip's bounds, how many
+    /// elements there are, and which of them are not finite.
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy.
-    pub(crate) fn report<'a>(
+    pub(crate) fn report(
         &self,
         (segments, outcomes): (&Segments, &[Outcome]),
-        (total_norm, total): (f64, &Partial),
+        (total_norm, outside): (f64, bool),
         elements: u64,
-        name_of: impl Fn(usize) -> Option<&'a str>,
+        non_finite: Option<NonFiniteElements>,
     ) -> Result<ClipReport, Error> {
-        let non_finite = total.non_finite_elements(name_of);
         if let (Some(found), NonFinite::Error) = (&non_finite, self.non_finite) {
             return Err(Error::NonFinite(found.clone()));
         }
@@ -227,7 +228,7 @@ impl Clip {
         Ok(ClipReport {
             total_norm,
             clip_coef: outcomes.iter().fold(1.0, least),
-            clipped: outcomes.iter().any(|o| o.clipped) || (total.outside && applies),
+            clipped: outcomes.iter().any(|o| o.clipped) || (outside && applies),
             elements,
             non_finite,
             segments: segments.reports(outcomes),

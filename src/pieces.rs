@@ -39,7 +39,9 @@ pub struct DecidedClip {
     segments: Segments,
     outcomes: Vec<Outcome>,
     report: ClipReport,
-    /// What the pieces held, where nothing was read before them.
+    /// Whether the elements were read before any piece.
+    read_first: bool,
+    /// What the pieces held, where they were not.
     met: Mutex<Partial>,
 }
 
@@ -49,18 +51,21 @@ struct Described {
     name: Option<String>,
     dtype: Dtype,
     len: u64,
+    counted: bool,
 }
 
 impl DecidedClip {
     pub(crate) fn new(
         clip: &Clip,
         tensors: &[Tensor<'_>],
-        (segments, outcomes, report): (Segments, Vec<Outcome>, ClipReport),
+        (segments, outcomes, report, read_first): (Segments, Vec<Outcome>, ClipReport, bool),
     ) -> Self {
-        let described =
-            |t: &Tensor<'_>| Described { name: t.name.map(str::to_owned), dtype: t.dtype, len: t.len() as u64 };
+        let described = |t: &Tensor<'_>| {
+            let (name, len) = (t.name.map(str::to_owned), t.len() as u64);
+            Described { name, dtype: t.dtype, len, counted: t.counted }
+        };
         let tensors = tensors.iter().map(described).collect();
-        Self { clip: *clip, tensors, segments, outcomes, report, met: Mutex::new(Partial::EMPTY) }
+        Self { clip: *clip, tensors, segments, outcomes, report, read_first, met: Mutex::new(Partial::EMPTY) }
     }
 
     /// Clips a piece in place, on the calling thread: the elements of tensor number `tensor` from number `first` on, of its
@@ -82,7 +87,7 @@ impl DecidedClip {
         let at = Location { tensor, index: first };
         if own.1.iter().any(|outcome| outcome.action != Action::Leave) {
             let met = cpu::write_piece(&self.clip, at, piece.dtype, own, piece.data);
-            if !self.clip.reads_first() {
+            if !self.read_first && described.counted {
                 let mut all = self.met();
                 *all = all.merge(met);
             }
@@ -107,7 +112,7 @@ impl DecidedClip {
     #[must_use]
     pub fn report(&self) -> ClipReport {
         let mut report = self.report.clone();
-        if !self.clip.reads_first() {
+        if !self.read_first {
             let met = self.met();
             report.clipped = met.outside;
             report.non_finite = met.non_finite_elements(|i| self.tensors[i].name.as_deref());

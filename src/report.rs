@@ -74,7 +74,9 @@ pub struct Census {
 pub struct NonFiniteElements {
     /// How many there are in all tensors.
     pub count: u64,
-    /// The first tensor that holds one, by its place in the list.
+    /// The first process of a group that holds one; None outside a group ([`processes`](crate::processes)).
+    pub rank: Option<u32>,
+    /// The first tensor that holds one, by its place in the list of that process.
     pub tensor: usize,
     /// That tensor's name, if it has one.
     pub name: Option<String>,
@@ -86,6 +88,7 @@ impl std::fmt::Display for NonFiniteElements {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let plural = if self.count == 1 { "" } else { "s" };
         let tensor = crate::error::tensor_label(self.name.as_deref(), self.tensor);
-        write!(f, "{} non-finite element{plural}, the first at index {} of {tensor}", self.count, self.index)
+        write!(f, "{} non-finite element{plural}, the first at index {} of {tensor}", self.count, self.index)?;
+        self.rank.map_or(Ok(()), |rank| write!(f, " on rank {rank}"))
     }
 }

@@ -2,8 +2,12 @@
 
 use crate::cpu::Given;
 use crate::partial::{Location, Partial};
+use crate::processes::{Part, ProcessGroup, Turn, merge};
 use crate::segment::Segments;
-use crate::{Clip, ClipReport, Error, Scope, Tensor};
+use crate::wait::Wait;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::at_once;
+use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope, Tensor};
 
 /// What is known of the gradients so far: the mergeable part of a global norm.
 ///
@@ -31,6 +35,8 @@ pub struct RunningPartial {
     elements: u64,
     /// The name of the tensor with the first non-finite element.
     bad_name: Option<String>,
+    /// Once those of all processes are in: which of them has it, if one has.
+    across: Option<Option<u32>>,
 }
 
 impl RunningPartial {
@@ -43,14 +49,16 @@ impl RunningPartial {
         if clip.measured().is_none() || clip.needs_parameters() || clip.scope != Scope::Global {
             return Err(Error::Unfit("a running partial needs a clip by norm, RMS or average norm with Scope::Global"));
         }
-        Ok(Self { clip: *clip, partial: Partial::EMPTY, tensors: 0, elements: 0, bad_name: None })
+        Ok(Self { clip: *clip, partial: Partial::EMPTY, tensors: 0, elements: 0, bad_name: None, across: None })
     }
 
     /// Takes in another one, whose tensors come after these.
     ///
     /// # Errors
-    /// [`Error::Unfit`] if the clips differ.
+    /// [`Error::Unfit`] if the clips differ, or after [`RunningPartial::merge_across`].
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
+        self.check_open()?;
+        other.check_open()?;
         if self.clip != other.clip {
             return Err(Error::Unfit("running partials merge only if their clips are the same"));
         }
@@ -58,8 +66,59 @@ impl RunningPartial {
         Ok(())
     }
 
+    /// Takes in those of all processes of a group: then each knows what all have accumulated, and the same, to the bit. Do it once,
+    /// when everything is in: [`RunningPartial::report`] and [`Clipper::finish`](crate::Clipper::finish) then go by the norm of all.
+    ///
+    /// The future asks for messages whenever it is polled, so any executor moves it on.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] if it was done already; [`Error::PeerFailed`], [`Error::Disagreement`] and [`Error::ProcessGroup`]
+    /// ([`processes`](crate::processes)). The running partial is then as it was.
+    pub async fn merge_across(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        self.merge_by(Wait::Polling, processes).await
+    }
+
+    /// [`RunningPartial::merge_across`], waiting for the others.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn merge_across_blocking(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        at_once(self.merge_by(Wait::Sleeping, processes))
+    }
+
+    async fn merge_by(&mut self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        let turn = Turn::begin(processes);
+        self.check_open()?;
+        let mut segments = Segments::new(&self.clip, &[], |_| None)?;
+        segments.set_elements(&self.clip, &[self.elements]);
+        let mut part = [Part::new(&self.clip, segments, vec![self.partial])];
+        let found = merge(turn, &mut part, |_, _| self.bad_name.as_deref(), wait).await?;
+        let found = found.into_iter().flatten().next();
+        (self.partial, self.elements) = (part[0].total(), part[0].segments.elements());
+        self.across = Some(found.as_ref().and_then(|found| found.rank));
+        self.bad_name = found.and_then(|found| found.name);
+        Ok(())
+    }
+
+    /// That no other process has a part in it yet, because its part would count twice.
+    pub(crate) fn check_open(&self) -> Result<(), Error> {
+        if self.across.is_some() {
+            return Err(Error::Unfit(
+                "a running partial that was merged across processes takes in no more: begin a new one",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What is not finite so far.
+    fn non_finite(&self) -> Option<NonFiniteElements> {
+        let found = self.partial.non_finite_elements(|_| self.bad_name.as_deref())?;
+        Some(NonFiniteElements { rank: self.across.flatten(), ..found })
+    }
+
     pub(crate) fn add(&mut self, partial: Partial, tensors: &[Tensor<'_>]) {
-        let elements = tensors.iter().map(|t| t.len() as u64).sum();
+        let elements = tensors.iter().map(|t| t.dims().counted_len()).sum();
         let name = || partial.first.and_then(|first| tensors[first.tensor].name.map(str::to_owned));
         self.append(partial, tensors.len(), elements, name);
     }
@@ -85,8 +144,8 @@ impl RunningPartial {
         let refused = (known.bad && clip.refuses_non_finite()) || clip.only_measures();
         let outcomes = [clip.outcome(known, max_norm, weight, refused)];
         let segments = Segments::new(clip, &[], |_| None)?;
-        let totals = (known.norm * weight, &self.partial);
-        clip.report((&segments, &outcomes), totals, self.elements, |_| self.bad_name.as_deref())
+        let totals = (known.norm * weight, self.partial.outside);
+        clip.report((&segments, &outcomes), totals, self.elements, self.non_finite())
     }
 
     pub(crate) fn clip(&self) -> &Clip {

@@ -1,6 +1,8 @@
 //! Segments: which elements share a norm and a coefficient, and what each segment's threshold is. One description for
 //! both backends: a scope becomes, for each tensor, a matrix whose rows or columns are consecutive segments.
 
+use std::hash::{Hash, Hasher};
+
 use crate::clip::Mode;
 use crate::error::tensor_label;
 use crate::partial::{Action, Known, Outcome};
@@ -121,7 +123,7 @@ impl Segments {
         } else {
             0
         };
-        let total: u64 = dims.iter().map(|d| d.len).sum();
+        let total: u64 = dims.iter().map(|d| d.counted_len()).sum();
         let mut found = Self { layouts: Vec::new(), families: Vec::new(), count: 0 };
         for (i, d) in dims.iter().enumerate() {
             let whole = (By::Whole, d.len, 1);
@@ -143,7 +145,9 @@ impl Segments {
             };
             let share = match (scope, clip.budget) {
                 (Scope::ExampleTensor, Budget::Uniform) => (1.0 / dims.len() as f64).sqrt(),
-                (Scope::ExampleTensor, Budget::Sized) if d.len > 0 => (d.len as f64 / total as f64).sqrt(),
+                (Scope::ExampleTensor, Budget::Sized) if d.counted_len() > 0 => {
+                    (d.counted_len() as f64 / total as f64).sqrt()
+                }
                 _ => 1.0,
             };
             let shared = matches!(scope, Scope::Global | Scope::Example);
@@ -155,7 +159,7 @@ impl Segments {
                 0
             } else {
                 let first = found.count;
-                let elements = d.len.checked_div(segments).unwrap_or(0);
+                let elements = d.counted_len().checked_div(segments).unwrap_or(0);
                 let indexed = by != By::Whole;
                 found.add(segments, elements, share, Some(i), indexed)?;
                 first
@@ -193,6 +197,32 @@ impl Segments {
         self.families.push(Family { first, count, elements, share, tensor, indexed });
         self.count = end as u32;
         Ok(())
+    }
+
+    /// Takes in what tells segments apart, and not how many elements they have: what processes must have in common.
+    pub(crate) fn describe(&self, digest: &mut impl Hasher) {
+        for Family { first, count, tensor, indexed, .. } in &self.families {
+            (first, count, tensor, indexed).hash(digest);
+        }
+    }
+
+    /// Says how many elements each segment has, of all processes together.
+    pub(crate) fn set_elements(&mut self, clip: &Clip, elements: &[u64]) {
+        for family in &mut self.families {
+            // All of a family are as long on each process, and so on all together.
+            family.elements = elements.get(family.first as usize).copied().unwrap_or(0);
+        }
+        if (clip.scope, clip.budget) == (Scope::ExampleTensor, Budget::Sized) {
+            let total: u64 = self.families.iter().map(|family| family.elements).sum();
+            for family in self.families.iter_mut().filter(|family| family.elements > 0) {
+                family.share = (family.elements as f64 / total as f64).sqrt();
+            }
+        }
+    }
+
+    /// How many elements all segments have.
+    pub(crate) fn elements(&self) -> u64 {
+        self.families.iter().map(|family| u64::from(family.count) * family.elements).sum()
     }
 
     /// Each segment in order, with its family.
@@ -294,7 +324,7 @@ mod tests {
     fn dims<'a>(shapes: &[&'a [usize]]) -> Vec<Dims<'a>> {
         shapes
             .iter()
-            .map(|s| Dims { shape: Some(s), unit_axis: None, len: s.iter().product::<usize>() as u64 })
+            .map(|s| Dims { shape: Some(s), unit_axis: None, len: s.iter().product::<usize>() as u64, counted: true })
             .collect()
     }
 

@@ -76,6 +76,8 @@ pub struct Tensor<'a> {
     pub(crate) data: &'a [u8],
     pub(crate) shape: Option<&'a [usize]>,
     pub(crate) unit_axis: Option<UnitAxis>,
+    /// Whether its norm is measured.
+    pub(crate) counted: bool,
     pub(crate) parameter: Option<&'a Tensor<'a>>,
 }
 
@@ -87,6 +89,8 @@ pub struct TensorMut<'a> {
     pub(crate) data: &'a mut [u8],
     pub(crate) shape: Option<&'a [usize]>,
     pub(crate) unit_axis: Option<UnitAxis>,
+    /// Whether its norm is measured.
+    pub(crate) counted: bool,
     pub(crate) parameter: Option<&'a Tensor<'a>>,
 }
 
@@ -100,6 +104,7 @@ impl<'a> Tensor<'a> {
             data: bytemuck::cast_slice(data),
             shape: None,
             unit_axis: None,
+            counted: true,
             parameter: None,
         }
     }
@@ -110,7 +115,7 @@ impl<'a> Tensor<'a> {
     /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
-        Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, parameter: None })
+        Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, counted: true, parameter: None })
     }
 }
 
@@ -137,6 +142,7 @@ impl<'a> TensorMut<'a> {
             data: bytemuck::cast_slice_mut(data),
             shape: None,
             unit_axis: None,
+            counted: true,
             parameter: None,
         }
     }
@@ -147,14 +153,14 @@ impl<'a> TensorMut<'a> {
     /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a mut [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
-        Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, parameter: None })
+        Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, counted: true, parameter: None })
     }
 
     /// The same elements, read only.
     #[must_use]
     pub fn as_tensor(&self) -> Tensor<'_> {
-        let Self { name, dtype, ref data, shape, unit_axis, parameter } = *self;
-        Tensor { name, dtype, data, shape, unit_axis, parameter }
+        let Self { name, dtype, ref data, shape, unit_axis, counted, parameter } = *self;
+        Tensor { name, dtype, data, shape, unit_axis, counted, parameter }
     }
 }
 
@@ -185,6 +191,14 @@ macro_rules! common {
             #[must_use]
             pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
                 self.unit_axis = Some(axis);
+                self
+            }
+
+            /// Chooses whether norms count the tensor; they do if not called. One that is not counted is scaled and not measured,
+            /// and its non-finite elements go unnoticed: a replica of what another process of a group counts ([`processes`](crate::processes)).
+            #[must_use]
+            pub fn counted(mut self, counted: bool) -> Self {
+                self.counted = counted;
                 self
             }
 
@@ -245,9 +259,15 @@ pub(crate) struct Dims<'a> {
     /// In place of the clip's, if there is one.
     pub(crate) unit_axis: Option<UnitAxis>,
     pub(crate) len: u64,
+    pub(crate) counted: bool,
 }
 
 impl Dims<'_> {
+    /// How many elements norms count.
+    pub(crate) fn counted_len(self) -> u64 {
+        if self.counted { self.len } else { 0 }
+    }
+
     pub(crate) fn rank(self) -> usize {
         self.shape.map_or(1, <[usize]>::len)
     }
@@ -279,7 +299,7 @@ impl std::fmt::Display for Dims<'_> {
 
 impl Tensor<'_> {
     pub(crate) fn dims(&self) -> Dims<'_> {
-        Dims { shape: self.shape, unit_axis: self.unit_axis, len: self.len() as u64 }
+        Dims { shape: self.shape, unit_axis: self.unit_axis, len: self.len() as u64, counted: self.counted }
     }
 }
 
@@ -337,6 +357,8 @@ pub struct GpuTensor {
     pub(crate) name: Option<std::sync::Arc<str>>,
     pub(crate) shape: Option<std::sync::Arc<[usize]>>,
     pub(crate) unit_axis: Option<UnitAxis>,
+    /// Whether its norm is measured.
+    pub(crate) counted: bool,
     pub(crate) parameter: Option<std::sync::Arc<GpuTensor>>,
 }
 
@@ -383,6 +405,7 @@ impl GpuTensor {
             name: None,
             shape: None,
             unit_axis: None,
+            counted: true,
             parameter: None,
         })
     }
@@ -438,6 +461,14 @@ impl GpuTensor {
         self
     }
 
+    /// Chooses whether norms count the tensor; they do if not called. One that is not counted is scaled and not measured,
+    /// and its non-finite elements go unnoticed: a replica of what another process of a group counts ([`processes`](crate::processes)).
+    #[must_use]
+    pub fn counted(mut self, counted: bool) -> Self {
+        self.counted = counted;
+        self
+    }
+
     /// Says which parameter the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). Its shape must be the
     /// gradient's, and so must its name if it has one; its dtype may differ.
     #[must_use]
@@ -447,7 +478,7 @@ impl GpuTensor {
     }
 
     pub(crate) fn dims(&self) -> Dims<'_> {
-        Dims { shape: self.shape.as_deref(), unit_axis: self.unit_axis, len: self.len() }
+        Dims { shape: self.shape.as_deref(), unit_axis: self.unit_axis, len: self.len(), counted: self.counted }
     }
 
     /// The number of elements.

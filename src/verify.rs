@@ -2,8 +2,9 @@
 
 use half::{bf16, f16};
 
-use crate::gpu::{GpuClipper, Wait};
-use crate::progress::Progress;
+use crate::cpu::Around;
+use crate::gpu::GpuClipper;
+use crate::wait::Wait;
 use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, cpu};
 
 /// How far the norms may be apart, relatively: what GPU and CPU promise together, as [`NormType::p`](crate::NormType::p)
@@ -92,11 +93,10 @@ pub async fn verify(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Re
 }
 
 async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
-    let unheard = Progress::default();
     let copies = || tensors.iter().map(|t| t.data.to_vec()).collect::<Vec<_>>();
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
-    let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, &unheard))?;
-    let gpu = found(gpu.apply_by(wait, &mut [(*clip, &mut views(&mut on_gpu, tensors))], &unheard).await)?;
+    let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, Around::alone()))?;
+    let gpu = found(gpu.apply_by(wait, &mut [(*clip, &mut views(&mut on_gpu, tensors))], Around::alone()).await)?;
     // Where a parameter's norm is the threshold, the coefficient has the error of both.
     let coef_tolerance = norm_tolerance(clip) * if clip.needs_parameters() { 2.0 } else { 1.0 };
     let (norm_error, same_decision) = match (&cpu, &gpu) {
@@ -152,8 +152,8 @@ fn compare_decisions(cpu: (f64, f64, bool), gpu: (f64, f64, bool), tolerance: f6
 
 fn views<'a>(copies: &'a mut [Vec<u8>], tensors: &[Tensor<'a>]) -> Vec<TensorMut<'a>> {
     let view = |(data, t): (&'a mut Vec<u8>, &Tensor<'a>)| {
-        let Tensor { name, dtype, shape, unit_axis, parameter, .. } = *t;
-        TensorMut { name, dtype, data, shape, unit_axis, parameter }
+        let Tensor { name, dtype, shape, unit_axis, counted, parameter, .. } = *t;
+        TensorMut { name, dtype, data, shape, unit_axis, counted, parameter }
     };
     copies.iter_mut().zip(tensors).map(view).collect()
 }

@@ -39,10 +39,12 @@ use half::{bf16, f16};
 
 use crate::error::tensor_label;
 use crate::partial::{Action, Known, Location, Outcome, Partial};
+use crate::processes::{Part, ProcessGroup, Turn, merge};
 use crate::progress::Progress;
 use crate::segment::{Family, Layout, Segments, check_groups, check_parameter};
 use crate::threshold::Threshold;
-use crate::{Clip, ClipReport, Dtype, Error, NonFinite, Scope, Tensor, TensorMut};
+use crate::wait::{Wait, at_once};
+use crate::{Clip, ClipReport, Dtype, Error, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
 use pool::in_parallel;
 use task::merged;
 use tuning::{CHUNK, COLUMNS};
@@ -73,47 +75,77 @@ macro_rules! with_element {
 
 use with_element;
 
-/// Measures what [`apply`] would do, and writes nothing.
-pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<ClipReport, Error> {
-    let found = Measured::of(clip, tensors, progress)?;
-    found.decide(clip, |i| tensors.get(i)?.name, clip.only_measures() || found.refused(clip)).map(|(report, _)| report)
+/// What a clip is decided with, beside the tensors.
+#[derive(Clone, Copy)]
+pub(crate) struct Around<'a> {
+    pub(crate) progress: &'a Progress,
+    /// Whose parts of the gradients count too.
+    pub(crate) processes: &'a dyn ProcessGroup,
 }
 
-/// What [`apply`] would do, if it is known before anything is written: the segments, the outcomes and the report. A clip
-/// that does not read first is told of as if there were no elements. A `threshold` follows the norms.
+impl Around<'_> {
+    /// Nothing but the tensors.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn alone() -> Self {
+        use crate::processes::SingleProcess;
+        use std::sync::LazyLock;
+        static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::default);
+        static ALONE: LazyLock<SingleProcess> = LazyLock::new(SingleProcess::default);
+        Self { progress: &PROGRESS, processes: &*ALONE }
+    }
+
+    /// Whether the tensors are read before anything is written. Of many processes another may fail, and no one writes then.
+    fn reads_first(self, clip: &Clip) -> bool {
+        clip.reads_first() || self.processes.size() > 1
+    }
+}
+
+/// Measures what [`apply`] would do, and writes nothing.
+pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], around: Around<'_>) -> Result<ClipReport, Error> {
+    let found = measured(clip, tensors, around)?;
+    found.decide(clip, clip.only_measures() || found.refused(clip)).map(|(report, _)| report)
+}
+
+/// What [`apply`] would do, if it is known before anything is written: the segments, the outcomes and the report; and whether
+/// the tensors were read. If not, the clip is told of as if there were no elements. A `threshold` follows the norms.
 pub(crate) fn decide(
     clip: &Clip,
     tensors: &[Tensor<'_>],
     threshold: Option<&mut dyn Threshold>,
-    progress: &Progress,
-) -> Result<(Segments, Vec<Outcome>, ClipReport), Error> {
+    around: Around<'_>,
+) -> Result<(Segments, Vec<Outcome>, ClipReport, bool), Error> {
+    let turn = Turn::begin(around.processes);
     if threshold.is_some() {
         clip.check_adaptive()?;
     }
     let segments = segments_of(clip, tensors)?;
-    let mut found = if clip.reads_first() {
-        Measured::with(clip, tensors, segments, progress)
+    let threshold = threshold.map(|threshold| bound(threshold, &segments, tensors)).transpose()?;
+    let reads_first = around.reads_first(clip);
+    let part = if reads_first {
+        part(clip, tensors, segments, around.progress)
     } else {
-        Measured::new(clip, tensors, segments, &[Partial::EMPTY])
+        Part::new(clip, segments, vec![Partial::EMPTY])
     };
+    let mut found = together(turn, vec![part], |_, i| tensors[i].name)?.swap_remove(0);
     // A clip that only measures does not even unscale.
     let leaves = found.refused(clip) || clip.only_measures() && threshold.is_none();
     if let Some(threshold) = threshold {
-        found.adapt(clip, tensors, threshold)?;
+        found.adapt(clip, threshold);
     }
-    let (report, outcomes) = found.decide(clip, |i| tensors.get(i)?.name, leaves)?;
-    Ok((found.segments, outcomes, report))
+    let (report, outcomes) = found.decide(clip, leaves)?;
+    Ok((found.segments, outcomes, report, reads_first))
 }
 
 /// Some tensors and the clip that is theirs.
 pub(crate) type Group<'a, 'b> = (Clip, &'a mut [TensorMut<'b>]);
 
-/// Clips groups of tensors in place. The reports are theirs, in order. A `threshold` follows the norms of every group.
+/// Clips groups of tensors in place. The reports are theirs, in order. A `threshold` follows the norms of the one group.
 pub(crate) fn apply(
     groups: &mut [Group<'_, '_>],
-    mut threshold: Option<&mut dyn Threshold>,
-    progress: &Progress,
+    threshold: Option<&mut dyn Threshold>,
+    around: Around<'_>,
 ) -> Result<Vec<ClipReport>, Error> {
+    let turn = Turn::begin(around.processes);
     check_groups(groups.iter().map(|(clip, _)| clip))?;
     if threshold.is_some() {
         groups.iter().try_for_each(|(clip, _)| clip.check_adaptive())?;
@@ -123,29 +155,33 @@ pub(crate) fn apply(
     for (clip, tensors) in groups.iter() {
         segments.push(segments_of(clip, &views(tensors))?);
     }
-    let mut measured = Vec::new();
+    let threshold = match (threshold, &segments[..], &*groups) {
+        (Some(threshold), [segments], [(_, tensors)]) => Some(bound(threshold, segments, &views(tensors))?),
+        _ => None,
+    };
+    let mut parts = Vec::new();
     for ((clip, tensors), segments) in groups.iter_mut().zip(segments) {
-        let total = if clip.reads_first() { None } else { Some(clamp_all(clip, tensors, progress)) };
-        let views = views(tensors);
-        let mut found = match total {
-            None => Measured::with(clip, &views, segments, progress),
-            Some(total) => Measured::new(clip, &views, segments, &[total]),
-        };
-        if let Some(threshold) = threshold.as_deref_mut() {
-            found.adapt(clip, &views, threshold)?;
-        }
-        measured.push(found);
+        parts.push(if around.reads_first(clip) {
+            part(clip, &views(tensors), segments, around.progress)
+        } else {
+            Part::new(clip, segments, vec![clamp_all(clip, tensors, around.progress)])
+        });
     }
+    let mut measured = together(turn, parts, |group, i| groups[group].1[i].name)?;
     let refused = groups.iter().zip(&measured).any(|((clip, _), found)| found.refused(clip));
+    let follows = threshold.is_some();
+    if let (Some(threshold), [found], [(clip, _)]) = (threshold, &mut measured[..], &*groups) {
+        found.adapt(clip, threshold);
+    }
     let mut decided = Vec::new();
-    for ((clip, tensors), found) in groups.iter().zip(&measured) {
+    for ((clip, _), found) in groups.iter().zip(&measured) {
         // A clip that only measures does not even unscale.
-        let leaves = refused || clip.only_measures() && threshold.is_none();
-        decided.push(found.decide(clip, |i| tensors.get(i)?.name, leaves)?);
+        let leaves = refused || clip.only_measures() && !follows;
+        decided.push(found.decide(clip, leaves)?);
     }
     let mut reports = Vec::new();
     for (((clip, tensors), found), (report, outcomes)) in groups.iter_mut().zip(&measured).zip(decided) {
-        if clip.reads_first() {
+        if around.reads_first(clip) {
             write(clip, &found.segments, &outcomes, tensors);
         }
         reports.push(report);
@@ -157,9 +193,9 @@ pub(crate) fn apply(
 pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
     clip.check_adaptive()?;
     let segments = segments_of(clip, &views(tensors))?;
-    let found = Measured::given(clip, &views(tensors), segments, given)?;
+    let found = Measured::given(clip, segments, given)?;
     let leaves = clip.only_measures() || found.refused(clip);
-    let (report, outcomes) = found.decide(clip, |i| tensors.get(i)?.name, leaves)?;
+    let (report, outcomes) = found.decide(clip, leaves)?;
     write(clip, &found.segments, &outcomes, tensors);
     Ok(report)
 }
@@ -169,11 +205,11 @@ pub(crate) fn sum_examples(
     clip: &Clip,
     tensors: &[Tensor<'_>],
     sums: &mut [TensorMut<'_>],
-    progress: &Progress,
+    around: Around<'_>,
 ) -> Result<ClipReport, Error> {
-    let found = Measured::of(clip, tensors, progress)?;
+    let found = measured(clip, tensors, around)?;
     let refused = found.refused(clip);
-    let (report, outcomes) = found.decide(clip, |i| tensors.get(i)?.name, refused)?;
+    let (report, outcomes) = found.decide(clip, refused)?;
     if !refused {
         let drop = clip.non_finite == NonFinite::Drop;
         for ((tensor, layout), sum) in tensors.iter().zip(&found.segments.layouts).zip(sums) {
@@ -194,7 +230,7 @@ pub(crate) fn sum_examples(
 
 /// The partial of everything.
 pub(crate) fn partial(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Partial, Error> {
-    Ok(Measured::of(clip, tensors, progress)?.total)
+    Ok(part(clip, tensors, segments_of(clip, tensors)?, progress).total())
 }
 
 pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
@@ -213,19 +249,71 @@ pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segment
     Ok(segments)
 }
 
-/// What the first pass found out.
+/// What the first pass measures here.
+fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Progress) -> Part {
+    let partials = merged(tensors, &segments, |task, slots| {
+        progress.measured(task.bytes());
+        match clip.measured() {
+            Some(norm_type) => task.norm(norm_type, slots),
+            None => with_element!(task.dtype, T => slots[0] = clamp::scan::<T>(clip, task.at, task.data)),
+        }
+    });
+    let mut part = Part::new(clip, segments, partials);
+    if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
+        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.counted(t.counted))).collect();
+        part.parameters = merged(&of, &part.segments, |task, slots| task.norm(norm_type, slots));
+    }
+    part
+}
+
+/// What the first pass found out, of all processes together.
 struct Measured {
     segments: Segments,
     /// By segment.
     known: Vec<Known>,
     /// What the norms are compared with, by segment.
     max_norms: Vec<f64>,
-    total: Partial,
     /// N of everything.
     total_norm: f64,
     elements: u64,
+    /// Whether an element lies outside the bounds of a value clip.
+    outside: bool,
     /// Whether anything is not finite.
     bad: bool,
+    /// What is not, if it is known.
+    non_finite: Option<NonFiniteElements>,
+}
+
+/// What one clip finds out.
+fn measured(clip: &Clip, tensors: &[Tensor<'_>], around: Around<'_>) -> Result<Measured, Error> {
+    let turn = Turn::begin(around.processes);
+    let part = part(clip, tensors, segments_of(clip, tensors)?, around.progress);
+    Ok(together(turn, vec![part], |_, i| tensors[i].name)?.swap_remove(0))
+}
+
+/// What all processes have measured of each group of tensors.
+fn together<'a>(
+    turn: Turn<'_>,
+    mut parts: Vec<Part>,
+    name_of: impl Fn(usize, usize) -> Option<&'a str>,
+) -> Result<Vec<Measured>, Error> {
+    let non_finite = if turn.group().size() > 1 {
+        at_once(merge(turn, &mut parts, name_of, Wait::Sleeping))?
+    } else {
+        let found = |(group, part): (usize, &Part)| part.total().non_finite_elements(|i| name_of(group, i));
+        parts.iter().enumerate().map(found).collect()
+    };
+    Ok(parts.into_iter().zip(non_finite).map(|(part, bad)| Measured::new(part, bad)).collect())
+}
+
+/// A threshold that is tied to its segments.
+fn bound<'t>(
+    threshold: &'t mut dyn Threshold,
+    segments: &Segments,
+    tensors: &[Tensor<'_>],
+) -> Result<&'t mut dyn Threshold, Error> {
+    threshold.bind(&segments.labels(|i| tensors[i].name))?;
+    Ok(threshold)
 }
 
 /// A decision that is not measured here.
@@ -238,46 +326,32 @@ pub(crate) enum Given<'a> {
 }
 
 impl Measured {
-    fn of(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Self, Error> {
-        Ok(Self::with(clip, tensors, segments_of(clip, tensors)?, progress))
-    }
-
-    fn with(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Progress) -> Self {
-        let partials = merged(tensors, &segments, |task, slots| {
-            progress.measured(task.bytes());
-            match clip.measured() {
-                Some(norm_type) => task.norm(norm_type, slots),
-                None => with_element!(task.dtype, T => slots[0] = clamp::scan::<T>(clip, task.at, task.data)),
-            }
-        });
-        let mut found = Self::new(clip, tensors, segments, &partials);
-        if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
-            let of: Vec<_> = tensors.iter().filter_map(|t| t.parameter.copied()).collect();
-            let norm = |p: &Partial| if p.non_finite > 0 { f64::INFINITY } else { p.finite_norm(norm_type, 1.0) };
-            let partials = merged(&of, &found.segments, |task, slots| task.norm(norm_type, slots));
-            let parameters: Vec<_> = partials.iter().map(norm).collect();
-            found.max_norms = found.segments.max_norms(clip, &parameters, &[]);
+    fn new(part: Part, non_finite: Option<NonFiniteElements>) -> Self {
+        let total = part.total();
+        let Part { clip, segments, partials, parameters } = part;
+        let norm_of = |p: &Partial| match clip.measured() {
+            Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0),
+            _ => f64::INFINITY,
+        };
+        let parameters: Vec<_> = parameters.iter().map(norm_of).collect();
+        let elements = segments.elements();
+        Self {
+            known: partials.iter().map(|p| clip.known(p)).collect(),
+            max_norms: segments.max_norms(&clip, &parameters, &[]),
+            total_norm: clip.known(&total).norm * clip.weight(elements),
+            elements,
+            outside: total.outside,
+            bad: total.non_finite > 0,
+            non_finite,
+            segments,
         }
-        found
     }
 
-    fn new(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, partials: &[Partial]) -> Self {
-        let elements = tensors.iter().map(|t| t.len() as u64).sum();
-        let total = partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b));
-        let known = partials.iter().map(|p| clip.known(p)).collect();
-        let max_norms = segments.max_norms(clip, &[], &[]);
-        let total_norm = clip.known(&total).norm * clip.weight(elements);
-        Self { segments, known, max_norms, total, total_norm, elements, bad: total.non_finite > 0 }
-    }
-
-    fn given(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, given: Given<'_>) -> Result<Self, Error> {
+    fn given(clip: &Clip, mut segments: Segments, given: Given<'_>) -> Result<Self, Error> {
         match given {
             Given::Partial(partial, elements) => {
-                let mut found = Self::new(clip, tensors, segments, &[*partial]);
-                found.elements = elements;
-                found.max_norms = vec![clip.max_norm(elements, 1.0, 0.0)];
-                found.total_norm = found.known[0].norm * clip.weight(elements);
-                Ok(found)
+                segments.set_elements(clip, &[elements]);
+                Ok(Self::new(Part::new(clip, segments, vec![*partial]), None))
             }
             Given::Norms(norms) => {
                 let expected = u64::from(segments.count);
@@ -292,7 +366,7 @@ impl Measured {
                 if let Some(norm) = norms.iter().find(|n| !(0.0..=greatest).contains(*n)) {
                     return Err(Error::BadParameter { what: "a given norm", value: *norm, must });
                 }
-                let mut found = Self::new(clip, tensors, segments, &[]);
+                let mut found = Self::new(Part::new(clip, segments, Vec::new()), None);
                 // Nothing is known of single elements: a policy that drops some looks for them wherever it writes.
                 let known = |(family, norm): (&Family, &f64)| Known {
                     norm: norm / clip.weight(family.elements),
@@ -307,14 +381,12 @@ impl Measured {
     }
 
     /// Lets an adaptive threshold follow the norms.
-    fn adapt(&mut self, clip: &Clip, tensors: &[Tensor<'_>], threshold: &mut dyn Threshold) -> Result<(), Error> {
-        threshold.bind(&self.segments.labels(|i| tensors[i].name))?;
+    fn adapt(&mut self, clip: &Clip, threshold: &mut dyn Threshold) {
         let norm = |(family, known): (&Family, &Known)| known.norm * clip.weight(family.elements);
         let norms: Vec<_> = self.segments.families().zip(&self.known).map(norm).collect();
         // A non-finite element counts as such even where the policy measures the rest.
         let total_norm = if self.bad { f64::NAN } else { self.total_norm };
         self.max_norms = self.segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
-        Ok(())
     }
 
     /// Whether the policy keeps everything as it is.
@@ -323,15 +395,10 @@ impl Measured {
     }
 
     /// The report and the outcomes; under a refusal every segment is left as it is.
-    fn decide<'a>(
-        &self,
-        clip: &Clip,
-        name_of: impl Fn(usize) -> Option<&'a str>,
-        refused: bool,
-    ) -> Result<(ClipReport, Vec<Outcome>), Error> {
+    fn decide(&self, clip: &Clip, refused: bool) -> Result<(ClipReport, Vec<Outcome>), Error> {
         let outcomes = self.segments.outcomes(clip, &self.known, &self.max_norms, refused);
-        let totals = (self.total_norm, &self.total);
-        let report = clip.report((&self.segments, &outcomes), totals, self.elements, name_of)?;
+        let totals = (self.total_norm, self.outside);
+        let report = clip.report((&self.segments, &outcomes), totals, self.elements, self.non_finite.clone())?;
         Ok((report, outcomes))
     }
 }
@@ -387,10 +454,16 @@ pub(crate) fn write_piece(
 fn clamp_all(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) -> Partial {
     let (pieces, bytes) = pieces(tensors);
     let total = Mutex::new(Partial::EMPTY);
-    let work = tensors.iter_mut().enumerate().flat_map(|(i, tensor)| chunks(i, tensor));
-    in_parallel(work, pieces, bytes, |(at, dtype, data)| {
+    let work = tensors.iter_mut().enumerate().flat_map(|(i, tensor)| {
+        let counted = tensor.counted;
+        chunks(i, tensor).map(move |chunk| (counted, chunk))
+    });
+    in_parallel(work, pieces, bytes, |(counted, (at, dtype, data))| {
         progress.measured(data.len());
         let partial = with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
+        if !counted {
+            return;
+        }
         // Nothing is summed: what was counted, and the first location, do not depend on the order.
         let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
         *total = total.merge(partial);

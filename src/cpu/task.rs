@@ -59,10 +59,10 @@ impl Task<'_> {
     }
 }
 
-/// Cuts tensors into tasks, segment by segment within each.
+/// Cuts what norms count into tasks, segment by segment within each tensor.
 fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
     let mut tasks = Vec::new();
-    for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate() {
+    for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate().filter(|(_, (t, _))| t.counted) {
         let (size, all) = (t.dtype.size(), t.len());
         let mut add = |first: usize, len: usize, shape, segment: usize| {
             let at = Location { tensor, index: first as u64 };

@@ -26,6 +26,8 @@ pub(super) struct Built {
     pub(super) phases: [Vec<Dispatch>; 3],
     pub(super) memory: Memory,
     pub(super) origins: Vec<Origin>,
+    /// Where the partial of all groups is.
+    pub(super) everything: u32,
     pub(super) threshold: Option<DeviceThreshold>,
     /// Whether the host may set the thresholds.
     pub(super) follows_host: bool,
@@ -39,8 +41,12 @@ pub(super) struct Group {
     pub(super) first_segment: u32,
     /// Where the partial of all its segments is.
     pub(super) total: u32,
+    /// Where the partials of its segments begin, and those of their parameters.
+    pub(super) first_partial: u32,
+    pub(super) first_parameter: Option<u32>,
     pub(super) names: Vec<Option<Arc<str>>>,
-    pub(super) elements: u64,
+    /// Whether norms count all of its tensors.
+    pub(super) all_counted: bool,
     pub(super) bytes: Bytes,
     pub(super) given: bool,
     /// See [`GroupParts::shapes`].
@@ -51,6 +57,8 @@ pub(super) struct Group {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bytes {
     pub(super) elements: u64,
+    /// Of those that norms count.
+    pub(super) counted: u64,
     pub(super) parameters: u64,
     pub(super) sums: u64,
 }
@@ -59,11 +67,22 @@ impl Bytes {
     fn of(group: &GroupParts, job: &Job) -> Self {
         let bytes = |pieces: &mut dyn Iterator<Item = &Piece>| pieces.map(|p| p.len * p.dtype.size() as u64).sum();
         let sums = if let Job::Sum(pairs) = job { bytes(&mut pairs.iter().map(|(_, sum)| sum)) } else { 0 };
-        Self { elements: bytes(&mut group.pieces.iter()), parameters: bytes(&mut group.parameters.iter()), sums }
+        let counted = |piece: &&Piece| group.counted[piece.tensor];
+        Self {
+            elements: bytes(&mut group.pieces.iter()),
+            counted: bytes(&mut group.pieces.iter().filter(counted)),
+            parameters: bytes(&mut group.parameters.iter().filter(counted)),
+            sums,
+        }
     }
 }
 
 impl Group {
+    /// Whether elements are looked at before any is written.
+    pub(super) fn reads_first(&self) -> bool {
+        self.clip.reads_first() || !self.all_counted
+    }
+
     /// What its kernels measure; norms from outside are measured as the largest of one element.
     fn norm(&self) -> Option<Norm> {
         if self.given { Some(Norm::Inf) } else { self.clip.measured().map(Norm::from) }
@@ -116,6 +135,8 @@ pub(super) struct GroupParts {
     pub(super) clip: Clip,
     pub(super) segments: Segments,
     pub(super) names: Vec<Option<Arc<str>>>,
+    /// Whether norms count each tensor.
+    pub(super) counted: Vec<bool>,
     pub(super) pieces: Vec<Piece>,
     /// The parameters, if the clip needs them.
     pub(super) parameters: Vec<Piece>,
@@ -268,7 +289,7 @@ impl Memory {
         let bytes = u64::from(partials.max(1)) * PARTIAL_BYTES;
         let room = |kept: Option<&Self>| match kept {
             Some(memory) if memory.partials.size() >= bytes => Ok(memory.partials.clone()),
-            _ => device.storage("gradclip partials", bytes, read),
+            _ => device.storage("gradclip partials", bytes, read | wgpu::BufferUsages::COPY_DST),
         };
         if let Kept::All(memory) = kept {
             return Ok(Self { partials: room(Some(memory))?, ..memory.clone() });
@@ -347,7 +368,9 @@ impl Built {
         layout.apply(&mut builder, &job);
         let running = if let Job::Running(running) = &job { Some(&running.partial) } else { None };
         let phases = builder.build(&memory, running, &layout.params)?;
-        Ok(Self { groups: layout.groups, phases, memory, origins: layout.origins, threshold, follows_host })
+        let everything = layout.params.first().map_or(0, |params| params.total_partial);
+        let PlanLayout { groups, origins, .. } = layout;
+        Ok(Self { groups, phases, memory, origins, everything, threshold, follows_host })
     }
 }
 
@@ -426,6 +449,10 @@ impl PlanLayout {
             let pieces = of.pieces.iter_mut().chain(&mut of.parameters);
             pieces.for_each(|piece| piece.layout.segment += first_segment);
             let segments = first_segment..first_segment + of.segments.count;
+            let all_counted = of.counted.iter().all(|counted| *counted);
+            let counted = |pieces: &[Piece]| -> Vec<_> {
+                pieces.iter().filter(|piece| of.counted[piece.tensor]).copied().collect()
+            };
             let mut tables = |pieces: &[Piece], measures_only| {
                 let origin = free_origin.checked_add(u32::try_from(self.origins.len()).ok()?)?;
                 let found = Tables::new(pieces, segments.clone(), (slot, origin), measures_only, limits)?;
@@ -439,10 +466,14 @@ impl PlanLayout {
                 // What would be measured of the tensors themselves is of no use here.
                 let applied = Tables::new(&of.pieces, segments.clone(), (0, 0), false, limits)?;
                 (tables(&[*norms], true)?, Some(applied))
-            } else {
+            } else if all_counted {
                 (tables(&of.pieces, !writes)?, None)
+            } else {
+                let applied = Tables::new(&of.pieces, segments.clone(), (0, 0), !writes, limits)?;
+                (tables(&counted(&of.pieces), true)?, Some(applied))
             };
-            let parameters = if of.clip.needs_parameters() { Some(tables(&of.parameters, true)?) } else { None };
+            let parameters = counted(&of.parameters);
+            let parameters = if of.clip.needs_parameters() { Some(tables(&parameters, true)?) } else { None };
             self.parts.push(GroupTables { measured, parameters, applied, writes });
             let mut params = Params::new(&of.clip, may_only_measure && of.clip.only_measures());
             (params.first_segment, params.segments) = (first_segment, of.segments.count);
@@ -453,8 +484,10 @@ impl PlanLayout {
                 clip: of.clip,
                 first_segment,
                 total: 0,
+                first_partial: 0,
+                first_parameter: None,
                 names: of.names,
-                elements: of.pieces.iter().map(|p| p.len).sum(),
+                all_counted,
                 given: matches!(job, Job::Scale(_)),
                 segments: of.segments,
             });
@@ -476,6 +509,8 @@ impl PlanLayout {
         }
         let mut totals = Vec::new();
         for (group, params) in self.groups.iter_mut().zip(&mut self.params) {
+            group.first_partial = params.segment_partials;
+            group.first_parameter = group.clip.needs_parameters().then_some(params.parameter_partials);
             group.total = self.tree.total(params.segment_partials, params.segments, level)?;
             params.group_partial = group.total;
             totals.push(group.total);
@@ -488,7 +523,7 @@ impl PlanLayout {
     fn measure(&self, builder: &mut Builder<'_>) {
         for (i, (group, tables)) in self.groups.iter().zip(&self.parts).enumerate() {
             let norm = group.norm();
-            let guarded = group.clip.reads_first();
+            let guarded = group.reads_first();
             for (batch, of, dtype, table) in tables.measured.each() {
                 let kernel = match (of, norm) {
                     (Use::Mixed { .. }, _) => continue,
@@ -534,7 +569,7 @@ impl PlanLayout {
         for (i, (group, tables)) in self.groups.iter().zip(&self.parts).enumerate() {
             let value = group.clip.measured().is_none();
             let measures = self.params[i].only_measures != 0 && !matches!(job, Job::Running(_));
-            if !tables.writes || measures || (value && !group.clip.reads_first()) {
+            if !tables.writes || measures || (value && !group.reads_first()) {
                 continue;
             }
             let applied = tables.applied.as_ref().unwrap_or(&tables.measured);

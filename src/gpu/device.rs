@@ -5,16 +5,7 @@ use std::sync::{Arc, OnceLock};
 use futures_intrusive::channel::shared::{OneshotReceiver, oneshot_channel};
 
 use crate::Error;
-
-/// How a readback waits for the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wait {
-    /// Each poll of the future polls the device once and asks to be polled again.
-    Polling,
-    /// The first poll of the future sleeps until the device is done; for the blocking functions.
-    #[cfg(not(target_arch = "wasm32"))]
-    Sleeping,
-}
+use crate::wait::Wait;
 
 /// What a buffer is for that the host reads what the device wrote from, and the other way round.
 pub(super) const DOWNLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);

@@ -22,17 +22,19 @@ use std::sync::Arc;
 
 use super::GpuClipper;
 use super::build::{Follows, GroupParts, Job, Parts, Phase};
-use super::device::{DOWNLOAD, GpuDevice, Mapping, UPLOAD, Wait};
+use super::device::{DOWNLOAD, GpuDevice, Mapping, UPLOAD};
 use super::plan::GpuPlan;
 use super::table::{Piece, dtype_code};
 use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BUFFERS, STAGING_BYTES};
 use crate::cpu::pool::in_parallel;
-use crate::cpu::{self, views};
+use crate::cpu::{self, Around, views};
 use crate::error::tensor_label;
 use crate::partial::{Location, Outcome};
+use crate::processes::Turn;
 use crate::progress::Progress;
 use crate::segment::{Layout, check_groups};
 use crate::threshold::Threshold;
+use crate::wait::Wait;
 use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut};
 
 /// A run of bytes of a host tensor, and where it lies in its load.
@@ -98,22 +100,23 @@ impl GpuClipper {
     /// error: the CPU then writes the rest, with the same bits. It also does where the future is dropped just then.
     pub async fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         let groups = &mut [(*clip, tensors)];
-        Ok(self.apply_by(Wait::Polling, groups, &Progress::default()).await?.swap_remove(0))
+        Ok(self.apply_by(Wait::Polling, groups, Around::alone()).await?.swap_remove(0))
     }
 
     pub(crate) async fn apply_by(
         &self,
         wait: Wait,
         groups: &mut [(Clip, &mut [TensorMut<'_>])],
-        progress: &Progress,
+        around: Around<'_>,
     ) -> Result<Vec<ClipReport>, Error> {
+        let turn = Turn::begin(around.processes);
         check_groups(groups.iter().map(|(clip, _)| clip))?;
         if groups.is_empty() {
             return Ok(Vec::new());
         }
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
-        let mut passage = Passage::new(self, (wait, progress), &views, |_, _| Job::Clip, Follows::Clip)?;
-        passage.measure(&views).await?;
+        let mut passage = Passage::new(self, (wait, around.progress), &views, |_, _| Job::Clip, Follows::Clip)?;
+        passage.measure(&views, turn).await?;
         let (reports, outcomes) = passage.plan.reports_by(wait).await?;
         passage.write_back(groups, outcomes).await;
         Ok(reports)
@@ -126,12 +129,14 @@ impl GpuClipper {
         clip: &Clip,
         threshold: &mut dyn Threshold,
         tensors: &mut [TensorMut<'_>],
-        progress: &Progress,
+        around: Around<'_>,
     ) -> Result<ClipReport, Error> {
+        let turn = Turn::begin(around.processes);
         clip.check_adaptive()?;
         let views = [(*clip, views(tensors))];
-        let mut passage = Passage::new(self, (wait, progress), &views, |_, _| Job::Clip, Follows::Host)?;
-        passage.measure(&views).await?;
+        let mut passage = Passage::new(self, (wait, around.progress), &views, |_, _| Job::Clip, Follows::Host)?;
+        passage.plan.bind(threshold)?;
+        passage.measure(&views, turn).await?;
         passage.plan.adapt_by(wait, threshold).await?;
         passage.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
         let (mut reports, outcomes) = passage.plan.reports_by(wait).await?;
@@ -144,7 +149,7 @@ impl GpuClipper {
     /// # Errors
     /// The same.
     pub async fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        self.measure_by(Wait::Polling, clip, tensors, &Progress::default()).await
+        self.measure_by(Wait::Polling, clip, tensors, Around::alone()).await
     }
 
     pub(crate) async fn measure_by(
@@ -152,11 +157,12 @@ impl GpuClipper {
         wait: Wait,
         clip: &Clip,
         tensors: &[Tensor<'_>],
-        progress: &Progress,
+        around: Around<'_>,
     ) -> Result<ClipReport, Error> {
+        let turn = Turn::begin(around.processes);
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, (wait, progress), &views, |_, _| Job::Measure, Follows::Clip)?;
-        passage.measure(&views).await?;
+        let mut passage = Passage::new(self, (wait, around.progress), &views, |_, _| Job::Measure, Follows::Clip)?;
+        passage.measure(&views, turn).await?;
         Ok(passage.plan.reports_by(wait).await?.0.swap_remove(0))
     }
 
@@ -168,8 +174,9 @@ impl GpuClipper {
         clip: &Clip,
         tensors: &[Tensor<'_>],
         sums: &mut [TensorMut<'_>],
-        progress: &Progress,
+        around: Around<'_>,
     ) -> Result<ClipReport, Error> {
+        let turn = Turn::begin(around.processes);
         let mut into = Vec::new();
         for sum in sums.iter() {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -185,8 +192,8 @@ impl GpuClipper {
             Job::Sum(pairs)
         };
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, (wait, progress), &views, job, Follows::Clip)?;
-        passage.measure(&views).await?;
+        let mut passage = Passage::new(self, (wait, around.progress), &views, job, Follows::Clip)?;
+        passage.measure(&views, turn).await?;
         let report = passage.plan.reports_by(wait).await?.0.swap_remove(0);
         if !(report.found_inf() && clip.refuses_non_finite()) {
             passage.sum(tensors).await?;
@@ -208,7 +215,7 @@ impl GpuClipper {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn apply_blocking(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         let groups = &mut [(*clip, tensors)];
-        Ok(pollster::block_on(self.apply_by(Wait::Sleeping, groups, &Progress::default()))?.swap_remove(0))
+        Ok(pollster::block_on(self.apply_by(Wait::Sleeping, groups, Around::alone()))?.swap_remove(0))
     }
 
     /// [`GpuClipper::measure`], waiting for the answer.
@@ -217,7 +224,7 @@ impl GpuClipper {
     /// The same.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn measure_blocking(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        pollster::block_on(self.measure_by(Wait::Sleeping, clip, tensors, &Progress::default()))
+        pollster::block_on(self.measure_by(Wait::Sleeping, clip, tensors, Around::alone()))
     }
 
     async fn read_all(&self, buffer: &wgpu::Buffer, size: u64, wait: Wait) -> Result<Vec<u8>, Error> {
@@ -259,8 +266,9 @@ impl<'a> Passage<'a> {
         for (group, (clip, tensors)) in groups.iter().enumerate() {
             let segments = cpu::segments_of(clip, tensors)?;
             let names = tensors.iter().map(|t| t.name.map(Arc::from)).collect();
+            let counted = tensors.iter().map(|t| t.counted).collect();
             let (pieces, parameters) = (Vec::new(), Vec::new());
-            parts.push(GroupParts { clip: *clip, segments, names, pieces, parameters });
+            parts.push(GroupParts { clip: *clip, segments, names, counted, pieces, parameters });
             owners.extend((0..tensors.len()).map(|tensor| Owner { group, tensor, is_parameter: false }));
         }
         for (group, (_, tensors)) in groups.iter().enumerate().filter(|(_, (clip, _))| clip.needs_parameters()) {
@@ -301,6 +309,7 @@ impl<'a> Passage<'a> {
         let job = job(&mut bound, &parts[0].pieces);
         let clips = matches!(job, Job::Clip);
         let plan = GpuPlan::new(gpu, Parts { buffers: bound, groups: parts, job, follows, in_turn: true }, None)?;
+        let writes_at_once = plan.built.groups.iter().any(|group| !group.reads_first());
         Ok(Self {
             gpu,
             wait,
@@ -312,13 +321,13 @@ impl<'a> Passage<'a> {
             held: vec![None; buffers.len()],
             buffers,
             staging: staging.into_iter().map(|buffer| Staging { buffer, mapping: None }).collect(),
-            measuring_writes: clips && groups.iter().any(|(clip, _)| !clip.reads_first()),
+            measuring_writes: clips && writes_at_once,
             moved: (0, 0),
         })
     }
 
-    /// Brings all loads to the device, measures them, and decides.
-    async fn measure(&mut self, groups: &[(Clip, Vec<Tensor<'_>>)]) -> Result<(), Error> {
+    /// Brings all loads to the device, measures them, takes in what other processes have measured, and decides.
+    async fn measure(&mut self, groups: &[(Clip, Vec<Tensor<'_>>)], turn: Turn<'_>) -> Result<(), Error> {
         let all = of_all(groups);
         for load in 0..self.loads.len() {
             self.fill(load, |run| Some(&all[run.tensor].data[run.bytes.clone()])).await?;
@@ -333,6 +342,10 @@ impl<'a> Passage<'a> {
             passage.plan.encode_for(encoder, Phase::Measure, None);
             passage.plan.encode_phases(encoder, &[Phase::Decide])
         })?;
+        if turn.group().size() > 1 {
+            self.plan.merge_by(self.wait, turn).await?;
+            self.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
+        }
         Ok(())
     }
 

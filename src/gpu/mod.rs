@@ -67,7 +67,6 @@ use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
 pub use crate::tensor::GpuTensor;
 use crate::{Clip, Dtype, Error};
 
-pub(crate) use device::Wait;
 pub use device::adapters;
 #[cfg(not(target_arch = "wasm32"))]
 pub use device::adapters_blocking;
@@ -462,7 +461,8 @@ impl Gathered {
             pieces.push(piece);
         }
         let names = tensors.iter().map(|t| t.name.clone()).collect();
-        self.groups.push(GroupParts { clip: *clip, segments, names, pieces, parameters });
+        let counted = tensors.iter().map(|t| t.counted).collect();
+        self.groups.push(GroupParts { clip: *clip, segments, names, counted, pieces, parameters });
         Ok(())
     }
 

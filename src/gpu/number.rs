@@ -25,7 +25,8 @@ impl Number {
         Self::of(1.0 / a, -exponent)
     }
 
-    fn of(x: f64, exponent: i32) -> Self {
+    /// `x * 2^exponent`, rounded to 32 bits, of a finite x that is not negative.
+    pub(super) fn of(x: f64, exponent: i32) -> Self {
         let (mantissa, own_exponent) = split(x);
         if mantissa == 0.0 {
             return Self::default();

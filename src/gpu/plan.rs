@@ -1,17 +1,19 @@
 //! [`GpuPlan`]: everything that a clip needs, built once; each step is then a list of dispatches to record.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::build::{Built, Follows, Group, GroupParts, PARTIAL_BYTES, Parts, Phase};
-use super::device::Wait;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
 use super::table::Origin;
 use super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use super::{GpuClipper, GpuTensor, Recipe};
-use crate::partial::{Action, Outcome};
+use crate::partial::{Action, Outcome, Partial};
+use crate::processes::{Part, ProcessGroup, Turn, merge};
+use crate::segment::Segments;
 use crate::threshold::Threshold;
-use crate::{ClipReport, Error, NonFinite, Scope};
+use crate::wait::Wait;
+use crate::{ClipReport, Error, NonFinite, NonFiniteElements, Scope};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
@@ -27,6 +29,16 @@ pub struct GpuPlan {
     recipe: Option<Recipe>,
     pub(super) encoded: AtomicU64,
     reported: Mutex<Reported>,
+    /// By group, what the processes of a group have measured since the last norm was recorded, if they have.
+    across: Mutex<Option<Vec<Across>>>,
+}
+
+/// What was measured of a group of tensors, of all processes together.
+#[derive(Clone, Debug)]
+struct Across {
+    segments: Segments,
+    total: Partial,
+    non_finite: Option<NonFiniteElements>,
 }
 
 /// At the last report: how many steps had been encoded, and how many had run by the device's own count.
@@ -39,7 +51,14 @@ struct Reported {
 impl GpuPlan {
     pub(super) fn new(gpu: &GpuClipper, parts: Parts, recipe: Option<Recipe>) -> Result<Self, Error> {
         let built = Built::new(gpu, parts, None)?;
-        Ok(Self { gpu: gpu.clone(), built, recipe, encoded: AtomicU64::new(0), reported: Mutex::default() })
+        Ok(Self {
+            gpu: gpu.clone(),
+            built,
+            recipe,
+            encoded: AtomicU64::new(0),
+            reported: Mutex::default(),
+            across: Mutex::default(),
+        })
     }
 
     /// Takes other tensors of the same dtypes and shapes in place of the plan's: in other buffers or at other offsets, as a
@@ -132,10 +151,24 @@ impl GpuPlan {
         for phase in phases {
             self.built.phases[*phase as usize].iter().for_each(|dispatch| dispatch.record(&mut pass));
         }
+        if phases.contains(&Phase::Measure) {
+            *self.across() = None;
+        }
         if phases.contains(&Phase::Decide) {
             self.encoded.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    fn across(&self) -> MutexGuard<'_, Option<Vec<Across>>> {
+        self.across.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// That a step has run since the last report, given how many were encoded.
+    fn check_ran(&self, encoded: u64, head: &ResultsHead) -> Result<MutexGuard<'_, Reported>, Error> {
+        let reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = head.steps == reported.steps && encoded != reported.encoded;
+        if head.steps == 0 || idle { Err(Error::NotSubmitted) } else { Ok(reported) }
     }
 
     /// Records what a phase does with one buffer of the plan's, or with none: what merges and decides.
@@ -218,21 +251,20 @@ impl GpuPlan {
         let (totals, results) = bytes.split_at(self.built.groups.len() * size_of::<PartialRow>());
         let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
         let head: ResultsHead = bytemuck::pod_read_unaligned(head);
-        {
-            let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
-            let idle = head.steps == reported.steps && encoded != reported.encoded;
-            if head.steps == 0 || idle {
-                return Err(Error::NotSubmitted);
-            }
-            *reported = Reported { encoded, steps: head.steps };
-        }
+        *self.check_ran(encoded, &head)? = Reported { encoded, steps: head.steps };
         let outcomes: Vec<OutcomeRow> = bytemuck::pod_collect_to_vec(outcomes);
         let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
-        for (group, total) in self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())) {
+        let across = self.across();
+        for (i, (group, total)) in self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())).enumerate() {
+            let own = || {
+                let total = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| self.built.origins[i]);
+                let name_of = |i: usize| group.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
+                Across { segments: group.segments.clone(), non_finite: total.non_finite_elements(name_of), total }
+            };
+            let all = across.as_ref().and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
             let first = group.first_segment as usize;
             let outcomes = &outcomes[first..first + group.segments.count as usize];
-            let (report, outcomes) =
-                group.report(outcomes, bytemuck::pod_read_unaligned(total), &self.built.origins)?;
+            let (report, outcomes) = group.report(outcomes, all)?;
             reports.push(report);
             of_segments.push(outcomes);
         }
@@ -293,16 +325,134 @@ impl GpuPlan {
             ));
         };
         let (segments, clip) = (&group.segments, &group.clip);
-        threshold.bind(&segments.labels(|i| group.names[i].as_deref()))?;
+        self.bind(threshold)?;
         let (measured, _) = self.reports_by(wait).await?;
         let measured = &measured[0];
         let total_norm = if measured.found_inf() { f64::NAN } else { measured.total_norm };
         let own = measured.segments.iter().map(|s| s.norm).collect();
         let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
+        // Of all processes, if they have merged.
+        let merged = self.across().as_ref().and_then(|all| Some(all.first()?.segments.clone()));
+        let segments = merged.as_ref().unwrap_or(segments);
         let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
         let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(*m)).collect();
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
         self.gpu.device.scoped(|| queue.write_buffer(buffer, 0, bytemuck::cast_slice(&numbers)))
+    }
+
+    /// Takes in what the other processes of a group have measured: between [`GpuPlan::encode_measure`], once it is submitted, and
+    /// [`GpuPlan::encode_scale`], which then clips by the norm of all. Every process makes the call, be it for a plan like this
+    /// one or for a [`Clipper`](crate::Clipper) [within](crate::Clipper::within) the group, by the same clip.
+    ///
+    /// It reads 32 bytes back for each segment, exchanges some more with the others, and writes as many up again. Other work that
+    /// was submitted goes on meanwhile. The future polls the device and asks for messages whenever it is polled.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, processes::{ProcessGroup, SingleProcess}, wgpu};
+    /// # use wgpu::util::DeviceExt;
+    /// # let gpu = GpuClipper::open_blocking()?;
+    /// # let buffer = gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+    /// #     label: None, contents: bytemuck::cast_slice(&[3.0f32, 4.0]), usage: wgpu::BufferUsages::STORAGE });
+    /// # let group = SingleProcess::default(); // of gradclip-mpi: MpiGroup::new(&universe.world())?
+    /// let plan = gpu.plan(&Clip::norm(1.0)?, &[GpuTensor::f32(&buffer, ..)?])?;
+    /// let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    /// plan.encode_measure(&mut encoder)?;
+    /// gpu.queue().submit([encoder.finish()]);
+    /// plan.merge_across_blocking(&group)?;
+    /// let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    /// plan.encode_scale(&mut encoder)?;
+    /// gpu.queue().submit([encoder.finish()]);
+    /// assert!((plan.report_blocking()?.total_norm - 5.0).abs() < 1e-5);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Unfit`] for a plan that measures no norm of its own, or whose threshold is the device's;
+    /// [`Error::NotSubmitted`] as [`GpuPlan::report`]; [`Error::PeerFailed`], [`Error::Disagreement`] and
+    /// [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. Nothing is written then.
+    pub async fn merge_across(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        self.merge_checked(Wait::Polling, processes).await
+    }
+
+    /// [`GpuPlan::merge_across`], waiting for the others.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn merge_across_blocking(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        pollster::block_on(self.merge_checked(Wait::Sleeping, processes))
+    }
+
+    async fn merge_checked(&self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        let turn = Turn::begin(processes);
+        let measures = |g: &Group| g.clip.measured().is_some() && !g.given;
+        if self.built.threshold.is_some() || !self.built.groups.iter().all(measures) {
+            const WHY: &str =
+                "what merges across processes is a norm that the plan measures, without a threshold on the device";
+            return Err(Error::Unfit(WHY));
+        }
+        self.merge_by(wait, turn).await
+    }
+
+    /// Takes in the partials of the other processes, between measuring and deciding.
+    pub(super) async fn merge_by(&self, wait: Wait, turn: Turn<'_>) -> Result<(), Error> {
+        let memory = &self.built.memory;
+        let place = |first: u32| u64::from(first) * PARTIAL_BYTES;
+        let mut reads = vec![(&memory.results, 0, size_of::<ResultsHead>() as u64)];
+        for group in &self.built.groups {
+            let places = [Some(group.first_partial), group.first_parameter].into_iter().flatten();
+            reads.extend(places.map(|first| (&memory.partials, place(first), place(group.segments.count))));
+        }
+        reads.retain(|(_, _, size)| *size > 0);
+        let bytes = self.gpu.device.read(&reads, wait).await?;
+        let (head, bytes) = bytes.split_at(size_of::<ResultsHead>());
+        drop(self.check_ran(self.encoded.load(Ordering::Relaxed), &bytemuck::pod_read_unaligned(head))?);
+        let mut rows = bytes.chunks_exact(size_of::<PartialRow>()).map(bytemuck::pod_read_unaligned::<PartialRow>);
+        let mut parts = Vec::new();
+        for group in &self.built.groups {
+            let mut next = || {
+                let rows = rows.by_ref().take(group.segments.count as usize);
+                rows.map(|row| row.to_partial(|i| self.built.origins[i])).collect::<Vec<_>>()
+            };
+            let mut part = Part::new(&group.clip, group.segments.clone(), next());
+            if group.first_parameter.is_some() {
+                part.parameters = next();
+            }
+            parts.push(part);
+        }
+        let name_of = |group: usize, tensor: usize| self.built.groups[group].names.get(tensor)?.as_deref();
+        let non_finite = merge(turn, &mut parts, name_of, wait).await?;
+
+        let mut writes = Vec::new();
+        let mut write = |first: u32, partials: &[Partial]| {
+            let rows: Vec<_> = partials.iter().map(PartialRow::of).collect();
+            writes.push((&memory.partials, place(first), bytemuck::cast_slice(&rows).to_vec()));
+        };
+        for (group, part) in self.built.groups.iter().zip(&parts) {
+            write(group.first_partial, &part.partials);
+            group.first_parameter.iter().for_each(|first| write(*first, &part.parameters));
+            write(group.total, &[part.total()]);
+        }
+        write(self.built.everything, &[parts.iter().fold(Partial::EMPTY, |all, part| all.merge(part.total()))]);
+        // Those that go by parameters the device computes itself.
+        if self.built.groups.iter().all(|group| group.first_parameter.is_none()) {
+            let of_all = parts.iter().flat_map(|part| part.segments.max_norms(&part.clip, &[], &[]));
+            let numbers: Vec<_> = of_all.map(threshold_number).collect();
+            writes.push((&memory.thresholds, 0, bytemuck::cast_slice(&numbers).to_vec()));
+        }
+        let across =
+            |(part, non_finite): (Part, _)| Across { total: part.total(), segments: part.segments, non_finite };
+        *self.across() = Some(parts.into_iter().zip(non_finite).map(across).collect());
+        let queue = &self.gpu.device.queue;
+        self.gpu.device.scoped(|| writes.iter().for_each(|(buffer, at, bytes)| queue.write_buffer(buffer, *at, bytes)))
+    }
+
+    /// Ties a threshold to the segments of the first group.
+    pub(super) fn bind(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
+        let group = &self.built.groups[0];
+        threshold.bind(&group.segments.labels(|i| group.names[i].as_deref()))
     }
 
     pub(super) fn origins(&self) -> &[Origin] {
@@ -310,34 +460,29 @@ impl GpuPlan {
     }
 
     pub(super) fn elements(&self) -> u64 {
-        self.built.groups.iter().map(|g| g.elements).sum()
+        self.built.groups.iter().map(|g| g.segments.elements()).sum()
     }
 }
 
 impl Group {
-    /// The report, and what became of each segment.
-    fn report(
-        &self,
-        outcomes: &[OutcomeRow],
-        total: PartialRow,
-        origins: &[Origin],
-    ) -> Result<(ClipReport, Vec<Outcome>), Error> {
-        let clip = &self.clip;
+    /// The report, and what became of each segment, given what was measured of all.
+    fn report(&self, outcomes: &[OutcomeRow], all: Across) -> Result<(ClipReport, Vec<Outcome>), Error> {
+        let (clip, Across { segments, total, non_finite }) = (&self.clip, all);
         // Norms from outside are N already.
         let weight = |elements| if self.given { 1.0 } else { clip.weight(elements) };
-        let each = self.segments.families().zip(outcomes);
+        let each = segments.families().zip(outcomes);
         let mut outcomes: Vec<_> = each.map(|(family, row)| row.to_outcome(clip, weight(family.elements))).collect();
-        let total = total.to_partial(|i| origins[i]);
+        let elements = segments.elements();
         let total_norm = match &outcomes[..] {
             [outcome] if self.given => outcome.norm,
             _ if self.given => f64::NAN,
-            _ => clip.known(&total).norm * weight(self.elements),
+            _ => clip.known(&total).norm * weight(elements),
         };
-        let name_of = |i: usize| self.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
-        let report = clip.report((&self.segments, &outcomes), (total_norm, &total), self.elements, name_of)?;
+        let report = clip.report((&segments, &outcomes), (total_norm, total.outside), elements, non_finite)?;
         // A value clip looks at each element whatever is decided; only what it met tells whether it wrote.
         let drops = clip.non_finite == NonFinite::Drop && total.non_finite > 0;
-        if clip.measured().is_none() && clip.grad_scale == 1.0 && !total.outside && !drops {
+        let met_nothing = clip.grad_scale == 1.0 && !total.outside && !drops;
+        if clip.measured().is_none() && self.all_counted && met_nothing {
             let applied = |o: &&mut Outcome| o.action == Action::Apply;
             outcomes.iter_mut().filter(applied).for_each(|o| o.action = Action::Leave);
         }

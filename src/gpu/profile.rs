@@ -9,11 +9,12 @@ use std::sync::atomic::Ordering;
 
 use super::GpuClipper;
 use super::build::{Dispatch, Group};
-use super::device::{GpuDevice, Wait};
+use super::device::GpuDevice;
 use super::kernels::Kernel;
 use super::plan::GpuPlan;
 use super::tuning::{SPEED_RUNS, Sweep};
 use crate::partial::Action;
+use crate::wait::Wait;
 use crate::{ClipReport, Error};
 
 /// What one step of a [`GpuPlan`] cost.
@@ -196,7 +197,7 @@ impl GpuPlan {
             let changed = if wrote { group.changed(report) } else { 0 };
             let mut bytes = 0;
             if if by_value { looks || clamps } else { measures && !group.given } {
-                bytes += group.bytes.elements + group.bytes.parameters;
+                bytes += group.bytes.counted + group.bytes.parameters;
             }
             if by_value && clamps {
                 bytes += changed;
@@ -228,7 +229,7 @@ impl Group {
         }
         let segments = self.segments.families().zip(&report.segments);
         let scaled: u64 = segments.filter(|(_, s)| s.clip_coef != 1.0).map(|(family, _)| family.elements).sum();
-        (u128::from(all) * u128::from(scaled) / u128::from(self.elements.max(1))) as u64
+        (u128::from(all) * u128::from(scaled) / u128::from(self.segments.elements().max(1))) as u64
     }
 }
 

@@ -51,6 +51,21 @@ impl PartialRow {
         flags: 0,
     };
 
+    /// The partial as the device has it, which is not told where: that may be in another process.
+    pub(super) fn of(partial: &Partial) -> Self {
+        let exponent = partial.exponent.clamp(i64::from(i32::MIN / 2), i64::from(i32::MAX / 2));
+        Self {
+            // Between these bounds the cast is exact.
+            sum: Number::of(partial.sum, exponent as i32),
+            // A float64 of another process may be larger than any number here.
+            max: (partial.max as f32).min(f32::MAX),
+            non_finite: partial.non_finite as u32,
+            non_finite_high: (partial.non_finite >> 32) as u32,
+            flags: u32::from(partial.nan) | u32::from(partial.outside) << 1,
+            ..Self::EMPTY
+        }
+    }
+
     /// The partial, with its location told in tensors.
     pub(super) fn to_partial(self, origin: impl Fn(usize) -> Origin) -> Partial {
         let first = (self.first_origin != NOWHERE).then(|| {

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::build::{
     Dispatch, Follows, Kept, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
 };
-use super::device::Wait;
 use super::kernels::{Access, Kernel, Norm};
 use super::plan::GpuPlan;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead};
@@ -14,8 +13,11 @@ use super::table::Origin;
 use super::threshold::StateRow;
 use super::{GpuClipper, GpuTensor, Recipe};
 use crate::clip::Mode;
+use crate::partial::Partial;
+use crate::processes::{Part, ProcessGroup, Turn, merge};
 use crate::segment::Segments;
-use crate::{Clip, ClipReport, Error, Scope};
+use crate::wait::Wait;
+use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope};
 
 /// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
 /// them, or one micro-batch after another.
@@ -67,7 +69,14 @@ struct Sets {
     origins: Vec<Origin>,
     names: Vec<Option<Arc<str>>>,
     elements: u64,
+    /// What the processes of a group have accumulated together, for the next `finish`.
+    merged: Option<Across>,
+    /// The same of the last one.
+    finished: Option<Across>,
 }
+
+/// The partial of everything, the number of elements, and what is not finite.
+type Across = (Partial, u64, Option<NonFiniteElements>);
 
 /// A set of tensors that belongs to a [`GpuRunning`].
 #[derive(Debug)]
@@ -129,10 +138,51 @@ impl GpuRunning {
     /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
     pub fn finish(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
         self.gpu.device.check_not_lost()?;
+        let mut sets = self.sets();
+        sets.finished = sets.merged.take();
+        drop(sets);
         let mut pass = encoder
             .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
         self.finish.iter().for_each(|dispatch| dispatch.record(&mut pass));
         Ok(())
+    }
+
+    /// Takes in what the other processes of a group have accumulated: once all of this step's accumulating is submitted, before
+    /// [`GpuRunning::finish`], which then decides over the norm of all. Every process makes the call, be it for a
+    /// [`RunningPartial`](crate::RunningPartial) of the same clip. See [`GpuPlan::merge_across`].
+    ///
+    /// # Errors
+    /// [`Error::PeerFailed`], [`Error::Disagreement`] and [`Error::ProcessGroup`] ([`processes`](crate::processes)); the
+    /// device's own. What was accumulated is then as it was.
+    pub async fn merge_across(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        self.merge_by(Wait::Polling, processes).await
+    }
+
+    /// [`GpuRunning::merge_across`], waiting for the others.
+    ///
+    /// # Errors
+    /// The same.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn merge_across_blocking(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        pollster::block_on(self.merge_by(Wait::Sleeping, processes))
+    }
+
+    async fn merge_by(&self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
+        let turn = Turn::begin(processes);
+        let bytes = self.gpu.device.read(&[(&self.partial, 0, PARTIAL_BYTES)], wait).await?;
+        let (own, elements, name) = {
+            let sets = self.sets();
+            let own = bytemuck::pod_read_unaligned::<PartialRow>(&bytes).to_partial(|i| sets.origins[i]);
+            (own, sets.elements, own.first.and_then(|first| sets.names[first.tensor].clone()))
+        };
+        let mut segments = self.segments.clone();
+        segments.set_elements(&self.clip, &[elements]);
+        let mut part = [Part::new(&self.clip, segments, vec![own])];
+        let found = merge(turn, &mut part, |_, _| name.as_deref(), wait).await?;
+        let all = part[0].total();
+        self.sets().merged = Some((all, part[0].segments.elements(), found.into_iter().flatten().next()));
+        let (queue, up) = (&self.gpu.device.queue, PartialRow::of(&all));
+        self.gpu.device.scoped(|| queue.write_buffer(&self.partial, 0, bytemuck::bytes_of(&up)))
     }
 
     /// What each `finish` leaves for a kernel of the caller's to read: see [`GpuPlan::coefficients`].
@@ -170,10 +220,13 @@ impl GpuRunning {
         }
         let outcome: OutcomeRow = bytemuck::pod_read_unaligned(&outcomes[..size_of::<OutcomeRow>()]);
         let sets = self.sets();
-        let total = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| sets.origins[i]);
-        let totals = (self.clip.known(&total).norm, &total);
+        let (total, elements, non_finite) = sets.finished.clone().unwrap_or_else(|| {
+            let total = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| sets.origins[i]);
+            (total, sets.elements, total.non_finite_elements(|i| sets.names[i].as_deref()))
+        });
+        let totals = (self.clip.known(&total).norm, total.outside);
         let outcomes = [outcome.to_outcome(&self.clip, 1.0)];
-        self.clip.report((&self.segments, &outcomes), totals, sets.elements, |i| sets.names[i].as_deref())
+        self.clip.report((&self.segments, &outcomes), totals, elements, non_finite)
     }
 
     fn sets(&self) -> std::sync::MutexGuard<'_, Sets> {

@@ -415,7 +415,8 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
     }
     let len = |shape: &[usize]| shape.iter().map(|n| *n as u64).product();
     let own = shapes.iter().zip(axes);
-    let dims: Vec<_> = own.map(|(s, axis)| Dims { shape: Some(s), unit_axis: Some(axis), len: len(s) }).collect();
+    let dims: Vec<_> =
+        own.map(|(s, axis)| Dims { shape: Some(s), unit_axis: Some(axis), len: len(s), counted: true }).collect();
     let segments = Segments::new(&clip, &dims, |_| None).expect("fits");
 
     let mut ends = vec![0u64; u.int_in_range(1..=20)?];

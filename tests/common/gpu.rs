@@ -286,7 +286,7 @@ pub(crate) fn gpu_tensor(buffer: &wgpu::Buffer, t: &Data, first: u64) -> GpuTens
         Dtype::BF16 => GpuTensor::bf16(buffer, range),
         other => GpuTensor::new(buffer, other, range),
     };
-    let mut view = view.expect("the range fits");
+    let mut view = view.expect("the range fits").counted(t.counted);
     if let Some(name) = &t.name {
         view = view.named(name);
     }
@@ -367,7 +367,7 @@ impl Interleaved {
 }
 
 /// Gives views of tensors their parameters, which lie in a buffer of their own.
-fn with_parameters(gpu: &GpuClipper, mut views: Vec<GpuTensor>, tensors: &[Data]) -> Vec<GpuTensor> {
+pub(crate) fn with_parameters(gpu: &GpuClipper, mut views: Vec<GpuTensor>, tensors: &[Data]) -> Vec<GpuTensor> {
     let (owners, parameters): (Vec<_>, Vec<_>) =
         tensors.iter().enumerate().filter_map(|(i, t)| Some((i, t.parameter.as_deref()?.clone()))).unzip();
     let layout = Layout::with_gaps(&parameters, |i| [0, 1, 3][i % 3]);

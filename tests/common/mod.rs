@@ -23,6 +23,7 @@ pub(crate) struct Data {
     /// One dimension if it is not told.
     pub(crate) shape: Option<Vec<usize>>,
     pub(crate) unit_axis: Option<UnitAxis>,
+    pub(crate) counted: bool,
     pub(crate) parameter: Option<Box<Data>>,
 }
 
@@ -48,7 +49,7 @@ impl Data {
     }
 
     pub(crate) fn from_bytes(dtype: Dtype, bytes: Vec<u8>) -> Self {
-        Self { name: None, dtype, bytes, shape: None, unit_axis: None, parameter: None }
+        Self { name: None, dtype, bytes, shape: None, unit_axis: None, counted: true, parameter: None }
     }
 
     pub(crate) fn named(mut self, name: &str) -> Self {
@@ -63,6 +64,12 @@ impl Data {
 
     pub(crate) fn with_unit_axis(mut self, axis: UnitAxis) -> Self {
         self.unit_axis = Some(axis);
+        self
+    }
+
+    /// A replica of what another rank counts.
+    pub(crate) fn uncounted(mut self) -> Self {
+        self.counted = false;
         self
     }
 
@@ -106,7 +113,7 @@ impl Data {
     }
 
     pub(crate) fn view(&self) -> Tensor<'_> {
-        let mut view = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements");
+        let mut view = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements").counted(self.counted);
         if let Some(name) = &self.name {
             view = view.named(name);
         }
@@ -120,7 +127,8 @@ impl Data {
     }
 
     pub(crate) fn view_mut(&mut self) -> TensorMut<'_> {
-        let mut view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements");
+        let counted = self.counted;
+        let mut view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements").counted(counted);
         if let Some(name) = &self.name {
             view = view.named(name);
         }

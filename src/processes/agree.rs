@@ -1,0 +1,88 @@
+//! What ranks agree on beside partials.
+
+use std::collections::BTreeMap;
+
+use super::ProcessGroup;
+use super::exchange::{Call, Kind, Turn};
+use super::rows::{join, split};
+use crate::error::tensor_label;
+use crate::wait::{Wait, at_once};
+use crate::{Error, Tensor};
+
+/// Waits until every rank of the group has come here, and tells whether all is well with each: where one says `false`, each
+/// gets an error, that one as well. For what is to be done by all or by none, such as putting written files in place.
+///
+/// # Errors
+/// [`Error::PeerFailed`] with the first rank that said `false`; [`Error::ProcessGroup`] if the others cannot be heard.
+pub fn agree(group: &dyn ProcessGroup, is_well: bool) -> Result<(), Error> {
+    let exchange = Turn::begin(group).exchange(Call::of(Kind::Agree), is_well, Vec::new(), |low, _| Some(low.to_vec()));
+    at_once(exchange.run(Wait::Sleeping)).map(|_| ())
+}
+
+/// Finds out whether each named tensor counts exactly once in the group: one that several ranks hold must count on one of them
+/// ([`Tensor::counted`]). For debugging, before the first step: it sends all names. A tensor is known by its name, so that slices of
+/// one need names of their own; those without a name are left out.
+///
+/// # Errors
+/// [`Error::Counted`] with the first such tensor, on each rank; those of the group.
+pub fn check_counted_once(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Result<(), Error> {
+    let mut own = Counts::new();
+    for tensor in tensors {
+        if let Some(name) = tensor.name() {
+            let of = Count { times: tensor.counted.into(), len: tensor.len() as u64, alike: true };
+            add(&mut own, name.as_bytes(), of);
+        }
+    }
+    let merge = |low: &[u8], high: &[u8]| {
+        let mut all = from_bytes(low);
+        from_bytes(high).into_iter().for_each(|(name, of)| add(&mut all, name, of));
+        Some(to_bytes(&all))
+    };
+    let exchange = Turn::begin(group).exchange(Call::of(Kind::Check), true, to_bytes(&own), merge);
+    let all = at_once(exchange.run(Wait::Sleeping))?;
+    for (name, Count { times, alike, .. }) in from_bytes(&all) {
+        let reason = match (times, alike) {
+            (1, true) => continue,
+            (_, false) => "ranks hold it with different lengths; slices need names of their own".into(),
+            (0, _) => "no rank counts it; leave counted(false) out on one of those that hold it".into(),
+            (times, _) => format!("it counts {times} times; say counted(false) on all ranks that hold it but one"),
+        };
+        return Err(Error::Counted { tensor: tensor_label(Some(&String::from_utf8_lossy(name)), 0), reason });
+    }
+    Ok(())
+}
+
+/// How often a tensor counts, how long it is, and whether it is as long everywhere.
+#[derive(Clone, Copy)]
+struct Count {
+    times: u64,
+    len: u64,
+    alike: bool,
+}
+
+/// By name.
+type Counts<'n> = BTreeMap<&'n [u8], Count>;
+
+fn add<'n>(counts: &mut Counts<'n>, name: &'n [u8], of: Count) {
+    let all = counts.entry(name).or_insert(Count { times: 0, ..of });
+    all.times = all.times.saturating_add(of.times);
+    all.alike &= of.alike && all.len == of.len;
+}
+
+fn to_bytes(counts: &Counts<'_>) -> Vec<u8> {
+    let entry = |(name, of): (&&[u8], &Count)| {
+        [&of.times.to_le_bytes()[..], &of.len.to_le_bytes(), &[u8::from(of.alike)], name].concat()
+    };
+    join(&counts.iter().map(entry).collect::<Vec<_>>())
+}
+
+fn from_bytes(bytes: &[u8]) -> Counts<'_> {
+    fn entry(text: &[u8]) -> Option<(&[u8], Count)> {
+        let (times, rest) = text.split_first_chunk()?;
+        let (len, rest) = rest.split_first_chunk()?;
+        let (alike, name) = rest.split_first()?;
+        let (times, len) = (u64::from_le_bytes(*times), u64::from_le_bytes(*len));
+        Some((name, Count { times, len, alike: *alike != 0 }))
+    }
+    split(bytes).into_iter().filter_map(entry).collect()
+}

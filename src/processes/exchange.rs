@@ -1,0 +1,356 @@
+//! What ranks tell each other, and in which order it merges: recursive doubling.
+//!
+//! With p the largest power of two among n ranks, the first 2 (n - p) ranks pair up, an even one taking in what its odd
+//! neighbour knows; p are left. In round i each of them trades all it knows with the one whose number among the p differs in
+//! bit i, and both merge the lower one's with the higher one's. After log2(p) rounds all p know the same, and the odd
+//! neighbours are told.
+//!
+//! So whatever arrives first, everything merges along one tree, which the number of ranks alone decides, and every rank
+//! computes its root itself, from the same bits in the same order. A sum of n partials goes through ceil(log2 n) roundings.
+
+use std::future::poll_fn;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytemuck::{Pod, Zeroable};
+
+use super::ProcessGroup;
+use crate::Error;
+use crate::wait::Wait;
+
+/// What ranks do together, which must be the same on each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) kind: Kind,
+    /// A digest of all else that must be the same.
+    pub(crate) description: u64,
+    pub(crate) segments: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Merge,
+    Names,
+    #[cfg(not(target_arch = "wasm32"))]
+    Agree,
+    #[cfg(not(target_arch = "wasm32"))]
+    Check,
+}
+
+impl Call {
+    /// One that has nothing but its kind to agree on.
+    pub(super) fn of(kind: Kind) -> Self {
+        Self { kind, description: 0, segments: 0 }
+    }
+}
+
+/// What a message begins with. Numbers are in the byte order of the machines, which must be the same.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+struct Head {
+    magic: u64,
+    /// Which call of the group it belongs to.
+    sequence: u64,
+    description: u64,
+    segments: u64,
+    kind: u32,
+    status: u32,
+    /// The lowest rank that it tells of; of a failure the one that failed; of a disagreement one that differs.
+    rank: u32,
+    /// Of a disagreement, the rank that it differs from.
+    other: u32,
+    /// And the segments that this one has.
+    segments_of_other: u64,
+    padding: u64,
+}
+
+/// All is well.
+const WELL: u32 = 0;
+/// Ranks were not called alike.
+const DISAGREES: u32 = 1;
+/// A rank has failed.
+const FAILED: u32 = 2;
+
+/// The name of the format, with a number for its version, as no other byte order reads it.
+const MAGIC: u64 = u64::from_be_bytes(*b"gradcli\x01");
+
+/// How the body of lower ranks takes in that of higher ones. None if they do not fit together.
+pub(super) type MergeBodies = fn(&[u8], &[u8]) -> Option<Vec<u8>>;
+
+/// One rank's part in a call of its group, from before it measures. If it is dropped before [`Turn::exchange`], the others are
+/// told that this rank has failed.
+#[derive(Debug)]
+pub(crate) struct Turn<'g> {
+    group: &'g dyn ProcessGroup,
+    sequence: u64,
+    is_open: bool,
+}
+
+impl<'g> Turn<'g> {
+    pub(crate) fn begin(group: &'g dyn ProcessGroup) -> Self {
+        Self { group, sequence: group.calls().fetch_add(1, Ordering::Relaxed), is_open: true }
+    }
+
+    pub(crate) fn group(&self) -> &'g dyn ProcessGroup {
+        self.group
+    }
+
+    /// Begins to exchange bodies. `is_well` is whether this rank can go on.
+    pub(super) fn exchange(mut self, call: Call, is_well: bool, body: Vec<u8>, merge: MergeBodies) -> Exchange<'g> {
+        self.is_open = false;
+        let group = self.group;
+        let mut head = head(self.sequence, group.rank());
+        (head.description, head.segments, head.kind) = (call.description, call.segments, call.kind as u32);
+        let body = if is_well { body } else { Vec::new() };
+        head.status = if is_well { WELL } else { FAILED };
+        let begun = group.timeout().map(|timeout| (Instant::now(), timeout));
+        Exchange { group, steps: steps(group.rank(), group.size()), done: 0, head, body, merge, begun }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if self.is_open {
+            tell_failure(self.group, self.sequence, &steps(self.group.rank(), self.group.size()));
+        }
+    }
+}
+
+fn head(sequence: u64, rank: u32) -> Head {
+    Head { magic: MAGIC, sequence, rank, ..Head::zeroed() }
+}
+
+/// Tells the ranks that these steps would send to that this one has failed. Whoever can hear no more needs not to be told.
+fn tell_failure(group: &dyn ProcessGroup, sequence: u64, steps: &[Step]) {
+    let head = Head { status: FAILED, ..head(sequence, group.rank()) };
+    for step in steps {
+        if let Step::Send(to) = step {
+            let _ = group.send(*to, bytemuck::bytes_of(&head));
+        }
+    }
+}
+
+/// What a rank does, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// Tells a rank all it knows.
+    Send(u32),
+    /// Takes in what a rank knows.
+    Merge(u32),
+    /// Knows what a rank knows.
+    Take(u32),
+}
+
+fn steps(rank: u32, size: u32) -> Vec<Step> {
+    let Some(levels) = size.checked_ilog2() else { return Vec::new() };
+    let paired = 2 * (size - (1 << levels));
+    let mut steps = Vec::new();
+    if rank < paired && rank % 2 == 1 {
+        return vec![Step::Send(rank - 1), Step::Take(rank - 1)];
+    }
+    // Ranks without their odd neighbours.
+    let (number_of, rank_of) = (
+        |rank: u32| if rank < paired { rank / 2 } else { rank - paired / 2 },
+        |number: u32| if number < paired / 2 { 2 * number } else { number + paired / 2 },
+    );
+    if rank < paired {
+        steps.push(Step::Merge(rank + 1));
+    }
+    for level in 0..levels {
+        let peer = rank_of(number_of(rank) ^ (1 << level));
+        steps.extend([Step::Send(peer), Step::Merge(peer)]);
+    }
+    if rank < paired {
+        steps.push(Step::Send(rank + 1));
+    }
+    steps
+}
+
+/// A call in which this rank has begun to take part. Dropped before its end, it tells the others that this rank has failed.
+#[derive(Debug)]
+pub(super) struct Exchange<'g> {
+    group: &'g dyn ProcessGroup,
+    steps: Vec<Step>,
+    /// How many steps are done.
+    done: usize,
+    head: Head,
+    body: Vec<u8>,
+    merge: MergeBodies,
+    /// When it began, and how long it may take.
+    begun: Option<(Instant, Duration)>,
+}
+
+impl Exchange<'_> {
+    /// What all ranks together know.
+    ///
+    /// # Errors
+    /// [`Error::PeerFailed`] or [`Error::Disagreement`], the same on each rank; [`Error::ProcessGroup`].
+    pub(super) async fn run(mut self, wait: Wait) -> Result<Vec<u8>, Error> {
+        let mut tries = 0;
+        poll_fn(|context| {
+            loop {
+                match self.advance() {
+                    Ok(true) => return Poll::Ready(Ok(())),
+                    Ok(false) => {}
+                    Err(error) => return Poll::Ready(Err(error)),
+                }
+                if wait == Wait::Polling {
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                pause(&mut tries);
+            }
+        })
+        .await?;
+        let Head { status, rank, other, segments, segments_of_other, .. } = self.head;
+        match status {
+            WELL => Ok(std::mem::take(&mut self.body)),
+            FAILED => Err(Error::PeerFailed { rank }),
+            _ if segments != segments_of_other => {
+                let reason = format!("has {segments} segments where rank {other} has {segments_of_other}");
+                Err(Error::Disagreement { rank, reason })
+            }
+            _ => {
+                let reason = format!("was called with another clip, or for other tensors, than rank {other}");
+                Err(Error::Disagreement { rank, reason })
+            }
+        }
+    }
+
+    /// Does what can be done without waiting. True at the end.
+    fn advance(&mut self) -> Result<bool, Error> {
+        while let Some(step) = self.steps.get(self.done) {
+            match *step {
+                Step::Send(to) => {
+                    let message = [bytemuck::bytes_of(&self.head), &self.body].concat();
+                    self.group.send(to, &message)?;
+                }
+                Step::Merge(from) => {
+                    let Some((head, body)) = self.receive(from)? else { return Ok(false) };
+                    self.take_in(from, head, body)?;
+                }
+                Step::Take(from) => {
+                    let Some((head, body)) = self.receive(from)? else { return Ok(false) };
+                    (self.head, self.body) = (head, body);
+                }
+            }
+            self.done += 1;
+        }
+        // A transport may need this rank for what is on its way, and the rank may be elsewhere for long. Where all are well, each
+        // asks for all that was sent to it; if one dies in between, that is no failure of this call.
+        Ok(self.head.status != WELL || self.is_late() || self.group.is_sent()?)
+    }
+
+    fn is_late(&self) -> bool {
+        self.begun.is_some_and(|(begun, timeout)| begun.elapsed() >= timeout)
+    }
+
+    /// The message of this call from a rank. Of calls that this rank did not see to their end, some may have been left.
+    fn receive(&self, from: u32) -> Result<Option<(Head, Vec<u8>)>, Error> {
+        while let Some(mut message) = self.group.try_receive(from)? {
+            let body =
+                if message.len() >= size_of::<Head>() { message.split_off(size_of::<Head>()) } else { Vec::new() };
+            let head = bytemuck::try_pod_read_unaligned::<Head>(&message).ok().filter(|head| head.magic == MAGIC);
+            let Some(head) = head else {
+                let strange = format!("rank {from} has sent what is no message of this version on such a machine");
+                return Err(Error::ProcessGroup(strange));
+            };
+            if head.sequence > self.head.sequence {
+                let reason = format!("is {} calls ahead of this one", head.sequence - self.head.sequence);
+                return Err(Error::Disagreement { rank: from, reason });
+            }
+            if head.sequence == self.head.sequence {
+                return Ok(Some((head, body)));
+            }
+        }
+        match self.begun {
+            Some((begun, timeout)) if begun.elapsed() >= timeout => {
+                let seconds = timeout.as_secs_f64();
+                let late =
+                    format!("rank {from} has not answered within {seconds} s: it has died, waits, or never calls");
+                Err(Error::ProcessGroup(late))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Merges, so that both sides come to the same.
+    fn take_in(&mut self, from: u32, theirs: Head, their_body: Vec<u8>) -> Result<(), Error> {
+        let is_lower = self.group.rank() < from;
+        let (mut low, high) = if is_lower { (self.head, theirs) } else { (theirs, self.head) };
+        let own_body = std::mem::take(&mut self.body);
+        let (body, other_body) = if is_lower { (own_body, their_body) } else { (their_body, own_body) };
+        let agree = (low.kind, low.description, low.segments) == (high.kind, high.description, high.segments);
+        if low.status.max(high.status) > WELL {
+            // A failure explains more than a disagreement, the lower rank comes first.
+            low = if high.status > low.status { high } else { low };
+        } else if !agree {
+            let (other, segments_of_other) = (low.rank, low.segments);
+            low = Head { status: DISAGREES, other, segments_of_other, ..high };
+        } else {
+            let unfit = || Error::ProcessGroup(format!("what rank {from} has sent does not fit"));
+            self.body = (self.merge)(&body, &other_body).ok_or_else(unfit)?;
+        }
+        self.head = low;
+        Ok(())
+    }
+}
+
+impl Drop for Exchange<'_> {
+    fn drop(&mut self) {
+        tell_failure(self.group, self.head.sequence, &self.steps[self.done..]);
+    }
+}
+
+/// Lets others work: first those that are about to, then whoever it may be.
+fn pause(tries: &mut u32) {
+    *tries = tries.saturating_add(1);
+    if *tries < 1000 {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::processes::ThreadGroup;
+
+    /// Each message that is sent is received, in the step that the other is in by then: all ranks get to their end, and come to
+    /// the same, which holds each rank once and in order.
+    #[test]
+    fn every_number_of_ranks_comes_to_the_same() {
+        // Lists of ranks, as text that shows how they merged.
+        let merge = |low: &[u8], high: &[u8]| Some([b"(", low, high, b")"].concat());
+        for size in 1..=33 {
+            let groups = ThreadGroup::new(size);
+            let mut exchanges: Vec<_> = groups
+                .iter()
+                .map(|g| Turn::begin(g).exchange(Call::of(Kind::Agree), true, vec![b'A' + g.rank() as u8], merge))
+                .collect();
+            let mut rounds = 0;
+            loop {
+                // From last to first, so that a round is seldom enough.
+                let done = exchanges.iter_mut().rev().filter_map(|e| e.advance().expect("well").then_some(())).count();
+                if done == size as usize {
+                    break;
+                }
+                rounds += 1;
+                assert!(rounds < 40, "{size} ranks wait for each other");
+            }
+            let all: Vec<_> = exchanges.iter().map(|e| String::from_utf8_lossy(&e.body).into_owned()).collect();
+            assert!(all.iter().all(|of| *of == all[0]), "{all:?}");
+            let ranks: String = all[0].chars().filter(|c| !"()".contains(*c)).collect();
+            assert_eq!(ranks, (0..size).map(|rank| char::from(b'A' + rank as u8)).collect::<String>());
+            // No deeper than it must be.
+            let depth = all[0].chars().fold((0u32, 0), |(open, most), c| match c {
+                '(' => (open + 1, most.max(open + 1)),
+                ')' => (open - 1, most),
+                _ => (open, most),
+            });
+            assert_eq!(depth.1, size.next_power_of_two().ilog2(), "{}", all[0]);
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! What ranks know of segments, as rows of a message, and what they know together.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use bytemuck::{Pod, Zeroable};
+
+use super::exchange::{Call, Kind, Turn};
+use crate::partial::{Location, Partial};
+use crate::segment::{Family, Segments};
+use crate::wait::Wait;
+use crate::{Clip, Error, NonFiniteElements};
+
+/// A partial, how many elements it is of, and whose rank the first bad one is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+struct Row {
+    sum: f64,
+    exponent: i64,
+    max: f64,
+    non_finite: u64,
+    elements: u64,
+    tensor: u64,
+    index: u64,
+    /// [`NOBODY`] if all is finite.
+    rank: u32,
+    flags: u32,
+}
+
+const NOBODY: u32 = u32::MAX;
+const HAS_NAN: u32 = 1;
+const HAS_OUTSIDE: u32 = 2;
+
+impl Row {
+    fn new(partial: &Partial, elements: u64, rank: u32) -> Self {
+        let (tensor, index) = partial.first.map_or((0, 0), |first| (first.tensor as u64, first.index));
+        Self {
+            sum: partial.sum,
+            exponent: partial.exponent,
+            max: partial.max,
+            non_finite: partial.non_finite,
+            elements,
+            tensor,
+            index,
+            rank: if partial.first.is_some() { rank } else { NOBODY },
+            flags: if partial.nan { HAS_NAN } else { 0 } | if partial.outside { HAS_OUTSIDE } else { 0 },
+        }
+    }
+
+    /// The partial, with the place of the first bad element in the list of whichever rank has it.
+    fn partial(&self) -> Partial {
+        let at = Location { tensor: usize::try_from(self.tensor).unwrap_or(usize::MAX), index: self.index };
+        Partial {
+            sum: self.sum,
+            exponent: self.exponent,
+            max: self.max,
+            non_finite: self.non_finite,
+            nan: self.flags & HAS_NAN != 0,
+            first: (self.rank != NOBODY).then_some(at),
+            outside: self.flags & HAS_OUTSIDE != 0,
+        }
+    }
+
+    fn place(&self) -> (u32, u64, u64) {
+        (self.rank, self.tensor, self.index)
+    }
+
+    fn merge(&self, other: &Self) -> Self {
+        let merged = self.partial().merge(other.partial());
+        let first = if self.place() <= other.place() { self } else { other };
+        let elements = self.elements.saturating_add(other.elements);
+        let (rank, tensor, index) = first.place();
+        Self { rank, tensor, index, ..Self::new(&merged, elements, rank) }
+    }
+}
+
+/// What was measured of a group of tensors: by this process, or by all together.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) clip: Clip,
+    pub(crate) segments: Segments,
+    /// By segment.
+    pub(crate) partials: Vec<Partial>,
+    /// Those of the parameters, if the clip needs them; else none.
+    pub(crate) parameters: Vec<Partial>,
+}
+
+impl Part {
+    pub(crate) fn new(clip: &Clip, segments: Segments, partials: Vec<Partial>) -> Self {
+        Self { clip: *clip, segments, partials, parameters: Vec::new() }
+    }
+
+    /// The partial of everything.
+    pub(crate) fn total(&self) -> Partial {
+        self.partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b))
+    }
+
+    fn rows(&self, rank: u32) -> Vec<Row> {
+        let of = |partials: &[Partial]| -> Vec<_> {
+            let row = |(partial, family): (&Partial, &Family)| Row::new(partial, family.elements, rank);
+            partials.iter().zip(self.segments.families()).map(row).collect()
+        };
+        [of(&self.partials), of(&self.parameters)].concat()
+    }
+
+    fn set_rows(&mut self, rows: &[Row]) {
+        for (partial, row) in self.partials.iter_mut().chain(&mut self.parameters).zip(rows) {
+            *partial = row.partial();
+        }
+        let elements: Vec<_> = rows.iter().take(self.partials.len()).map(|row| row.elements).collect();
+        self.segments.set_elements(&self.clip, &elements);
+    }
+}
+
+/// What ranks must have in common to merge: clips, and which segments they have.
+fn description(parts: &[Part]) -> u64 {
+    let mut digest = DefaultHasher::new();
+    env!("CARGO_PKG_VERSION").hash(&mut digest);
+    for part in parts {
+        format!("{:?}", part.clip).hash(&mut digest);
+        part.segments.describe(&mut digest);
+    }
+    digest.finish()
+}
+
+/// Merges what was measured of each group of tensors with what the other ranks have, and tells for each what is not finite,
+/// on whichever rank.
+///
+/// # Errors
+/// Those of the group; nothing has changed then.
+pub(crate) async fn merge<'a>(
+    turn: Turn<'_>,
+    parts: &mut [Part],
+    name_of: impl Fn(usize, usize) -> Option<&'a str>,
+    wait: Wait,
+) -> Result<Vec<Option<NonFiniteElements>>, Error> {
+    let group = turn.group();
+    let rows: Vec<_> = parts.iter().flat_map(|part| part.rows(group.rank())).collect();
+    let call = Call { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
+    let body = bytemuck::cast_slice(&rows).to_vec();
+    let merged = turn.exchange(call, true, body, merge_bodies).run(wait).await?;
+    let merged: Vec<Row> = merged.chunks_exact(size_of::<Row>()).map(bytemuck::pod_read_unaligned).collect();
+    let (mut totals, mut rest) = (Vec::new(), &merged[..]);
+    for part in parts.iter() {
+        let (segments, parameters) = rest.split_at(part.partials.len());
+        rest = &parameters[part.parameters.len()..];
+        totals.push(segments.iter().fold(Row::new(&Partial::EMPTY, 0, NOBODY), |a, b| a.merge(b)));
+    }
+    // Only then does it cost a second message, to tell what the tensor is called.
+    let mut names = vec![String::new(); parts.len()];
+    if totals.iter().any(|total| total.rank != NOBODY) {
+        for ((i, total), name) in totals.iter().enumerate().zip(&mut names) {
+            if total.rank == group.rank() {
+                *name = name_of(i, total.tensor as usize).unwrap_or_default().into();
+            }
+        }
+        let telling = Turn::begin(group).exchange(Call::of(Kind::Names), true, join(&names), merge_names);
+        let told = telling.run(wait).await?;
+        names = split(&told).into_iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
+    }
+    let mut rest = &merged[..];
+    for part in parts {
+        let (own, others) = rest.split_at(part.partials.len() + part.parameters.len());
+        part.set_rows(own);
+        rest = others;
+    }
+    let found = |(total, name): (&Row, String)| {
+        total.partial().first.map(|first| NonFiniteElements {
+            count: total.non_finite,
+            rank: (group.size() > 1).then_some(total.rank),
+            tensor: first.tensor,
+            name: (!name.is_empty()).then_some(name),
+            index: first.index,
+        })
+    };
+    Ok(totals.iter().zip(names).map(found).collect())
+}
+
+fn merge_bodies(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
+    let rows = |bytes| <[u8]>::chunks_exact(bytes, size_of::<Row>()).map(bytemuck::pod_read_unaligned::<Row>);
+    let merged: Vec<_> = rows(low).zip(rows(high)).map(|(low, high)| low.merge(&high)).collect();
+    (low.len() == high.len()).then(|| bytemuck::cast_slice(&merged).to_vec())
+}
+
+/// Texts, each with its length before it.
+pub(super) fn join<T: AsRef<[u8]>>(texts: &[T]) -> Vec<u8> {
+    let with_length = |text: &T| [&(text.as_ref().len() as u64).to_le_bytes(), text.as_ref()].concat();
+    texts.iter().flat_map(with_length).collect()
+}
+
+/// What [`join`] has joined.
+pub(super) fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
+    let mut texts = Vec::new();
+    while let Some((length, rest)) = bytes.split_first_chunk() {
+        let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
+        let Some((text, rest)) = rest.split_at_checked(length) else { break };
+        texts.push(text);
+        bytes = rest;
+    }
+    texts
+}
+
+/// Of each name, the one that is told: only the rank that has the tensor does.
+fn merge_names(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
+    let (own, other) = (split(low), split(high));
+    let told: Vec<_> = own.iter().zip(&other).map(|(a, b)| if a.is_empty() { *b } else { *a }).collect();
+    (own.len() == other.len()).then(|| join(&told))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::processes::ThreadGroup;
+    use std::task::{Context, Poll, Waker};
+
+    /// A group as large as the largest machines have, on paper: every rank comes to the same bits, whose error is that of as many
+    /// roundings as the tree is deep, and a bad element on the last rank is known to the first.
+    #[test]
+    fn sixteen_thousand_ranks_agree() {
+        const RANKS: u32 = 1 << 14;
+        let row = |rank: u32| {
+            let bad = (rank == RANKS - 1).then_some(Location { tensor: 3, index: 7 });
+            let sum = 1.0 + f64::from(rank.wrapping_mul(2_654_435_761)) / 2f64.powi(32);
+            let partial = Partial { sum, non_finite: bad.is_some().into(), first: bad, ..Partial::EMPTY };
+            Row::new(&partial, 1000, rank)
+        };
+        let rows: Vec<_> = (0..RANKS).map(row).collect();
+        // In units of 2^-32 each is a whole number.
+        let exact: u64 = rows.iter().map(|row| (row.sum * 2f64.powi(32)) as u64).sum();
+        let groups = ThreadGroup::new(RANKS);
+        let call = Call { kind: Kind::Merge, description: 1, segments: 1 };
+        let merging = groups.iter().zip(&rows).map(|(group, row)| {
+            let body = bytemuck::bytes_of(row).to_vec();
+            Box::pin(Turn::begin(group).exchange(call, true, body, merge_bodies).run(Wait::Polling))
+        });
+        let mut merging: Vec<_> = merging.collect();
+        let mut context = Context::from_waker(Waker::noop());
+        let mut ends = Vec::new();
+        while !merging.is_empty() {
+            merging.retain_mut(|one| match one.as_mut().poll(&mut context) {
+                Poll::Ready(merged) => {
+                    ends.push(merged.expect("all take part"));
+                    false
+                }
+                Poll::Pending => true,
+            });
+        }
+        assert!(ends.iter().all(|end| *end == ends[0]));
+        let all: Row = bytemuck::pod_read_unaligned(&ends[0]);
+        let error = (all.sum * 2f64.powi(32) / exact as f64 - 1.0).abs();
+        assert!(error <= 14.0 * 2f64.powi(-53), "{error:e}");
+        assert_eq!((all.elements, all.place()), (1000 * u64::from(RANKS), (RANKS - 1, 3, 7)));
+    }
+}
