@@ -389,7 +389,7 @@ impl ClipArgs {
     }
 }
 
-const MODE_NEEDED: &str = "a mode is required: --max-norm N, --max-rms R, --max-average-norm A, \
+pub(crate) const MODE_NEEDED: &str = "a mode is required: --max-norm N, --max-rms R, --max-average-norm A, \
     --agc FACTOR --params FILE, --clip-value V or --clip-range MIN,MAX";
 
 /// Fails with the message of the first that is true. What would change nothing is refused, lest someone rely on it.

@@ -1,7 +1,9 @@
 //! Where to compute.
 
 use std::fmt;
+use std::sync::Arc;
 
+use gradclip::processes::ProcessGroup;
 use gradclip::{Clip, ClipReport, Clipper, DecidedClip, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
@@ -59,6 +61,12 @@ impl Backend {
             .build()
             .map_err(|error| Failure::Setup(format!("cannot start the threads ({error}); try fewer: --threads N")))?;
         Ok(Self { clipper, pool, adapter, fallback })
+    }
+
+    /// Clips together with other processes.
+    pub(crate) fn within(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
+        self.clipper = self.clipper.within(processes);
+        self
     }
 
     /// The GPU's name; `None` on the CPU.

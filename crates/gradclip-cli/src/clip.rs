@@ -12,7 +12,7 @@ use crate::failure::Failure;
 use crate::input::{Input, explain, unchanged, with_parameters};
 use crate::output::Output;
 use crate::progress;
-use crate::report::{Outcome, number, print, remark, segments, shown, table};
+use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
 use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
@@ -56,34 +56,47 @@ fn clip_file(args: &ClipArgs, spec: &Spec, clip: &Clip, input: &Input, params: O
         decided.report()
     } else {
         let bar = progress::bytes(output.bytes(), "copying", hidden);
-        output.write_mapped(&parameters, &bar, |written| {
-            bar.finish_and_clear();
-            let bar = follow(&mut backend, "clipping");
-            let report =
-                if args.sum { backend.sum_examples(clip, &tensors, written) } else { backend.apply(clip, written) };
-            bar.finish_and_clear();
-            report
-        })?
+        let copies = output.copy(&bar)?;
+        bar.finish_and_clear();
+        let bar = follow(&mut backend, "clipping");
+        copies.clip(
+            &parameters,
+            |_| true,
+            |written| {
+                let report =
+                    if args.sum { backend.sum_examples(clip, &tensors, written) } else { backend.apply(clip, written) };
+                bar.finish_and_clear();
+                report
+            },
+        )?
     };
     let (scope, sum, time) = (spec.scope, args.sum, start.elapsed());
-    let outcome = Outcome { report: &report, scope, tensors: &tensors, sum, backend: &backend, time };
+    let (backend, tensors) = (&backend, &tensors[..]);
+    let outcome = Outcome { report: &report, scope, tensors, sum, backend, time, file: None, ranks: None };
 
     if args.json {
-        return outcome.print_json();
+        return print_json(&outcome.json());
     }
     if args.quiet {
         return Ok(());
     }
+    let mut lines = lines(spec, &outcome);
+    lines.extend(outcome.lines(input.others(), input.bytes()));
+    lines.push(("written to", args.out.display().to_string()));
+    print(&table(&lines))
+}
+
+/// What was measured, and what became of it.
+pub(crate) fn lines(spec: &Spec, outcome: &Outcome<'_>) -> Vec<(&'static str, String)> {
+    let Outcome { report, scope, .. } = *outcome;
     let mut lines = Vec::new();
     if !spec.clamps() {
         lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), spec.norm_name())));
         let least = if scope == Scope::Global { "" } else { " at the least" };
         lines.push(("coefficient", number(report.clip_coef, 9) + least));
     }
-    if let Some(found) = &report.non_finite {
-        lines.push(("non-finite", found.to_string()));
-    }
-    lines.push(("result", result(spec, &report, args.sum)));
+    lines.extend(outcome.non_finite().map(|found| ("non-finite", found)));
+    lines.push(("result", result(spec, report, outcome.sum)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
         lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
@@ -93,9 +106,7 @@ fn clip_file(args: &ClipArgs, spec: &Spec, clip: &Clip, input: &Input, params: O
         let name = shown(&outcome.name(segment));
         lines.push((if i == 0 { "largest" } else { "" }, format!("{norm} times {coefficient}: {name}")));
     }
-    lines.extend(outcome.lines(input.others(), input.bytes()));
-    lines.push(("written to", args.out.display().to_string()));
-    print(&table(&lines))
+    lines
 }
 
 /// What became of the gradients, in words.

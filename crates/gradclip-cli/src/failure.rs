@@ -14,9 +14,9 @@ pub(crate) enum Failure {
     /// A file cannot be read or written, or does not hold what it should.
     #[error("{}: {problem}", path.display())]
     File { path: PathBuf, problem: String },
-    /// The gradients hold NaN or infinity, under the policy `error`.
-    #[error("{0}; nothing was written. To go on: --non-finite propagate, skip, zero or drop")]
-    NonFinite(NonFiniteElements),
+    /// The gradients hold NaN or infinity, under the policy `error`; `place` is empty or ` in FILE`.
+    #[error("{found}{place}; nothing was written. To go on: --non-finite propagate, skip, zero or drop")]
+    NonFinite { found: NonFiniteElements, place: String },
     /// GPU and CPU disagree.
     #[cfg(feature = "gpu")]
     #[error("{0}")]
@@ -47,10 +47,15 @@ impl Failure {
         move |error| Self::file(path, format!("cannot {doing}: {error}"))
     }
 
+    /// On one line, because messages of drivers may span many.
+    pub(crate) fn message(&self) -> String {
+        self.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
-            Self::NonFinite(_) => 3,
+            Self::NonFinite { .. } => 3,
             #[cfg(feature = "gpu")]
             Self::Mismatch(_) => 4,
             _ => 1,
@@ -61,7 +66,7 @@ impl Failure {
 impl From<gradclip::Error> for Failure {
     fn from(error: gradclip::Error) -> Self {
         match error {
-            gradclip::Error::NonFinite(found) => Self::NonFinite(found),
+            gradclip::Error::NonFinite(found) => Self::NonFinite { found, place: String::new() },
             gradclip::Error::BadParameter { .. } | gradclip::Error::BadRange { .. } => Self::Usage(error.to_string()),
             other => Self::Library(other),
         }

@@ -7,6 +7,7 @@
 //! [`args`] is the command line, [`spec`] a clip as it was asked for, [`input`], [`header`] and [`mapped`] read gradients,
 //! [`layout`], [`stream`] and [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws norms
 //! and [`throughput`] speeds, [`made`] and [`subject`] make gradients, [`contender`] times a step on them, [`failure`] holds the exit codes.
+//! [`processes`] is the program `gradclip-mpi`, whose ranks do the same together.
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and gradclip computes on their bytes in place");
@@ -33,6 +34,8 @@ mod mapped;
 mod norm;
 mod output;
 mod plot;
+#[doc(hidden)]
+pub mod processes;
 mod progress;
 mod report;
 mod spec;
@@ -55,9 +58,8 @@ pub fn main() -> ExitCode {
     match run(&Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Messages of drivers may span many lines; nobody is left to tell if stderr is closed.
-            let message = failure.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-            let _ = writeln!(std::io::stderr(), "error: {message}");
+            // Nobody is left to tell if stderr is closed.
+            let _ = writeln!(std::io::stderr(), "error: {}", failure.message());
             ExitCode::from(failure.exit_code())
         }
     }

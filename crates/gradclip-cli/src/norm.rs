@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use gradclip::{Clip, NormType, Scope, SegmentReport};
+use gradclip::{Clip, NonFiniteElements, NormType, Scope, SegmentReport};
 
 use crate::args::{NormArgs, refuse};
 use crate::backend::Backend;
@@ -12,7 +12,7 @@ use crate::input::{Input, explain, unchanged};
 use crate::output;
 use crate::plot::{self, Row};
 use crate::progress;
-use crate::report::{Outcome, number, print, remark, segments, shown, table};
+use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
 use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
@@ -44,7 +44,12 @@ fn measure(args: &NormArgs, spec: &Spec, clip: &Clip, inputs: &[Input]) -> Resul
     backend.show_progress(&bar);
     let report = backend.measure(clip, &tensors)?;
     let (scope, time) = (spec.scope, start.elapsed());
-    let outcome = Outcome { report: &report, scope, tensors: &tensors, sum: false, backend: &backend, time };
+    // With several files a name may not tell which.
+    let holder =
+        |found: &NonFiniteElements| file_of(found.tensor, tensors_of.iter().copied()).map(|i| args.files[i].as_path());
+    let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(holder);
+    let (backend, tensors) = (&backend, &tensors[..]);
+    let outcome = Outcome { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
     let largest = if args.hidden() { String::new() } else { largest(&outcome, &entries, spec, args.top) };
@@ -56,27 +61,26 @@ fn measure(args: &NormArgs, spec: &Spec, clip: &Clip, inputs: &[Input]) -> Resul
         output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
     if args.json {
-        return outcome.print_json();
+        return print_json(&outcome.json());
     }
     if args.quiet {
         return print(&format!("{}\n", report.total_norm));
     }
-    let mut lines = vec![("total norm", format!("{} ({})", number(report.total_norm, 9), spec.norm_name()))];
-    if let Some(found) = &report.non_finite {
-        let mut before = 0;
-        let holder = tensors_of.iter().position(|count| {
-            before += count;
-            found.tensor < before
-        });
-        // With several files a name may not tell which.
-        let file = holder.filter(|_| args.files.len() > 1).map(|i| format!(" in {}", args.files[i].display()));
-        lines.push(("non-finite", format!("{found}{}", file.unwrap_or_default())));
-    }
+    let mut lines = outcome.measured(spec);
     lines.extend(outcome.lines(inputs.iter().map(Input::others).sum(), bytes));
     if let Some(path) = &args.plot.out {
         lines.push(("plot", path.display().to_string()));
     }
     print(&(table(&lines) + &largest))
+}
+
+/// In which file a tensor lies, if they hold so many.
+pub(crate) fn file_of(tensor: usize, tensors_of: impl IntoIterator<Item = usize>) -> Option<usize> {
+    let mut before = 0;
+    tensors_of.into_iter().position(|count| {
+        before += count;
+        tensor < before
+    })
 }
 
 /// A plot of the norm of each tensor.

@@ -31,7 +31,7 @@ use serde_json::Value;
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::failure::Failure;
-use crate::input::{INDEX_SUFFIX, Input, folder_of, is_index, unchanged};
+use crate::input::{INDEX_SUFFIX, Input, Part, folder_of, is_index, unchanged};
 use crate::layout::Layout;
 use crate::mapped::MappedMut;
 use crate::stream;
@@ -50,6 +50,14 @@ pub(crate) struct Output<'a> {
     /// What is read meanwhile.
     inputs: Vec<&'a Input>,
     force: bool,
+}
+
+/// Copies of an input's parts in temporary files, not clipped yet.
+pub(crate) struct Copies<'o, 'a> {
+    output: &'o Output<'a>,
+    temporaries: Temporaries,
+    files: Vec<NamedTempFile>,
+    maps: Vec<MappedMut>,
 }
 
 impl<'a> Output<'a> {
@@ -91,6 +99,19 @@ impl<'a> Output<'a> {
         Ok(Self { layouts, index, targets, inputs, force })
     }
 
+    /// Copies of several files, under their names, in a folder that nobody else writes to.
+    pub(crate) fn into_folder(inputs: &'a [Input], folder: &Path) -> Self {
+        let parts = || inputs.iter().flat_map(|input| &input.parts);
+        let target = |part: &Part| folder.join(part.path.file_name().unwrap_or_default());
+        Self {
+            layouts: parts().map(Layout::copy).collect(),
+            index: None,
+            targets: parts().map(target).collect(),
+            inputs: inputs.iter().collect(),
+            force: false,
+        }
+    }
+
     /// How many bytes will be written.
     pub(crate) fn bytes(&self) -> u64 {
         self.layouts.iter().map(Layout::len).sum()
@@ -109,64 +130,68 @@ impl<'a> Output<'a> {
         let parts: Vec<_> = self.layouts.iter().zip(&files).zip(&self.targets).collect();
         let parts = parts.iter().map(|((layout, file), target)| (*layout, file.as_file(), target.as_path()));
         stream::write(parts, decided, progress)?;
-        self.finish(&temporaries, files, progress)
+        self.finish(&temporaries, files)
     }
 
-    /// Copies the parts, lets `clip` work on the copies of their gradients, or on the zeros that are to be their sums, and
-    /// puts them in place. `parameters` are those of the gradients, or none.
-    pub(crate) fn write_mapped<T>(
-        &self,
-        parameters: &[Tensor<'_>],
-        progress: &ProgressBar,
-        clip: impl FnOnce(&mut [TensorMut<'_>]) -> Result<T, Failure>,
-    ) -> Result<T, Failure> {
+    /// Copies the parts, each gradient as it is or as zeros that are to be its sum, for [`Copies::clip`].
+    pub(crate) fn copy(&self, progress: &ProgressBar) -> Result<Copies<'_, 'a>, Failure> {
         let temporaries = Temporaries::new()?;
         let copies = self.layouts.iter().zip(&self.targets);
         // Written before they are mapped: a full disk is then an error, not a signal.
-        let copies = copies
+        let files = copies
             .map(|(layout, target)| temporaries.copy(layout.blocks(), target, progress))
             .collect::<Result<Vec<_>, _>>()?;
-
-        let maps = copies.iter().zip(&self.targets);
-        let mut maps =
-            maps.map(|(copy, target)| MappedMut::open(copy.as_file(), target)).collect::<Result<Vec<_>, _>>()?;
-        let mut tensors = Vec::new();
-        for (layout, map) in self.layouts.iter().zip(&mut maps) {
-            tensors.append(&mut layout.tensors_in(&mut map.map)?);
-        }
-        let mut parameters = parameters.iter();
-        let with_parameter = |tensor| match parameters.next() {
-            Some(parameter) => TensorMut::parameter(tensor, parameter),
-            None => tensor,
-        };
-        let mut tensors: Vec<_> = tensors.into_iter().map(with_parameter).collect();
-        let result = clip(&mut tensors)?;
-        drop(tensors);
-
-        for (map, target) in maps.into_iter().zip(&self.targets) {
-            map.finish(target)?;
-        }
-        self.finish(&temporaries, copies, progress)?;
-        Ok(result)
+        let maps = files.iter().zip(&self.targets);
+        let maps = maps.map(|(file, target)| MappedMut::open(file.as_file(), target)).collect::<Result<_, _>>()?;
+        Ok(Copies { output: self, temporaries, files, maps })
     }
 
     /// Puts the parts in place, and behind them the index, if there is one.
-    fn finish(
-        &self,
-        temporaries: &Temporaries,
-        mut files: Vec<NamedTempFile>,
-        progress: &ProgressBar,
-    ) -> Result<(), Failure> {
+    fn finish(&self, temporaries: &Temporaries, mut files: Vec<NamedTempFile>) -> Result<(), Failure> {
         unchanged(self.inputs())?;
         let index = self.index.as_deref().zip(self.targets.last());
         if let Some((text, target)) = index {
-            files.push(temporaries.copy(once(text), target, progress)?);
+            files.push(temporaries.copy(once(text), target, &ProgressBar::hidden())?);
         }
         for (file, target) in files.iter().zip(&self.targets) {
             file.as_file().sync_all().map_err(Failure::io(target, "write"))?;
         }
         let files = files.into_iter().zip(&self.targets);
         temporaries.place(files, index.map(|(_, target)| target.as_path()), self.force)
+    }
+}
+
+impl Copies<'_, '_> {
+    /// Lets `clip` work on the copies of the gradients, or on the zeros that are to be their sums, and puts them in place.
+    /// `parameters` are those of the gradients, or none; `counted` tells which gradients norms count.
+    pub(crate) fn clip<T>(
+        mut self,
+        parameters: &[Tensor<'_>],
+        counted: impl Fn(usize) -> bool,
+        clip: impl FnOnce(&mut [TensorMut<'_>]) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let Output { layouts, targets, .. } = self.output;
+        let mut tensors = Vec::new();
+        for (layout, map) in layouts.iter().zip(&mut self.maps) {
+            tensors.append(&mut layout.tensors_in(&mut map.map)?);
+        }
+        let mut parameters = parameters.iter();
+        let mut described = Vec::new();
+        for (i, tensor) in tensors.into_iter().enumerate() {
+            let tensor = tensor.counted(counted(i));
+            described.push(match parameters.next() {
+                Some(parameter) => tensor.parameter(parameter),
+                None => tensor,
+            });
+        }
+        let result = clip(&mut described)?;
+        drop(described);
+
+        for (map, target) in self.maps.into_iter().zip(targets) {
+            map.finish(target)?;
+        }
+        self.output.finish(&self.temporaries, self.files)?;
+        Ok(result)
     }
 }
 
@@ -232,15 +257,39 @@ fn with_total_size(text: Vec<u8>, size: u64) -> Vec<u8> {
     index.to_string().into_bytes()
 }
 
-fn exists(target: &Path) -> Failure {
+pub(crate) fn exists(target: &Path) -> Failure {
     Failure::file(target, "exists already: choose another OUT, or replace it with --force")
 }
 
-/// The temporary files that an interrupt must remove; locked while they turn into OUT.
+/// The temporary files, and folders of them, that an interrupt must remove; locked while they turn into OUT.
 static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+pub(crate) fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets an interrupt remove what is unfinished, from the first call on.
+pub(crate) fn watch_for_interrupts() -> Result<(), Failure> {
+    static WATCHING: Mutex<bool> = Mutex::new(false);
+    let mut watching = WATCHING.lock().unwrap_or_else(PoisonError::into_inner);
+    if *watching {
+        return Ok(());
+    }
+    #[cfg(unix)]
+    let ignored = signals::ignored();
+    ctrlc::set_handler(|| {
+        // Held until the end of the process: nothing can be begun or put in place any more.
+        let unfinished = unfinished();
+        for path in unfinished.iter() {
+            let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
+        }
+        std::process::exit(130);
+    })
+    .map_err(|error| Failure::Setup(format!("cannot watch for interrupts: {error}")))?;
+    #[cfg(unix)]
+    signals::ignore(&ignored);
+    *watching = true;
+    Ok(())
 }
 
 /// Makes temporary files that do not outlive an interrupt.
@@ -248,18 +297,7 @@ struct Temporaries(());
 
 impl Temporaries {
     fn new() -> Result<Self, Failure> {
-        #[cfg(unix)]
-        let ignored = signals::ignored();
-        ctrlc::set_handler(|| {
-            // Held until the end of the process: nothing can be put in place any more.
-            for path in unfinished().iter() {
-                let _ = fs::remove_file(path);
-            }
-            std::process::exit(130);
-        })
-        .map_err(|error| Failure::Setup(format!("cannot watch for interrupts: {error}")))?;
-        #[cfg(unix)]
-        signals::ignore(&ignored);
+        watch_for_interrupts()?;
         Ok(Self(()))
     }
 
@@ -308,6 +346,7 @@ impl Temporaries {
         }
         // Closed first, because some systems rename no open file.
         let copies: Vec<_> = copies.map(|(copy, target)| (copy.into_temp_path(), target)).collect();
+        let made: Vec<_> = copies.iter().map(|(copy, _)| copy.to_path_buf()).collect();
         let mut placed = Vec::<&Path>::new();
         for (copy, target) in copies {
             if let Err(failure) = rename(copy, target, force) {
@@ -318,12 +357,18 @@ impl Temporaries {
             }
             placed.push(target);
         }
-        unfinished.clear();
-        // The bytes are safe already. If a system cannot sync a folder, only the names depend on its next write-back.
-        if let Some(target) = placed.last().filter(|_| cfg!(unix)) {
-            let _ = File::open(folder_of(target)).and_then(|folder| folder.sync_all());
+        unfinished.retain(|path| !made.contains(path));
+        if let Some(target) = placed.last() {
+            sync_folder_of(target);
         }
         Ok(())
+    }
+}
+
+/// The bytes are safe already. If a system cannot sync a folder, only the names depend on its next write-back.
+pub(crate) fn sync_folder_of(target: &Path) {
+    if cfg!(unix) {
+        let _ = File::open(folder_of(target)).and_then(|folder| folder.sync_all());
     }
 }
 

@@ -4,13 +4,14 @@ use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use gradclip::{ClipReport, Scope, SegmentReport, Tensor};
+use gradclip::{ClipReport, NonFiniteElements, Scope, SegmentReport, Tensor};
 use indicatif::HumanCount;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::backend::Backend;
 use crate::failure::Failure;
+use crate::spec::Spec;
 
 /// Prints to stdout.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
@@ -25,10 +26,15 @@ pub(crate) fn print_json(object: &impl Serialize) -> Result<(), Failure> {
     })
 }
 
-/// A reader that has gone (`| head`) is no failure.
+/// Prints to stdout what may be long.
 pub(crate) fn print_by(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
     let mut stdout = BufWriter::new(io::stdout().lock());
-    match write(&mut stdout).and_then(|()| stdout.flush()) {
+    printed(write(&mut stdout).and_then(|()| stdout.flush()))
+}
+
+/// How printing to stdout went: a reader that has gone (`| head`) is no failure.
+pub(crate) fn printed(result: io::Result<()>) -> Result<(), Failure> {
+    match result {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Failure::io(Path::new("standard output"), "write")(error))
         }
@@ -51,6 +57,18 @@ pub(crate) struct Outcome<'a> {
     pub(crate) sum: bool,
     pub(crate) backend: &'a Backend,
     pub(crate) time: Duration,
+    /// The file of the first non-finite element, where there are several.
+    pub(crate) file: Option<&'a Path>,
+    /// Who else had a part in it, if it was done by several ranks.
+    pub(crate) ranks: Option<Ranks>,
+}
+
+/// What several ranks are together.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ranks {
+    pub(crate) count: u32,
+    /// How many tensors all of them count.
+    pub(crate) tensors: usize,
 }
 
 /// The fields of `--json`. Numbers that are not finite become null.
@@ -69,11 +87,17 @@ struct Json<'a> {
     segments: Option<SegmentsJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     num_clipped: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ranks: Option<u32>,
 }
 
 #[derive(Serialize)]
 struct NonFiniteJson<'a> {
     count: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rank: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
     tensor: Option<&'a str>,
     index: u64,
 }
@@ -95,22 +119,46 @@ struct SegmentJson {
     clip_coef: f64,
 }
 
-impl Outcome<'_> {
-    pub(crate) fn print_json(&self) -> Result<(), Failure> {
-        let found = self.report.non_finite.as_ref();
-        print_json(&Json {
+impl<'a> Outcome<'a> {
+    /// What `--json` prints.
+    pub(crate) fn json(&self) -> impl Serialize {
+        let non_finite = |found: &'a NonFiniteElements| NonFiniteJson {
+            count: found.count,
+            rank: self.ranks.map(|_| found.rank.unwrap_or_default()),
+            file: self.file.filter(|_| self.ranks.is_some()).map(|file| file.display().to_string()),
+            tensor: found.name.as_deref(),
+            index: found.index,
+        };
+        Json {
             total_norm: self.report.total_norm,
             clip_coef: self.report.clip_coef,
             clipped: self.report.clipped,
             elements: self.report.elements,
-            tensors: self.tensors.len(),
+            tensors: self.num_tensors(),
             backend: if self.backend.adapter().is_some() { "gpu" } else { "cpu" },
             adapter: self.backend.adapter(),
-            non_finite: found.map(|n| NonFiniteJson { count: n.count, tensor: n.name.as_deref(), index: n.index }),
+            non_finite: self.report.non_finite.as_ref().map(non_finite),
             seconds: self.time.as_secs_f64(),
             segments: (self.scope != Scope::Global).then_some(SegmentsJson(self)),
             num_clipped: self.sum.then(|| self.num_clipped()),
-        })
+            ranks: self.ranks.map(|ranks| ranks.count),
+        }
+    }
+
+    fn num_tensors(&self) -> usize {
+        self.ranks.map_or(self.tensors.len(), |ranks| ranks.tensors)
+    }
+
+    /// The lines of a norm.
+    pub(crate) fn measured(&self, spec: &Spec) -> Vec<(&'static str, String)> {
+        let norm = format!("{} ({})", number(self.report.total_norm, 9), spec.norm_name());
+        [("total norm", norm)].into_iter().chain(self.non_finite().map(|found| ("non-finite", found))).collect()
+    }
+
+    /// What is not finite, and where the first of it is.
+    pub(crate) fn non_finite(&self) -> Option<String> {
+        let file = self.file.map(|file| format!(" in {}", file.display()));
+        self.report.non_finite.as_ref().map(|found| format!("{found}{}", file.unwrap_or_default()))
     }
 
     /// How many examples were clipped: of all tensors, or a list by tensor.
@@ -147,15 +195,19 @@ impl Outcome<'_> {
     /// The lines that both commands share; `others` tensors were no gradients, `bytes` were read.
     pub(crate) fn lines(&self, others: usize, bytes: u64) -> Vec<(&'static str, String)> {
         let mut size =
-            format!("{} in {}", HumanCount(self.report.elements), plural(self.tensors.len() as u64, "tensor"));
+            format!("{} in {}", HumanCount(self.report.elements), plural(self.num_tensors() as u64, "tensor"));
         if others > 0 {
             size += &format!(" ({} other{} passed by)", HumanCount(others as u64), if others == 1 { "" } else { "s" });
         }
+        let ran_on = match self.ranks {
+            Some(Ranks { count, .. }) if count > 1 => format!("{count} ranks, the first on {}", self.backend),
+            _ => self.backend.to_string(),
+        };
         let seconds = self.time.as_secs_f64();
         let speed = bytes as f64 / 1e9 / seconds.max(1e-9);
         vec![
             ("elements", size),
-            ("ran on", self.backend.to_string()),
+            ("ran on", ran_on),
             ("time", format!("{} s, {} GB/s", number(seconds, 3), number(speed, 3))),
         ]
     }

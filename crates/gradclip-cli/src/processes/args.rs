@@ -1,0 +1,128 @@
+//! The command line of `gradclip-mpi`.
+
+use std::path::PathBuf;
+
+use clap::{Arg, Args, Parser, Subcommand};
+
+use crate::args::{BackendArgs, HowArgs, MeasureArgs};
+
+#[derive(Debug, Parser)]
+#[command(name = "gradclip-mpi", version, about = ABOUT, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+const ABOUT: &str = "Measures and clips gradients in many safetensors files, on many processes, by one norm";
+
+const LONG: &str = "Measures and clips gradients in many safetensors files, on many processes, by one norm.
+
+Start it with mpirun: each process (rank) takes a share of the files, as equal in bytes as whole files allow, and all scale \
+by the norm of all gradients in all files. All ranks must see the files, and the folder that OUT is to be in, by the same \
+names: on one machine, or on a file system that the machines share. Ranks on one machine share its cores: --threads \
+divides them.
+
+A tensor name that several files have stands for slices of one tensor, each of which counts. Replicas of one tensor, such \
+as layer norms or biases beside sharded weights, would be counted many times: name them with --replicated.";
+
+const EXIT_CODES: &str = "Example:
+  mpirun -n 4 gradclip-mpi clip shards/*.safetensors -o out --max-norm 1
+
+GRADCLIP_MPI_TIMEOUT=S limits the seconds that a rank waits for another.
+
+Exit codes, the same on every rank: 0 done; 1 could not (file, device, rank);
+2 usage; 3 non-finite gradients under --non-finite error.";
+
+const CLIP_USAGE: &str = "mpirun gradclip-mpi clip FILE... -o OUT --max-norm N [OPTIONS]
+       mpirun gradclip-mpi clip FILE... -o OUT --max-rms R [OPTIONS]
+       mpirun gradclip-mpi clip FILE... -o OUT --max-average-norm A [OPTIONS]
+       mpirun gradclip-mpi clip FILE... -o OUT --clip-value V [OPTIONS]
+       mpirun gradclip-mpi clip FILE... -o OUT --clip-range MIN,MAX [OPTIONS]";
+
+const NORM_USAGE: &str = "mpirun gradclip-mpi norm FILE... [OPTIONS]";
+
+const CLIP_LONG: &str = "Clip the gradients of many files by one norm, into new files of the same names in the folder OUT.
+
+OUT appears whole or not at all: every rank writes into a folder beside OUT, and when all ranks are done it is renamed. If \
+one of them fails, there is no OUT, and the folder is removed.";
+
+/// Hides what needs other scopes: it is accepted, to be refused with a reason.
+fn by_one_norm(arg: Arg) -> Arg {
+    let id = arg.get_id().as_str();
+    let hidden = ["scope", "unit_axis", "budget", "agc", "agc_eps", "params"].contains(&id);
+    arg.hide(hidden)
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Measure the norm of the gradients of all files together
+    #[command(override_usage = NORM_USAGE, mut_args(by_one_norm))]
+    Norm(NormArgs),
+    /// Clip the gradients of many files by one norm, into new files
+    #[command(override_usage = CLIP_USAGE, long_about = CLIP_LONG, mut_args(by_one_norm))]
+    Clip(ClipArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NormArgs {
+    #[command(flatten)]
+    pub(super) measure: MeasureArgs,
+    #[command(flatten)]
+    pub(super) shared: SharedArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ClipArgs {
+    /// The folder that the clipped files go to
+    #[arg(long, short, value_name = "OUT")]
+    pub(super) out: PathBuf,
+    /// Replace OUT if it exists: a folder of safetensors files and nothing else
+    #[arg(long)]
+    pub(super) force: bool,
+    #[command(flatten)]
+    pub(super) how: HowArgs,
+    #[command(flatten)]
+    pub(super) shared: SharedArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SharedArgs {
+    /// Safetensors files
+    #[arg(value_name = "FILE", required = true)]
+    pub(super) files: Vec<PathBuf>,
+    /// Tensors of this name, in which * stands for any characters, are replicas of one: count the first file's alone. May be
+    /// given again
+    #[arg(long, value_name = "NAME")]
+    pub(super) replicated: Vec<String>,
+    #[command(flatten)]
+    pub(super) backend: BackendArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Print only the norm, or for clip nothing but errors
+    #[arg(long, short)]
+    pub(super) quiet: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn everything_has_a_help_text_of_80_columns() {
+        let mut program = Cli::command();
+        program.build();
+        program.clone().debug_assert();
+        for command in program.get_subcommands().chain([&program]) {
+            for help in [command.clone().render_help(), command.clone().render_long_help()] {
+                let help = help.to_string();
+                assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
+            }
+            for option in command.get_arguments() {
+                assert!(option.get_help().is_some_and(|help| !help.to_string().is_empty()), "{command}: {option}");
+            }
+        }
+    }
+}

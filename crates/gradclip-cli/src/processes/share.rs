@@ -1,0 +1,173 @@
+//! Which rank takes which file, and which file's replica of a tensor counts.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::path::{Path, PathBuf};
+
+use gradclip::NonFiniteElements;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+use crate::header::Entry;
+use crate::input::Input;
+use crate::norm::file_of;
+
+/// The rank of each file: the largest comes first, and each goes to the rank that has the least so far.
+pub(super) fn owners(sizes: &[u64], ranks: u32) -> Vec<u32> {
+    let mut files: Vec<_> = (0..sizes.len()).collect();
+    files.sort_by_key(|&i| Reverse(sizes[i]));
+    let mut shares: BinaryHeap<_> = (0..ranks).map(|rank| Reverse((0, rank))).collect();
+    let mut owners = vec![0; sizes.len()];
+    for i in files {
+        if let Some(mut least) = shares.peek_mut() {
+            let Reverse((bytes, rank)) = &mut *least;
+            owners[i] = *rank;
+            *bytes += sizes[i];
+        }
+    }
+    owners
+}
+
+/// What every rank knows of a file, once its own rank has opened it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Opened {
+    /// Where it stands among the files.
+    pub(super) place: usize,
+    pub(super) rank: u32,
+    pub(super) bytes: u64,
+    pub(super) gradients: usize,
+    /// How many tensors are none.
+    pub(super) others: usize,
+    /// The gradients that `--replicated` names.
+    pub(super) replicas: Vec<Replica>,
+}
+
+/// One of the tensors that are replicas of each other.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Replica {
+    pub(super) name: String,
+    pub(super) dtype: String,
+    pub(super) shape: Vec<usize>,
+}
+
+impl Opened {
+    pub(super) fn new(place: usize, rank: u32, input: &Input, replicated: &[String]) -> Self {
+        let is_replicated = |entry: &&Entry| replicated.iter().any(|pattern| fits(&entry.name, pattern));
+        let replica = |entry: &Entry| Replica {
+            name: entry.name.clone(),
+            dtype: entry.kind.to_string(),
+            shape: entry.shape.clone(),
+        };
+        Self {
+            place,
+            rank,
+            bytes: input.bytes(),
+            gradients: input.gradients().count(),
+            others: input.others(),
+            replicas: input.gradients().filter(is_replicated).map(replica).collect(),
+        }
+    }
+}
+
+/// All files together, as every rank knows them.
+#[derive(Debug)]
+pub(super) struct Whole<'a> {
+    paths: &'a [PathBuf],
+    pub(super) opened: Vec<Opened>,
+    /// The file that counts each replicated tensor: the first that holds it.
+    counted_in: HashMap<String, usize>,
+}
+
+impl<'a> Whole<'a> {
+    /// Checks that replicas are alike. A name that no tensor has is refused, lest someone rely on it.
+    pub(super) fn new(paths: &'a [PathBuf], mut opened: Vec<Opened>, replicated: &[String]) -> Result<Self, Failure> {
+        opened.sort_by_key(|file| file.place);
+        let mut first: HashMap<&str, (usize, &Replica)> = HashMap::new();
+        for (file, replica) in opened.iter().flat_map(|file| file.replicas.iter().map(|replica| (file.place, replica)))
+        {
+            let Replica { name, dtype, shape } = replica;
+            let (of, same) = *first.entry(name).or_insert((file, replica));
+            if same != replica {
+                let there = format!("{} {:?} in {}", same.dtype, same.shape, paths[of].display());
+                let problem =
+                    format!("tensor {name:?} is {dtype} {shape:?}, but {there}: replicas of one tensor are alike");
+                return Err(Failure::file(&paths[file], problem));
+            }
+        }
+        if let Some(pattern) = replicated.iter().find(|pattern| !first.keys().any(|name| fits(name, pattern))) {
+            return Err(Failure::Usage(format!("--replicated {pattern:?}: no gradient in the files has this name")));
+        }
+        let counted_in = first.into_iter().map(|(name, (file, _))| (name.to_owned(), file)).collect();
+        Ok(Self { paths, opened, counted_in })
+    }
+
+    /// Whether the tensor of this name in the file at this place counts.
+    pub(super) fn counts(&self, name: &str, place: usize) -> bool {
+        self.counted_in.get(name).is_none_or(|first| *first == place)
+    }
+
+    /// How many tensors do not count.
+    pub(super) fn uncounted(&self) -> usize {
+        self.opened.iter().map(|file| file.replicas.len()).sum::<usize>() - self.counted_in.len()
+    }
+
+    /// How many do.
+    pub(super) fn tensors(&self) -> usize {
+        self.opened.iter().map(|file| file.gradients).sum::<usize>() - self.uncounted()
+    }
+
+    /// The file of a non-finite element.
+    pub(super) fn file_of(&self, found: &NonFiniteElements) -> Option<&'a Path> {
+        // A group of one does not tell.
+        let rank = found.rank.unwrap_or_default();
+        let files: Vec<_> = self.opened.iter().filter(|file| file.rank == rank).collect();
+        let file = file_of(found.tensor, files.iter().map(|file| file.gradients))?;
+        Some(&self.paths[files[file].place])
+    }
+}
+
+/// Whether a name fits a pattern, in which `*` stands for any characters, be it none.
+pub(super) fn fits(name: &str, pattern: &str) -> bool {
+    let Some((start, rest)) = pattern.split_once('*') else { return name == pattern };
+    let Some(mut name) = name.strip_prefix(start) else { return false };
+    let mut parts: Vec<_> = rest.split('*').collect();
+    let end = parts.pop().unwrap_or_default();
+    for part in parts {
+        // As early as it can be, which leaves the most for the others.
+        let Some(at) = name.find(part) else { return false };
+        name = &name[at + part.len()..];
+    }
+    name.ends_with(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_files_are_shared_out_first() {
+        assert_eq!(owners(&[1, 5, 3, 4, 1], 2), [0, 0, 1, 1, 0]);
+        assert_eq!(owners(&[7, 7, 7], 3), [0, 1, 2]);
+        assert_eq!(owners(&[7, 7], 4), [0, 1]);
+        assert!(owners(&[], 4).is_empty());
+        let sizes: Vec<_> = (0..1000).map(|i| 1 + i * 7919 % 4096).collect();
+        let mut bytes = [0; 16];
+        owners(&sizes, 16).iter().zip(&sizes).for_each(|(owner, size)| bytes[*owner as usize] += size);
+        let [least, most] = [bytes.iter().min(), bytes.iter().max()].map(Option::unwrap);
+        assert!(most - least <= 64, "{bytes:?}");
+    }
+
+    #[test]
+    fn patterns() {
+        for (name, pattern) in
+            [("a", "a"), ("a", "*"), ("", "*"), ("a.bias", "*.bias"), ("abcbc", "a*bc"), ("abab", "*ab*")]
+        {
+            assert!(fits(name, pattern), "{name} {pattern}");
+        }
+        for (name, pattern) in
+            [("a", "b"), ("a", ""), ("ab", "a"), ("a.bias", "bias*"), ("ab", "ab*b"), ("aXb", "a*Y*b")]
+        {
+            assert!(!fits(name, pattern), "{name} {pattern}");
+        }
+    }
+}
