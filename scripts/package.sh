@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what would be published, and builds it from the packed files alone: the library with its shaders, examples and
-# documentation, and the program with that library. The crates for burn and candle are only packed: those take too long.
+# documentation, and the program with that library. The crates for burn, candle and MPI are only packed: those take too long.
 # Dependencies that are built already serve again, which `cargo package` by itself would build anew, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-packages=(gradclip gradclip-cli gradclip-candle gradclip-burn)
+packages=(gradclip gradclip-cli gradclip-candle gradclip-burn gradclip-mpi)
 cargo package --quiet --no-verify --allow-dirty "${packages[@]/#/--package=}"
 version=$(cargo metadata --quiet --no-deps --format-version 1 | sed 's/.*"name":"gradclip","version":"\([^"]*\)".*/\1/')
 members=()

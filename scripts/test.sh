@@ -4,6 +4,7 @@
 #
 #   scripts/test.sh                           on the device that the library chooses here; without gradclip-burn and
 #                                             gradclip-candle: cargo test -p gradclip-burn --profile quick, ...
+#                                             and without gradclip-mpi, which needs an MPI: cargo test -p gradclip-mpi
 #   scripts/test.sh --every-device            everything on lavapipe, and then what runs on a GPU on each of the software devices
 #                                             below, on Vulkan under the validation layers of Khronos; one that cannot be had is
 #                                             an error (Debian)
@@ -12,6 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
+. scripts/mpi.sh
 
 # burn and candle take long to compile and the tests of their crates little to run, so those are built without optimisation; and
 # each by itself, because what one asks of dependencies that are shared would build everything else anew.
@@ -20,6 +22,7 @@ burn=(-p gradclip-burn --profile quick)
 candle=(-p gradclip-candle --profile quick)
 
 if [ "${1-}" != --every-device ]; then
+    all+=(--exclude gradclip-mpi)
     # With the tests, which tell much later, comes the program, which tells at once.
     cargo test --no-fail-fast "${all[@]}" --no-run
     vulkan_is_there() { "${CARGO_TARGET_DIR:-target}/debug/gradclip" devices --json | grep -q '"backend":"Vulkan"'; }
@@ -42,6 +45,7 @@ fi
 install_lavapipe
 install_swiftshader
 install_gl
+install_mpi
 
 # The files whose tests run kernels, without what is the same on any device.
 mapfile -t files < <(grep -l -e gpu -e Path:: tests/*.rs | xargs -n1 basename -s .rs |

@@ -1,0 +1,34 @@
+# An MPI for the crate gradclip-mpi and its tests, which other scripts source after devices.sh: how to get it (Debian).
+# shellcheck shell=bash
+
+# OpenMPI, unless an MPI is there, and libclang, by which the crate mpi-sys reads its headers.
+install_mpi() {
+    has_mpi || need_mpi "${MPICC:-mpicc}" libopenmpi-dev openmpi-bin
+    has_libclang || need_mpi libclang libclang-dev
+}
+
+# MPICH beside it: what is built with MPICC=mpicc.mpich, into a target folder of its own, runs by mpiexec.mpich.
+install_mpich() {
+    command -v mpicc.mpich >/dev/null && command -v mpiexec.mpich >/dev/null || need_mpi mpicc.mpich libmpich-dev mpich
+    has_libclang || need_mpi libclang libclang-dev
+}
+
+has_mpi() {
+    command -v "${MPICC:-mpicc}" >/dev/null && { command -v mpirun || command -v mpiexec; } >/dev/null
+}
+
+has_libclang() {
+    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib*/libclang*.so*' >/dev/null ||
+        compgen -G '/usr/lib/*/libclang*.so*' >/dev/null || compgen -G '/usr/lib/llvm*/lib/libclang*.so*' >/dev/null
+}
+
+# need_mpi WHAT PACKAGE...: installs the packages.
+need_mpi() {
+    local what=$1
+    shift
+    if ! command -v apt-get >/dev/null; then
+        echo "error: gradclip-mpi needs $what; install OpenMPI or MPICH, with its compiler and mpirun, and libclang" >&2
+        exit 1
+    fi
+    install "$@"
+}
