@@ -3,7 +3,7 @@
 # installed first (Debian, Ubuntu). Other arguments are passed on to the test runner.
 #
 #   scripts/test.sh                           on the device that the library chooses here; without gradclip-burn and
-#                                             gradclip-candle: cargo test -p gradclip-burn --profile quick, ...
+#                                             gradclip-candle: cargo test -p gradclip-burn --features wgpu --profile quick, ...
 #                                             and without gradclip-mpi, which needs an MPI: cargo test -p gradclip-mpi
 #   scripts/test.sh --every-device            everything on lavapipe, and then what runs on a GPU on each of the software devices
 #                                             below, on Vulkan under the validation layers of Khronos; one that cannot be had is
@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.."
 # burn and candle take long to compile and the tests of their crates little to run, so those are built without optimisation; and
 # each by itself, because what one asks of dependencies that are shared would build everything else anew.
 all=(--workspace --exclude gradclip-burn --exclude gradclip-candle --all-features)
-burn=(-p gradclip-burn --profile quick)
+burn=(-p gradclip-burn --features wgpu --profile quick)
 candle=(-p gradclip-candle --profile quick)
 
 if [ "${1-}" != --every-device ]; then

@@ -2,7 +2,7 @@
 //! turns in one process on one wgpu device: what the host takes until the call returns, and what passes until the device
 //! is done. Prints medians and minima in milliseconds.
 //!
-//! `cargo bench -p gradclip-burn`, with `-- --quick` for a few rounds.
+//! `cargo bench -p gradclip-burn --features wgpu`, with `-- --quick` for a few rounds.
 
 use std::time::{Duration, Instant};
 

@@ -126,7 +126,7 @@ impl GradClipper {
 
     /// Clips the gradients of the module's parameters.
     ///
-    /// On a wgpu device that is shared ([`open_wgpu`](crate::open_wgpu)) this records and submits the work behind
+    /// With the feature `wgpu`, on a wgpu device that is shared ([`open_wgpu`](crate::open_wgpu)) this records and submits the work behind
     /// burn's own, in place, and does not wait for it. Gradients of any other device, or of several, are clipped on the
     /// host.
     ///
@@ -136,7 +136,7 @@ impl GradClipper {
     ///
     /// # Errors
     /// [`Error::EmptyModule`], [`Error::OtherModule`], [`Error::Shape`], [`Error::Dtype`], [`Error::NotShared`],
-    /// [`Error::Burn`]; [`Error::Clip`] with whatever the library finds wrong. The gradients are then as they were.
+    /// [`Error::WithoutWgpu`], [`Error::Burn`]; [`Error::Clip`] with whatever the library finds wrong. The gradients are then as they were.
     /// Non-finite gradients under the policy `Error` are told here by the host, by [`GradClipper::report`] on a GPU.
     pub fn clip<M: Module>(&mut self, grads: &mut GradientsParams, module: &M) -> Result<(), Error> {
         self.clip_all(&mut [grads], module)
@@ -163,6 +163,10 @@ impl GradClipper {
             if self.report.is_none() && self.planned.is_some() {
                 self.threshold = self.threshold_blocking()?;
             }
+        }
+        #[cfg(not(feature = "wgpu"))]
+        if !self.through_host {
+            host::check_not_wgpu(gradients)?;
         }
         let threshold = self.threshold.as_mut().map(AdaptiveThreshold::on_host);
         self.report = Some(host::clip(&self.clip, threshold, gradients)?);

@@ -52,6 +52,15 @@ pub enum Error {
         /// The device.
         device: String,
     },
+    /// The gradients lie on a wgpu device, and this crate was built without its feature `wgpu`.
+    #[error(
+        "the gradients lie on {device}; add the feature \"wgpu\" of gradclip-burn, or choose GradClipper::through_host, which \
+         is slower"
+    )]
+    WithoutWgpu {
+        /// The device.
+        device: String,
+    },
     /// burn could not open a device, run what makes a gradient, or hand one over.
     #[error("burn failed: {0}")]
     Burn(String),

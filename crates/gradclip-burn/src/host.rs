@@ -56,7 +56,41 @@ pub(crate) fn clip(
     report
 }
 
+/// That no gradient lies on a wgpu device, where it ought to be clipped in place.
+#[cfg(not(feature = "wgpu"))]
+pub(crate) fn check_not_wgpu(gradients: &[Gradient]) -> Result<(), Error> {
+    let devices = gradients.iter().filter_map(|gradient| Some(Device::new(gradient.tensor.as_ref()?.device())));
+    match devices.map(|device| format!("{device:?}")).find(|device| is_wgpu(device)) {
+        Some(device) => Err(Error::WithoutWgpu { device }),
+        None => Ok(()),
+    }
+}
+
+/// By what burn calls the device: its type is there only with burn's own feature, which this crate may not know of.
+#[cfg(any(test, not(feature = "wgpu")))]
+fn is_wgpu(device: &str) -> bool {
+    device.contains("Wgpu(")
+}
+
 /// Without a name, for a gradient's is its parameter's.
 fn view(data: &TensorData) -> Result<Tensor<'_>, Error> {
     Ok(Tensor::from_bytes(known_dtype(data.dtype())?, data.as_bytes())?.shape(data.shape())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_told_apart_by_their_names() {
+        assert!(!is_wgpu(&format!("{:?}", Device::flex())));
+        assert!(!is_wgpu(&format!("{:?}", Device::flex().autodiff())));
+        #[cfg(feature = "wgpu")]
+        for device in
+            [Device::wgpu(burn::tensor::DeviceKind::DefaultDevice), Device::wgpu(burn::tensor::DeviceKind::Cpu)]
+        {
+            let device = device.autodiff();
+            assert!(is_wgpu(&format!("{device:?}")), "{device:?}");
+        }
+    }
 }
