@@ -167,7 +167,8 @@ impl GpuPlan {
     /// That a step has run since the last report, given how many were encoded.
     fn check_ran(&self, encoded: u64, head: &ResultsHead) -> Result<MutexGuard<'_, Reported>, Error> {
         let reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = head.steps == reported.steps && encoded != reported.encoded;
+        // Where all that were encoded have run, another thread may have reported on them, by an older count of what was encoded.
+        let idle = head.steps == reported.steps && encoded != reported.encoded && head.steps != encoded as u32;
         if head.steps == 0 || idle { Err(Error::NotSubmitted) } else { Ok(reported) }
     }
 
