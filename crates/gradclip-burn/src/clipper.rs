@@ -126,8 +126,8 @@ impl GradClipper {
 
     /// Clips the gradients of the module's parameters.
     ///
-    /// With the feature `wgpu`, on a wgpu device that is shared ([`open_wgpu`](crate::open_wgpu)) this records and submits the work behind
-    /// burn's own, in place, and does not wait for it. Gradients of any other device, or of several, are clipped on the
+    /// With the feature `wgpu`, on a wgpu device that is shared ([`open_wgpu`](crate::open_wgpu)) this records and submits
+    /// the work behind burn's own, in place, and does not wait for it. Gradients of any other device, or of several, are clipped on the
     /// host.
     ///
     /// Parameters without a gradient are skipped. A parameter that occurs twice in the module counts once. Gradients of
@@ -136,8 +136,8 @@ impl GradClipper {
     ///
     /// # Errors
     /// [`Error::EmptyModule`], [`Error::OtherModule`], [`Error::Shape`], [`Error::Dtype`], [`Error::NotShared`],
-    /// [`Error::WithoutWgpu`], [`Error::Burn`]; [`Error::Clip`] with whatever the library finds wrong. The gradients are then as they were.
-    /// Non-finite gradients under the policy `Error` are told here by the host, by [`GradClipper::report`] on a GPU.
+    /// [`Error::WithoutWgpu`], [`Error::Burn`]; [`Error::Clip`] with whatever the library finds wrong. The gradients are
+    /// then as they were. Non-finite gradients under the policy `Error` are told here by the host, by [`GradClipper::report`] on a GPU.
     pub fn clip<M: Module>(&mut self, grads: &mut GradientsParams, module: &M) -> Result<(), Error> {
         self.clip_all(&mut [grads], module)
     }

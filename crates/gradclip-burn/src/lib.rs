@@ -21,8 +21,8 @@
 //! For every other clip, the norm, and thresholds that follow the run there is [`GradClipper`].
 //!
 //! With the feature `wgpu` of this crate (as of burn), the gradients on wgpu devices are clipped where they lie, if the device was
-//! opened by [`open_wgpu`] (one line where the program begins): burn hands a device and its queue only to who opens it. On others, and if gradients are spread over
-//! several devices, they are read, clipped on the host and written back; burn's CPU backend has them there already.
+//! opened by [`open_wgpu`] (one line where the program begins): burn hands a device and its queue only to who opens it. On
+//! others, and if gradients are spread over several devices, they are read, clipped on the host and written back; burn's CPU backend has them there already.
 //!
 //! [`explained`] tells what the clips do and which to choose.
 
