@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::cpu::{self, Around, Given};
-use crate::processes::{ProcessGroup, SingleProcess};
+use crate::processes::{ProcessGroup, SingleProcess, Turn};
 use crate::progress::Progress;
 use crate::tensor::check_sums;
 use crate::{Clip, ClipReport, DecidedClip, Element, Error, RunningPartial, Tensor, TensorMut, Threshold};
@@ -313,14 +313,15 @@ impl Clipper {
         tensors: &[Tensor<'_>],
         sums: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
+        let turn = Turn::begin(&*self.processes);
         clip.check_examples()?;
         let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len() as u64)).collect();
         check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name)), &given)?;
         match self.choose(&tensors.iter().copied()) {
-            Backend::Cpu => cpu::sum_examples(clip, tensors, sums, self.around()),
+            Backend::Cpu => cpu::sum_examples(turn, clip, tensors, sums, &self.progress),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
             Backend::Gpu(gpu) => {
-                pollster::block_on(gpu.sum_examples_by(Wait::Sleeping, clip, tensors, sums, self.around()))
+                pollster::block_on(gpu.sum_examples_by(Wait::Sleeping, turn, clip, tensors, sums, &self.progress))
             }
         }
     }

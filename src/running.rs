@@ -2,7 +2,7 @@
 
 use crate::cpu::Given;
 use crate::partial::{Location, Partial};
-use crate::processes::{Part, ProcessGroup, Turn, merge};
+use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
 use crate::wait::Wait;
 #[cfg(not(target_arch = "wasm32"))]
@@ -90,12 +90,11 @@ impl RunningPartial {
     async fn merge_by(&mut self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
         let turn = Turn::begin(processes);
         self.check_open()?;
-        let mut segments = Segments::new(&self.clip, &[], |_| None)?;
-        segments.set_elements(&self.clip, &[self.elements]);
-        let mut part = [Part::new(&self.clip, segments, vec![self.partial])];
-        let found = merge(turn, &mut part, |_, _| self.bad_name.as_deref(), wait).await?;
-        let found = found.into_iter().flatten().next();
-        (self.partial, self.elements) = (part[0].total(), part[0].segments.elements());
+        let segments = Segments::new(&self.clip, &[], |_| None)?;
+        let mut part = [Part::of_one(&self.clip, segments, self.partial, self.elements)];
+        let mut totals = merge(turn, &mut part, |_, _| self.bad_name.as_deref(), wait).await?;
+        let Total { partial, non_finite: found } = totals.swap_remove(0);
+        (self.partial, self.elements) = (partial, part[0].segments.elements());
         self.across = Some(found.as_ref().and_then(|found| found.rank));
         self.bad_name = found.and_then(|found| found.name);
         Ok(())

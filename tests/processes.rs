@@ -465,6 +465,16 @@ fn sums_of_examples_are_clipped_by_the_norm_of_all_slices() {
             sum[0]
         });
         assert!((sums[0] - 0.7).abs() < 1e-6 && (sums[1] - 1.0).abs() < 1e-6, "{path:?}: {sums:?}");
+        // One rank's sum is too long, which it finds before it measures.
+        let errors = on_ranks(vec![1, 2], |group, len| {
+            let own = [3.0f32, 0.1];
+            let own = gradclip::Tensor::new(&own).shape(&[2, 1]).expect("fits");
+            let mut sum = vec![0f32; len];
+            let clipper = path.clipper().within(group);
+            clipper.sum_examples(&clip, &[own], &mut [TensorMut::new(&mut sum)]).expect_err("one is too long")
+        });
+        let told = matches!(errors[..], [Error::PeerFailed { rank: 1 }, Error::Shape { .. }]);
+        assert!(told, "{path:?}: {errors:?}");
     }
 }
 

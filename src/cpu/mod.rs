@@ -39,7 +39,7 @@ use half::{bf16, f16};
 
 use crate::error::tensor_label;
 use crate::partial::{Action, Known, Location, Outcome, Partial};
-use crate::processes::{Part, ProcessGroup, Turn, merge};
+use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::progress::Progress;
 use crate::segment::{Family, Layout, Segments, check_groups, check_parameter};
 use crate::threshold::Threshold;
@@ -102,7 +102,7 @@ impl Around<'_> {
 
 /// Measures what [`apply`] would do, and writes nothing.
 pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], around: Around<'_>) -> Result<ClipReport, Error> {
-    let found = measured(clip, tensors, around)?;
+    let found = measured(Turn::begin(around.processes), clip, tensors, around.progress)?;
     found.decide(clip, clip.only_measures() || found.refused(clip)).map(|(report, _)| report)
 }
 
@@ -202,12 +202,13 @@ pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]
 
 /// Measures examples, and writes the sum of the clipped ones: one sum for each tensor.
 pub(crate) fn sum_examples(
+    turn: Turn<'_>,
     clip: &Clip,
     tensors: &[Tensor<'_>],
     sums: &mut [TensorMut<'_>],
-    around: Around<'_>,
+    progress: &Progress,
 ) -> Result<ClipReport, Error> {
-    let found = measured(clip, tensors, around)?;
+    let found = measured(turn, clip, tensors, progress)?;
     let refused = found.refused(clip);
     let (report, outcomes) = found.decide(clip, refused)?;
     if !refused {
@@ -230,7 +231,7 @@ pub(crate) fn sum_examples(
 
 /// The partial of everything.
 pub(crate) fn partial(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Partial, Error> {
-    Ok(part(clip, tensors, segments_of(clip, tensors)?, progress).total())
+    Ok(part(clip, tensors, segments_of(clip, tensors)?, progress).total(|_| None).partial)
 }
 
 pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
@@ -285,9 +286,8 @@ struct Measured {
 }
 
 /// What one clip finds out.
-fn measured(clip: &Clip, tensors: &[Tensor<'_>], around: Around<'_>) -> Result<Measured, Error> {
-    let turn = Turn::begin(around.processes);
-    let part = part(clip, tensors, segments_of(clip, tensors)?, around.progress);
+fn measured(turn: Turn<'_>, clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Measured, Error> {
+    let part = part(clip, tensors, segments_of(clip, tensors)?, progress);
     Ok(together(turn, vec![part], |_, i| tensors[i].name)?.swap_remove(0))
 }
 
@@ -297,13 +297,12 @@ fn together<'a>(
     mut parts: Vec<Part>,
     name_of: impl Fn(usize, usize) -> Option<&'a str>,
 ) -> Result<Vec<Measured>, Error> {
-    let non_finite = if turn.group().size() > 1 {
+    let totals = if turn.group().size() > 1 {
         at_once(merge(turn, &mut parts, name_of, Wait::Sleeping))?
     } else {
-        let found = |(group, part): (usize, &Part)| part.total().non_finite_elements(|i| name_of(group, i));
-        parts.iter().enumerate().map(found).collect()
+        parts.iter().enumerate().map(|(group, part)| part.total(|i| name_of(group, i))).collect()
     };
-    Ok(parts.into_iter().zip(non_finite).map(|(part, bad)| Measured::new(part, bad)).collect())
+    Ok(parts.into_iter().zip(totals).map(|(part, total)| Measured::new(part, total)).collect())
 }
 
 /// A threshold that is tied to its segments.
@@ -326,8 +325,7 @@ pub(crate) enum Given<'a> {
 }
 
 impl Measured {
-    fn new(part: Part, non_finite: Option<NonFiniteElements>) -> Self {
-        let total = part.total();
+    fn new(part: Part, Total { partial: total, non_finite }: Total) -> Self {
         let Part { clip, segments, partials, parameters } = part;
         let norm_of = |p: &Partial| match clip.measured() {
             Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0),
@@ -347,11 +345,11 @@ impl Measured {
         }
     }
 
-    fn given(clip: &Clip, mut segments: Segments, given: Given<'_>) -> Result<Self, Error> {
+    fn given(clip: &Clip, segments: Segments, given: Given<'_>) -> Result<Self, Error> {
         match given {
             Given::Partial(partial, elements) => {
-                segments.set_elements(clip, &[elements]);
-                Ok(Self::new(Part::new(clip, segments, vec![*partial]), None))
+                let total = Total { partial: *partial, non_finite: None };
+                Ok(Self::new(Part::of_one(clip, segments, *partial, elements), total))
             }
             Given::Norms(norms) => {
                 let expected = u64::from(segments.count);
@@ -366,7 +364,8 @@ impl Measured {
                 if let Some(norm) = norms.iter().find(|n| !(0.0..=greatest).contains(*n)) {
                     return Err(Error::BadParameter { what: "a given norm", value: *norm, must });
                 }
-                let mut found = Self::new(Part::new(clip, segments, Vec::new()), None);
+                let nothing = Total { partial: Partial::EMPTY, non_finite: None };
+                let mut found = Self::new(Part::new(clip, segments, Vec::new()), nothing);
                 // Nothing is known of single elements: a policy that drops some looks for them wherever it writes.
                 let known = |(family, norm): (&Family, &f64)| Known {
                     norm: norm / clip.weight(family.elements),

@@ -171,12 +171,12 @@ impl GpuClipper {
     pub(crate) async fn sum_examples_by(
         &self,
         wait: Wait,
+        turn: Turn<'_>,
         clip: &Clip,
         tensors: &[Tensor<'_>],
         sums: &mut [TensorMut<'_>],
-        around: Around<'_>,
+        progress: &Progress,
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(around.processes);
         let mut into = Vec::new();
         for sum in sums.iter() {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -192,7 +192,7 @@ impl GpuClipper {
             Job::Sum(pairs)
         };
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, (wait, around.progress), &views, job, Follows::Clip)?;
+        let mut passage = Passage::new(self, (wait, progress), &views, job, Follows::Clip)?;
         passage.measure(&views, turn).await?;
         let report = passage.plan.reports_by(wait).await?.0.swap_remove(0);
         if !(report.found_inf() && clip.refuses_non_finite()) {

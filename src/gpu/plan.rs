@@ -9,11 +9,11 @@ use super::table::Origin;
 use super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use super::{GpuClipper, GpuTensor, Recipe};
 use crate::partial::{Action, Outcome, Partial};
-use crate::processes::{Part, ProcessGroup, Turn, merge};
+use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
 use crate::threshold::Threshold;
 use crate::wait::Wait;
-use crate::{ClipReport, Error, NonFinite, NonFiniteElements, Scope};
+use crate::{ClipReport, Error, NonFinite, Scope};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
@@ -37,8 +37,7 @@ pub struct GpuPlan {
 #[derive(Clone, Debug)]
 struct Across {
     segments: Segments,
-    total: Partial,
-    non_finite: Option<NonFiniteElements>,
+    total: Total,
 }
 
 /// At the last report: how many steps had been encoded, and how many had run by the device's own count.
@@ -260,7 +259,8 @@ impl GpuPlan {
             let own = || {
                 let total = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| self.built.origins[i]);
                 let name_of = |i: usize| group.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
-                Across { segments: group.segments.clone(), non_finite: total.non_finite_elements(name_of), total }
+                let total = Total { partial: total, non_finite: total.non_finite_elements(name_of) };
+                Across { segments: group.segments.clone(), total }
             };
             let all = across.as_ref().and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
             let first = group.first_segment as usize;
@@ -424,28 +424,27 @@ impl GpuPlan {
             parts.push(part);
         }
         let name_of = |group: usize, tensor: usize| self.built.groups[group].names.get(tensor)?.as_deref();
-        let non_finite = merge(turn, &mut parts, name_of, wait).await?;
+        let totals = merge(turn, &mut parts, name_of, wait).await?;
 
         let mut writes = Vec::new();
         let mut write = |first: u32, partials: &[Partial]| {
             let rows: Vec<_> = partials.iter().map(PartialRow::of).collect();
             writes.push((&memory.partials, place(first), bytemuck::cast_slice(&rows).to_vec()));
         };
-        for (group, part) in self.built.groups.iter().zip(&parts) {
+        for ((group, part), total) in self.built.groups.iter().zip(&parts).zip(&totals) {
             write(group.first_partial, &part.partials);
             group.first_parameter.iter().for_each(|first| write(*first, &part.parameters));
-            write(group.total, &[part.total()]);
+            write(group.total, &[total.partial]);
         }
-        write(self.built.everything, &[parts.iter().fold(Partial::EMPTY, |all, part| all.merge(part.total()))]);
+        write(self.built.everything, &[totals.iter().fold(Partial::EMPTY, |all, total| all.merge(total.partial))]);
         // Those that go by parameters the device computes itself.
         if self.built.groups.iter().all(|group| group.first_parameter.is_none()) {
             let of_all = parts.iter().flat_map(|part| part.segments.max_norms(&part.clip, &[], &[]));
             let numbers: Vec<_> = of_all.map(threshold_number).collect();
             writes.push((&memory.thresholds, 0, bytemuck::cast_slice(&numbers).to_vec()));
         }
-        let across =
-            |(part, non_finite): (Part, _)| Across { total: part.total(), segments: part.segments, non_finite };
-        *self.across() = Some(parts.into_iter().zip(non_finite).map(across).collect());
+        let across = |(part, total): (Part, Total)| Across { segments: part.segments, total };
+        *self.across() = Some(parts.into_iter().zip(totals).map(across).collect());
         let queue = &self.gpu.device.queue;
         self.gpu.device.scoped(|| writes.iter().for_each(|(buffer, at, bytes)| queue.write_buffer(buffer, *at, bytes)))
     }
@@ -468,7 +467,7 @@ impl GpuPlan {
 impl Group {
     /// The report, and what became of each segment, given what was measured of all.
     fn report(&self, outcomes: &[OutcomeRow], all: Across) -> Result<(ClipReport, Vec<Outcome>), Error> {
-        let (clip, Across { segments, total, non_finite }) = (&self.clip, all);
+        let (clip, Across { segments, total: Total { partial: total, non_finite } }) = (&self.clip, all);
         // Norms from outside are N already.
         let weight = |elements| if self.given { 1.0 } else { clip.weight(elements) };
         let each = segments.families().zip(outcomes);

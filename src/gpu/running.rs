@@ -13,11 +13,10 @@ use super::table::Origin;
 use super::threshold::StateRow;
 use super::{GpuClipper, GpuTensor, Recipe};
 use crate::clip::Mode;
-use crate::partial::Partial;
-use crate::processes::{Part, ProcessGroup, Turn, merge};
+use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
 use crate::wait::Wait;
-use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope};
+use crate::{Clip, ClipReport, Error, Scope};
 
 /// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
 /// them, or one micro-batch after another.
@@ -75,8 +74,8 @@ struct Sets {
     finished: Option<Across>,
 }
 
-/// The partial of everything, the number of elements, and what is not finite.
-type Across = (Partial, u64, Option<NonFiniteElements>);
+/// The total, and of how many elements it is.
+type Across = (Total, u64);
 
 /// A set of tensors that belongs to a [`GpuRunning`].
 #[derive(Debug)]
@@ -175,13 +174,10 @@ impl GpuRunning {
             let own = bytemuck::pod_read_unaligned::<PartialRow>(&bytes).to_partial(|i| sets.origins[i]);
             (own, sets.elements, own.first.and_then(|first| sets.names[first.tensor].clone()))
         };
-        let mut segments = self.segments.clone();
-        segments.set_elements(&self.clip, &[elements]);
-        let mut part = [Part::new(&self.clip, segments, vec![own])];
-        let found = merge(turn, &mut part, |_, _| name.as_deref(), wait).await?;
-        let all = part[0].total();
-        self.sets().merged = Some((all, part[0].segments.elements(), found.into_iter().flatten().next()));
-        let (queue, up) = (&self.gpu.device.queue, PartialRow::of(&all));
+        let mut part = [Part::of_one(&self.clip, self.segments.clone(), own, elements)];
+        let total = merge(turn, &mut part, |_, _| name.as_deref(), wait).await?.swap_remove(0);
+        let (queue, up) = (&self.gpu.device.queue, PartialRow::of(&total.partial));
+        self.sets().merged = Some((total, part[0].segments.elements()));
         self.gpu.device.scoped(|| queue.write_buffer(&self.partial, 0, bytemuck::bytes_of(&up)))
     }
 
@@ -220,11 +216,12 @@ impl GpuRunning {
         }
         let outcome: OutcomeRow = bytemuck::pod_read_unaligned(&outcomes[..size_of::<OutcomeRow>()]);
         let sets = self.sets();
-        let (total, elements, non_finite) = sets.finished.clone().unwrap_or_else(|| {
-            let total = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| sets.origins[i]);
-            (total, sets.elements, total.non_finite_elements(|i| sets.names[i].as_deref()))
+        let (Total { partial, non_finite }, elements) = sets.finished.clone().unwrap_or_else(|| {
+            let partial = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| sets.origins[i]);
+            let non_finite = partial.non_finite_elements(|i| sets.names[i].as_deref());
+            (Total { partial, non_finite }, sets.elements)
         });
-        let totals = (self.clip.known(&total).norm, total.outside);
+        let totals = (self.clip.known(&partial).norm, partial.outside);
         let outcomes = [outcome.to_outcome(&self.clip, 1.0)];
         self.clip.report((&self.segments, &outcomes), totals, elements, non_finite)
     }

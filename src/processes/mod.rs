@@ -63,7 +63,7 @@ use crate::Error;
 #[cfg(not(target_arch = "wasm32"))]
 pub use agree::{agree, check_counted_once};
 pub(crate) use exchange::Turn;
-pub(crate) use rows::{Part, merge};
+pub(crate) use rows::{Part, Total, merge};
 
 /// Processes, called ranks and numbered from 0, that send each other messages.
 ///

@@ -84,14 +84,28 @@ pub(crate) struct Part {
     pub(crate) parameters: Vec<Partial>,
 }
 
+/// What is known of a group of tensors as a whole.
+#[derive(Clone, Debug)]
+pub(crate) struct Total {
+    pub(crate) partial: Partial,
+    pub(crate) non_finite: Option<NonFiniteElements>,
+}
+
 impl Part {
+    /// Of one segment, given its partial and how many elements that is of.
+    pub(crate) fn of_one(clip: &Clip, mut segments: Segments, partial: Partial, elements: u64) -> Self {
+        segments.set_elements(clip, &[elements]);
+        Self::new(clip, segments, vec![partial])
+    }
+
     pub(crate) fn new(clip: &Clip, segments: Segments, partials: Vec<Partial>) -> Self {
         Self { clip: *clip, segments, partials, parameters: Vec::new() }
     }
 
-    /// The partial of everything.
-    pub(crate) fn total(&self) -> Partial {
-        self.partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b))
+    /// Its total, if all of it is this process's.
+    pub(crate) fn total<'a>(&self, name_of: impl Fn(usize) -> Option<&'a str>) -> Total {
+        let partial = self.partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b));
+        Total { partial, non_finite: partial.non_finite_elements(name_of) }
     }
 
     fn rows(&self, rank: u32) -> Vec<Row> {
@@ -122,8 +136,8 @@ fn description(parts: &[Part]) -> u64 {
     digest.finish()
 }
 
-/// Merges what was measured of each group of tensors with what the other ranks have, and tells for each what is not finite,
-/// on whichever rank.
+/// Merges what was measured of each group of tensors with what the other ranks have. Returns the total of each, with what is
+/// not finite, on whichever rank.
 ///
 /// # Errors
 /// Those of the group; nothing has changed then.
@@ -132,18 +146,20 @@ pub(crate) async fn merge<'a>(
     parts: &mut [Part],
     name_of: impl Fn(usize, usize) -> Option<&'a str>,
     wait: Wait,
-) -> Result<Vec<Option<NonFiniteElements>>, Error> {
+) -> Result<Vec<Total>, Error> {
     let group = turn.group();
     let rows: Vec<_> = parts.iter().flat_map(|part| part.rows(group.rank())).collect();
     let call = Call { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
     let body = bytemuck::cast_slice(&rows).to_vec();
     let merged = turn.exchange(call, true, body, merge_bodies).run(wait).await?;
     let merged: Vec<Row> = merged.chunks_exact(size_of::<Row>()).map(bytemuck::pod_read_unaligned).collect();
-    let (mut totals, mut rest) = (Vec::new(), &merged[..]);
+    let (mut of_parts, mut totals, mut rest) = (Vec::new(), Vec::new(), &merged[..]);
     for part in parts.iter() {
-        let (segments, parameters) = rest.split_at(part.partials.len());
-        rest = &parameters[part.parameters.len()..];
+        let (own, others) = rest.split_at(part.partials.len() + part.parameters.len());
+        let segments = &own[..part.partials.len()];
         totals.push(segments.iter().fold(Row::new(&Partial::EMPTY, 0, NOBODY), |a, b| a.merge(b)));
+        of_parts.push(own);
+        rest = others;
     }
     // Only then does it cost a second message, to tell what the tensor is called.
     let mut names = vec![String::new(); parts.len()];
@@ -157,22 +173,19 @@ pub(crate) async fn merge<'a>(
         let told = telling.run(wait).await?;
         names = split(&told).into_iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
     }
-    let mut rest = &merged[..];
-    for part in parts {
-        let (own, others) = rest.split_at(part.partials.len() + part.parameters.len());
-        part.set_rows(own);
-        rest = others;
-    }
-    let found = |(total, name): (&Row, String)| {
-        total.partial().first.map(|first| NonFiniteElements {
-            count: total.non_finite,
-            rank: (group.size() > 1).then_some(total.rank),
+    parts.iter_mut().zip(of_parts).for_each(|(part, rows)| part.set_rows(rows));
+    let told = |(row, name): (&Row, String)| {
+        let partial = row.partial();
+        let non_finite = partial.first.map(|first| NonFiniteElements {
+            count: partial.non_finite,
+            rank: (group.size() > 1).then_some(row.rank),
             tensor: first.tensor,
             name: (!name.is_empty()).then_some(name),
             index: first.index,
-        })
+        });
+        Total { partial, non_finite }
     };
-    Ok(totals.iter().zip(names).map(found).collect())
+    Ok(totals.iter().zip(names).map(told).collect())
 }
 
 fn merge_bodies(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
