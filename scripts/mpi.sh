@@ -17,9 +17,10 @@ has_mpi() {
     command -v "${MPICC:-mpicc}" >/dev/null && { command -v mpirun || command -v mpiexec; } >/dev/null
 }
 
+# Not libclang-cpp, which comes with drivers of OpenCL.
 has_libclang() {
-    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib*/libclang*.so*' >/dev/null ||
-        compgen -G '/usr/lib/*/libclang*.so*' >/dev/null || compgen -G '/usr/lib/llvm*/lib/libclang*.so*' >/dev/null
+    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib*/libclang[.-][s0-9]*' >/dev/null ||
+        compgen -G '/usr/lib*/*/libclang[.-][s0-9]*' >/dev/null || compgen -G '/usr/lib/llvm*/lib/libclang[.-][s0-9]*' >/dev/null
 }
 
 # need_mpi WHAT PACKAGE...: installs the packages.
