@@ -131,7 +131,6 @@ impl Segments {
             let (by, columns, segments) = match scope {
                 Scope::Global | Scope::Tensor => whole,
                 Scope::Example | Scope::ExampleTensor => by_example,
-                Scope::Unit if d.len == 0 => whole,
                 Scope::Unit => match (d.unit_axis.or(clip.unit_axis), d.first(), d.last()) {
                     (Some(_), None, _) => {
                         return fail(i, "it is a scalar, and has no axis to take units along".into());
@@ -389,7 +388,8 @@ mod tests {
         assert_eq!(segments(Scope::Global, &[]).count, 1);
         assert_eq!(segments(Scope::Tensor, &[]).count, 0);
         assert_eq!(segments(Scope::Example, &[&[0, 3]]).count, 0);
-        assert_eq!(segments(Scope::Unit, &[&[0, 3], &[4, 0]]).count, 2);
+        // As many as its shape has: a process that holds no column of a matrix has all its rows.
+        assert_eq!(segments(Scope::Unit, &[&[0, 3], &[4, 0], &[0]]).count, 5);
         assert_eq!(segments(Scope::Unit, &[&[]]).count, 1);
     }
 }

@@ -211,7 +211,6 @@ impl Asked {
         let one_each = |t: usize, n: usize| (0..n).map(move |i| self.place(t, &vec![i; shapes[t].len()]));
         let of_tensor = |t: usize| match (self.scope(), &shapes[t][..]) {
             (Scope::Tensor, _) | (Scope::Unit, [] | [_]) => vec![(Some(t), None)],
-            (Scope::Unit, shape) if shape.contains(&0) => vec![(Some(t), None)],
             (Scope::Unit, [.., last]) if self.axis == Some(UnitAxis::Last) => one_each(t, *last).collect(),
             (_, [first, ..]) => one_each(t, *first).collect(),
             (scope, []) => panic!("{scope:?} of a scalar"),
