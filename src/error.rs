@@ -157,7 +157,7 @@ pub enum Error {
     /// Another process of the group failed before anything was decided, and says why itself. Nothing was written.
     #[error("rank {rank} of the process group failed, and tells why itself; nothing was written")]
     PeerFailed {
-        /// The first such rank.
+        /// One that did.
         rank: u32,
     },
     /// A tensor does not count exactly once in a group of processes: [`check_counted_once`](crate::processes::check_counted_once).

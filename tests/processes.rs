@@ -150,7 +150,7 @@ fn columns(of: &Data, range: Range<usize>) -> Data {
 
 #[test]
 fn slices_of_tensors_share_the_norms_of_their_segments() {
-    // Three ranks hold uneven slices of every matrix, which cut each unit and each example.
+    // Three ranks hold uneven slices of every matrix, which cut each unit and each example; of the last the first has nothing.
     let cuts = [0.0..0.2, 0.2..0.5, 0.5..1.0f64];
     let slices = |all: &[Data], rank: usize| -> Vec<Data> {
         let slice = |of: &Data| {
@@ -166,7 +166,7 @@ fn slices_of_tensors_share_the_norms_of_their_segments() {
             let parameter = uneven(Dtype::F32, shape, &mut random);
             uneven(dtypes[i % dtypes.len()], shape, &mut random).with_parameter(parameter)
         };
-        let set = [of(0, &[6, 1000]), of(1, &[6, 77]), of(2, &[6, 40])];
+        let set = [of(0, &[6, 1000]), of(1, &[6, 77]), of(2, &[6, 40]), of(3, &[6, 2])];
         let by_tensor = Clip::norm(1e-2).expect("valid").scope(Scope::ExampleTensor);
         let clips = [
             Clip::norm(0.3).expect("valid").scope(Scope::Tensor),
@@ -360,22 +360,20 @@ fn ranks_that_are_not_called_alike_all_get_an_error() {
     }
 }
 
+/// Both are told, and the next call is the same for both.
 #[test]
 fn a_rank_that_calls_once_too_often_is_found_out() {
     let errors = on_ranks(vec![0, 1], |group, rank| {
         let clipper = Clipper::cpu().within(group.clone());
         let clip = |x| clipper.apply(&Clip::norm(1.0).expect("valid"), &mut [TensorMut::new(&mut [x])]);
-        if rank == 0 {
-            clip(1.0f32).expect("both");
-            (clip(1.0).err(), None)
-        } else {
-            clip(1.0).expect("both");
-            group.calls().fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            (None, clip(1.0).err())
-        }
+        clip(1.0f32).expect("both");
+        group.calls().fetch_add(rank, std::sync::atomic::Ordering::Relaxed);
+        let error = clip(1.0).expect_err("ranks are in different calls");
+        clip(1.0).expect("both");
+        error
     });
-    let [(Some(behind), _), (_, Some(_))] = &errors[..] else { panic!("{errors:?}") };
-    assert_says(behind, &["rank 1", "1 calls ahead"]);
+    assert_says(&errors[0], &["rank 1", "1 calls ahead"]);
+    assert!(matches!(errors[1], Error::PeerFailed { rank: 0 }), "{errors:?}");
 }
 
 #[test]
@@ -420,6 +418,38 @@ fn thresholds_follow_the_norm_of_all_ranks() {
         for rank in ranks {
             assert!(rank.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-5), "{path:?}: {rank:?}, {whole:?}");
         }
+    }
+}
+
+/// One group goes by parameters, which the device computes thresholds from, and one by how many elements all ranks have.
+#[test]
+fn groups_of_different_kinds_merge_in_one_call() {
+    for path in Path::HOST {
+        let coefficients = on_ranks(vec![vec![3.0f32], vec![4.0, 0.0, 0.0]], |group, mut b| {
+            let weights = [1.0f32; 2];
+            let (weights, mut a) = (gradclip::Tensor::new(&weights), [0.3f32, 0.4]);
+            let reports = path.clipper().within(group).apply_groups(&mut [
+                (Clip::agc(0.1).expect("valid"), &mut [TensorMut::new(&mut a).parameter(&weights)]),
+                (Clip::rms(1.0).expect("valid"), &mut [TensorMut::new(&mut b)]),
+            ]);
+            reports.expect("finite").iter().map(|report| report.clip_coef).collect::<Vec<_>>()
+        });
+        for of in coefficients {
+            // 0.1 of the norm 2 of all parameters, over the norm of all gradients; 1 over the root of 25 by 4 elements.
+            let want = [0.2 / 0.5f64.sqrt(), 0.4];
+            assert!(of.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-5), "{path:?}: {of:?}");
+        }
+    }
+}
+
+#[test]
+fn no_groups_are_a_call_all_the_same() {
+    for path in Path::HOST {
+        let ends = on_ranks(vec![0, 1], |group, rank| {
+            let clipper = if rank == 0 { Clipper::cpu() } else { path.clipper() }.within(group);
+            clipper.apply_groups(&mut []).map(|reports| reports.len())
+        });
+        assert!(ends.iter().all(|end| matches!(end, Ok(0))), "{ends:?}");
     }
 }
 
@@ -588,7 +618,7 @@ fn a_report_names_what_a_rank_holds() {
 #[cfg(feature = "gpu")]
 mod on_the_device {
     use super::*;
-    use gradclip::gpu::GpuTensor;
+    use gradclip::gpu::{GpuPlan, GpuTensor};
 
     /// One rank on the CPU, one through the device, one on it.
     #[test]
@@ -683,13 +713,129 @@ mod on_the_device {
         assert!((coefficients[0][1].1 - 27.5 / 50.0).abs() < 1e-6, "{coefficients:?}");
     }
 
+    /// A plan on a rank's one tensor, and what it does in a step.
+    struct Ready {
+        buffer: wgpu::Buffer,
+        plan: GpuPlan,
+    }
+
+    impl Ready {
+        fn new(clip: &Clip, contents: &[f32]) -> Self {
+            let buffer = gpu::upload(gpu::gpu(), bytemuck::cast_slice(contents));
+            let plan = gpu::gpu().plan(clip, &[GpuTensor::f32(&buffer, ..).expect("fits").named("w")]).expect("fits");
+            Self { buffer, plan }
+        }
+
+        fn submit(&self, encode: impl Fn(&GpuPlan, &mut wgpu::CommandEncoder)) {
+            let mut encoder = gpu::encoder(gpu::gpu());
+            encode(&self.plan, &mut encoder);
+            gpu::gpu().queue().submit([encoder.finish()]);
+        }
+
+        fn merge(&self, group: &ThreadGroup) {
+            self.submit(|plan, encoder| plan.encode_measure(encoder).expect("works"));
+            self.plan.merge_across_blocking(group).expect("all ranks");
+        }
+
+        fn scale(&self) {
+            self.submit(|plan, encoder| plan.encode_scale(encoder).expect("works"));
+        }
+    }
+
+    /// Thresholds that go by the number of elements are those of all ranks where they have merged, and the rank's own where not.
+    #[test]
+    fn a_step_by_itself_after_one_together() {
+        on_ranks(vec![vec![3.0f32], vec![4.0, 0.0, 0.0]], |group, own| {
+            let ready = Ready::new(&Clip::rms(1.0).expect("valid"), &own);
+            for _ in 0..2 {
+                gpu::write(gpu::gpu(), &ready.buffer, 0, bytemuck::cast_slice(&own));
+                ready.merge(&group);
+                ready.scale();
+                let together = ready.plan.report_blocking().expect("finite");
+                assert_norm(together.total_norm, 2.5, 1e-6, "of all");
+                assert!((together.clip_coef - 0.4).abs() < 1e-6 && together.elements == 4, "{together:?}");
+
+                gpu::write(gpu::gpu(), &ready.buffer, 0, bytemuck::cast_slice(&own));
+                gpu::step(gpu::gpu(), &ready.plan);
+                let alone = ready.plan.report_blocking().expect("finite");
+                let norm = f64::from(own[0]) / (own.len() as f64).sqrt();
+                assert_norm(alone.total_norm, norm, 1e-6, "of its own");
+                assert!((alone.clip_coef - 1.0 / norm).abs() < 1e-6, "{alone:?}");
+                assert_eq!(alone.elements, own.len() as u64);
+            }
+        });
+    }
+
+    /// The report is on the step that has run, whatever was recorded since, and on what was measured of all ranks in it.
+    #[test]
+    fn a_report_is_on_the_step_that_has_run() {
+        let clip = Clip::norm(1.0).expect("valid").non_finite(NonFinite::Skip);
+        on_ranks(vec![[1.0f32, 2.0], [f32::NAN, 2.0]], |group, own| {
+            let ready = Ready::new(&clip, &own);
+            ready.merge(&group);
+            ready.scale();
+            let mut next = gpu::encoder(gpu::gpu());
+            ready.plan.encode(&mut next).expect("works");
+            let report = ready.plan.report_blocking().expect("skipped");
+            let found = report.non_finite.as_ref().expect("on rank 1");
+            assert_eq!((found.rank, found.name.as_deref(), found.index), (Some(1), Some("w"), 0));
+            assert_eq!((report.found_inf(), report.elements), (true, 4));
+
+            gpu::write(gpu::gpu(), &ready.buffer, 0, bytemuck::cast_slice(&[3.0f32, 4.0]));
+            gpu::gpu().queue().submit([next.finish()]);
+            let report = ready.plan.report_blocking().expect("finite");
+            assert_norm(report.total_norm, 5.0, 1e-6, "of its own");
+            assert_eq!((report.found_inf(), report.elements), (false, 2));
+        });
+    }
+
+    /// What others have measured would count twice.
+    #[test]
+    fn what_is_on_the_device_merges_once() {
+        let clip = Clip::norm(1.0).expect("valid");
+        on_ranks(vec![[3.0f32], [4.0]], |group, own| {
+            let ready = Ready::new(&clip, &own);
+            for _ in 0..2 {
+                ready.merge(&group);
+                let again = ready.plan.merge_across_blocking(&*group).expect_err("merged already");
+                assert_says(&again, &["merged across processes already"]);
+            }
+            ready.scale();
+            assert_norm(ready.plan.report_blocking().expect("finite").total_norm, 5.0, 1e-6, "once");
+
+            let gpu = gpu::gpu();
+            gpu::write(gpu, &ready.buffer, 0, bytemuck::cast_slice(&own));
+            let running = gpu.running(&clip).expect("fits");
+            let set = running.plan(&[GpuTensor::f32(&ready.buffer, ..).expect("fits")]).expect("fits");
+            for together in [true, true, false] {
+                let mut encoder = gpu::encoder(gpu);
+                set.accumulate(&mut encoder).expect("works");
+                gpu.queue().submit([encoder.finish()]);
+                if together {
+                    running.merge_across_blocking(&*group).expect("both");
+                    let again = running.merge_across_blocking(&*group).expect_err("merged already");
+                    assert_says(&again, &["merged across processes already"]);
+                    let more = set.accumulate(&mut gpu::encoder(gpu)).expect_err("merged already");
+                    assert_says(&more, &["takes in no more before its finish"]);
+                }
+                let mut encoder = gpu::encoder(gpu);
+                running.finish(&mut encoder).expect("works");
+                gpu.queue().submit([encoder.finish()]);
+                let report = running.report_blocking().expect("finite");
+                let (norm, elements) = if together { (5.0, 2) } else { (f64::from(own[0]), 1) };
+                assert_norm(report.total_norm, norm, 1e-6, "a running norm");
+                assert_eq!(report.elements, elements);
+            }
+        });
+    }
+
     #[test]
     fn what_cannot_merge_says_so_to_all() {
         let gpu = gpu::gpu();
         let errors = on_ranks(vec![0, 1], |group, rank| {
             let buffer = gpu::upload(gpu, &[0; 8]);
             let tensors = [GpuTensor::f32(&buffer, ..).expect("fits")];
-            let measured = |plan: gradclip::gpu::GpuPlan| {
+            let measured = |plan: GpuPlan| {
                 let mut encoder = gpu::encoder(gpu);
                 plan.encode_measure(&mut encoder).expect("works");
                 gpu.queue().submit([encoder.finish()]);

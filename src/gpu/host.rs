@@ -30,7 +30,7 @@ use crate::cpu::pool::in_parallel;
 use crate::cpu::{self, Around, views};
 use crate::error::tensor_label;
 use crate::partial::{Location, Outcome};
-use crate::processes::Turn;
+use crate::processes::{Turn, merge};
 use crate::progress::Progress;
 use crate::segment::{Layout, check_groups};
 use crate::threshold::Threshold;
@@ -112,6 +112,7 @@ impl GpuClipper {
         let turn = Turn::begin(around.processes);
         check_groups(groups.iter().map(|(clip, _)| clip))?;
         if groups.is_empty() {
+            merge(turn, &mut [], |_, _| None, wait).await?;
             return Ok(Vec::new());
         }
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();

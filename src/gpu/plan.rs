@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::build::{Built, Follows, Group, GroupParts, PARTIAL_BYTES, Parts, Phase};
-use super::readback::{OutcomeRow, PartialRow, ResultsHead};
+use super::readback::{OutcomeRow, PartialRow, ResultsHead, Stamped};
 use super::table::Origin;
 use super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use super::{GpuClipper, GpuTensor, Recipe};
@@ -29,8 +29,10 @@ pub struct GpuPlan {
     recipe: Option<Recipe>,
     pub(super) encoded: AtomicU64,
     reported: Mutex<Reported>,
-    /// By group, what the processes of a group have measured since the last norm was recorded, if they have.
-    across: Mutex<Option<Vec<Across>>>,
+    /// By group of tensors, what the processes of a group have measured.
+    across: Mutex<Stamped<Vec<Across>>>,
+    /// The thresholds of this process alone, if what has merged has set others: each norm that is recorded begins with them.
+    own_thresholds: Mutex<Option<wgpu::Buffer>>,
 }
 
 /// What was measured of a group of tensors, of all processes together.
@@ -57,6 +59,7 @@ impl GpuPlan {
             encoded: AtomicU64::new(0),
             reported: Mutex::default(),
             across: Mutex::default(),
+            own_thresholds: Mutex::default(),
         })
     }
 
@@ -145,13 +148,13 @@ impl GpuPlan {
 
     pub(super) fn encode_phases(&self, encoder: &mut wgpu::CommandEncoder, phases: &[Phase]) -> Result<(), Error> {
         self.gpu.device.check_not_lost()?;
+        if let (true, Some(own)) = (phases.contains(&Phase::Measure), &*locked(&self.own_thresholds)) {
+            encoder.copy_buffer_to_buffer(own, 0, &self.built.memory.thresholds, 0, own.size());
+        }
         let mut pass = encoder
             .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
         for phase in phases {
             self.built.phases[*phase as usize].iter().for_each(|dispatch| dispatch.record(&mut pass));
-        }
-        if phases.contains(&Phase::Measure) {
-            *self.across() = None;
         }
         if phases.contains(&Phase::Decide) {
             self.encoded.fetch_add(1, Ordering::Relaxed);
@@ -159,13 +162,9 @@ impl GpuPlan {
         Ok(())
     }
 
-    fn across(&self) -> MutexGuard<'_, Option<Vec<Across>>> {
-        self.across.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// That a step has run since the last report, given how many were encoded.
     fn check_ran(&self, encoded: u64, head: &ResultsHead) -> Result<MutexGuard<'_, Reported>, Error> {
-        let reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        let reported = locked(&self.reported);
         // Where all that were encoded have run, another thread may have reported on them, by an older count of what was encoded.
         let idle = head.steps == reported.steps && encoded != reported.encoded && head.steps != encoded as u32;
         if head.steps == 0 || idle { Err(Error::NotSubmitted) } else { Ok(reported) }
@@ -239,6 +238,17 @@ impl GpuPlan {
 
     /// The reports, and by group what became of each segment.
     pub(super) async fn reports_by(&self, wait: Wait) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
+        let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
+        for (group, (all, outcomes)) in self.built.groups.iter().zip(self.last_step(wait).await?) {
+            let (report, outcomes) = group.report(&outcomes, all)?;
+            reports.push(report);
+            of_segments.push(outcomes);
+        }
+        Ok((reports, of_segments))
+    }
+
+    /// What the last step that has run has left of each group: what was measured, and what became of each segment.
+    async fn last_step(&self, wait: Wait) -> Result<Vec<(Across, Vec<OutcomeRow>)>, Error> {
         let encoded = self.encoded.load(Ordering::Relaxed);
         let totals = self
             .built
@@ -253,23 +263,21 @@ impl GpuPlan {
         let head: ResultsHead = bytemuck::pod_read_unaligned(head);
         *self.check_ran(encoded, &head)? = Reported { encoded, steps: head.steps };
         let outcomes: Vec<OutcomeRow> = bytemuck::pod_collect_to_vec(outcomes);
-        let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
-        let across = self.across();
-        for (i, (group, total)) in self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())).enumerate() {
+        let across = locked(&self.across);
+        let each = self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())).enumerate();
+        let of_group = |(i, (group, total)): (usize, (&Group, &[u8]))| {
+            let row: PartialRow = bytemuck::pod_read_unaligned(total);
             let own = || {
-                let total = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| self.built.origins[i]);
+                let total = row.to_partial(|i| self.built.origins[i]);
                 let name_of = |i: usize| group.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
                 let total = Total { partial: total, non_finite: total.non_finite_elements(name_of) };
                 Across { segments: group.segments.clone(), total }
             };
-            let all = across.as_ref().and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
+            let all = across.of(&row).and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
             let first = group.first_segment as usize;
-            let outcomes = &outcomes[first..first + group.segments.count as usize];
-            let (report, outcomes) = group.report(outcomes, all)?;
-            reports.push(report);
-            of_segments.push(outcomes);
-        }
-        Ok((reports, of_segments))
+            (all, outcomes[first..first + group.segments.count as usize].to_vec())
+        };
+        Ok(each.map(of_group).collect())
     }
 
     /// The adaptive threshold, with the state that the last step left on the device: what a checkpoint keeps, and a new
@@ -325,19 +333,20 @@ impl GpuPlan {
                 "only a plan of norm and scaling apart (plan_apart) follows a threshold on the host",
             ));
         };
-        let (segments, clip) = (&group.segments, &group.clip);
+        let clip = &group.clip;
         self.bind(threshold)?;
-        let (measured, _) = self.reports_by(wait).await?;
-        let measured = &measured[0];
+        let (all, outcomes) = self.last_step(wait).await?.swap_remove(0);
+        // Of all processes, if they have merged.
+        let segments = all.segments.clone();
+        let (measured, _) = group.report(&outcomes, all)?;
         let total_norm = if measured.found_inf() { f64::NAN } else { measured.total_norm };
         let own = measured.segments.iter().map(|s| s.norm).collect();
         let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
-        // Of all processes, if they have merged.
-        let merged = self.across().as_ref().and_then(|all| Some(all.first()?.segments.clone()));
-        let segments = merged.as_ref().unwrap_or(segments);
         let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
         let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(*m)).collect();
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
+        // These are what later steps go by, until they are set anew.
+        *locked(&self.own_thresholds) = None;
         self.gpu.device.scoped(|| queue.write_buffer(buffer, 0, bytemuck::cast_slice(&numbers)))
     }
 
@@ -370,7 +379,8 @@ impl GpuPlan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Unfit`] for a plan that measures no norm of its own, or whose threshold is the device's;
+    /// [`Error::Unfit`] for a plan that measures no norm of its own, or whose threshold is the device's, or if what was
+    /// measured last has merged already;
     /// [`Error::NotSubmitted`] as [`GpuPlan::report`]; [`Error::PeerFailed`], [`Error::Disagreement`] and
     /// [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. Nothing is written then.
     pub async fn merge_across(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
@@ -410,7 +420,12 @@ impl GpuPlan {
         let bytes = self.gpu.device.read(&reads, wait).await?;
         let (head, bytes) = bytes.split_at(size_of::<ResultsHead>());
         drop(self.check_ran(self.encoded.load(Ordering::Relaxed), &bytemuck::pod_read_unaligned(head))?);
-        let mut rows = bytes.chunks_exact(size_of::<PartialRow>()).map(bytemuck::pod_read_unaligned::<PartialRow>);
+        let rows = bytes.chunks_exact(size_of::<PartialRow>()).map(bytemuck::pod_read_unaligned::<PartialRow>);
+        let rows: Vec<_> = rows.collect();
+        if rows.iter().any(|row| row.stamp().is_some()) {
+            return Err(MERGED_ALREADY);
+        }
+        let mut rows = rows.into_iter();
         let mut parts = Vec::new();
         for group in &self.built.groups {
             let mut next = || {
@@ -426,25 +441,33 @@ impl GpuPlan {
         let name_of = |group: usize, tensor: usize| self.built.groups[group].names.get(tensor)?.as_deref();
         let totals = merge(turn, &mut parts, name_of, wait).await?;
 
+        let across = |(part, total): (&Part, &Total)| Across { segments: part.segments.clone(), total: total.clone() };
+        let stamp = locked(&self.across).keep(parts.iter().zip(&totals).map(across).collect());
         let mut writes = Vec::new();
         let mut write = |first: u32, partials: &[Partial]| {
-            let rows: Vec<_> = partials.iter().map(PartialRow::of).collect();
+            let rows: Vec<_> = partials.iter().map(|partial| PartialRow::of(partial, stamp)).collect();
             writes.push((&memory.partials, place(first), bytemuck::cast_slice(&rows).to_vec()));
         };
+        let mut own_thresholds = Vec::new();
+        let mut thresholds = Vec::new();
         for ((group, part), total) in self.built.groups.iter().zip(&parts).zip(&totals) {
             write(group.first_partial, &part.partials);
             group.first_parameter.iter().for_each(|first| write(*first, &part.parameters));
             write(group.total, &[total.partial]);
+            let of = |segments: &Segments| segments.max_norms(&group.clip, &[], &[]).into_iter().map(threshold_number);
+            own_thresholds.extend(of(&group.segments));
+            // Those that go by parameters the device computes itself, whatever stands there.
+            thresholds.extend(of(&part.segments));
         }
         write(self.built.everything, &[totals.iter().fold(Partial::EMPTY, |all, total| all.merge(total.partial))]);
-        // Those that go by parameters the device computes itself.
-        if self.built.groups.iter().all(|group| group.first_parameter.is_none()) {
-            let of_all = parts.iter().flat_map(|part| part.segments.max_norms(&part.clip, &[], &[]));
-            let numbers: Vec<_> = of_all.map(threshold_number).collect();
-            writes.push((&memory.thresholds, 0, bytemuck::cast_slice(&numbers).to_vec()));
+        if thresholds != own_thresholds {
+            let mut own = locked(&self.own_thresholds);
+            if own.is_none() {
+                let (bytes, usage) = (bytemuck::cast_slice(&own_thresholds), wgpu::BufferUsages::COPY_SRC);
+                *own = Some(self.gpu.device.filled("gradclip own thresholds", bytes, usage)?);
+            }
+            writes.push((&memory.thresholds, 0, bytemuck::cast_slice(&thresholds).to_vec()));
         }
-        let across = |(part, total): (Part, Total)| Across { segments: part.segments, total };
-        *self.across() = Some(parts.into_iter().zip(totals).map(across).collect());
         let queue = &self.gpu.device.queue;
         self.gpu.device.scoped(|| writes.iter().for_each(|(buffer, at, bytes)| queue.write_buffer(buffer, *at, bytes)))
     }
@@ -463,6 +486,14 @@ impl GpuPlan {
         self.built.groups.iter().map(|g| g.segments.elements()).sum()
     }
 }
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What others have measured would count twice.
+pub(super) const MERGED_ALREADY: Error =
+    Error::Unfit("what was measured has merged across processes already; it merges once, and then another is measured");
 
 impl Group {
     /// The report, and what became of each segment, given what was measured of all.

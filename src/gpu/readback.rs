@@ -51,8 +51,8 @@ impl PartialRow {
         flags: 0,
     };
 
-    /// The partial as the device has it, which is not told where: that may be in another process.
-    pub(super) fn of(partial: &Partial) -> Self {
+    /// The partial as the device has it, which is not told where: that may be in another process. It bears a stamp instead.
+    pub(super) fn of(partial: &Partial, stamp: u32) -> Self {
         let exponent = partial.exponent.clamp(i64::from(i32::MIN / 2), i64::from(i32::MAX / 2));
         Self {
             // Between these bounds the cast is exact.
@@ -62,8 +62,14 @@ impl PartialRow {
             non_finite: partial.non_finite as u32,
             non_finite_high: (partial.non_finite >> 32) as u32,
             flags: u32::from(partial.nan) | u32::from(partial.outside) << 1,
+            first_element: stamp,
             ..Self::EMPTY
         }
+    }
+
+    /// The stamp of what was merged across processes; what the device measures has none.
+    pub(super) fn stamp(&self) -> Option<u32> {
+        (self.first_origin == NOWHERE && self.first_element != NOWHERE).then_some(self.first_element)
     }
 
     /// The partial, with its location told in tensors.
@@ -84,6 +90,37 @@ impl PartialRow {
             first,
             outside: self.flags & 2 != 0,
         }
+    }
+}
+
+/// What the processes of a group have measured together, the last two times, by the stamp that its rows bear on the device: so
+/// it is the device that tells which of them the step was of that it has run, whatever was recorded since.
+#[derive(Debug)]
+pub(super) struct Stamped<T> {
+    last: Vec<(u32, T)>,
+}
+
+impl<T> Default for Stamped<T> {
+    fn default() -> Self {
+        Self { last: Vec::new() }
+    }
+}
+
+impl<T: Clone> Stamped<T> {
+    /// Keeps what has merged. Returns its stamp.
+    pub(super) fn keep(&mut self, merged: T) -> u32 {
+        let stamp = self.last.last().map_or(0, |(stamp, _)| (stamp + 1) % NOWHERE);
+        if self.last.len() == 2 {
+            self.last.remove(0);
+        }
+        self.last.push((stamp, merged));
+        stamp
+    }
+
+    /// What has merged into a row, if something has.
+    pub(super) fn of(&self, row: &PartialRow) -> Option<T> {
+        let stamp = row.stamp()?;
+        self.last.iter().find(|(of, _)| *of == stamp).map(|(_, merged)| merged.clone())
     }
 }
 

@@ -1,14 +1,15 @@
 //! A norm that is measured set by set on the device. Host side of `shaders/accumulate.wgsl`; twin: `src/running.rs`.
 
 use bytemuck::Zeroable;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::build::{
     Dispatch, Follows, Kept, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
 };
 use super::kernels::{Access, Kernel, Norm};
-use super::plan::GpuPlan;
-use super::readback::{OutcomeRow, PartialRow, ResultsHead};
+use super::plan::{GpuPlan, MERGED_ALREADY};
+use super::readback::{OutcomeRow, PartialRow, ResultsHead, Stamped};
 use super::table::Origin;
 use super::threshold::StateRow;
 use super::{GpuClipper, GpuTensor, Recipe};
@@ -60,6 +61,8 @@ pub struct GpuRunning {
     partial: wgpu::Buffer,
     finish: [Dispatch; 2],
     sets: Mutex<Sets>,
+    /// Whether what is being accumulated has others' parts in it, until the next `finish`.
+    is_merged: Arc<AtomicBool>,
 }
 
 /// The tensors of all sets so far, in the order in which they were planned.
@@ -68,10 +71,8 @@ struct Sets {
     origins: Vec<Origin>,
     names: Vec<Option<Arc<str>>>,
     elements: u64,
-    /// What the processes of a group have accumulated together, for the next `finish`.
-    merged: Option<Across>,
-    /// The same of the last one.
-    finished: Option<Across>,
+    /// What the processes of a group have accumulated together.
+    across: Stamped<Across>,
 }
 
 /// The total, and of how many elements it is.
@@ -79,7 +80,10 @@ type Across = (Total, u64);
 
 /// A set of tensors that belongs to a [`GpuRunning`].
 #[derive(Debug)]
-pub struct GpuRunningPlan(GpuPlan);
+pub struct GpuRunningPlan {
+    plan: GpuPlan,
+    is_merged: Arc<AtomicBool>,
+}
 
 impl GpuClipper {
     /// Begins a running norm.
@@ -106,7 +110,8 @@ impl GpuClipper {
             one(Kernel::Accumulate { moves: true }, &[whole(&memory.partials)])?,
         ];
         let gpu = self.clone();
-        Ok(GpuRunning { gpu, clip: *clip, segments, memory, partial, finish, sets: Mutex::default() })
+        let (sets, is_merged) = (Mutex::default(), Arc::default());
+        Ok(GpuRunning { gpu, clip: *clip, segments, memory, partial, finish, sets, is_merged })
     }
 }
 
@@ -128,7 +133,7 @@ impl GpuRunning {
         sets.origins.extend(plan.origins().iter().map(moved));
         sets.names.extend(tensors.iter().map(|t| t.name.clone()));
         sets.elements += plan.elements();
-        Ok(GpuRunningPlan(plan))
+        Ok(GpuRunningPlan { plan, is_merged: self.is_merged.clone() })
     }
 
     /// Records the decision over everything accumulated since the last one, and begins anew.
@@ -137,9 +142,7 @@ impl GpuRunning {
     /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
     pub fn finish(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
         self.gpu.device.check_not_lost()?;
-        let mut sets = self.sets();
-        sets.finished = sets.merged.take();
-        drop(sets);
+        self.is_merged.store(false, Ordering::Relaxed);
         let mut pass = encoder
             .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
         self.finish.iter().for_each(|dispatch| dispatch.record(&mut pass));
@@ -151,8 +154,8 @@ impl GpuRunning {
     /// [`RunningPartial`](crate::RunningPartial) of the same clip. See [`GpuPlan::merge_across`].
     ///
     /// # Errors
-    /// [`Error::PeerFailed`], [`Error::Disagreement`] and [`Error::ProcessGroup`] ([`processes`](crate::processes)); the
-    /// device's own. What was accumulated is then as it was.
+    /// [`Error::Unfit`] if it was done already since the last `finish`; [`Error::PeerFailed`], [`Error::Disagreement`] and
+    /// [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. What was accumulated is then as it was.
     pub async fn merge_across(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
         self.merge_by(Wait::Polling, processes).await
     }
@@ -169,16 +172,23 @@ impl GpuRunning {
     async fn merge_by(&self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
         let turn = Turn::begin(processes);
         let bytes = self.gpu.device.read(&[(&self.partial, 0, PARTIAL_BYTES)], wait).await?;
+        let row: PartialRow = bytemuck::pod_read_unaligned(&bytes);
+        if row.stamp().is_some() {
+            return Err(MERGED_ALREADY);
+        }
         let (own, elements, name) = {
             let sets = self.sets();
-            let own = bytemuck::pod_read_unaligned::<PartialRow>(&bytes).to_partial(|i| sets.origins[i]);
+            let own = row.to_partial(|i| sets.origins[i]);
             (own, sets.elements, own.first.and_then(|first| sets.names[first.tensor].clone()))
         };
         let mut part = [Part::of_one(&self.clip, self.segments.clone(), own, elements)];
         let total = merge(turn, &mut part, |_, _| name.as_deref(), wait).await?.swap_remove(0);
-        let (queue, up) = (&self.gpu.device.queue, PartialRow::of(&total.partial));
-        self.sets().merged = Some((total, part[0].segments.elements()));
-        self.gpu.device.scoped(|| queue.write_buffer(&self.partial, 0, bytemuck::bytes_of(&up)))
+        let partial = total.partial;
+        let stamp = self.sets().across.keep((total, part[0].segments.elements()));
+        let (queue, up) = (&self.gpu.device.queue, PartialRow::of(&partial, stamp));
+        self.gpu.device.scoped(|| queue.write_buffer(&self.partial, 0, bytemuck::bytes_of(&up)))?;
+        self.is_merged.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// What each `finish` leaves for a kernel of the caller's to read: see [`GpuPlan::coefficients`].
@@ -216,8 +226,9 @@ impl GpuRunning {
         }
         let outcome: OutcomeRow = bytemuck::pod_read_unaligned(&outcomes[..size_of::<OutcomeRow>()]);
         let sets = self.sets();
-        let (Total { partial, non_finite }, elements) = sets.finished.clone().unwrap_or_else(|| {
-            let partial = bytemuck::pod_read_unaligned::<PartialRow>(total).to_partial(|i| sets.origins[i]);
+        let row: PartialRow = bytemuck::pod_read_unaligned(total);
+        let (Total { partial, non_finite }, elements) = sets.across.of(&row).unwrap_or_else(|| {
+            let partial = row.to_partial(|i| sets.origins[i]);
             let non_finite = partial.non_finite_elements(|i| sets.names[i].as_deref());
             (Total { partial, non_finite }, sets.elements)
         });
@@ -236,9 +247,15 @@ impl GpuRunningPlan {
     /// Records the measuring of these tensors as they are then, and takes it into the running norm.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
+    /// [`Error::DeviceLost`], as [`GpuPlan::encode`]; [`Error::Unfit`] between [`GpuRunning::merge_across`] and
+    /// [`GpuRunning::finish`], when other processes have counted what is there.
     pub fn accumulate(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
-        self.0.encode_measure(encoder)
+        if self.is_merged.load(Ordering::Relaxed) {
+            return Err(Error::Unfit(
+                "a running norm that was merged across processes takes in no more before its finish",
+            ));
+        }
+        self.plan.encode_measure(encoder)
     }
 
     /// Records the scaling of these tensors by the last [`GpuRunning::finish`].
@@ -246,6 +263,6 @@ impl GpuRunningPlan {
     /// # Errors
     /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
     pub fn scale(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
-        self.0.encode_phases(encoder, &[Phase::Apply])
+        self.plan.encode_phases(encoder, &[Phase::Apply])
     }
 }

@@ -185,7 +185,7 @@ impl Exchange<'_> {
     /// What all ranks together know.
     ///
     /// # Errors
-    /// [`Error::PeerFailed`] or [`Error::Disagreement`], the same on each rank; [`Error::ProcessGroup`].
+    /// [`Error::PeerFailed`] or [`Error::Disagreement`] on every rank; [`Error::ProcessGroup`].
     pub(super) async fn run(mut self, wait: Wait) -> Result<Vec<u8>, Error> {
         let mut tries = 0;
         poll_fn(|context| {
@@ -239,7 +239,7 @@ impl Exchange<'_> {
         }
         // A transport may need this rank for what is on its way, and the rank may be elsewhere for long. Where all are well, each
         // asks for all that was sent to it; if one dies in between, that is no failure of this call.
-        Ok(self.head.status != WELL || self.is_late() || self.group.is_sent()?)
+        Ok(self.head.status != WELL || self.is_late() || self.group.is_sent().unwrap_or(true))
     }
 
     fn is_late(&self) -> bool {
@@ -247,7 +247,7 @@ impl Exchange<'_> {
     }
 
     /// The message of this call from a rank. Of calls that this rank did not see to their end, some may have been left.
-    fn receive(&self, from: u32) -> Result<Option<(Head, Vec<u8>)>, Error> {
+    fn receive(&mut self, from: u32) -> Result<Option<(Head, Vec<u8>)>, Error> {
         while let Some(mut message) = self.group.try_receive(from)? {
             let body =
                 if message.len() >= size_of::<Head>() { message.split_off(size_of::<Head>()) } else { Vec::new() };
@@ -258,6 +258,9 @@ impl Exchange<'_> {
             };
             if head.sequence > self.head.sequence {
                 let reason = format!("is {} calls ahead of this one", head.sequence - self.head.sequence);
+                // Whoever is in that call would wait for this rank: it is told that it fails, and the next one is the same for all.
+                self.group.calls().fetch_max(head.sequence.saturating_add(1), Ordering::Relaxed);
+                (self.head.sequence, self.done) = (head.sequence, 0);
                 return Err(Error::Disagreement { rank: from, reason });
             }
             if head.sequence == self.head.sequence {

@@ -39,6 +39,10 @@
 //! before it has measured, each gets an error, and no gradient is touched. What a rank does wrong alone (it stops, or never
 //! calls) the others find out by [`ProcessGroup::timeout`].
 //!
+//! Two things nobody compares. Calls that look alike are taken for the same: a rank that leaves out one of many equal steps
+//! is in the others' next one from then on, until it has one call too few. And adaptive thresholds must begin with the same state
+//! on each rank; from the same norms they then go on alike.
+//!
 //! # Which tensors count
 //!
 //! A slice that no other rank holds counts, as every tensor does. Of a tensor that several ranks hold whole (a replica, a tied
