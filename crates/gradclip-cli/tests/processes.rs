@@ -516,6 +516,25 @@ fn usage() {
     assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
 }
 
+/// The ranks that print nothing know that the first could not.
+#[test]
+fn a_closed_stdout_stops_all() {
+    struct Full;
+    impl std::io::Write for Full {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let ranks = ThreadGroup::new(3)
+        .into_iter()
+        .map(|group| thread::spawn(move || run(Arc::new(group), [OsString::from("--help")], &mut Full)));
+    let ended: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
+    assert!(ended.iter().all(|ended| ended.exit_code == 1), "{ended:?}");
+}
+
 /// Whether a folder in this one has files.
 fn has_begun(folder: &Folder) -> bool {
     folder.names().iter().any(|name| fs::read_dir(folder.path(name)).is_ok_and(|mut of| of.next().is_some()))

@@ -62,7 +62,8 @@ struct Transfers {
 }
 
 impl MpiGroup {
-    /// The group of all ranks of a communicator. Every one of them must call this, in the same order among groups.
+    /// The group of all ranks of a communicator. Every one of them must call this, in the same order among groups, while
+    /// no other thread clips within a group or merges across one: it waits for the others, and other threads for it.
     ///
     /// ```no_run
     /// use std::sync::Arc;
@@ -131,12 +132,15 @@ impl MpiGroup {
 impl Transfers {
     /// Frees what has left.
     fn free_sent(&mut self, calls: &Calls) -> Result<(), Error> {
+        let mut all = Ok(());
         for transfer in std::mem::take(&mut self.sent) {
-            if let Err(unfinished) = calls.finish(transfer)? {
-                self.sent.push(unfinished);
+            match calls.finish(transfer) {
+                Ok(Ok(_)) => {}
+                Ok(Err(unfinished)) => self.sent.push(unfinished),
+                Err(error) => all = all.and(Err(error)),
             }
         }
-        Ok(())
+        all
     }
 }
 

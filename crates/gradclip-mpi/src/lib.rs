@@ -78,8 +78,9 @@
 //! A call ends when all ranks of the group have come to it. Most `mpirun` end every rank as soon as one dies, and none
 //! when one merely stops; [`MpiGroup::with_timeout`] ends the call with an error then. After such an error ranks no
 //! longer know what others have done: one that came late may have clipped, by what the others had told it before they
-//! gave up. End the job (`communicator.abort(1)`) and go on from a checkpoint. All other errors reach every rank, none
-//! has written, and the group is as good as before.
+//! gave up. End the job (`communicator.abort(1)`) and go on from a checkpoint. So it is where a rank's own device fails after
+//! it has told the others what it measured. Whatever else a rank finds wrong before that reaches every rank, none has written,
+//! and the group is as good as before.
 //!
 //! # Building
 //!

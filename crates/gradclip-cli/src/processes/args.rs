@@ -44,7 +44,7 @@ const NORM_USAGE: &str = "mpirun gradclip-mpi norm FILE... [OPTIONS]";
 const CLIP_LONG: &str = "Clip the gradients of many files by one norm, into new files of the same names in the folder OUT.
 
 OUT appears whole or not at all: every rank writes into a folder beside OUT, and when all ranks are done it is renamed. If \
-one of them fails, there is no OUT, and the folder is removed.";
+one of them fails before that, there is no OUT, and the folder is removed.";
 
 /// Hides what needs other scopes: it is accepted, to be refused with a reason.
 fn by_one_norm(arg: Arg) -> Arg {

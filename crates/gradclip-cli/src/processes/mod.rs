@@ -74,13 +74,13 @@ fn parse(together: &Together, args: &[OsString], stdout: &mut dyn Write) -> Resu
         Err(error) => error,
     };
     let text = error.render().to_string();
-    let shown = if error.use_stderr() {
-        Err(Stopped { exit_code: 2, message: together.first_says(text) })
-    } else if together.is_first() {
+    if error.use_stderr() {
+        return Err(Stopped { exit_code: 2, message: together.first_says(text) });
+    }
+    let shown = if together.is_first() {
         report::printed(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))
-            .map_err(|failure| together.known_to_all(&failure))
     } else {
         Ok(())
     };
-    shown.map(|()| None)
+    together.step("help", shown.map(|()| ((), ()))).map(|_| None)
 }
