@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs what Miri can of the CPU path's tests: the pool, partials, segments and portable kernels. It needs a nightly toolchain
-# with the components miri and rust-src: rustup component add --toolchain nightly miri rust-src
+# Runs what Miri can of the CPU path's tests: the pool, partials, segments, portable kernels and the exchange between ranks. It
+# needs a nightly toolchain with the components miri and rust-src: rustup component add --toolchain nightly miri rust-src
 #
 # What it cannot run: the kernels for AVX2 and AVX-512 (intrinsics that it does not know, so that it takes the portable ones,
 # which are safe code), anything behind wgpu (foreign functions), memory maps. `scripts/memory-checks.sh` runs the first and

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What takes too long for every change, one after another: some hours on two cores. Prints the figures of docs/RELIABILITY.md.
+# What takes too long for every change, one after another: some hours on two cores. Prints most figures of docs/RELIABILITY.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
 scripts/test.sh --every-device --whole
+cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
 scripts/memory-checks.sh --whole
 scripts/properties.sh
 scripts/soak.sh
