@@ -7,7 +7,7 @@ install_mpi() {
     has_libclang || need_mpi libclang libclang-dev
 }
 
-# MPICH beside it: what is built with MPICC=mpicc.mpich, into a target folder of its own, runs by mpiexec.mpich.
+# MPICH beside it, for what is built with MPICC=mpicc.mpich.
 install_mpich() {
     command -v mpicc.mpich >/dev/null && command -v mpiexec.mpich >/dev/null || need_mpi mpicc.mpich libmpich-dev mpich
     has_libclang || need_mpi libclang libclang-dev

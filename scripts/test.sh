@@ -46,6 +46,7 @@ install_lavapipe
 install_swiftshader
 install_gl
 install_mpi
+install_mpich
 
 # The files whose tests run kernels, without what is the same on any device.
 mapfile -t files < <(grep -l -e gpu -e Path:: tests/*.rs | xargs -n1 basename -s .rs |
@@ -92,6 +93,9 @@ only=("${burn[@]}" --features burn/fusion --test suite)
 on "burn with fusion, on lavapipe" -- "${lavapipe[@]}"
 only=("${candle[@]}")
 on "candle, on the CPU" --
+# A target folder of its own, because what is built does not know the MPI that it was built for.
+only=(-p gradclip-mpi --no-default-features --features program)
+on "ranks under MPICH, on the CPU" -- MPICC=mpicc.mpich CARGO_TARGET_DIR="$devices/mpich"
 
 only=("${all[@]}" "${files[@]/#/--test=}")
 # What by its very size is refused there, and a count of allocations, which is that of one dispatch for each kernel.
