@@ -39,6 +39,19 @@ fn a_pool_of_no_or_of_one_thread() {
     check(&pool(1), "one thread");
 }
 
+/// Replicas alone, of which nothing is measured.
+#[test]
+fn nothing_that_counts_is_no_work() {
+    let mut data = gradients();
+    let before = [data.clone()];
+    let report = pool(2).install(|| {
+        let view = TensorMut::from_bytes(data.dtype, &mut data.bytes).expect("whole").counted(false);
+        Clipper::cpu().apply(&clip(), &mut [view]).expect("finite")
+    });
+    assert_eq!((report.total_norm, report.elements, report.clipped), (0.0, 0, false));
+    assert_same_bits(&[data], &before, "nothing is clipped by a norm of 0");
+}
+
 #[test]
 fn a_pool_whose_threads_have_panicked() {
     let pool = pool(2);

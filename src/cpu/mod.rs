@@ -33,6 +33,7 @@ mod sum;
 mod task;
 mod tuning;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
@@ -457,8 +458,12 @@ fn clamp_all(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) ->
         let counted = tensor.counted;
         chunks(i, tensor).map(move |chunk| (counted, chunk))
     });
+    let panicked = Mutex::new(None);
     in_parallel(work, pieces, bytes, |(counted, (at, dtype, data))| {
-        progress.measured(data.len());
+        // What has begun to write goes through with it.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| progress.measured(data.len()))) {
+            panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
         let partial = with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
         if !counted {
             return;
@@ -467,5 +472,8 @@ fn clamp_all(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) ->
         let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
         *total = total.merge(partial);
     });
+    if let Some(panic) = panicked.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(panic);
+    }
     total.into_inner().unwrap_or_else(PoisonError::into_inner)
 }

@@ -38,7 +38,7 @@ pub(crate) fn in_parallel<W: Send>(
             next.into_iter().for_each(&task);
         }
     };
-    with_helpers(threads.min(pieces.div_ceil(batch)) - 1, &run);
+    with_helpers(threads.min(pieces.div_ceil(batch)).saturating_sub(1), &run);
 }
 
 /// Runs `work` on this thread, and on up to so many others of the pool as come before it returns here. Returns when all of
