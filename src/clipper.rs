@@ -177,7 +177,8 @@ impl Clipper {
     ///
     /// # Errors
     /// [`Error::ThresholdState`] if the threshold is that of other tensors, [`Error::Unfit`] if the clip has no norm to
-    /// follow, and those of [`Clipper::apply`].
+    /// follow, and those of [`Clipper::apply`]. If a GPU fails after it has told the norms, the threshold has followed them
+    /// though nothing was clipped: keep a clone to go on from where that matters.
     pub fn apply_adaptive(
         &self,
         clip: &Clip,

@@ -152,6 +152,16 @@ fn what_does_not_fit_leaves_the_plan_as_it_was() {
         assert!(matches!(plan.update(tensors), Err(Error::Unfit(_))), "{tensors:?}");
     }
     assert!(matches!(plan.update_groups(&[&tensors, &tensors]), Err(Error::Unfit(_))));
+    let mut uncounted = tensors.clone();
+    uncounted[1] = uncounted[1].clone().counted(false);
+    assert!(matches!(plan.update(&uncounted), Err(Error::Unfit(_))));
+    let empty = |rows| GpuTensor::f32(&buffer, 0..0).and_then(|t| t.shape(&[rows, 0])).expect("no elements");
+    let by_unit = Clip::norm(1.0).expect("valid").scope(Scope::Unit);
+    let mut of_none = gpu().plan(&by_unit, &[empty(4)]).expect("valid");
+    assert!(matches!(of_none.update(&[empty(1 << 20)]), Err(Error::Unfit(_))));
+    of_none.update(&[empty(4)]).expect("the same");
+    step(gpu(), &of_none);
+    assert_eq!(of_none.report_blocking().expect("finite").segments.len(), 4);
     // Half of the last tensor is half of the first.
     let mut overlapping = tensors.clone();
     overlapping[4] = GpuTensor::f16(&buffer, 0..40_000).expect("it fits");

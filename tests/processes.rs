@@ -747,7 +747,7 @@ mod on_the_device {
     fn a_step_by_itself_after_one_together() {
         on_ranks(vec![vec![3.0f32], vec![4.0, 0.0, 0.0]], |group, own| {
             let ready = Ready::new(&Clip::rms(1.0).expect("valid"), &own);
-            for _ in 0..2 {
+            for profiled in [false, true] {
                 gpu::write(gpu::gpu(), &ready.buffer, 0, bytemuck::cast_slice(&own));
                 ready.merge(&group);
                 ready.scale();
@@ -756,7 +756,11 @@ mod on_the_device {
                 assert!((together.clip_coef - 0.4).abs() < 1e-6 && together.elements == 4, "{together:?}");
 
                 gpu::write(gpu::gpu(), &ready.buffer, 0, bytemuck::cast_slice(&own));
-                gpu::step(gpu::gpu(), &ready.plan);
+                if profiled {
+                    ready.plan.profile_blocking().expect("works");
+                } else {
+                    gpu::step(gpu::gpu(), &ready.plan);
+                }
                 let alone = ready.plan.report_blocking().expect("finite");
                 let norm = f64::from(own[0]) / (own.len() as f64).sqrt();
                 assert_norm(alone.total_norm, norm, 1e-6, "of its own");

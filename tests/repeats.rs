@@ -61,8 +61,8 @@ mod plans {
     use crate::common::gpu::{Layout, download, encoder, gpu, step, upload, write};
     use crate::common::numbers::exact_norm;
     use crate::common::numbers_of;
-    use gradclip::Error;
-    use gradclip::gpu::GpuPlan;
+    use gradclip::gpu::{GpuPlan, GpuTensor};
+    use gradclip::{Error, Scope};
 
     /// A plan that halves a tensor at each step, without ever clipping it.
     fn halving() -> (Data, wgpu::Buffer, GpuPlan) {
@@ -161,6 +161,22 @@ mod plans {
         step(gpu(), &plan);
         let first = plan.report_blocking().expect("it ran");
         assert_eq!(plan.report_blocking().expect("it is still there"), first);
+    }
+
+    /// Whatever groups there are: one without segments is no step of its own.
+    #[test]
+    fn a_step_counts_once() {
+        let buffer = upload(gpu(), &[0; 16]);
+        let tensors = [GpuTensor::f32(&buffer, ..).expect("fits")];
+        let by_tensor = Clip::norm(1.0).expect("valid").scope(Scope::Tensor);
+        let plan = gpu().plan_groups(&[(by_tensor, &[]), (by_tensor, &tensors), (by_tensor, &[])]).expect("valid");
+        for _ in 0..2 {
+            step(gpu(), &plan);
+            plan.report_blocking().expect("it ran");
+            let mut pending = encoder(gpu());
+            plan.encode(&mut pending).expect("the device works");
+            assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted)));
+        }
     }
 
     #[test]

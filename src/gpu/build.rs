@@ -551,7 +551,13 @@ impl PlanLayout {
             builder.push(Phase::Decide, Kernel::Accumulate { moves: false }, 0, Subject::Running, 1);
             return;
         }
+        // The first that decides counts the step, and there must be one.
+        let deciding = |(i, group): (usize, &Group)| (group.segments.count > 0).then_some(i);
+        let first = self.groups.iter().enumerate().find_map(deciding).unwrap_or(0);
         for (i, (group, rule)) in self.groups.iter().zip(rules).enumerate() {
+            if group.segments.count == 0 && i != first {
+                continue;
+            }
             let (norm, given) = (group.norm(), group.given);
             let workgroups = group.segments.count.max(1).div_ceil(self.limits.workgroup);
             if let (Some(rule), Some(norm)) = (rule, norm) {

@@ -86,8 +86,8 @@ impl GpuPlan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Unfit`] if they are not as many, or of another dtype or shape; those of [`GpuClipper::plan`]. The plan is
-    /// then as it was.
+    /// [`Error::Unfit`] if they are not as many, or of another dtype or shape, or not the same of them count; those of
+    /// [`GpuClipper::plan`]. The plan is then as it was.
     pub fn update(&mut self, tensors: &[GpuTensor]) -> Result<(), Error> {
         self.update_groups(&[tensors])
     }
@@ -111,7 +111,9 @@ impl GpuPlan {
             None => Follows::Clip,
         };
         let parts = recipe.parts(&groups, follows)?;
-        let same = |(group, parts): (&Group, &GroupParts)| group.shapes == parts.shapes();
+        // Tensors without elements may differ in how many segments they have, and counted ones in what their thresholds are.
+        let same =
+            |(group, parts): (&Group, &GroupParts)| group.shapes == parts.shapes() && group.segments == parts.segments;
         if !built.groups.iter().zip(&parts.groups).all(same) {
             return Err(UNFIT);
         }
@@ -148,8 +150,8 @@ impl GpuPlan {
 
     pub(super) fn encode_phases(&self, encoder: &mut wgpu::CommandEncoder, phases: &[Phase]) -> Result<(), Error> {
         self.gpu.device.check_not_lost()?;
-        if let (true, Some(own)) = (phases.contains(&Phase::Measure), &*locked(&self.own_thresholds)) {
-            encoder.copy_buffer_to_buffer(own, 0, &self.built.memory.thresholds, 0, own.size());
+        if phases.contains(&Phase::Measure) {
+            self.begin_anew(encoder);
         }
         let mut pass = encoder
             .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
@@ -160,6 +162,13 @@ impl GpuPlan {
             self.encoded.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Records that what other processes have measured counts no more: before each norm.
+    pub(super) fn begin_anew(&self, encoder: &mut wgpu::CommandEncoder) {
+        if let Some(own) = &*locked(&self.own_thresholds) {
+            encoder.copy_buffer_to_buffer(own, 0, &self.built.memory.thresholds, 0, own.size());
+        }
     }
 
     /// That a step has run since the last report, given how many were encoded.
@@ -313,7 +322,7 @@ impl GpuPlan {
     ///
     /// # Errors
     /// [`Error::Unfit`] for any other plan; [`Error::ThresholdState`] if the threshold is that of other tensors; those of
-    /// [`GpuPlan::report`].
+    /// [`GpuPlan::report`]. If the device fails after it has told the norms, the threshold has followed them.
     pub async fn adapt(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
         self.adapt_by(Wait::Polling, threshold).await
     }

@@ -157,6 +157,9 @@ impl GpuPlan {
         device.check_not_lost()?;
         self.encoded.fetch_add(1, Ordering::Relaxed);
         let (spans, clock) = timed(device, parts.len(), wait, |i, encoder, timestamp_writes| {
+            if i == 0 {
+                self.begin_anew(encoder);
+            }
             let descriptor = wgpu::ComputePassDescriptor { label: Some("gradclip profile"), timestamp_writes };
             let mut pass = encoder.begin_compute_pass(&descriptor);
             parts[i].1.iter().for_each(|dispatch| dispatch.record(&mut pass));
