@@ -9,16 +9,19 @@ use gradclip::{AdaGc, AutoClip, Clip, ClipReport, Threshold, ZClip};
 use crate::gradients::{Taken, first_parameter};
 use crate::{Error, host};
 
-/// A threshold that follows the norms of a run: part of the run's checkpoint, by the feature `serde`.
+/// A threshold that follows the norms of a run: part of the run's checkpoint, by the feature `serde`. In a browser, where
+/// nothing may wait for a GPU, it begins anew when other parameters have gradients.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum AdaptiveThreshold {
     /// Follows the global norm, on a GPU without a wait.
     ZClip(ZClip),
-    /// Follows the norm of each tensor (scope `Tensor`), on a GPU without a wait.
+    /// Follows the norm of each tensor (scope `Tensor`), on a GPU without a wait. The same parameters must have a gradient at
+    /// each step.
     AdaGc(AdaGc),
-    /// Follows the global norm by its history, on the host: a GPU's norm is waited for at each step.
+    /// Follows the global norm by its history, on the host: a GPU's norm is waited for at each step, so in a browser it is an
+    /// error.
     AutoClip(AutoClip),
 }
 
@@ -142,7 +145,8 @@ impl GradClipper {
         self.clip_all(&mut [grads], module)
     }
 
-    /// [`GradClipper::clip`] for gradients in several containers, as several optimizers need them: one norm over all.
+    /// [`GradClipper::clip`] for gradients in several containers, as several optimizers need them: one norm over all. A
+    /// parameter that has a gradient in several of them counts with each.
     ///
     /// # Errors
     /// The same.
@@ -168,7 +172,8 @@ impl GradClipper {
         if !self.through_host {
             host::check_not_wgpu(gradients)?;
         }
-        let threshold = self.threshold.as_mut().map(AdaptiveThreshold::on_host);
+        // No gradients are no step of the run.
+        let threshold = self.threshold.as_mut().filter(|_| !gradients.is_empty()).map(AdaptiveThreshold::on_host);
         self.report = Some(host::clip(&self.clip, threshold, gradients)?);
         Ok(())
     }
@@ -223,7 +228,8 @@ static KEPT: Mutex<Vec<(Clip, ParamId, GradClipper)>> = Mutex::new(Vec::new());
 const MOST_KEPT: usize = 8;
 
 /// Clips by the global norm of all gradients of the module, as [`GradClipper::clip`] does with `Clip::norm(max_norm)`.
-/// What a GPU needs for that is kept from step to step. The norm itself is [`GradClipper`]'s to tell.
+/// What a GPU needs for that is kept from step to step. The norm itself is [`GradClipper`]'s to tell; so is a NaN or an infinity
+/// on a GPU, where this leaves the gradients as they are and cannot say so without a wait.
 ///
 /// # Errors
 /// Those of [`GradClipper::clip`], and [`Error::Clip`] if `max_norm` is negative or NaN.

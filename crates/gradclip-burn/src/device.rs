@@ -138,11 +138,17 @@ where
     }
 }
 
-/// A float tensor of the wgpu backend. [`shared_by`] has seen that it is one.
-fn resolved(tensor: DispatchTensor) -> Result<CubeTensor, Error> {
-    match tensor.kind {
-        DispatchTensorKind::Cube(BackendTensor::Float(tensor)) => Ok(Primitive::<CubeBackend>::resolve(tensor)),
-        _ => Err(Error::Burn("a tensor is of another backend than its device's".into())),
+/// Takes a float tensor of the wgpu backend. [`shared_by`] has seen that it is one; any other stays where it is.
+fn resolved(place: &mut Option<DispatchTensor>) -> Result<Option<CubeTensor>, Error> {
+    match place.take() {
+        None => Ok(None),
+        Some(DispatchTensor { kind: DispatchTensorKind::Cube(BackendTensor::Float(tensor)), .. }) => {
+            Ok(Some(Primitive::<CubeBackend>::resolve(tensor)))
+        }
+        other => {
+            *place = other;
+            Err(Error::Burn("a tensor is of another backend than its device's".into()))
+        }
     }
 }
 
@@ -250,9 +256,7 @@ pub(crate) fn clip(
     let mut tensors = Vec::with_capacity(gradients.len());
     let outcome = caught(|| {
         for gradient in gradients.iter_mut() {
-            if let Some(tensor) = gradient.tensor.take() {
-                tensors.push(exclusive(resolved(tensor)?));
-            }
+            tensors.extend(resolved(&mut gradient.tensor)?.map(exclusive));
         }
         submit(planned, gpu, clip, threshold, gradients, &tensors)
     });
@@ -288,7 +292,7 @@ fn submit(
 ) -> Result<(), Error> {
     let mut parameters = Vec::with_capacity(gradients.len());
     for gradient in gradients.iter_mut() {
-        let parameter = gradient.parameter.take().map(resolved).transpose()?;
+        let parameter = resolved(&mut gradient.parameter)?;
         parameters.push(parameter.map(|p| if p.is_contiguous() { p } else { p.copy() }));
     }
     // As long as they are held, burn neither moves nor reuses the memory. What it hands out after the submission is
@@ -349,6 +353,11 @@ fn submit(
             record(&|encoder| plan.encode_measure(encoder))?;
             plan.adapt_blocking(autoclip)?;
             record(&|encoder| plan.encode_scale(encoder))
+        }
+        #[cfg(target_arch = "wasm32")]
+        Some(AdaptiveThreshold::AutoClip(_)) => {
+            const WHY: &str = "AutoClip waits for the norm of each step, which nothing may in a browser; use ZClip";
+            Err(gradclip::Error::Unfit(WHY).into())
         }
         _ => record(&|encoder| plan.encode(encoder)),
     }

@@ -109,38 +109,44 @@ impl ModuleVisitor for Walk<'_, '_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         self.parameters += 1;
         // A parameter that is visited again has no gradient left to take, so it counts once.
-        let mut sources = self.taken.sources.iter_mut().enumerate();
-        let found = sources.find_map(|(source, grads)| Some((source, grads.remove::<D>(param.id)?)));
-        let Some((source, gradient)) = found else { return };
-        let gradient = gradient.into_dispatch();
-        let (burn_dtype, shape) = (gradient.dtype(), gradient.shape().to_vec());
+        let sources = self.taken.sources.iter_mut().enumerate();
+        let found: Vec<_> =
+            sources.filter_map(|(source, grads)| Some((source, grads.remove::<D>(param.id)?))).collect();
+        if found.is_empty() {
+            return;
+        }
         let name = self.path.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(".");
-        let parameter_shape = param.lazy_shape().to_vec();
-        let dtype = dtype_of(burn_dtype);
-        let wrong = if dtype.is_none() {
-            Some(Error::Dtype { name: name.clone(), dtype: format!("{burn_dtype:?}") })
-        } else if shape != parameter_shape {
-            Some(Error::Shape { name: name.clone(), gradient: shape.clone(), parameter: parameter_shape })
-        } else {
-            None
-        };
-        self.error = self.error.take().or(wrong);
         // burn keeps a linear layer's weight as [in, out]: the weights of one output are a column. Other layers have
         // their outputs, or embeddings, first.
         let is_linear = self.path.last().is_some_and(|(_, kind)| kind == "Struct:Linear");
         let unit_axis = (is_linear && D == 2).then_some(UnitAxis::Last);
-        let parameter = self.with_parameters.then(|| param.val().inner().into_dispatch());
-        self.taken.gradients.push(Gradient {
-            id: param.id,
-            name,
-            dtype: dtype.unwrap_or(Dtype::F32),
-            shape,
-            unit_axis,
-            tensor: Some(gradient),
-            parameter,
-            ranked: Ranked::of::<D>(),
-            source,
-        });
+        for (source, gradient) in found {
+            // What was made of a tensor on the device that the model is trained on is part of a graph.
+            let gradient = gradient.without_autodiff().into_dispatch();
+            let (burn_dtype, shape) = (gradient.dtype(), gradient.shape().to_vec());
+            let parameter_shape = param.lazy_shape().to_vec();
+            let dtype = dtype_of(burn_dtype);
+            let wrong = if dtype.is_none() {
+                Some(Error::Dtype { name: name.clone(), dtype: format!("{burn_dtype:?}") })
+            } else if shape != parameter_shape {
+                Some(Error::Shape { name: name.clone(), gradient: shape.clone(), parameter: parameter_shape })
+            } else {
+                None
+            };
+            self.error = self.error.take().or(wrong);
+            let parameter = self.with_parameters.then(|| param.val().inner().into_dispatch());
+            self.taken.gradients.push(Gradient {
+                id: param.id,
+                name: name.clone(),
+                dtype: dtype.unwrap_or(Dtype::F32),
+                shape,
+                unit_axis,
+                tensor: Some(gradient),
+                parameter,
+                ranked: Ranked::of::<D>(),
+                source,
+            });
+        }
     }
 }
 

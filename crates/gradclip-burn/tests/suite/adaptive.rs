@@ -78,6 +78,27 @@ fn a_threshold_moves_with_the_gradients() {
 }
 
 /// Layers that begin to train, or stop, change the set of gradients: the global threshold goes on.
+/// Containers without gradients, as of a step that only other models took part in.
+#[test]
+fn steps_without_gradients_change_no_threshold() {
+    let clip = Clip::norm(f64::INFINITY).expect("valid");
+    for (name, device) in devices() {
+        for (scope, threshold) in thresholds() {
+            let net = Net::new(&device);
+            let new = || GradClipper::adaptive(clip.scope(scope), threshold.clone());
+            let whole = coefficients(&mut new(), &net, &device, 0..20);
+            let mut clipper = new();
+            let mut parts = Vec::new();
+            for steps in [0..10, 10..20] {
+                clipper.clip(&mut burn::optim::GradientsParams::new(), &net).expect("nothing to clip");
+                assert_eq!(clipper.report_blocking().expect("clipped").elements, 0);
+                parts.extend(coefficients(&mut clipper, &net, &device, steps));
+            }
+            assert_eq!(parts, whole, "{name} {scope:?}");
+        }
+    }
+}
+
 #[test]
 fn a_threshold_outlives_a_change_of_the_parameters() {
     for (name, device) in devices() {

@@ -184,6 +184,43 @@ fn several_optimizers_share_a_norm_or_have_their_own() {
     }
 }
 
+/// Two losses share a part of the model, whose gradients of both count and are clipped.
+#[test]
+fn a_parameter_with_two_gradients_counts_with_both() {
+    for (name, device) in devices() {
+        let net = Net::new(&device);
+        let mut first = gradients(&net, &device, DType::F32, filled(7));
+        let mut second = gradients(&net, &device, DType::F32, filled(7));
+        let clip = Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid");
+        GradClipper::new(clip).clip_all(&mut [&mut first, &mut second], &net).expect("finite");
+        let c = 1.0 / (2f64.sqrt() * norm(&expected(|_, _, x| x.to_vec()).concat()));
+        for grads in [first, second] {
+            for (found, expected) in all_numbers(&net, &grads).iter().zip(&expected(|_, _, x| times(x, c))) {
+                assert_close(found, expected, 2e-6, name);
+            }
+        }
+    }
+}
+
+/// Whoever changes a gradient by a tensor on the device that the model is trained on, gets one that is part of a graph.
+#[test]
+fn gradients_of_the_training_device_are_clipped_too() {
+    for (name, device) in devices() {
+        let net = Net::new(&device);
+        let mut grads = gradients(&net, &device, DType::F32, filled(7));
+        let id = net.embedding_id();
+        let masked = grads.remove::<2>(id).expect("it has one");
+        let mask = Tensor::<2>::ones(masked.dims(), &device.clone().autodiff());
+        grads.register(id, masked * mask);
+        let clip = Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid");
+        GradClipper::new(clip).clip(&mut grads, &net).expect("finite");
+        let c = 1.0 / norm(&expected(|_, _, x| x.to_vec()).concat());
+        for (found, expected) in all_numbers(&net, &grads).iter().zip(&expected(|_, _, x| times(x, c))) {
+            assert_close(found, expected, 2e-6, name);
+        }
+    }
+}
+
 #[test]
 fn in_one_line() {
     for (name, device) in devices() {
