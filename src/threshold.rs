@@ -443,7 +443,8 @@ impl Threshold for AdaGc {
     /// If a norm is not finite, the thresholds are `lambda_abs` during the warm-up and λ_rel γᵢ afterwards.
     fn max_norms(&mut self, total_norm: f64, norms: &[f64]) -> Vec<f64> {
         let warming_up = self.steps < u64::from(self.warm_up);
-        let enters = is_norm(norm_of_step(total_norm, norms));
+        // No tensors are no step, and not what the next one is held to.
+        let enters = !norms.is_empty() && is_norm(norm_of_step(total_norm, norms));
         if self.gammas.len() != norms.len() {
             if self.steps > 0 {
                 return vec![f64::INFINITY; norms.len()];
@@ -933,6 +934,14 @@ mod tests {
         assert_eq!(threshold.gammas, [f64::INFINITY, 0.5]);
         assert_eq!(threshold.max_norms(0.5, &[0.25, 0.0])[0], f64::INFINITY);
         assert_eq!(threshold.gammas, [0.25, 0.5]);
+    }
+
+    #[test]
+    fn adagc_takes_no_step_without_tensors() {
+        let mut threshold = AdaGc::new();
+        threshold.bind(&[]).expect("nothing yet");
+        assert!(threshold.max_norms(0.0, &[]).is_empty());
+        threshold.bind(&["tensor 0".to_owned()]).expect("any tensors will do before the first step");
     }
 
     #[test]

@@ -107,7 +107,10 @@ fn view<'s>(storage: &'s Storage, layout: &'s Layout) -> Result<gradclip::Tensor
 }
 
 /// The library's error, or why it was not given what it misses.
-pub(crate) fn explain(error: gradclip::Error, gradients: &[Gradient<'_>]) -> Error {
+pub(crate) fn explain(mut error: gradclip::Error, gradients: &[Gradient<'_>]) -> Error {
+    if let gradclip::Error::NonFinite(found) = &mut error {
+        found.tensor = gradients[found.tensor].place;
+    }
     let lacking = gradients.iter().find_map(|gradient| check_parameter(&gradient.name, gradient.var).err());
     match (&error, lacking) {
         (gradclip::Error::Parameter { .. }, Some(lacking)) => lacking,

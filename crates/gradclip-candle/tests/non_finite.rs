@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Tensor, Var};
 use common::{assert_near, assert_says, store, tensor, values, var};
-use gradclip_candle::gradclip::{Clip, NonFinite};
+use gradclip_candle::gradclip::{self, Clip, NonFinite};
 use gradclip_candle::{clip_grad_norm, clip_grad_value, clip_in_place};
 
 /// A var without gradient, one of finite numbers, and one with a NaN at 5 and an infinity at 7 of its row-major order, which
@@ -29,6 +29,12 @@ fn the_first_bad_element_is_named_by_var_and_row_major_index() {
             clip_grad_norm(&mut grads, &vars, 1.0),
             &["2 non-finite elements, the first at index 5 of tensor \"head\"", "nothing was written"],
         );
+        match clip_grad_norm(&mut grads, &vars, 1.0) {
+            Err(gradclip_candle::Error::Clip(gradclip::Error::NonFinite(found))) => {
+                assert_eq!(found.tensor, 2, "the var's place");
+            }
+            other => panic!("{other:?}"),
+        }
         let skip = Clip::norm(1.0).expect("valid").non_finite(NonFinite::Skip);
         let report = gradclip_candle::clip(&mut grads, &vars, &skip).expect("skipped");
         let found = report.non_finite.expect("two");
