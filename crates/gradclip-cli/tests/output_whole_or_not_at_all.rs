@@ -165,10 +165,10 @@ fn signalled(signal: Signal, ignore: &str, route: &[&str], ended: Option<i32>) {
 #[cfg(unix)]
 #[test]
 fn an_interrupt_leaves_nothing() {
-    // SAFETY: The default is no code of ours. A suite that runs in the background may have been started with it ignored.
-    unsafe { nix::sys::signal::signal(Signal::SIGINT, SigHandler::SigDfl) }.unwrap();
     let route = ["--max-norm", "1", "--backend", "cpu"];
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        // SAFETY: The default is no code of ours. A suite in the background, or under `nohup`, was started with some ignored.
+        unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }.unwrap();
         signalled(signal, "", &route, Some(130));
     }
     // In mapped files.
