@@ -9,7 +9,8 @@
 #                                             below, on Vulkan under the validation layers of Khronos; one that cannot be had is
 #                                             an error (Debian)
 #   scripts/test.sh --every-device --whole    there too the files that choose limits or tunings of their own, SwiftShader with
-#                                             subgroups and lowered limits, which take long to compile
+#                                             subgroups and lowered limits, which take long to compile, and the ranks' tests
+#                                             under MPICH
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
@@ -46,7 +47,6 @@ install_lavapipe
 install_swiftshader
 install_gl
 install_mpi
-install_mpich
 
 # The files whose tests run kernels, without what is the same on any device.
 mapfile -t files < <(grep -l -e gpu -e Path:: tests/*.rs | xargs -n1 basename -s .rs |
@@ -93,9 +93,12 @@ only=("${burn[@]}" --features burn/fusion --test suite)
 on "burn with fusion, on lavapipe" -- "${lavapipe[@]}"
 only=("${candle[@]}")
 on "candle, on the CPU" --
-# A target folder of its own, because what is built does not know the MPI that it was built for.
-only=(-p gradclip-mpi --no-default-features --features program)
-on "ranks under MPICH, on the CPU" -- MPICC=mpicc.mpich CARGO_TARGET_DIR="$devices/mpich"
+if [ -n "$whole" ]; then
+    install_mpich
+    # A target folder of its own, because what is built does not know the MPI that it was built for.
+    only=(-p gradclip-mpi --no-default-features --features program)
+    on "ranks under MPICH, on the CPU" -- MPICC=mpicc.mpich CARGO_TARGET_DIR="$devices/mpich"
+fi
 
 only=("${all[@]}" "${files[@]/#/--test=}")
 # What by its very size is refused there, and a count of allocations, which is that of one dispatch for each kernel.
