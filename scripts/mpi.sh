@@ -19,8 +19,12 @@ has_mpi() {
 
 # Not libclang-cpp, which comes with drivers of OpenCL.
 has_libclang() {
-    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib*/libclang[.-][s0-9]*' >/dev/null ||
-        compgen -G '/usr/lib*/*/libclang[.-][s0-9]*' >/dev/null || compgen -G '/usr/lib/llvm*/lib/libclang[.-][s0-9]*' >/dev/null
+    [ -z "${LIBCLANG_PATH:-}" ] || return 0
+    local folder
+    for folder in '/usr/lib*' '/usr/lib*/*' '/usr/lib/llvm*/lib'; do
+        if compgen -G "$folder/libclang[.-][s0-9]*" >/dev/null; then return 0; fi
+    done
+    return 1
 }
 
 # need_mpi WHAT PACKAGE...: installs the packages.
