@@ -121,7 +121,7 @@ pub(super) fn merged(
         rest = others;
         (task, own)
     });
-    let bytes = tensors.iter().filter(|t| t.counted).map(|t| t.data.len()).sum();
+    let bytes = tasks.iter().map(Task::bytes).sum();
     in_parallel(work, tasks.len(), bytes, |(of, slots)| task(of, slots));
     let mut partials = vec![Partial::EMPTY; segments.count as usize];
     let mut next = slots.iter();

@@ -552,8 +552,7 @@ impl PlanLayout {
             return;
         }
         // The first that decides counts the step, and there must be one.
-        let deciding = |(i, group): (usize, &Group)| (group.segments.count > 0).then_some(i);
-        let first = self.groups.iter().enumerate().find_map(deciding).unwrap_or(0);
+        let first = self.groups.iter().position(|group| group.segments.count > 0).unwrap_or(0);
         for (i, (group, rule)) in self.groups.iter().zip(rules).enumerate() {
             if group.segments.count == 0 && i != first {
                 continue;

@@ -271,7 +271,6 @@ impl GpuPlan {
         let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
         let head: ResultsHead = bytemuck::pod_read_unaligned(head);
         *self.check_ran(encoded, &head)? = Reported { encoded, steps: head.steps };
-        let outcomes: Vec<OutcomeRow> = bytemuck::pod_collect_to_vec(outcomes);
         let across = locked(&self.across);
         let each = self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())).enumerate();
         let of_group = |(i, (group, total)): (usize, (&Group, &[u8]))| {
@@ -283,8 +282,9 @@ impl GpuPlan {
                 Across { segments: group.segments.clone(), total }
             };
             let all = across.of(&row).and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
-            let first = group.first_segment as usize;
-            (all, outcomes[first..first + group.segments.count as usize].to_vec())
+            let [first, count] =
+                [group.first_segment, group.segments.count].map(|n| n as usize * size_of::<OutcomeRow>());
+            (all, bytemuck::pod_collect_to_vec(&outcomes[first..][..count]))
         };
         Ok(each.map(of_group).collect())
     }
@@ -496,7 +496,7 @@ impl GpuPlan {
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

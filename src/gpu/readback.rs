@@ -106,7 +106,7 @@ impl<T> Default for Stamped<T> {
     }
 }
 
-impl<T: Clone> Stamped<T> {
+impl<T> Stamped<T> {
     /// Keeps what has merged. Returns its stamp.
     pub(super) fn keep(&mut self, merged: T) -> u32 {
         let stamp = self.last.last().map_or(0, |(stamp, _)| (stamp + 1) % NOWHERE);
@@ -118,9 +118,9 @@ impl<T: Clone> Stamped<T> {
     }
 
     /// What has merged into a row, if something has.
-    pub(super) fn of(&self, row: &PartialRow) -> Option<T> {
+    pub(super) fn of(&self, row: &PartialRow) -> Option<&T> {
         let stamp = row.stamp()?;
-        self.last.iter().find(|(of, _)| *of == stamp).map(|(_, merged)| merged.clone())
+        self.last.iter().find(|(of, _)| *of == stamp).map(|(_, merged)| merged)
     }
 }
 

@@ -2,13 +2,13 @@
 
 use bytemuck::Zeroable;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::build::{
     Dispatch, Follows, Kept, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
 };
 use super::kernels::{Access, Kernel, Norm};
-use super::plan::{GpuPlan, MERGED_ALREADY};
+use super::plan::{GpuPlan, MERGED_ALREADY, locked};
 use super::readback::{OutcomeRow, PartialRow, ResultsHead, Stamped};
 use super::table::Origin;
 use super::threshold::StateRow;
@@ -227,7 +227,7 @@ impl GpuRunning {
         let outcome: OutcomeRow = bytemuck::pod_read_unaligned(&outcomes[..size_of::<OutcomeRow>()]);
         let sets = self.sets();
         let row: PartialRow = bytemuck::pod_read_unaligned(total);
-        let (Total { partial, non_finite }, elements) = sets.across.of(&row).unwrap_or_else(|| {
+        let (Total { partial, non_finite }, elements) = sets.across.of(&row).cloned().unwrap_or_else(|| {
             let partial = row.to_partial(|i| sets.origins[i]);
             let non_finite = partial.non_finite_elements(|i| sets.names[i].as_deref());
             (Total { partial, non_finite }, sets.elements)
@@ -237,9 +237,9 @@ impl GpuRunning {
         self.clip.report((&self.segments, &outcomes), totals, elements, non_finite)
     }
 
-    fn sets(&self) -> std::sync::MutexGuard<'_, Sets> {
+    fn sets(&self) -> MutexGuard<'_, Sets> {
         // A panic elsewhere cannot leave the lists half changed.
-        self.sets.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.sets)
     }
 }
 
