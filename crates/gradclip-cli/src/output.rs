@@ -268,6 +268,19 @@ pub(crate) fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Removes a folder of temporary files, into which others may be writing.
+pub(crate) fn remove_folder(path: &Path) {
+    // Under another name nothing is put into it but what was on its way.
+    let aside = path.with_extension("old");
+    let path = fs::rename(path, &aside).map_or(path, |()| &aside);
+    for _ in 0..100 {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
+            _ => break,
+        }
+    }
+}
+
 /// Lets an interrupt remove what is unfinished, from the first call on.
 pub(crate) fn watch_for_interrupts() -> Result<(), Failure> {
     static WATCHING: Mutex<bool> = Mutex::new(false);
@@ -281,7 +294,9 @@ pub(crate) fn watch_for_interrupts() -> Result<(), Failure> {
         // Held until the end of the process: nothing can be begun or put in place any more.
         let unfinished = unfinished();
         for path in unfinished.iter() {
-            let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
+            if fs::remove_file(path).is_err() {
+                remove_folder(path);
+            }
         }
         std::process::exit(130);
     })

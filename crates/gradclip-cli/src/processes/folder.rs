@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::failure::Failure;
 use crate::input::folder_of;
-use crate::output::{exists, sync_folder_of, unfinished, watch_for_interrupts};
+use crate::output::{exists, remove_folder, sync_folder_of, unfinished, watch_for_interrupts};
 
 #[derive(Debug)]
 pub(super) struct Folder {
@@ -62,13 +62,12 @@ impl Folder {
 
     /// Leaves it to rank 0: for the others, before they say that their files are written.
     pub(super) fn hand_over(&mut self) {
-        self.forget();
+        self.forget(&mut unfinished());
         self.removes = false;
     }
 
     /// An interrupt need not remove it for this rank any more; others may be threads of the same process.
-    fn forget(&self) {
-        let mut unfinished = unfinished();
+    fn forget(&self, unfinished: &mut Vec<PathBuf>) {
         if let Some(own) = unfinished.iter().position(|path| *path == self.path) {
             unfinished.swap_remove(own);
         }
@@ -103,8 +102,10 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if self.removes {
-            let _ = fs::remove_dir_all(&self.path);
-            self.forget();
+            // An interrupt waits.
+            let mut unfinished = unfinished();
+            remove_folder(&self.path);
+            self.forget(&mut unfinished);
         }
     }
 }
@@ -181,6 +182,24 @@ mod tests {
 
     fn names(path: &Path) -> Vec<String> {
         path.read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// Other ranks may still be writing into it, and nobody comes back for it.
+    #[test]
+    fn what_is_removed_stays_so() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("out.tmp");
+        for _ in 0..100 {
+            fs::create_dir(&path).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while tempfile::Builder::new().tempfile_in(&path).and_then(|file| Ok(file.keep()?)).is_ok() {}
+                });
+                while path.read_dir().unwrap().count() < 3 {}
+                remove_folder(&path);
+            });
+            assert_eq!(names(parent.path()), [""; 0]);
+        }
     }
 
     #[test]
