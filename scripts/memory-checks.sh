@@ -5,21 +5,25 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tests=(--lib --test pools --test misaligned --test odd_lengths --test non_finite --test scopes --test cut_into_pieces --test outside_norms)
+# Of the suite, what reads and writes at odd places.
+suite=(misaligned odd_lengths non_finite scopes cut_into_pieces outside_norms)
 # These two go over millions of elements.
 filter=(--skip powers_are_within --skip progress_adds_up)
 
 echo "== AddressSanitizer"
 # The sanitizer is an option of the compiler that it calls unstable; the variable lets this toolchain take it.
-RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
-    cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip --no-default-features "${tests[@]}"
+sanitized() {
+    RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
+        cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan --no-default-features "$@"
+}
+sanitized -p gradclip --lib --test pools
+sanitized -p gradclip --test suite -- "${suite[@]/%/::}"
 
 [ "${1-}" = --whole ] || exit 0
 # Its tests run the program that is built beside them. `larger_than_memory` counts pages, of which the sanitizer has its own.
 program=(--lib --test bad_files --test bad_tensors --test exit_codes --test output_whole_or_not_at_all --test passes_through
     --test pieces --test sharded --test sums)
-RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
-    cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan -p gradclip-cli --no-default-features "${program[@]}"
+sanitized -p gradclip-cli "${program[@]}"
 
 command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
 echo "== valgrind"

@@ -21,6 +21,8 @@ cd "$(dirname "$0")/.."
 all=(--workspace --exclude gradclip-burn --exclude gradclip-candle --all-features)
 burn=(-p gradclip-burn --features wgpu --profile quick)
 candle=(-p gradclip-candle --profile quick)
+# Only optimised kernels are vectors, and only without checks of overflow: as in that profile.
+vectors=(--profile quick -p gradclip --no-default-features --lib cpu::instructions)
 
 if [ "${1-}" != --every-device ]; then
     all+=(--exclude gradclip-mpi)
@@ -32,8 +34,7 @@ if [ "${1-}" != --every-device ]; then
         vulkan_is_there || { echo "error: still no Vulkan device; see: cargo run -p gradclip-cli -- devices" >&2; exit 1; }
     fi
     cargo test --no-fail-fast "${all[@]}" "$@"
-    # Only optimised kernels are vectors, and only without checks of overflow.
-    cargo test --release -p gradclip --no-default-features --lib cpu::instructions
+    cargo test "${vectors[@]}"
     exit
 fi
 shift
@@ -48,25 +49,30 @@ install_swiftshader
 install_gl
 install_mpi
 
-# The files whose tests run kernels, without what is the same on any device.
-mapfile -t files < <(grep -l -e gpu -e Path:: tests/*.rs | xargs -n1 basename -s .rs |
-    grep -v -x -e beyond_4_gib -e out_of_memory -e pools -e cut_into_pieces)
-# Those among them that choose limits or tunings of their own, or are long.
-own_limits=(kernel_variants device_scopes large_offsets larger_than_device encode_allocates_nothing properties soak long_sums)
-[ -n "$whole" ] || mapfile -t files < <(printf '%s\n' "${files[@]}" | grep -v -x "${own_limits[@]/#/-e}")
+# The tests that run kernels, without what is the same on any device.
+tests=(suite faults)
+apart=(cut_into_pieces licences unsafe_inventory)
+# What chooses limits or tunings of its own, or is long.
+if [ -n "$whole" ]; then
+    tests+=(encode_allocates_nothing larger_than_device properties soak)
+else
+    apart+=(kernel_variants device_scopes large_offsets long_sums)
+fi
 
 results=()
 failed=
+skipped=()
 
-# on NAME SKIPPED... -- ENVIRONMENT...: the tests that `only` chooses, on one device, and what they printed, for the table at the
-# end. Under validation layers, which write to standard output, they must be at work, and must have found nothing.
+# on NAME SKIPPED... -- ENVIRONMENT...: the tests that `only` chooses, without those that `skipped` or this call names, on one
+# device, and what they printed, for the table at the end. Under validation layers, which write to standard output, they must be
+# at work, and must have found nothing.
 on() {
-    local name=$1 skipped=() log=$devices/tests.log begin=$SECONDS validated= passed
+    local name=$1 skipped=("${skipped[@]}") log=$devices/tests.log begin=$SECONDS validated= passed
     shift
-    while [ "$1" != -- ]; do skipped+=(--skip "$1"); shift; done
+    while [ "$1" != -- ]; do skipped+=("$1"); shift; done
     shift
     echo "== $name"
-    env "$@" cargo test --no-fail-fast "${only[@]}" -- "${skipped[@]}" 2>&1 | tee "$log" ||
+    env "$@" cargo test --no-fail-fast "${only[@]}" -- "${skipped[@]/#/--skip=}" 2>&1 | tee "$log" ||
         failed+="$name; "
     if [[ " $* " == *" VK_LAYER_PATH="* ]]; then
         if grep -aqE "$found" "$log"; then
@@ -85,7 +91,6 @@ found='Validation [A-Z][A-Za-z ]*: \['
 
 only=("${all[@]}" "$@")
 on "everything on lavapipe" -- "${lavapipe[@]}" "${validation[@]}"
-cargo test --release -p gradclip --no-default-features --lib cpu::instructions
 
 only=("${burn[@]}")
 on "burn, on lavapipe" -- "${lavapipe[@]}"
@@ -93,6 +98,7 @@ only=("${burn[@]}" --features burn/fusion --test suite)
 on "burn with fusion, on lavapipe" -- "${lavapipe[@]}"
 only=("${candle[@]}")
 on "candle, on the CPU" --
+cargo test "${vectors[@]}"
 if [ -n "$whole" ]; then
     install_mpich
     # A target folder of its own, because what is built does not know the MPI that it was built for.
@@ -100,7 +106,8 @@ if [ -n "$whole" ]; then
     on "ranks under MPICH, on the CPU" -- MPICC=mpicc.mpich CARGO_TARGET_DIR="$devices/mpich"
 fi
 
-only=("${all[@]}" "${files[@]/#/--test=}")
+only=("${all[@]}" "${tests[@]/#/--test=}")
+skipped=("${apart[@]/%/::}")
 # What by its very size is refused there, and a count of allocations, which is that of one dispatch for each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
     speeds_are_of_what_was_moved behind_the_callers_own_pass three_thousand_tensors_cost_one_merge)

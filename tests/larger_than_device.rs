@@ -5,8 +5,8 @@
 mod common;
 
 use std::cell::RefCell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use common::gpu::{block_on, clipper, device, open};
 use common::numbers::Random;
@@ -24,11 +24,16 @@ fn small_limits() -> wgpu::Limits {
     wgpu::Limits { max_storage_buffer_binding_size: LOAD, ..wgpu::Limits::downlevel_defaults() }
 }
 
+/// A device with these limits, which the tests of this file share: each compiles its kernels anew.
+fn small() -> GpuClipper {
+    static GPU: OnceLock<GpuClipper> = OnceLock::new();
+    GPU.get_or_init(|| clipper(small_limits())).clone()
+}
+
 /// What holds everything, and what holds one load, two and three at a time.
 fn clippers() -> (Clipper, [(u64, Clipper); 3]) {
-    let gpu = clipper(small_limits());
-    let with = |loads: u64| (loads, Clipper::gpu(gpu.clone().with_memory_budget(loads * LOAD)));
-    (Clipper::gpu(gpu.clone().with_memory_budget(u64::MAX)), [with(1), with(2), with(3)])
+    let with = |loads: u64| (loads, Clipper::gpu(small().with_memory_budget(loads * LOAD)));
+    (Clipper::gpu(small().with_memory_budget(u64::MAX)), [with(1), with(2), with(3)])
 }
 
 fn of(dtype: Dtype, shape: &[usize], seed: u64) -> Data {
@@ -327,7 +332,7 @@ fn the_budget_is_kept() {
 fn progress_counts_each_byte_once() {
     let told = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&told);
-    let gpu = clipper(small_limits()).with_memory_budget(LOAD);
+    let gpu = small().with_memory_budget(LOAD);
     let clipper = Clipper::gpu(gpu).on_progress(move |bytes| {
         counter.fetch_add(bytes, Ordering::Relaxed);
     });
@@ -387,7 +392,7 @@ fn moved(lines: &[String]) -> (u64, u64) {
 
 #[test]
 fn nothing_comes_back_that_was_not_clipped() {
-    let gpu = clipper(small_limits()).with_memory_budget(2 * LOAD);
+    let gpu = small().with_memory_budget(2 * LOAD);
     let clipper = Clipper::gpu(gpu);
     let set = units();
     let bytes: u64 = set.iter().map(|t| t.bytes.len().next_multiple_of(16) as u64).sum();
@@ -431,56 +436,63 @@ fn nothing_comes_back_that_was_not_clipped() {
     assert_eq!(moved(&lines), (bytes, 0));
 }
 
-/// The device is destroyed after a step on the way there or on the way back: all or nothing.
+/// The device is destroyed after every `stride`th step on the way there and on the way back: all or nothing.
+fn gone_midway(clip: &Clip, bad: Option<f64>, mut set: Vec<Data>, stride: usize) {
+    if let Some(bad) = bad {
+        set[4].set(11, bad);
+    }
+    let (want, clipped) = clip_host(&clippers().0, clip, &set).ok();
+    let (mut refused, mut finished) = (0, 0);
+    for step in (1..).step_by(stride) {
+        // One of its own each time.
+        let gpu = clipper(small_limits()).with_memory_budget(2 * LOAD);
+        gpu.device().on_uncaptured_error(Arc::new(|_| {}));
+        let device = gpu.device().clone();
+        let mut steps = 0;
+        let hook = move |line: &str| {
+            steps += usize::from(line.starts_with("load "));
+            if steps == step {
+                device.destroy();
+            }
+        };
+        let (done, lines) = heard(hook, || clip_host(&Clipper::gpu(gpu), clip, &set));
+        match done.report {
+            Ok(report) => {
+                assert_eq!(format!("{report:?}"), format!("{want:?}"), "{clip:?}, {step}");
+                assert_same_values(&done.after, &clipped, &format!("{clip:?}, gone after step {step}"));
+                finished += usize::from(lines.iter().any(|line| line.contains("the CPU clips the rest")));
+            }
+            Err(Error::DeviceLost(_) | Error::Device(_) | Error::OutOfMemory(_)) => {
+                refused += 1;
+                assert_same_bits(&done.after, &set, &format!("{clip:?}, gone after step {step}"));
+            }
+            Err(error) => panic!("{clip:?}, gone after step {step}: {error}"),
+        }
+        if lines.iter().filter(|line| line.starts_with("load ")).count() < step {
+            break;
+        }
+    }
+    assert!(refused > 1 && finished > 1, "{clip:?}: {refused} times refused, {finished} times finished by the CPU");
+}
+
 #[test]
 fn a_device_that_is_gone_midway() {
+    gone_midway(&norm(), None, units(), 1);
+}
+
+#[test]
+fn a_device_that_is_gone_midway_of_other_clips() {
     let by_column = norm().scope(Scope::Unit).unit_axis(UnitAxis::Last).grad_scale(3.0).expect("valid");
     let value = Clip::value(0.5).expect("valid");
-    let clips = [
-        (norm(), None, units()),
+    for (clip, bad, set) in [
         (by_column.non_finite(NonFinite::Drop), Some(f64::NAN), columns()),
         (norm().non_finite(NonFinite::Propagate), Some(f64::INFINITY), units()),
         (norm().scope(Scope::Tensor).non_finite(NonFinite::Propagate), Some(f64::NAN), units()),
         (Clip::agc(0.1).expect("valid"), None, units()),
         (value, Some(f64::INFINITY), units()),
         (value.non_finite(NonFinite::Zero), Some(f64::NAN), units()),
-    ];
-    for (clip, bad, mut set) in clips {
-        if let Some(bad) = bad {
-            set[4].set(11, bad);
-        }
-        let (want, clipped) = clip_host(&clippers().0, &clip, &set).ok();
-        let (mut refused, mut finished) = (0, 0);
-        // Every step of one clip, and some of the others: each needs a device of its own.
-        for step in (1..).step_by(if bad.is_none() { 1 } else { 3 }) {
-            let gpu = clipper(small_limits()).with_memory_budget(2 * LOAD);
-            gpu.device().on_uncaptured_error(Arc::new(|_| {}));
-            let device = gpu.device().clone();
-            let mut steps = 0;
-            let hook = move |line: &str| {
-                steps += usize::from(line.starts_with("load "));
-                if steps == step {
-                    device.destroy();
-                }
-            };
-            let (done, lines) = heard(hook, || clip_host(&Clipper::gpu(gpu), &clip, &set));
-            match done.report {
-                Ok(report) => {
-                    assert_eq!(format!("{report:?}"), format!("{want:?}"), "{clip:?}, {step}");
-                    assert_same_values(&done.after, &clipped, &format!("{clip:?}, gone after step {step}"));
-                    finished += usize::from(lines.iter().any(|line| line.contains("the CPU clips the rest")));
-                }
-                Err(Error::DeviceLost(_) | Error::Device(_) | Error::OutOfMemory(_)) => {
-                    refused += 1;
-                    assert_same_bits(&done.after, &set, &format!("{clip:?}, gone after step {step}"));
-                }
-                Err(error) => panic!("{clip:?}, gone after step {step}: {error}"),
-            }
-            if lines.iter().filter(|line| line.starts_with("load ")).count() < step {
-                break;
-            }
-        }
-        assert!(refused > 2 && finished > 2, "{clip:?}: {refused} times refused, {finished} times finished by the CPU");
+    ] {
+        gone_midway(&clip, bad, set, 4);
     }
 }
 
@@ -501,7 +513,7 @@ fn assert_same_values(got: &[Data], want: &[Data], what: &str) {
 /// A future that is dropped while clipped gradients come back leaves all of them clipped, and one dropped before none.
 #[test]
 fn a_dropped_future_leaves_no_half() {
-    let gpu = clipper(small_limits()).with_memory_budget(LOAD);
+    let gpu = small().with_memory_budget(LOAD);
     let set = units();
     let (_, clipped) = clip_host(&Clipper::gpu(gpu.clone()), &norm(), &set).ok();
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
@@ -548,7 +560,7 @@ fn futures_can_be_sent() {
 
 #[test]
 fn awaited_on_any_executor() {
-    let gpu = clipper(small_limits()).with_memory_budget(2 * LOAD);
+    let gpu = small().with_memory_budget(2 * LOAD);
     let set = units();
     let (want, clipped) = clip_host(&Clipper::gpu(gpu.clone()), &norm(), &set).ok();
     let mut after = set.clone();
@@ -561,7 +573,7 @@ fn awaited_on_any_executor() {
 /// What no plan holds is refused before anything moves.
 #[test]
 fn more_than_a_plan_can_address() {
-    let gpu = clipper(small_limits()).with_memory_budget(LOAD);
+    let gpu = small().with_memory_budget(LOAD);
     let (mut rows, before) = (vec![1.0f32; 3000], vec![1.0f32; 3000]);
     let clip = norm().scope(Scope::Unit);
     let mut tensors = [TensorMut::new(&mut rows).shape(&[3000, 1]).expect("it fits")];

@@ -129,7 +129,7 @@ pub fn clip(grads: &mut GradStore, vars: &(impl Vars + ?Sized), clip: &Clip) -> 
 
 /// Clips by a threshold that follows the norms: [`ZClip`](gradclip::ZClip), [`AutoClip`](gradclip::AutoClip) or
 /// [`AdaGc`](gradclip::AdaGc), which with the feature `serde` can be saved with a checkpoint. The clip's own threshold stays an
-/// upper bound; infinity sets none.
+/// upper bound; infinity sets none. A call without any gradients leaves the threshold as it was.
 ///
 /// ```
 /// use candle_core::{Device, Var};
@@ -210,6 +210,8 @@ fn run(
 ) -> Result<ClipReport, Error> {
     let gradients = gather(grads, vars)?;
     let clipper = Clipper::cpu();
+    // No gradients are no step of the run.
+    let threshold = threshold.filter(|_| !gradients.is_empty());
     let decided = with_views(&gradients, |views| match threshold {
         None => clipper.decide(clip, views),
         Some(threshold) => clipper.decide_adaptive(clip, threshold, views),

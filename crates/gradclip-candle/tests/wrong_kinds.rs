@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::{all_bits, assert_near, assert_says, identities, norm, store, tensor, var};
-use gradclip_candle::gradclip::{self, Clip, Scope};
+use gradclip_candle::gradclip::{self, Clip, Scope, ZClip};
 use gradclip_candle::{Error, Vars, clip_grad_norm, clip_grad_value};
 
 #[test]
@@ -72,6 +72,10 @@ fn no_vars_no_gradients_and_no_elements_are_welcome() {
     for vars in [vec![], vec![var(1, 3, DType::F32)]] {
         let report = clip_grad_norm(&mut none, &vars, 1.0).expect("nothing");
         assert_eq!((report.total_norm, report.elements, report.clipped), (0.0, 0, false));
+        let mut threshold = ZClip::new();
+        let any = Clip::norm(f64::INFINITY).expect("valid");
+        gradclip_candle::clip_adaptive(&mut none, &vars, &any, &mut threshold).expect("nothing");
+        assert_eq!(threshold, ZClip::new(), "nothing is no step");
         assert!(none.get_ids().next().is_none());
     }
     let vars = [var(1, (0, 3), DType::BF16), var(2, 2, DType::F32), var(3, (2, 0), DType::F64), var(4, (), DType::F32)];

@@ -77,7 +77,6 @@ fn a_threshold_moves_with_the_gradients() {
     }
 }
 
-/// Layers that begin to train, or stop, change the set of gradients: the global threshold goes on.
 /// Containers without gradients, as of a step that only other models took part in.
 #[test]
 fn steps_without_gradients_change_no_threshold() {
@@ -99,6 +98,7 @@ fn steps_without_gradients_change_no_threshold() {
     }
 }
 
+/// Layers that begin to train, or stop, change the set of gradients: the global threshold goes on.
 #[test]
 fn a_threshold_outlives_a_change_of_the_parameters() {
     for (name, device) in devices() {

@@ -1,9 +1,7 @@
 //! Guards against a NaN or infinity that is missed, misplaced, or does what its policy does not say.
 
-mod common;
-
-use common::numbers::{Random, exact_norm};
-use common::{Data, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType};
 
 const MAX_NORM: f64 = 0.7;
@@ -220,7 +218,7 @@ fn many_bad_elements_are_counted_and_the_first_is_found() {
 #[cfg(feature = "gpu")]
 #[test]
 fn the_first_bad_element_is_the_first_in_the_list() {
-    use common::gpu::{Layout, clip_laid_out, gpu};
+    use crate::common::gpu::{Layout, clip_laid_out, gpu};
     for dtype in [Dtype::F32, Dtype::F16] {
         let mut random = Random(4);
         let mut set: Vec<_> =

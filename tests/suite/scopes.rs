@@ -1,11 +1,9 @@
 //! Guards against an element that is clipped by another segment's norm: every scope, unit axis, budget, mode and norm
 //! type on shapes of every kind, beside the plain loops of `common/reference.rs`.
 
-mod common;
-
-use common::numbers::Random;
-use common::reference::{Asked, Mode};
-use common::{Data, Path, assert_same_bits, parameters, views};
+use crate::common::numbers::Random;
+use crate::common::reference::{Asked, Mode};
+use crate::common::{Data, Path, assert_same_bits, parameters, views};
 use gradclip::{Budget, Clip, Clipper, NonFinite, NormType, Scope, UnitAxis};
 
 /// A scope with what it asks for: units by axis, budgets by tensor.

@@ -2,12 +2,12 @@
 //! scaling, the scaling without the norm, or a norm that comes together set by set.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::gpu::{Interleaved, OwnKernel, download, encoder, gpu, gpu_tensor, step, upload};
-use common::numbers::Random;
-use common::reference::{Asked, Mode, SCOPES, uneven};
-use common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, assert_scaled, numbers_of};
+use crate::common::gpu::{Interleaved, OwnKernel, download, encoder, gpu, gpu_tensor, step, upload};
+use crate::common::numbers::Random;
+use crate::common::reference::{Asked, Mode, SCOPES, uneven};
+use crate::common::{
+    Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, assert_scaled, numbers_of,
+};
 use gradclip::gpu::{GpuRunning, GpuRunningPlan, GpuTensor};
 use gradclip::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope};
 

@@ -3,11 +3,9 @@
 //! element has the same bits.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::gpu::{Layout, clip_tensors, download, gpu, upload};
-use common::numbers::{Random, exact_norm, multiplied_bits};
-use common::{Data, assert_norm, assert_same_bits, numbers_of};
+use crate::common::gpu::{Layout, clip_tensors, download, gpu, upload};
+use crate::common::numbers::{Random, exact_norm, multiplied_bits};
+use crate::common::{Data, assert_norm, assert_same_bits, numbers_of};
 use gradclip::gpu::GpuClipper;
 use gradclip::gpu::tuning::{HARDWARE, SOFTWARE, Tuning};
 use gradclip::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope};

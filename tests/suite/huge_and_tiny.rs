@@ -1,10 +1,8 @@
 //! Guards against norms that overflow or vanish because squares do, and against factors and products that a float32
 //! cannot hold: gradients around 1e20, 1e38, 1e-25 and below the normal range.
 
-mod common;
-
-use common::numbers::{Random, exact_norm, multiplied_bits, ulp};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::numbers::{Random, exact_norm, multiplied_bits, ulp};
+use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, Dtype, NormType};
 
 const POWERS: [f64; 13] = [1.0, 2.0, f64::INFINITY, 1.0 / 1024.0, 0.25, 0.5, 1.5, 3.0, 4.0, 7.5, 64.0, 1e6, f64::MAX];

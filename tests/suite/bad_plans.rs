@@ -1,8 +1,7 @@
 //! Guards against panics, hangs and silence where a caller gives what cannot be clipped: one error that says what to do.
 
-mod common;
-
-use common::{Data, Path, assert_says};
+use crate::common;
+use crate::common::{Data, Path, assert_says};
 use gradclip::{Clip, Dtype, Error, Tensor, TensorMut};
 
 #[test]

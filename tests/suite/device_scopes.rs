@@ -2,12 +2,10 @@
 //! segments, groups or parameters share, and what an earlier step has left there.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::gpu::{Interleaved, clip_tensors, clipper, gpu, step};
-use common::numbers::Random;
-use common::reference::{Asked, Mode, uneven};
-use common::{Data, Done, Path, assert_same_bits, numbers_of, unwritten_sums};
+use crate::common::gpu::{Interleaved, clip_tensors, clipper, gpu, step};
+use crate::common::numbers::Random;
+use crate::common::reference::{Asked, Mode, uneven};
+use crate::common::{Data, Done, Path, assert_same_bits, numbers_of, unwritten_sums};
 use gradclip::gpu::GpuClipper;
 use gradclip::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope, UnitAxis};
 

@@ -1,11 +1,10 @@
 //! Guards against offsets and lengths that one binding, one dispatch dimension or 32 bits do not hold.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::gpu::{Layout, clip_laid_out, clip_tensors, clipper, download, gpu, step, upload, write};
-use common::numbers::{Random, Sum, exact_norm, multiplied_bits};
-use common::{Data, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common;
+use crate::common::gpu::{Layout, clip_laid_out, clip_tensors, clipper, download, gpu, step, upload, write};
+use crate::common::numbers::{Random, Sum, exact_norm, multiplied_bits};
+use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::gpu::{GpuClipper, GpuTensor};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType, Scope};
 

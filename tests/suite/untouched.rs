@@ -1,9 +1,8 @@
 //! Guards against bytes that change although nothing is to be clipped: NaN payloads, signs of zero, neighbours.
 
-mod common;
-
-use common::numbers::{Random, exact_norm};
-use common::{Data, POLICIES, Path, assert_same_bits, numbers_of};
+use crate::common;
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, POLICIES, Path, assert_same_bits, numbers_of};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType};
 
 /// (sign bit, bits of infinity)

@@ -1,9 +1,8 @@
 //! Guards against answers that depend on timing, threads or what ran before: the same input gives the same bits.
 
-mod common;
-
-use common::numbers::Random;
-use common::{Data, Path, assert_same_bits};
+use crate::common;
+use crate::common::numbers::Random;
+use crate::common::{Data, Path, assert_same_bits};
 use gradclip::{Clip, NonFinite, NormType};
 
 /// Long and short tensors of all dtypes of the path.

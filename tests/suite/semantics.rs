@@ -1,9 +1,7 @@
 //! Guards against formulas, defaults, roundings and reports that differ from what is promised.
 
-mod common;
-
-use common::numbers::{Random, exact_norm, multiplied_bits, rounded};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::numbers::{Random, exact_norm, multiplied_bits, rounded};
+use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, ClipReport, Clipper, Dtype, NonFinite, NormType, TensorMut};
 
 fn norm(max_norm: f64) -> Clip {

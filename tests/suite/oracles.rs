@@ -3,13 +3,11 @@
 //! `fixtures/cases.json` lists what was asked and what they returned. Where their norm differs from the exact one, the
 //! exact one counts, and their gradients hold as precisely as their norm does.
 
-mod common;
-
 use std::collections::BTreeSet;
 
-use common::numbers::{exact_norm, ulp};
-use common::reference::{Asked, Mode};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::numbers::{exact_norm, ulp};
+use crate::common::reference::{Asked, Mode};
+use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Budget, Clip, Dtype, Error, NonFinite, NormType, Scope, UnitAxis};
 use serde_json::Value;
 

@@ -1,16 +1,15 @@
 //! Gradients that are spread over ranks, here threads, must clip as one process clips them all.
 
-mod common;
-
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::numbers::Random;
-use common::reference::uneven;
-use common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, clip_host};
+use crate::common;
+use crate::common::numbers::Random;
+use crate::common::reference::uneven;
+use crate::common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, clip_host};
 #[cfg(feature = "gpu")]
-use common::{gpu, gpu::Layout};
+use crate::common::{gpu, gpu::Layout};
 use gradclip::processes::{ProcessGroup, SingleProcess, ThreadGroup, agree, check_counted_once};
 use gradclip::{AutoClip, Budget, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType};
 use gradclip::{RunningPartial, Scope, TensorMut, UnitAxis, ZClip};

@@ -2,11 +2,9 @@
 //! not: runs of 1,000 steps with spikes, a NaN and an infinity.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::gpu::{Interleaved, download, encoder, gpu, gpu_tensor, step, upload};
-use common::numbers::Random;
-use common::{Data, assert_norm, assert_same_bits, assert_says, assert_scaled};
+use crate::common::gpu::{Interleaved, download, encoder, gpu, gpu_tensor, step, upload};
+use crate::common::numbers::Random;
+use crate::common::{Data, assert_norm, assert_same_bits, assert_says, assert_scaled};
 use gradclip::gpu::{DeviceThreshold, GpuPlan};
 use gradclip::{AdaGc, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, Scope, Threshold, ZClip};
 

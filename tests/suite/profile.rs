@@ -1,11 +1,9 @@
 //! Guards against a profile that tells of another step than the one that ran, or of bytes that nobody moved.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::gpu::{block_on, clipper, device, download, gpu, gpu_tensor, step, upload};
-use common::numbers::{Random, exact_norm};
-use common::{Data, assert_norm, assert_same_bits, assert_scaled};
+use crate::common::gpu::{block_on, clipper, device, download, gpu, gpu_tensor, step, upload};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled};
 use gradclip::gpu::{Clock, GpuClipper, GpuTensor, Pass, Profile};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType, Scope, wgpu};
 

@@ -12,10 +12,8 @@
 //! | timm | a NaN in a parameter makes the gradients of its unit NaN | the unit is not clipped |
 //! | timm | AGC clips a unit whose N is the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
 
-mod common;
-
-use common::numbers::{Random, exact_norm, rounded};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::numbers::{Random, exact_norm, rounded};
+use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, Dtype, NormType, Scope};
 
 fn norm(max_norm: f64) -> Clip {

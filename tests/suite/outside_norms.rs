@@ -1,11 +1,9 @@
 //! Guards against a clip that comes out otherwise when its norm is measured elsewhere, piece by piece, or together with
 //! that of other groups.
 
-mod common;
-
-use common::numbers::Random;
-use common::reference::{Asked, Mode, SCOPES};
-use common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, clip_host, numbers_of};
+use crate::common::numbers::Random;
+use crate::common::reference::{Asked, Mode, SCOPES};
+use crate::common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, clip_host, numbers_of};
 use gradclip::{Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType, RunningPartial, Scope, TensorMut};
 
 fn set(seed: u64) -> Vec<Data> {

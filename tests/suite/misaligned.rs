@@ -1,10 +1,8 @@
 //! Guards against elements that do not start where a vector, word or binding does, and against writing over what
 //! shares a word with them.
 
-mod common;
-
-use common::numbers::{Random, exact_norm, multiplied_bits};
-use common::{Data, assert_norm, assert_same_bits};
+use crate::common::numbers::{Random, exact_norm, multiplied_bits};
+use crate::common::{Data, assert_norm, assert_same_bits};
 use gradclip::{Clip, Clipper, Dtype, NonFinite, NormType, Tensor, TensorMut};
 
 /// Divides by 3 whatever the norm is, so that every bit of the result is known.

@@ -1,9 +1,7 @@
 //! Guards against lengths that do not fill a vector, block, word, workgroup or chunk: 0, 1, odd, and one beside each.
 
-mod common;
-
-use common::numbers::{Random, exact_norm};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, Dtype, NormType};
 
 /// Clips a set by norm and by value, and checks every element.
@@ -92,7 +90,7 @@ fn an_empty_list_has_norm_0() {
 #[cfg(feature = "gpu")]
 #[test]
 fn empty_views_of_any_buffer() {
-    use common::gpu::{clip_tensors, gpu, upload};
+    use crate::common::gpu::{clip_tensors, gpu, upload};
     use gradclip::gpu::GpuTensor;
     let buffer = upload(gpu(), &[0; 16]);
     let none = upload(gpu(), &[]);

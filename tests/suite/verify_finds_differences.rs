@@ -1,11 +1,9 @@
 //! Guards against a comparison of GPU and CPU that agrees with everything.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::Data;
-use common::gpu::{block_on, gpu};
-use common::numbers::Random;
+use crate::common::Data;
+use crate::common::gpu::{block_on, gpu};
+use crate::common::numbers::Random;
 use gradclip::{Clip, Dtype, NonFinite, Tensor, Verification, verify, verify_blocking};
 
 fn verified(clip: &Clip, set: &[Data]) -> Verification {

@@ -1,10 +1,8 @@
 //! Guards against an adaptive threshold that clips by another norm than it was told, or learns from a step that it should
 //! not: runs of 1,000 steps with spikes and a NaN.
 
-mod common;
-
-use common::numbers::{Random, exact_norm};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{AdaGc, AutoClip, Clip, ClipReport, NonFinite, NormType, Scope, Threshold, ZClip};
 
 const NAN_STEP: usize = 61;
@@ -212,7 +210,7 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
 #[cfg(feature = "gpu")]
 #[test]
 fn a_threshold_on_the_host_follows_gradients_on_the_device() {
-    use common::gpu::{Layout, download, encoder, gpu, upload, write};
+    use crate::common::gpu::{Layout, download, encoder, gpu, upload, write};
     use gradclip::{Dtype, Error, wgpu};
     let clip = measuring(Clip::norm(f64::INFINITY).expect("valid"));
     let mut random = Random(104);

@@ -1,9 +1,8 @@
 //! Guards against wrong tables, merges and orders where there are thousands of tensors of a few elements.
 
-mod common;
-
-use common::numbers::{Random, exact_norm};
-use common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common;
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, Error, NormType};
 
 /// So many tensors of 1 to 64 elements, named, of all dtypes of the path.
@@ -66,7 +65,7 @@ fn thirty_thousand_tiny_tensors_on_the_cpu() {
 #[cfg(feature = "gpu")]
 #[test]
 fn three_hundred_tensors_in_buffers_of_their_own() {
-    use common::gpu::{clip_tensors, download, gpu, gpu_tensor, upload};
+    use crate::common::gpu::{clip_tensors, download, gpu, gpu_tensor, upload};
     check(&tiny(Path::GpuBuffers, 300), 1e-6, |clip, set| {
         let buffers: Vec<_> = set.iter().map(|t| upload(gpu(), &t.bytes)).collect();
         let tensors: Vec<_> = buffers.iter().zip(set).map(|(buffer, t)| gpu_tensor(buffer, t, 0)).collect();
@@ -84,7 +83,7 @@ fn three_hundred_tensors_in_buffers_of_their_own() {
 #[cfg(feature = "gpu")]
 #[test]
 fn tensors_that_alternate_between_two_buffers() {
-    use common::gpu::{Layout, clip_tensors, download, gpu, upload};
+    use crate::common::gpu::{Layout, clip_tensors, download, gpu, upload};
     let all = tiny(Path::GpuBuffers, 500);
     check(&all, 1e-6, |clip, set| {
         let halves: [Vec<Data>; 2] = [0, 1].map(|h| set.iter().skip(h).step_by(2).cloned().collect());

@@ -1,15 +1,13 @@
 //! Guards against an element that is clipped by another's coefficient, twice or not at all, because its tensor came in
 //! pieces: pieces of odd sizes, in any order and from several threads, beside the same clip of the whole.
 
-mod common;
-
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::numbers::Random;
-use common::reference::{Asked, Mode, SCOPES, uneven};
-use common::{Data, POLICIES, Path, assert_same_bits, assert_says, parameters, views};
+use crate::common::numbers::Random;
+use crate::common::reference::{Asked, Mode, SCOPES, uneven};
+use crate::common::{Data, POLICIES, Path, assert_same_bits, assert_says, parameters, views};
 use gradclip::{
     AdaGc, Clip, ClipReport, Clipper, DecidedClip, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut,
     Threshold, UnitAxis, ZClip,

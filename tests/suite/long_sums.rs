@@ -1,9 +1,8 @@
 //! Guards against sums that lose what is added to them: many equal elements, small ones behind large ones.
 
-mod common;
-
-use common::numbers::{Random, Sum, exact_norm};
-use common::{Data, Path, assert_norm};
+use crate::common;
+use crate::common::numbers::{Random, Sum, exact_norm};
+use crate::common::{Data, Path, assert_norm};
 use gradclip::{Clip, Clipper, Dtype, Element, NormType, Tensor};
 use rayon::prelude::*;
 

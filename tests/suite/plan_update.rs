@@ -2,13 +2,11 @@
 //! are left between the two by an error.
 #![cfg(feature = "gpu")]
 
-mod common;
-
 use std::slice::from_ref;
 
-use common::gpu::{Layout, download, encoder, gpu, step, upload};
-use common::numbers::{Random, exact_norm};
-use common::{Data, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use crate::common::gpu::{Layout, download, encoder, gpu, step, upload};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::gpu::{DeviceThreshold, GpuTensor};
 use gradclip::{Clip, Dtype, Error, NormType, Scope, ZClip, wgpu};
 

@@ -1,9 +1,7 @@
 //! Guards against clips, shapes, parameters and states that do not go together and are clipped all the same: one error
 //! that names the tensor and the reason, and nothing written.
 
-mod common;
-
-use common::{Data, Path, UNWRITTEN, assert_same_bits, assert_says, parameters, views, views_mut};
+use crate::common::{Data, Path, UNWRITTEN, assert_same_bits, assert_says, parameters, views, views_mut};
 use gradclip::{
     AdaGc, AutoClip, Clip, Clipper, Dtype, Error, NonFinite, NormType, RunningPartial, Scope, Tensor, TensorMut,
     Threshold, UnitAxis, ZClip,
@@ -322,7 +320,7 @@ fn running_partials_of_unfit_clips() {
 #[cfg(feature = "gpu")]
 #[test]
 fn shapes_in_buffers_with_another_number_of_elements() {
-    use common::gpu::{gpu, upload};
+    use crate::common::gpu::{gpu, upload};
     let buffer = upload(gpu(), &[0; 24]);
     let tensor = gradclip::gpu::GpuTensor::f32(&buffer, ..).expect("it fits").named("w");
     for shape in [&[][..], &[5], &[2, 4], &[usize::MAX, 2]] {

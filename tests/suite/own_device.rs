@@ -1,11 +1,9 @@
 //! Guards against a library that works on its own device only: the caller's device, queue, encoder and threads.
 #![cfg(feature = "gpu")]
 
-mod common;
-
-use common::gpu::{OwnKernel, block_on, device, download, encoder, gpu_tensor, step, upload};
-use common::numbers::{Random, exact_norm};
-use common::{Data, assert_norm, assert_same_bits, assert_scaled};
+use crate::common::gpu::{OwnKernel, block_on, device, download, encoder, gpu_tensor, step, upload};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled};
 use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
 use gradclip::{Clip, Clipper, Error, NormType};
 use std::sync::Arc;

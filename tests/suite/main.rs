@@ -1,0 +1,35 @@
+//! The tests that can share a process, and so a device whose kernels are compiled once; one file for each thing to guard
+//! against. Those that count what the process does, spoil it or fill it are files beside this folder.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod adaptive;
+mod bad_clips;
+mod bad_plans;
+mod cut_into_pieces;
+mod device_adaptive;
+mod device_outside;
+mod device_scopes;
+mod huge_and_tiny;
+mod kernel_variants;
+mod large_offsets;
+mod licences;
+mod long_sums;
+mod many_tiny;
+mod misaligned;
+mod non_finite;
+mod odd_lengths;
+mod oracles;
+mod outside_norms;
+mod own_device;
+mod peers;
+mod plan_update;
+mod processes;
+mod profile;
+mod repeats;
+mod scopes;
+mod semantics;
+mod unsafe_inventory;
+mod untouched;
+mod verify_finds_differences;
