@@ -106,8 +106,10 @@ fn elements(dtype: Dtype, len: usize) -> Vec<u8> {
     }
 }
 
-/// The numbers of elements that are compared, so that what a call costs drops out.
-const LENGTHS: [usize; 2] = [512, 1024];
+/// The numbers of elements that are compared, so that what a call costs drops out. Kernels of columns take several rows at once.
+fn lengths(kernel: usize) -> [usize; 2] {
+    if KERNELS[kernel].0.contains("columns") { [4 * COLUMNS, 8 * COLUMNS] } else { [COLUMNS, 2 * COLUMNS] }
+}
 
 /// Every case in an order that child and parent know: instruction set, kernel, dtype.
 fn cases() -> impl Iterator<Item = (usize, usize, usize)> {
@@ -122,7 +124,7 @@ fn run_counted() {
     let sets: Vec<_> = Set::all().collect();
     for (set, kernel, dtype) in cases() {
         let ((_, set), (_, work, _), dtype) = (sets[set], KERNELS[kernel], DTYPES[dtype]);
-        for len in LENGTHS {
+        for len in lengths(kernel) {
             let mut data = elements(dtype, len);
             isa::on(set, || work(dtype, &mut data));
             let mut data = elements(dtype, len);
@@ -172,14 +174,15 @@ fn kernels_are_vectors() {
     let mut wrong = Vec::new();
     let sets: Vec<_> = Set::all().map(|(name, _)| name).collect();
     for (set, kernel, dtype) in cases() {
-        let counts = LENGTHS.map(|_| {
+        let lengths = lengths(kernel);
+        let counts = lengths.map(|_| {
             let (thread, signal) = stopped();
             assert_eq!(signal, Signal::SIGUSR1);
             let count = count(thread);
             ptrace::cont(thread, None).expect("it is stopped");
             count as f64
         });
-        let found = (counts[1] - counts[0]) / (LENGTHS[1] - LENGTHS[0]) as f64;
+        let found = (counts[1] - counts[0]) / (lengths[1] - lengths[0]) as f64;
         let (name, _, expected) = KERNELS[kernel];
         let expected = expected[set][dtype];
         println!("{:8} {name:13} {:8} {found:6.2} instructions an element", sets[set], DTYPES[dtype]);
