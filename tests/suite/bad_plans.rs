@@ -1,6 +1,5 @@
 //! Guards against panics, hangs and silence where a caller gives what cannot be clipped: one error that says what to do.
 
-use crate::common;
 use crate::common::{Data, Path, assert_says};
 use gradclip::{Clip, Dtype, Error, Tensor, TensorMut};
 
@@ -213,10 +212,11 @@ mod on_gpu {
 
     #[test]
     fn buffers_of_another_device() {
-        let adapter = common::gpu::adapter();
+        let adapter = crate::common::gpu::adapter();
         let open = || {
-            let (device, queue) = common::gpu::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default()))
-                .expect("the adapter gives a device");
+            let (device, queue) =
+                crate::common::gpu::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default()))
+                    .expect("the adapter gives a device");
             GpuClipper::new(&device, &queue).expect("default limits suffice")
         };
         let (one, two) = (open(), open());
@@ -287,7 +287,7 @@ mod on_gpu {
         let _ = plan.encode(&mut encoder);
         gpu.queue().submit([encoder.finish()]);
         is_gone(plan.report_blocking(), "report");
-        is_gone(common::gpu::block_on(plan.report()), "awaited report");
+        is_gone(crate::common::gpu::block_on(plan.report()), "awaited report");
     }
 
     #[test]
@@ -299,14 +299,14 @@ mod on_gpu {
         plan.report_blocking().expect("it works so far");
         step(&gpu, &plan);
         gpu.device().destroy();
-        is_gone(common::gpu::block_on(plan.report()), "awaited report");
+        is_gone(crate::common::gpu::block_on(plan.report()), "awaited report");
         is_gone(plan.report_blocking(), "report");
     }
 
     /// The caller's own device, whose errors the caller hears about.
     #[test]
     fn a_callers_device_destroyed() {
-        let (device, queue) = common::gpu::device(wgpu::Limits::default());
+        let (device, queue) = crate::common::gpu::device(wgpu::Limits::default());
         device.on_uncaptured_error(std::sync::Arc::new(|_| {}));
         let gpu = GpuClipper::new(&device, &queue).expect("default limits suffice");
         let buffer = upload(&gpu, &[1; 64]);

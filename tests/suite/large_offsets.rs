@@ -1,7 +1,6 @@
 //! Guards against offsets and lengths that one binding, one dispatch dimension or 32 bits do not hold.
 #![cfg(feature = "gpu")]
 
-use crate::common;
 use crate::common::gpu::{Layout, clip_laid_out, clip_tensors, clipper, download, gpu, step, upload, write};
 use crate::common::numbers::{Random, Sum, exact_norm, multiplied_bits};
 use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled, numbers_of};
@@ -30,13 +29,13 @@ impl Long {
 
     /// The whole buffer's bytes, with the pattern for the tensor.
     fn bytes(&self, pattern: &Data) -> Vec<u8> {
-        let mut bytes = vec![common::gpu::GUARD; self.offset * self.size()];
+        let mut bytes = vec![crate::common::gpu::GUARD; self.offset * self.size()];
         let end = bytes.len() + self.len * self.size();
         while bytes.len() < end {
             let missing = end - bytes.len();
             bytes.extend_from_slice(&pattern.bytes[..missing.min(pattern.bytes.len())]);
         }
-        bytes.resize((end + 6).next_multiple_of(4), common::gpu::GUARD);
+        bytes.resize((end + 6).next_multiple_of(4), crate::common::gpu::GUARD);
         bytes
     }
 
@@ -98,7 +97,7 @@ impl Long {
         write(gpu, &buffer, 0, &self.bytes(&self.pattern));
         let report = clip_tensors(gpu, &Clip::value(0.5).expect("valid"), &[tensor]).expect("finite");
         assert!(report.clipped);
-        let clamped = |x: f64| common::numbers::rounded_bits(dtype, x.clamp(-0.5, 0.5));
+        let clamped = |x: f64| crate::common::numbers::rounded_bits(dtype, x.clamp(-0.5, 0.5));
         let want = self.bytes(&self.changed(clamped));
         let got = download(gpu, &buffer);
         let wrong = got.iter().zip(&want).position(|(a, b)| a != b);
@@ -140,12 +139,12 @@ fn host_tensors_beyond_one_buffer() {
     let clipper = gradclip::Clipper::gpu(small);
     let norm = exact_norm(NormType::L2, numbers_of(&set));
     let clip = Clip::norm(norm / 4.0).expect("valid").eps(0.0).expect("valid");
-    let (report, after) = common::clip_host(&clipper, &clip, &set).ok();
+    let (report, after) = crate::common::clip_host(&clipper, &clip, &set).ok();
     assert_norm(report.total_norm, norm, 1e-6, "in pieces");
     assert_scaled(&set, &after, 0.25, 1e-6, "in pieces");
     let mut bad = set.clone();
     bad[3].set(999_999, f64::NAN);
-    let Err(Error::NonFinite(found)) = common::clip_host(&clipper, &clip, &bad).report else { panic!("missed") };
+    let Err(Error::NonFinite(found)) = crate::common::clip_host(&clipper, &clip, &bad).report else { panic!("missed") };
     assert_eq!((found.tensor, found.index), (3, 999_999));
 }
 
@@ -210,7 +209,7 @@ fn dispatches_of_two_dimensions() {
 #[test]
 fn limits_that_do_not_suffice_are_named() {
     let lowered = |limits: wgpu::Limits| {
-        let (device, queue) = common::gpu::device(limits);
+        let (device, queue) = crate::common::gpu::device(limits);
         GpuClipper::new(&device, &queue).expect_err("too little").to_string()
     };
     let base = wgpu::Limits::downlevel_defaults();

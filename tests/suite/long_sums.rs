@@ -1,6 +1,5 @@
 //! Guards against sums that lose what is added to them: many equal elements, small ones behind large ones.
 
-use crate::common;
 use crate::common::numbers::{Random, Sum, exact_norm};
 use crate::common::{Data, Path, assert_norm};
 use gradclip::{Clip, Clipper, Dtype, Element, NormType, Tensor};
@@ -99,7 +98,7 @@ fn log_normal_sizes() {
 fn long_sums_of_every_dtype() {
     let n = 1_500_001;
     for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64] {
-        let x = common::numbers::rounded(dtype, 0.1);
+        let x = crate::common::numbers::rounded(dtype, 0.1);
         let set = Data::rounded(dtype, vec![x; n]);
         for norm_type in [NormType::L1, NormType::L2] {
             check(&set, norm_type, of_equal(norm_type, x, n), false, &format!("0.1 in {dtype}"));

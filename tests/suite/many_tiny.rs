@@ -1,6 +1,5 @@
 //! Guards against wrong tables, merges and orders where there are thousands of tensors of a few elements.
 
-use crate::common;
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
 use gradclip::{Clip, Error, NormType};
@@ -18,7 +17,7 @@ fn tiny(path: Path, n: usize) -> Vec<Data> {
 }
 
 #[track_caller]
-fn check(set: &[Data], tolerance: f64, clip: impl Fn(&Clip, &[Data]) -> common::Done) {
+fn check(set: &[Data], tolerance: f64, clip: impl Fn(&Clip, &[Data]) -> crate::common::Done) {
     for norm_type in [NormType::L1, NormType::L2, NormType::Inf] {
         let norm = exact_norm(norm_type, numbers_of(set));
         let by_norm = Clip::norm(norm / 8.0).expect("valid").eps(0.0).expect("valid").norm_type(norm_type);
@@ -75,7 +74,7 @@ fn three_hundred_tensors_in_buffers_of_their_own() {
             .zip(set)
             .map(|(buffer, t)| Data { bytes: download(gpu(), buffer)[..t.bytes.len()].to_vec(), ..t.clone() })
             .collect();
-        common::Done { report, after }
+        crate::common::Done { report, after }
     });
 }
 
@@ -94,6 +93,6 @@ fn tensors_that_alternate_between_two_buffers() {
         let report = clip_tensors(gpu(), clip, &in_list_order);
         let after = [0, 1].map(|h| layouts[h].taken_from(&download(gpu(), &buffers[h]), &halves[h]));
         let after = (0..set.len()).map(|i| after[i % 2][i / 2].clone()).collect();
-        common::Done { report, after }
+        crate::common::Done { report, after }
     });
 }

@@ -4,7 +4,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::common;
 use crate::common::numbers::Random;
 use crate::common::reference::uneven;
 use crate::common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, clip_host};
@@ -105,7 +104,7 @@ fn assert_as_one(
 fn assert_close(got: &Data, want: &Data, tolerance: f64, what: &str) {
     for (a, b) in got.numbers().zip(want.numbers()) {
         let slack =
-            b.abs() * tolerance + if got.dtype == Dtype::F64 { 0.0 } else { common::numbers::ulp(got.dtype, b) };
+            b.abs() * tolerance + if got.dtype == Dtype::F64 { 0.0 } else { crate::common::numbers::ulp(got.dtype, b) };
         assert!((a - b).abs() <= slack, "{what}: {a:e}, {b:e}");
     }
 }

@@ -1,6 +1,5 @@
 //! Guards against answers that depend on timing, threads or what ran before: the same input gives the same bits.
 
-use crate::common;
 use crate::common::numbers::Random;
 use crate::common::{Data, Path, assert_same_bits};
 use gradclip::{Clip, NonFinite, NormType};
@@ -68,7 +67,7 @@ mod plans {
         let set = Data::of(&Random(1).normals(10_001, 1.0).iter().map(|x| *x as f32).collect::<Vec<_>>());
         let buffer = upload(gpu(), &set.bytes);
         let clip = Clip::norm(f64::MAX).expect("valid").grad_scale(2.0).expect("valid");
-        let plan = gpu().plan(&clip, &[common::gpu::gpu_tensor(&buffer, &set, 0)]).expect("valid");
+        let plan = gpu().plan(&clip, &[crate::common::gpu::gpu_tensor(&buffer, &set, 0)]).expect("valid");
         (set, buffer, plan)
     }
 
@@ -145,7 +144,7 @@ mod plans {
                     assert_norm(report.total_norm, norm, 1e-6, "each step's");
                     assert_eq!((report.clipped, report.non_finite), (norm > 30.0, None), "round {round}");
                     if norm > 30.0 {
-                        common::assert_scaled(&set, &after, 30.0 / (norm + 1e-6), 1e-6, "clipped");
+                        crate::common::assert_scaled(&set, &after, 30.0 / (norm + 1e-6), 1e-6, "clipped");
                     } else {
                         assert_same_bits(&after, &set, "unclipped");
                     }

@@ -1,6 +1,5 @@
 //! Guards against bytes that change although nothing is to be clipped: NaN payloads, signs of zero, neighbours.
 
-use crate::common;
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, POLICIES, Path, assert_same_bits, numbers_of};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType};
@@ -185,7 +184,7 @@ fn measuring_agrees_with_clipping() {
         #[cfg(feature = "gpu")]
         {
             let (report, _) = Path::GpuHost.clip(&clip, &set).ok();
-            let gpu = gradclip::Clipper::gpu(common::gpu::gpu().clone());
+            let gpu = gradclip::Clipper::gpu(crate::common::gpu::gpu().clone());
             assert_eq!(format!("{:?}", gpu.measure(&clip, &views).expect("valid")), format!("{report:?}"));
         }
     }

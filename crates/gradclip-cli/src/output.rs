@@ -271,7 +271,7 @@ pub(crate) fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
 /// Removes a folder of temporary files, into which others may be writing.
 pub(crate) fn remove_folder(path: &Path) {
     // Under another name nothing is put into it but what was on its way.
-    let aside = path.with_extension("old");
+    let aside = path.with_extension("gone.tmp");
     let path = fs::rename(path, &aside).map_or(path, |()| &aside);
     for _ in 0..100 {
         match fs::remove_dir_all(path) {
