@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 
 scripts/test.sh --every-device --whole
 cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
+scripts/package.sh --whole
 scripts/memory-checks.sh --whole
 scripts/properties.sh
 scripts/soak.sh

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Packs what would be published, and builds it from the packed files alone: the library with its shaders, examples and
-# documentation, and the program with that library. The crates for burn, candle and MPI are only packed: those take too long.
-# Dependencies that are built already serve again, which `cargo package` by itself would build anew, twice.
+# Packs what would be published, and checks it from the packed files alone: the library with its shaders, examples and
+# documentation, and the program with that library. With --whole it is built too, and the program run. The crates for burn,
+# candle and MPI are only packed: those take too long. Dependencies that are built already serve again, which `cargo package` by
+# itself would build anew, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,8 +31,11 @@ done
 cp Cargo.lock "$work"
 example=$PWD/examples/data/lstm_grads.safetensors
 cd "$work"
-cargo build --quiet --workspace --lib --bins --examples
+cargo check --quiet --workspace --lib --bins --examples
 RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
-"$CARGO_TARGET_DIR/debug/gradclip" clip "$example" --max-norm 0.2 --backend cpu -o clipped.safetensors >/dev/null
+if [ "${1-}" = --whole ]; then
+    cargo build --quiet --workspace --lib --bins --examples
+    "$CARGO_TARGET_DIR/debug/gradclip" clip "$example" --max-norm 0.2 --backend cpu -o clipped.safetensors >/dev/null
+fi
 files() { find "$1" -type f | wc -l; }
 echo "packages: $(for member in "${members[@]}"; do echo -n "$member ($(files "$member") files) "; done)"
