@@ -21,8 +21,8 @@ cd "$(dirname "$0")/.."
 all=(--workspace --exclude gradclip-burn --exclude gradclip-candle --all-features)
 burn=(-p gradclip-burn --features wgpu --profile quick)
 candle=(-p gradclip-candle --profile quick)
-# Only optimised kernels are vectors, and only without checks of overflow: as in that profile.
-vectors=(--profile quick -p gradclip --no-default-features --lib cpu::instructions)
+# Only optimised kernels are vectors, and only without checks of overflow.
+vectors=(--profile vectors -p gradclip --no-default-features --lib cpu::instructions)
 
 if [ "${1-}" != --every-device ]; then
     all+=(--exclude gradclip-mpi)
