@@ -107,6 +107,15 @@ impl Data {
         self.set_bits(i, rounded_bits(self.dtype, x));
     }
 
+    /// What a value clip to these bounds makes of it.
+    pub(crate) fn clamped(&self, min: f64, max: f64) -> Self {
+        let mut after = self.clone();
+        for i in 0..self.len() {
+            after.set(i, self.get(i).clamp(min, max));
+        }
+        after
+    }
+
     /// Every element, exactly.
     pub(crate) fn numbers(&self) -> impl Iterator<Item = f64> + Clone {
         (0..self.len()).map(|i| self.get(i))

@@ -23,13 +23,7 @@ fn clips() -> [(&'static str, Clip, Expected); 3] {
         }
         after
     }
-    fn clamped(t: &Data) -> Data {
-        let mut after = t.clone();
-        for i in 0..t.len() {
-            after.set(i, t.get(i).clamp(-BOUND, BOUND));
-        }
-        after
-    }
+    let clamped = |t: &Data| t.clamped(-BOUND, BOUND);
     let value = Clip::value(BOUND).expect("valid");
     [("scale", scale(), scaled), ("clamp", value, clamped), ("guarded", value.non_finite(NonFinite::Error), clamped)]
 }

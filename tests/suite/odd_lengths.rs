@@ -15,13 +15,7 @@ fn check(path: Path, set: &[Data], norm_type: NormType, what: &str) {
     assert_eq!(report.clipped, norm > 0.0, "{what}");
     assert_scaled(set, &after, 0.37, path.norm_tolerance(), what);
     let (report, after) = path.clip(&Clip::range(-0.5, 0.25).expect("valid"), set).ok();
-    let mut want = set.to_vec();
-    for t in &mut want {
-        for i in 0..t.len() {
-            let x = t.get(i).clamp(-0.5, 0.25);
-            t.set(i, x);
-        }
-    }
+    let want: Vec<_> = set.iter().map(|t| t.clamped(-0.5, 0.25)).collect();
     assert_same_bits(&after, &want, what);
     assert_eq!(report.clipped, want != set, "{what}");
 }
