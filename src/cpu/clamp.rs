@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 
-use super::census::count;
+use super::count::count;
 use super::element::{Bits, Wide, Widen, elements, for_groups, load, update_groups};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::scale::{ExactProduct, Map, Product, with_product};

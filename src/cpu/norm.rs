@@ -20,7 +20,7 @@
 
 use std::marker::PhantomData;
 
-use super::census::count;
+use super::count::count;
 use super::element::{Bits, Lanes, Wide, Widen, elements, group_size, load};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Scaled, Square, Term, with_term};
@@ -97,7 +97,7 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
     }
     let exponent = if let NormType::P(p) = norm_type {
         // By the largest element itself, so that its term is 1 whatever p is.
-        let (p, log2_top) = (p.get(), top.log2());
+        let log2_top = top.log2();
         sum_terms::<W, _>(Power { p, log2_top }, data, data.len(), &mut slot);
         let whole = (log2_top * p).floor();
         slot[0].sum *= (log2_top * p - whole).exp2();
