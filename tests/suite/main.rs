@@ -27,6 +27,7 @@ mod peers;
 mod plan_update;
 mod processes;
 mod profile;
+mod reliability;
 mod repeats;
 mod scopes;
 mod semantics;
