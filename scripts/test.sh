@@ -106,7 +106,8 @@ if [ -n "$whole" ]; then
     on "ranks under MPICH, on the CPU" -- MPICC=mpicc.mpich CARGO_TARGET_DIR="$devices/mpich"
 fi
 
-only=("${all[@]}" "${tests[@]/#/--test=}")
+# The suite of the library, not that of the program.
+only=("${all[@]}" --exclude gradclip-cli "${tests[@]/#/--test=}")
 skipped=("${apart[@]/%/::}")
 # What by its very size is refused there, and a count of allocations, which is that of one dispatch for each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
