@@ -21,9 +21,9 @@ sanitized -p gradclip --test suite -- "${suite[@]/%/::}"
 
 [ "${1-}" = --whole ] || exit 0
 # Its tests run the program that is built beside them. `larger_than_memory` counts pages, of which the sanitizer has its own.
-program=(--lib --test bad_files --test bad_tensors --test exit_codes --test output_whole_or_not_at_all --test passes_through
-    --test pieces --test sharded --test sums)
-sanitized -p gradclip-cli "${program[@]}"
+program=(bad_files bad_tensors exit_codes output_whole_or_not_at_all passes_through pieces sharded sums)
+sanitized -p gradclip-cli --lib
+sanitized -p gradclip-cli --test suite -- "${program[@]/%/::}"
 
 command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
 echo "== valgrind"

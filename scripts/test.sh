@@ -79,7 +79,8 @@ if [ -n "$whole" ]; then
 else
     apart+=(kernel_variants device_scopes large_offsets long_sums)
 fi
-on_a_gpu=("${all[@]}" "${tests[@]/#/--test=}")
+# The program has a suite of its own, which runs on lavapipe.
+on_a_gpu=("${all[@]}" --exclude gradclip-cli "${tests[@]/#/--test=}")
 # What by its very size is refused under lowered limits, and a count of allocations, which is that of one dispatch for each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
     speeds_are_of_what_was_moved behind_the_callers_own_pass three_thousand_tensors_cost_one_merge)

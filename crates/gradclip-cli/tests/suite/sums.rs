@@ -1,10 +1,8 @@
 //! The file of sums: what the clipped examples add up to, and everything else as it was.
 
-mod common;
-
 use std::path::Path;
 
-use common::{Folder, Run, clip, f32s, gradclip, last_f32s, raw, shaped_file};
+use crate::common::{Folder, Run, clip, f32s, gradclip, last_f32s, raw, shaped_file};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 

@@ -1,8 +1,6 @@
 //! Scopes, modes and norm types: as the peers answered on real gradients, and bit for bit what the library does.
 
-mod common;
-
-use common::{Folder, Run, f32_tensors, fixture, gradclip};
+use crate::common::{Folder, Run, f32_tensors, fixture, gradclip};
 use gradclip::{Budget, Clip, Clipper, NonFinite, NormType, Scope, Tensor, TensorMut, UnitAxis};
 use serde_json::{Value, json};
 

@@ -1,8 +1,6 @@
 //! Tensors that a mode or a scope cannot work on: the message names the tensor and the reason, and nothing is written.
 
-mod common;
-
-use common::{Folder, clip, f32s, file, gradclip, shaped_file};
+use crate::common::{Folder, clip, f32s, file, gradclip, last_f32s, raw, shaped_file};
 
 type Shaped<'a> = (&'a str, &'a str, &'a [usize], Vec<u8>);
 
@@ -91,8 +89,8 @@ fn parameters_in_any_order_and_dtype() {
     let params = [("b", "F16", &[1][..], halves), ones("other", &[7]), ("w", "F64", &[2, 1], wide)];
     let params = folder.write("params", shaped_file(&params));
     clip(&input, &folder.path("out"), &["--agc", "0.125", "--params", params.to_str().unwrap()]).succeeded();
-    let out = common::raw("", &folder.read("out"));
-    let floats: Vec<_> = common::last_f32s(&out[..out.len() - 8], 3);
+    let out = raw("", &folder.read("out"));
+    let floats: Vec<_> = last_f32s(&out[..out.len() - 8], 3);
     assert_eq!(floats, [0.125, 1.0, 0.5]);
 }
 

@@ -1,9 +1,7 @@
 //! Guards against what goes wrong where a file is cut into pieces: tensors of several pieces, at odd places, in several
 //! files, beside the library's clip of the whole.
 
-mod common;
-
-use common::{Folder, clip, raw};
+use crate::common::{Folder, clip, raw};
 use gradclip::{Clip, ClipReport, Clipper, Dtype, NonFinite, Scope, TensorMut, UnitAxis};
 
 /// Name, dtype (None for one that is no gradient), shape.

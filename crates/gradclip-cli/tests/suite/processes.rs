@@ -1,8 +1,6 @@
 //! The commands of `gradclip-mpi`, on ranks that are threads: what they clip is what `gradclip` clips in one file, OUT is
 //! whole or not there, and all ranks end alike.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
@@ -12,7 +10,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{Folder, clip, f32s, file, gradclip, shaped_file};
+use crate::common::{Folder, clip, f32s, file, gradclip, repeats, shaped_file};
 use gradclip::processes::{ProcessGroup, ThreadGroup};
 use gradclip_cli::processes::{Ended, run};
 use serde_json::Value;
@@ -545,10 +543,12 @@ fn has_begun(folder: &Folder) -> bool {
 #[test]
 fn an_input_that_changes_stops_all() {
     let (folder, outs) = (Folder::new(), Folder::new());
-    let mut met = 0;
-    for _ in 0..20 {
+    let (mut met, mut tries) = (0, 0);
+    // On a busy machine it may be written before the change comes.
+    while met < repeats(3, 20) && tries < 20 {
+        tries += 1;
         let small = folder.write("small", shaped_file(&[("a", "F32", &[1], f32s(&[1.0]))]));
-        let large = common::sparse(&folder.path("large"), &[64, 1 << 20]);
+        let large = crate::common::sparse(&folder.path("large"), &[64, 1 << 20]);
         let out = outs.path("out");
         let args: Vec<_> = ["clip", "--max-norm", "0.5", "-o"].map(str::to_owned).into();
         let args: Vec<_> =
@@ -691,7 +691,7 @@ fn a_full_disk_stops_all() {
     let folder = Folder::new();
     folder.write("small", file(&[("a", "F32", f32s(&[1.0]))]));
     folder.write("large", file(&[("a", "F32", f32s(&noise(20_000, 1)))]));
-    let mut command = again("a_full_disk_stops_all", &folder, "trap '' XFSZ; ulimit -f 64;");
+    let mut command = again("processes::a_full_disk_stops_all", &folder, "trap '' XFSZ; ulimit -f 64;");
     let stdout = command.stdout(std::process::Stdio::piped()).output().unwrap().stdout;
     let stdout = String::from_utf8_lossy(&stdout);
     assert!(stdout.contains("1 passed"), "{stdout}");
@@ -708,9 +708,9 @@ fn an_interrupt_leaves_nothing() {
         return;
     }
     let (folder, mut interrupted) = (Folder::new(), false);
-    common::sparse(&folder.path("in"), &[64, 1 << 20]);
+    crate::common::sparse(&folder.path("in"), &[64, 1 << 20]);
     for _ in 0..10 {
-        let mut child = again("an_interrupt_leaves_nothing", &folder, "").spawn().unwrap();
+        let mut child = again("processes::an_interrupt_leaves_nothing", &folder, "").spawn().unwrap();
         while !has_begun(&folder) {
             assert!(child.try_wait().unwrap().is_none(), "it ended without writing");
             thread::yield_now();

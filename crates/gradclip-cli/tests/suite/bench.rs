@@ -1,11 +1,9 @@
 //! Guards against figures that are of something else than they say: rows without their case, bytes that nobody moved, a
 //! plot or an object that cannot be read.
 
-mod common;
-
 use std::path::Path;
 
-use common::{Folder, Run, gradclip};
+use crate::common::{Folder, Run, gradclip};
 use serde_json::{Value, json};
 
 const FIELDS: [&str; 5] = ["adapter", "backend", "copy_gb_s", "read_gb_s", "rows"];

@@ -1,11 +1,9 @@
 //! Sharded sets: read through their index, written beside a new one, and never trusted.
 
-mod common;
-
 use std::fs;
 use std::path::PathBuf;
 
-use common::{Folder, clip, f32s, file, gradclip, last_f32s};
+use crate::common::{Folder, clip, f32s, file, gradclip, last_f32s};
 
 const INDEX: &str = "grads.safetensors.index.json";
 const GOOD: &str = r#"{"metadata": {"total_size": 12}, "weight_map": {"b": "2.safetensors", "a": "1.safetensors", "c": "2.safetensors"}}"#;

@@ -1,10 +1,8 @@
 //! `--json` prints one object with exactly the documented fields, or nothing.
 
-mod common;
-
 use std::path::Path;
 
-use common::{EXAMPLE, Folder, clip, f32s, file, gradclip, shaped_file};
+use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, shaped_file};
 use serde_json::{Value, json};
 
 const FIELDS: [&str; 9] =

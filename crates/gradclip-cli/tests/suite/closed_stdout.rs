@@ -1,14 +1,11 @@
 //! Standard output that takes nothing: a reader that has gone (`| head -0`) is no failure, a full disk is one; neither is
 //! a panic, and OUT is in place before anything is told.
-#![cfg(target_os = "linux")]
-
-mod common;
 
 use std::fs::{self, File};
 use std::io::pipe;
 use std::process::{Command, Stdio};
 
-use common::{EXAMPLE, Folder, f32s, file, fixture};
+use crate::common::{EXAMPLE, Folder, f32s, file, fixture};
 
 /// A command a line, each with much to say or little.
 fn commands(folder: &Folder) -> Vec<Vec<String>> {

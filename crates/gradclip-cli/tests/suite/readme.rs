@@ -1,12 +1,10 @@
 //! The commands that the README shows, on the file that the repository ships.
 
-mod common;
-
 use std::path::Path;
 
-use common::{EXAMPLE, fixture, gradclip};
+use crate::common::{EXAMPLE, fixture, gradclip};
 
-const README: &str = include_str!("../../../README.md");
+const README: &str = include_str!("../../../../README.md");
 
 fn run(command: &str, folder: &Path) {
     let words = command.split('#').next().unwrap_or_default().split_whitespace();

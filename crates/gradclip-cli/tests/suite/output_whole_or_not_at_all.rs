@@ -1,15 +1,17 @@
 //! OUT appears whole or not at all, never over what must not be lost, and without a trace of failed attempts.
 
-mod common;
-
 use std::fs;
+#[cfg(unix)]
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 #[cfg(unix)]
 use std::process::Command;
 #[cfg(target_os = "linux")]
 use std::process::Stdio;
 
-use common::{EXAMPLE, Folder, clip, f32s, file, sparse};
+#[cfg(unix)]
+use crate::common::sparse;
+use crate::common::{EXAMPLE, Folder, clip, f32s, file};
 #[cfg(unix)]
 use nix::{
     sys::signal::{SigHandler, Signal},
@@ -144,6 +146,14 @@ fn signalled(signal: Signal, ignore: &str, route: &[&str], ended: Option<i32>) {
         let script = format!(r#"{ignore} exec "$0" "$@""#);
         let mut command = Command::new("sh");
         command.args(["-c", &script, env!("CARGO_BIN_EXE_gradclip"), "clip"]).arg(&path).arg("-o");
+        // A suite in the background, or under `nohup`, was started with some signals ignored, and its children inherit that.
+        // SAFETY: Between fork and exec it makes one system call, which is allowed there; the default is no code of ours.
+        unsafe {
+            command.pre_exec(move || {
+                nix::sys::signal::signal(signal, SigHandler::SigDfl)?;
+                Ok(())
+            })
+        };
         let mut child = command.arg(folder.path("out")).args(route).arg("-q").spawn().unwrap();
         while folder.names().len() == 1 {
             assert!(child.try_wait().unwrap().is_none(), "it ended without writing");
@@ -167,8 +177,6 @@ fn signalled(signal: Signal, ignore: &str, route: &[&str], ended: Option<i32>) {
 fn an_interrupt_leaves_nothing() {
     let route = ["--max-norm", "1", "--backend", "cpu"];
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        // SAFETY: The default is no code of ours. A suite in the background, or under `nohup`, was started with some ignored.
-        unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }.unwrap();
         signalled(signal, "", &route, Some(130));
     }
     // In mapped files.

@@ -1,13 +1,10 @@
 //! A disk that is full before OUT is written: an error that names OUT, and neither OUT nor a temporary file; what was there
 //! before stays. The disk is a small one in memory, mounted where only the program's own process sees it.
-#![cfg(target_os = "linux")]
-
-mod common;
 
 use std::path::Path;
 use std::process::Command;
 
-use common::{EXAMPLE, Folder, f32s, file, fixture, sparse};
+use crate::common::{EXAMPLE, Folder, f32s, file, fixture, sparse};
 
 /// Mounts a disk of so many KiB, prepares it, runs the program on it, and lists what is left there.
 const SCRIPT: &str = r#"

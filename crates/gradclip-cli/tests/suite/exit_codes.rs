@@ -1,10 +1,8 @@
 //! 0 done, 1 could not, 2 usage, 3 non-finite; 4 is among the GPU's tests.
 
-mod common;
-
 use std::path::Path;
 
-use common::{EXAMPLE, Folder, clip, f32s, file, gradclip, last_f32s};
+use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, last_f32s};
 
 #[test]
 fn usage_is_2_and_begins_nothing() {

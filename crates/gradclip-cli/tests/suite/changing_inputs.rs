@@ -3,9 +3,6 @@
 //!
 //! The program is stopped (SIGSTOP) once it has begun to read or to write, and before it has done half; then the file is
 //! changed, and it goes on.
-#![cfg(target_os = "linux")]
-
-mod common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -13,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Folder, Run, f32s, sparse};
+use crate::common::{Folder, Run, f32s, file, sparse};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -204,7 +201,7 @@ fn parameters_and_shards_count_too() {
     }
 
     let index = folder.write("x.safetensors.index.json", r#"{"weight_map": {"a": "in", "b": "tiny"}}"#);
-    let tiny = folder.write("tiny", common::file(&[("b", "F32", f32s(&[1.0]))]));
+    let tiny = folder.write("tiny", file(&[("b", "F32", f32s(&[1.0]))]));
     let output = out.path("out.safetensors.index.json");
     let args = ["clip", text(&index), "-o", text(&output), "--max-norm", "1", "--backend", "cpu"];
     let run = met(&args, &out, When::Reading, || File::options().write(true).open(&tiny).unwrap().set_len(3).unwrap());
@@ -219,7 +216,7 @@ fn a_file_that_is_replaced_is_read_as_it_was() {
         let (folder, out) = (Folder::new(), Folder::new());
         let input = sparse(&folder.path("in"), &SHAPE);
         File::options().write(true).open(&input).unwrap().write_all_at(&f32s(&[3.0]), BYTES / 2).unwrap();
-        let new = folder.write("new", common::file(&[("b", "F32", f32s(&[1.0]))]));
+        let new = folder.write("new", file(&[("b", "F32", f32s(&[1.0]))]));
         let (kept, output) = (folder.path("kept"), out.path("out"));
         fs::hard_link(&input, &kept).unwrap();
         let args = ["clip", text(&input), "-o", text(&output), "--max-norm", "1", "--eps", "0", "--backend", "cpu"];

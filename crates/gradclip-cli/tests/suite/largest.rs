@@ -1,10 +1,8 @@
 //! Which gradients are the largest: the table and the plot of `gradclip norm`.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
-use common::{EXAMPLE, Folder, Run, f32s, file, gradclip, shaped_file};
+use crate::common::{EXAMPLE, Folder, Run, f32s, file, gradclip, shaped_file};
 
 fn norm(input: &Path, more: &[&str]) -> Run {
     gradclip([&["norm", "--backend", "cpu", input.to_str().unwrap()], more].concat())

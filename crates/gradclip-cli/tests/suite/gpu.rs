@@ -1,10 +1,7 @@
 //! The program on a real device. These fail where there is none: a Vulkan driver in software will do (Debian and Ubuntu:
 //! apt-get install mesa-vulkan-drivers libvulkan1).
-#![cfg(feature = "gpu")]
 
-mod common;
-
-use common::{EXAMPLE, Folder, Run, f32s, file, gradclip, gradclip_with};
+use crate::common::{EXAMPLE, Folder, Run, f32s, file, gradclip, gradclip_with, last_f32s, repeats};
 use serde_json::{Value, json};
 
 #[track_caller]
@@ -45,7 +42,7 @@ fn norm_and_clip_agree_with_the_cpu() {
         let norm: f64 = on_gpu(&["norm", "-q", out, "--backend", backend]).succeeded().stdout.trim().parse().unwrap();
         assert!((norm / 0.2 - 1.0).abs() < 1e-5, "{norm}");
     }
-    let floats = |name| common::last_f32s(&folder.read(name), 45_004);
+    let floats = |name| last_f32s(&folder.read(name), 45_004);
     let near = |(a, b): (f32, f32)| (a - b).abs() <= 3e-6 * a.abs();
     assert!(floats("cpu").into_iter().zip(floats("gpu")).all(near));
 }
@@ -177,7 +174,7 @@ fn verify_made_gradients() {
     assert_eq!(one, again);
     assert_ne!(one, other);
     assert!([&one, &other].iter().all(|object| object["agrees"] == true), "{one}\n{other}");
-    let text = on_gpu(&["verify", "--cases", "40"]).succeeded().stdout;
+    let text = on_gpu(&["verify", "--cases", &repeats(12, 40).to_string()]).succeeded().stdout;
     assert_eq!(text.lines().find(|line| line.chars().count() > 80), None);
 }
 

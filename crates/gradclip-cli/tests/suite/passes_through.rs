@@ -1,8 +1,6 @@
 //! What is no gradient stays as it is, bit for bit; what is one is clipped, whatever its dtype and alignment.
 
-mod common;
-
-use common::{Folder, clip, f32s, file, last_f32s, raw};
+use crate::common::{Folder, clip, f32s, file, last_f32s, raw};
 
 /// An odd number of bytes first, so that everything behind is misaligned.
 fn mixed() -> Vec<u8> {

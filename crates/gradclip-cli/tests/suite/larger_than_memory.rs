@@ -1,15 +1,12 @@
 //! Guards against holding a file in memory: the program runs with less of it than an eighth of the file. The limit is on
 //! what a process has for itself; the page cache, which a mapped file lies in, does not count.
-#![cfg(target_os = "linux")]
-
-mod common;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Folder, f32s, raw};
+use crate::common::{Folder, f32s, raw};
 
 /// 256 MiB of gradients.
 const BYTES: u64 = 256 << 20;

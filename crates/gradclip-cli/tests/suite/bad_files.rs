@@ -1,11 +1,9 @@
 //! Truncated and hostile files: one clear error, and nothing is written.
 
-mod common;
-
 use std::fs::File;
 use std::io::Write;
 
-use common::{EXAMPLE, Folder, clip, f32s, file, gradclip, raw};
+use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, raw};
 
 /// Checks that neither command accepts the file, and that both say what is wrong.
 #[track_caller]
