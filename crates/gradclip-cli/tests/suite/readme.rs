@@ -40,3 +40,23 @@ fn every_command_of_the_readme_works() {
         assert!(folder.path().join(name).is_file());
     }
 }
+
+#[test]
+fn the_readme_shows_what_is_printed() {
+    let (_, block) = README.split_once("```console\n$ gradclip ").expect("a block of what is printed");
+    let (command, shown) = block.split_once('\n').expect("a command");
+    let shown = shown.split("\n```").next().unwrap_or_default();
+    let folder = tempfile::tempdir().unwrap();
+    let words = command.split_whitespace().map(|word| match word {
+        _ if word.starts_with("examples/") => concat!(env!("CARGO_MANIFEST_DIR"), "/../../").to_owned() + word,
+        _ if word.ends_with(".svg") => folder.path().join(word).display().to_string(),
+        _ => word.to_owned(),
+    });
+    let run = gradclip(words.chain(["--backend", "cpu", "--threads", "2"].map(str::to_owned)));
+    // Which differ from run to run.
+    let lasting = |text: &str| {
+        let lines = text.lines().filter(|line| !line.starts_with("time ") && !line.starts_with("plot "));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(lasting(&run.stdout), lasting(shown), "{}", run.stderr);
+}
