@@ -1,12 +1,10 @@
 //! Guards against pools of threads that are small, busy, broken or not to be had at all.
 
-mod common;
-
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
-use common::numbers::{Random, exact_norm};
-use common::{Data, Path, assert_norm, assert_same_bits};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, Path, assert_norm, assert_same_bits};
 use gradclip::{Clip, Clipper, NormType, Tensor, TensorMut};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 

@@ -7,17 +7,17 @@
 //! The seed is fixed unless it is set, so that a change is never blamed for a case that it did not bring.
 #![cfg(feature = "gpu")]
 
-mod common;
-
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 
-use common::gpu::{Layout, clip_laid_out, clip_tensors, clipper, download, gpu, gpu_tensor, upload};
-use common::numbers::{Random, from_bits, ulp};
-use common::reference::{Asked, Errors, Expected, Mode, SCOPES};
-use common::{Data, Done, POLICIES, Path, assert_same_bits, clip_host, numbers_of, parameters, views};
+use crate::common::gpu::{
+    Layout, clip_laid_out, clip_tensors, download, gpu, gpu_tensor, shared, small_limits, upload,
+};
+use crate::common::numbers::{Random, from_bits, ulp};
+use crate::common::reference::{Asked, Errors, Expected, Mode, SCOPES};
+use crate::common::{Data, Done, POLICIES, Path, assert_same_bits, clip_host, numbers_of, parameters, views};
 use gradclip::gpu::tuning::SOFTWARE;
 use gradclip::gpu::{GpuClipper, GpuTensor};
 use gradclip::{Clipper, Dtype, Error, NonFinite, NormType, Scope, wgpu};
@@ -375,13 +375,9 @@ const CASES_A_POOL: u64 = 1000;
 fn devices() -> &'static [GpuClipper; 3] {
     static DEVICES: OnceLock<[GpuClipper; 3]> = OnceLock::new();
     DEVICES.get_or_init(|| {
-        let tiny = wgpu::Limits {
-            max_storage_buffer_binding_size: 1 << 16,
-            max_compute_workgroups_per_dimension: 64,
-            ..wgpu::Limits::downlevel_defaults()
-        };
+        let tiny = wgpu::Limits { max_compute_workgroups_per_dimension: 64, ..small_limits() };
         let small = wgpu::Limits { max_storage_buffer_binding_size: 1 << 17, ..wgpu::Limits::default() };
-        [gpu().clone(), clipper(tiny), clipper(small)]
+        [gpu().clone(), shared(tiny), shared(small)]
     })
 }
 
@@ -572,7 +568,7 @@ fn check_sums(asked: &Asked, set: &[Data], place: Place<'_>) {
         Place::Host(gpu, budget) => Clipper::gpu(gpu.clone().with_memory_budget(budget)),
         Place::Buffers(..) => return,
     };
-    let mut after = common::unwritten_sums(set);
+    let mut after = crate::common::unwritten_sums(set);
     let parameters = parameters(set);
     let mut sums: Vec<_> = after.iter_mut().map(Data::view_mut).collect();
     let report = clipper.sum_examples(&asked.clip(), &views(set, &parameters), &mut sums);
@@ -750,7 +746,7 @@ fn check_placed_otherwise(case: &Case, place: Place<'_>, other: Place<'_>, seed:
 }
 
 /// The cases of a run that does not say how many.
-const CASES: u32 = 500;
+const CASES: u32 = 200;
 
 /// Runs cases, or one for so many, and says how far off what came out was. Not one may fail.
 fn run(what: &str, one_for: u32, check: impl Fn(u64, &Drawn) -> Option<Errors>) {
@@ -788,7 +784,7 @@ fn run(what: &str, one_for: u32, check: impl Fn(u64, &Drawn) -> Option<Errors>) 
         QUIET.set(false);
         if let Err(error) = result {
             failed += 1;
-            let again = format!("PROPTEST_CASES=1 PROPTEST_RNG_SEED={seed} cargo test --test properties {what}");
+            let again = format!("PROPTEST_CASES=1 PROPTEST_RNG_SEED={seed} cargo test --test suite properties::{what}");
             match error {
                 TestError::Fail(reason, drawn) if failed <= 3 => {
                     let set = drawn.case().map(|case| case.set);

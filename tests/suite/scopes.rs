@@ -306,23 +306,6 @@ fn sums_follow_the_policy() {
     }
 }
 
-/// Scopes cut tensors in other pieces than the global norm: they too must not depend on the number of threads.
-#[test]
-fn every_number_of_threads_gives_the_same_bits() {
-    let set = set(Path::Cpu, &[&[640, 2049], &[640, 3], &[640]], 70);
-    for (scope, axis, budget) in SCOPES {
-        let clip = Asked { scope, axis, budget, ..Asked::new(Mode::Norm, 1.0) }.clip();
-        let mut first = None;
-        for threads in [1, 2, 3, 8] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-            let done = pool.install(|| Path::Cpu.clip(&clip, &set)).ok();
-            let (report, after) = first.get_or_insert_with(|| done.clone());
-            assert_eq!(done.0, *report, "{threads} threads, {clip:?}");
-            assert_same_bits(&done.1, after, &format!("{threads} threads, {clip:?}"));
-        }
-    }
-}
-
 /// Columns are measured in strips, which overlap in memory: progress must count no byte twice.
 #[test]
 fn progress_adds_up_under_every_scope() {
