@@ -94,7 +94,7 @@ fn no_threads_to_be_had() {
         return;
     }
     let output = Command::new(std::env::current_exe().expect("it runs"))
-        .args(["--exact", "no_threads_to_be_had", "--test-threads", "1"])
+        .args(["--exact", "pools::no_threads_to_be_had", "--test-threads", "1"])
         .env(CHILD, "1")
         .env("RUST_MIN_STACK", (1u64 << 46).to_string())
         .output()

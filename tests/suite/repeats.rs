@@ -59,7 +59,8 @@ fn every_number_of_threads_gives_the_same_bits() {
                 first.push(done);
                 continue;
             };
-            assert_eq!(done.0, *report, "{threads} threads, {clip:?}");
+            // By text: a value clip has no norm, which is NaN.
+            assert_eq!(format!("{:?}", done.0), format!("{report:?}"), "{threads} threads, {clip:?}");
             assert_same_bits(&done.1, after, &format!("{threads} threads, {clip:?}"));
         }
     }
