@@ -2,15 +2,15 @@
 //! loads that take turns in one buffer or a few, tensors that straddle them, and devices that fail on the way.
 #![cfg(feature = "gpu")]
 
-mod common;
-
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
-use common::gpu::{block_on, clipper, device, open};
-use common::numbers::Random;
-use common::{Data, POLICIES, assert_norm, assert_same_bits, clip_host, parameters, unwritten_sums, views, views_mut};
+use crate::common::gpu::{block_on, clipper, device, gpu, shared, small_limits};
+use crate::common::numbers::Random;
+use crate::common::{
+    Data, POLICIES, assert_norm, assert_same_bits, clip_host, numbers_of, parameters, unwritten_sums, views, views_mut,
+};
 use gradclip::gpu::GpuClipper;
 use gradclip::{
     AdaGc, AutoClip, Budget, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut,
@@ -20,14 +20,8 @@ use gradclip::{
 /// With bindings of so few bytes, that is the size of a load.
 const LOAD: u64 = 64 << 10;
 
-fn small_limits() -> wgpu::Limits {
-    wgpu::Limits { max_storage_buffer_binding_size: LOAD, ..wgpu::Limits::downlevel_defaults() }
-}
-
-/// A device with these limits, which the tests of this file share: each compiles its kernels anew.
 fn small() -> GpuClipper {
-    static GPU: OnceLock<GpuClipper> = OnceLock::new();
-    GPU.get_or_init(|| clipper(small_limits())).clone()
+    shared(small_limits())
 }
 
 /// What holds everything, and what holds one load, two and three at a time.
@@ -65,6 +59,16 @@ fn columns() -> Vec<Data> {
         of(Dtype::F32, &[4, 0], 23),
         of(Dtype::F16, &[6667, 3, 5], 24),
         of(Dtype::BF16, &[50_001], 25),
+    ]
+}
+
+/// Five loads of two dtypes, for tests that take a device, with kernels to compile, for each step.
+fn few() -> Vec<Data> {
+    vec![
+        of(Dtype::BF16, &[7], 31),
+        of(Dtype::F32, &[150, 257], 32),
+        of(Dtype::BF16, &[50_001], 33),
+        of(Dtype::F32, &[60, 211], 34),
     ]
 }
 
@@ -267,7 +271,7 @@ fn sums_of_examples() {
                 }
                 if !bad {
                     let (_, on_cpu) = sum(&Clipper::cpu(), &clip, &set);
-                    for (x, y) in common::numbers_of(&sums).zip(common::numbers_of(&on_cpu)) {
+                    for (x, y) in numbers_of(&sums).zip(numbers_of(&on_cpu)) {
                         assert!((x - y).abs() < 1e-4, "{x} on the device, {y} on the CPU");
                     }
                 }
@@ -279,7 +283,7 @@ fn sums_of_examples() {
 /// Loads of their real size, on a device with all its limits.
 #[test]
 fn loads_of_16_mib() {
-    let gpu = open();
+    let gpu = gpu();
     let pattern = Random(31).normals(65_521, 1.0);
     let long = |dtype, len| Data::rounded(dtype, pattern.iter().copied().cycle().take(len));
     let set = [long(Dtype::F32, 9_000_001), long(Dtype::BF16, 10_000_003), Data::of(&[3.0f32; 5])];
@@ -297,13 +301,13 @@ fn loads_of_16_mib() {
 /// A budget below the size of a load, down to nothing: loads are smaller, and the norm is as good.
 #[test]
 fn budgets_below_anything_sensible() {
-    let gpu = open();
+    let gpu = gpu();
     let set = units();
     let (want, clipped) = clip_host(&Clipper::cpu(), &norm(), &set).ok();
     for budget in [0, 1, 65_537, 200_001] {
         let (report, after) = clip_host(&Clipper::gpu(gpu.clone().with_memory_budget(budget)), &norm(), &set).ok();
         assert_norm(report.total_norm, want.total_norm, 1e-6, "a small budget");
-        for (x, y) in common::numbers_of(&after).zip(common::numbers_of(&clipped)) {
+        for (x, y) in numbers_of(&after).zip(numbers_of(&clipped)) {
             assert!((x - y).abs() <= 1e-2 * x.abs(), "{x} on the device, {y} on the CPU");
         }
     }
@@ -312,7 +316,12 @@ fn budgets_below_anything_sensible() {
 /// What the tensors take on the device, as wgpu's own allocator tells while they pass.
 #[test]
 fn the_budget_is_kept() {
-    for (loads, gpu) in [1, 2, 5].map(|loads| (loads, clipper(small_limits()).with_memory_budget(loads * LOAD + 9))) {
+    // A device of its own: others would hold loads too.
+    let gpu = clipper(small_limits());
+    for loads in [1, 2, 5] {
+        // What the last call held is free now.
+        gpu.device().poll(wgpu::PollType::wait_indefinitely()).expect("the device works");
+        let gpu = gpu.clone().with_memory_budget(loads * LOAD + 9);
         let (device, most) = (gpu.device().clone(), Arc::new(AtomicU64::new(0)));
         let seen = Arc::clone(&most);
         let clipper = Clipper::gpu(gpu).on_progress(move |_| {
@@ -361,8 +370,12 @@ impl log::Log for Logs {
     fn log(&self, record: &log::Record<'_>) {
         if self.enabled(record.metadata()) {
             let line = record.args().to_string();
-            HOOK.with_borrow_mut(|hook| hook.as_mut().map(|hook| hook(&line)));
-            HEARD.with_borrow_mut(|heard| heard.push(line));
+            HOOK.with_borrow_mut(|hook| {
+                if let Some(hook) = hook {
+                    hook(&line);
+                    HEARD.with_borrow_mut(|heard| heard.push(line));
+                }
+            });
         }
     }
 
@@ -439,7 +452,7 @@ fn nothing_comes_back_that_was_not_clipped() {
 /// The device is destroyed after every `stride`th step on the way there and on the way back: all or nothing.
 fn gone_midway(clip: &Clip, bad: Option<f64>, mut set: Vec<Data>, stride: usize) {
     if let Some(bad) = bad {
-        set[4].set(11, bad);
+        set.iter_mut().find(|t| t.len() == 50_001).expect("it is in each set").set(11, bad);
     }
     let (want, clipped) = clip_host(&clippers().0, clip, &set).ok();
     let (mut refused, mut finished) = (0, 0);
@@ -472,27 +485,27 @@ fn gone_midway(clip: &Clip, bad: Option<f64>, mut set: Vec<Data>, stride: usize)
             break;
         }
     }
-    assert!(refused > 2 && finished > 2, "{clip:?}: {refused} times refused, {finished} times finished by the CPU");
+    assert!(refused > 1 && finished > 1, "{clip:?}: {refused} times refused, {finished} times finished by the CPU");
 }
 
 #[test]
 fn a_device_that_is_gone_midway() {
-    gone_midway(&norm(), None, units(), 1);
-    gone_midway(&Clip::agc(0.1).expect("valid"), None, units(), 1);
+    gone_midway(&norm(), None, few(), 1);
+    gone_midway(&Clip::agc(0.1).expect("valid"), None, few(), 2);
 }
 
 #[test]
 fn a_device_that_is_gone_midway_of_other_clips() {
     let by_column = norm().scope(Scope::Unit).unit_axis(UnitAxis::Last).grad_scale(3.0).expect("valid");
     let value = Clip::value(0.5).expect("valid");
-    for (clip, bad, set) in [
-        (by_column.non_finite(NonFinite::Drop), f64::NAN, columns()),
-        (norm().non_finite(NonFinite::Propagate), f64::INFINITY, units()),
-        (norm().scope(Scope::Tensor).non_finite(NonFinite::Propagate), f64::NAN, units()),
-        (value, f64::INFINITY, units()),
-        (value.non_finite(NonFinite::Zero), f64::NAN, units()),
+    for (clip, bad, set, stride) in [
+        (by_column.non_finite(NonFinite::Drop), f64::NAN, columns(), 4),
+        (norm().non_finite(NonFinite::Propagate), f64::INFINITY, few(), 2),
+        (norm().scope(Scope::Tensor).non_finite(NonFinite::Propagate), f64::NAN, few(), 2),
+        (value, f64::INFINITY, few(), 2),
+        (value.non_finite(NonFinite::Zero), f64::NAN, few(), 2),
     ] {
-        gone_midway(&clip, Some(bad), set, 3);
+        gone_midway(&clip, Some(bad), set, stride);
     }
 }
 
@@ -552,7 +565,7 @@ fn a_dropped_future_leaves_no_half() {
 #[test]
 fn futures_can_be_sent() {
     fn check<F: Future + Send>(_: F) {}
-    let gpu = open();
+    let gpu = gpu();
     let mut grads = [3.0f32, 4.0];
     check(gpu.measure(&norm(), &[Tensor::new(&grads)]));
     check(gpu.apply(&norm(), &mut [TensorMut::new(&mut grads)]));

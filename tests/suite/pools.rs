@@ -1,12 +1,10 @@
 //! Guards against pools of threads that are small, busy, broken or not to be had at all.
 
-mod common;
-
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
-use common::numbers::{Random, exact_norm};
-use common::{Data, Path, assert_norm, assert_same_bits};
+use crate::common::numbers::{Random, exact_norm};
+use crate::common::{Data, Path, assert_norm, assert_same_bits};
 use gradclip::{Clip, Clipper, NormType, Tensor, TensorMut};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -96,7 +94,7 @@ fn no_threads_to_be_had() {
         return;
     }
     let output = Command::new(std::env::current_exe().expect("it runs"))
-        .args(["--exact", "no_threads_to_be_had", "--test-threads", "1"])
+        .args(["--exact", "pools::no_threads_to_be_had", "--test-threads", "1"])
         .env(CHILD, "1")
         .env("RUST_MIN_STACK", (1u64 << 46).to_string())
         .output()
