@@ -24,7 +24,7 @@ run() {
         counted)
             # Tests that print what they counted; in full length.
             install_lavapipe && env "${lavapipe[@]}" cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle \
-                --all-features --test suite --test faults --test out_of_memory -- --nocapture \
+                --all-features --test suite --test out_of_memory -- --nocapture \
                 faults out_of_memory killed full_disk changing_inputs unsafe_inventory licences
             ;;
         no-gpu)

@@ -71,13 +71,13 @@ if [ ${#rows[@]} -eq 0 ]; then
 fi
 
 # The tests that run kernels, without what is the same on any device.
-tests=(suite faults)
-apart=(cut_into_pieces licences unsafe_inventory reliability)
+tests=(suite)
+apart=(cut_into_pieces licences unsafe_inventory reliability pools)
 # What chooses limits or tunings of its own, or is long.
 if [ -n "$whole" ]; then
-    tests+=(encode_allocates_nothing larger_than_device properties soak)
+    tests+=(encode_allocates_nothing soak)
 else
-    apart+=(kernel_variants device_scopes large_offsets long_sums)
+    apart+=(kernel_variants device_scopes large_offsets larger_than_device long_sums properties)
 fi
 # The program has a suite of its own, which runs on lavapipe.
 on_a_gpu=("${all[@]}" --exclude gradclip-cli "${tests[@]/#/--test=}")

@@ -101,10 +101,17 @@ fn test_files() -> Vec<PathBuf> {
 #[test]
 fn every_file_of_tests_holds_a_promise() {
     let page = read("docs/RELIABILITY.md");
-    let named: Vec<_> = promises(&page).iter().flat_map(|row| names(row[row.len() - 2]).map(place_or_script).collect::<Vec<_>>()).collect();
+    let named: Vec<_> = promises(&page)
+        .iter()
+        .flat_map(|row| names(row[row.len() - 2]).map(place_or_script).collect::<Vec<_>>())
+        .collect();
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for file in test_files() {
-        assert!(named.iter().any(|place| root.join(place) == file), "docs/RELIABILITY.md does not name {}", file.display());
+        assert!(
+            named.iter().any(|place| root.join(place) == file),
+            "docs/RELIABILITY.md does not name {}",
+            file.display()
+        );
     }
 }
 
