@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use super::element::{Bits, Widen, elements, group_size};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::norm::{STEP, of_block, tree, trusts};
-use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Square, Term, with_term};
+use super::power::{Cube, Fourth, Magnitude, Power, Root, Square, Term, with_term};
 use super::tuning::COLUMNS;
 use crate::NormType;
 use crate::partial::{Location, Partial};
@@ -32,7 +32,7 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], st
         // Whole groups of lanes, so that the last one needs no other code.
         let mut sums = [[0f64; LANES]; COLUMNS / LANES];
         let (stride, width) = (stride * size, width * size);
-        with_term!(T, norm_type, term => {
+        with_term!(norm_type, term => {
             run(ColumnSums::<T, _> { data, stride, width, sums: &mut sums, term, of: PhantomData });
         });
         for (sum, slot) in sums.as_flattened().iter().zip(&mut *slots) {
@@ -74,7 +74,7 @@ struct ColumnSums<'a, T, M> {
     of: PhantomData<T>,
 }
 
-impl<T: Widen, M: Term<T::Wide>> Kernel for ColumnSums<'_, T, M> {
+impl<T: Widen, M: Term<T>> Kernel for ColumnSums<'_, T, M> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {

@@ -9,6 +9,8 @@ use crate::Element;
 pub(super) trait Widen: Element {
     /// What is computed in: float32 for everything up to 32 bits, float64 for itself.
     type Wide: Wide;
+    /// What squares are computed and added up in: float32, where squares are exact in it, else float64.
+    type Squares: Wide;
     /// An unsigned integer of the same size.
     type Bits: Bits;
     /// The bits of infinity: those of every finite magnitude are smaller, those of every NaN larger.
@@ -22,6 +24,8 @@ pub(super) trait Widen: Element {
 
     /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
     fn narrow<I: Isa>(isa: I, wide: Lanes<I, Self>) -> [Self; LANES];
+
+    fn square<I: Isa>(isa: I, wide: Lanes<I, Self>) -> Lanes<I, Self::Squares>;
 
     /// One element, widened.
     fn wide(self) -> Self::Wide;
@@ -79,6 +83,7 @@ macro_rules! widen_self {
     ($t:ty, $bits:ty) => {
         impl Widen for $t {
             type Wide = $t;
+            type Squares = f64;
             type Bits = $bits;
             const INFINITY: $bits = <$t>::INFINITY.to_bits();
             const SQUARES_IN_F32_FROM: Option<f64> = None;
@@ -89,6 +94,11 @@ macro_rules! widen_self {
             #[inline(always)]
             fn narrow<I: Isa>(isa: I, wide: Lanes<I, $t>) -> [$t; LANES] {
                 Self::numbers(isa, wide)
+            }
+            #[inline(always)]
+            fn square<I: Isa>(isa: I, wide: Lanes<I, $t>) -> I::D {
+                let x = Self::to_f64(isa, wide);
+                isa.mul(x, x)
             }
             fn wide(self) -> $t {
                 self
@@ -114,6 +124,7 @@ macro_rules! widen_half {
     ($t:ty, $widen:ident, $narrow:ident, $squares_from:expr) => {
         impl Widen for $t {
             type Wide = f32;
+            type Squares = f32;
             type Bits = u16;
             const INFINITY: u16 = <$t>::INFINITY.to_bits();
             const SQUARES_IN_F32_FROM: Option<f64> = Some($squares_from);
@@ -124,6 +135,10 @@ macro_rules! widen_half {
             #[inline(always)]
             fn narrow<I: Isa>(isa: I, wide: Lanes<I, $t>) -> [$t; LANES] {
                 bytemuck::must_cast(isa.$narrow(wide))
+            }
+            #[inline(always)]
+            fn square<I: Isa>(isa: I, wide: I::F) -> I::F {
+                isa.mul_f(wide, wide)
             }
             fn wide(self) -> f32 {
                 self.to_f32()

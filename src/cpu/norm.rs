@@ -23,10 +23,10 @@ use std::marker::PhantomData;
 use super::census::count;
 use super::element::{Bits, Lanes, Wide, Widen, elements, group_size, load};
 use super::isa::{Isa, Kernel, LANES, run};
-use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Scaled, Square, Term, with_term};
+use super::power::{Cube, Fourth, Magnitude, Power, Root, Square, Term, with_term};
 use super::tuning::BLOCK;
 use crate::NormType;
-use crate::partial::{Location, Partial};
+use crate::partial::{Location, Partial, ldexp};
 
 /// Groups whose terms add up before they go into the lanes.
 pub(super) const STEP: usize = 4;
@@ -104,9 +104,12 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
         whole as i64
     } else {
         let exponent = exponent_of(top);
-        with_term!(W, norm_type, term => {
-            sum_terms::<W, _>(Scaled::new(term, exponent), data, data.len(), &mut slot);
-        });
+        // Two powers of two, because one may be none of float64.
+        let half = exponent / 2;
+        let [first, second] = [-half, half - exponent].map(|n| ldexp(1.0, n));
+        let scaled: Vec<f64> = block.iter().map(|x| (*x).into() * first * second).collect();
+        let data = bytemuck::cast_slice(&scaled);
+        sums::<f64>(norm_type, data, data.len(), &mut slot);
         if norm_type == NormType::L2 { 2 * exponent } else { exponent }
     };
     Some(Partial { exponent, ..slot[0] })
@@ -119,10 +122,10 @@ fn exponent_of(x: f64) -> i64 {
 
 /// Sums |x|^p over each run of `size` bytes.
 fn sums<T: Widen>(norm_type: NormType, data: &[u8], size: usize, slots: &mut [Partial]) {
-    with_term!(T, norm_type, term => sum_terms::<T, _>(term, data, size, slots));
+    with_term!(norm_type, term => sum_terms::<T, _>(term, data, size, slots));
 }
 
-fn sum_terms<T: Widen, M: Term<T::Wide>>(term: M, data: &[u8], size: usize, slots: &mut [Partial]) {
+fn sum_terms<T: Widen, M: Term<T>>(term: M, data: &[u8], size: usize, slots: &mut [Partial]) {
     run(Sums::<T, M> { data, size, slots, term, of: PhantomData });
 }
 
@@ -135,7 +138,7 @@ struct Sums<'a, T, M> {
     of: PhantomData<T>,
 }
 
-impl<T: Widen, M: Term<T::Wide>> Kernel for Sums<'_, T, M> {
+impl<T: Widen, M: Term<T>> Kernel for Sums<'_, T, M> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {
@@ -146,7 +149,7 @@ impl<T: Widen, M: Term<T::Wide>> Kernel for Sums<'_, T, M> {
 }
 
 #[inline(always)]
-fn sum<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, run: &[u8], term: M) -> f64 {
+fn sum<T: Widen, I: Isa, M: Term<T>>(isa: I, run: &[u8], term: M) -> f64 {
     let size = const { STEP * group_size::<T>() };
     let (whole, rest) = run.split_at(run.len() - run.len() % size);
     // Zeros behind the elements add nothing.
@@ -164,7 +167,7 @@ fn sum<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, run: &[u8], term: M) -> f64 {
 
 /// The sum of the terms of four groups, `stride` bytes apart, lane by lane.
 #[inline(always)]
-pub(super) fn tree<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, groups: &[u8], stride: usize, term: M) -> I::D {
+pub(super) fn tree<T: Widen, I: Isa, M: Term<T>>(isa: I, groups: &[u8], stride: usize, term: M) -> I::D {
     let first =
         M::Sum::add(isa, term_of::<T, I, M>(isa, groups, term), term_of::<T, I, M>(isa, &groups[stride..], term));
     let [third, fourth] = [&groups[2 * stride..], &groups[3 * stride..]];
@@ -174,7 +177,7 @@ pub(super) fn tree<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, groups: &[u8], st
 
 /// The terms of the first group.
 #[inline(always)]
-fn term_of<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, groups: &[u8], term: M) -> Lanes<I, M::Sum> {
+fn term_of<T: Widen, I: Isa, M: Term<T>>(isa: I, groups: &[u8], term: M) -> Lanes<I, M::Sum> {
     term.of(isa, T::widen(isa, load(&groups[..group_size::<T>()])))
 }
 

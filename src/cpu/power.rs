@@ -1,35 +1,23 @@
 //! |x|^p, term by term: in closed form where there is one, and for any p without tables, branches and calls. Twin of
 //! `shaders/shared/power.wgsl`.
 
-use super::element::Wide;
+use super::element::{Lanes, Wide, Widen};
 use super::isa::{Isa, LANES};
 
-/// What is summed of elements that are computed in `W`.
-pub(super) trait Term<W: Wide>: Copy {
+/// What is summed of elements.
+pub(super) trait Term<T: Widen>: Copy {
     /// What terms add up in before they go into a lane of float64.
     type Sum: Wide;
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> <Self::Sum as Wide>::Lanes<I>;
-}
-
-/// x² in the type that is computed in.
-#[derive(Clone, Copy)]
-pub(super) struct NarrowSquare;
-
-impl<W: Wide> Term<W> for NarrowSquare {
-    type Sum = W;
-    #[inline(always)]
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> W::Lanes<I> {
-        W::mul(isa, x, x)
-    }
+    fn of<I: Isa>(self, isa: I, x: Lanes<I, T>) -> Lanes<I, Self::Sum>;
 }
 
 macro_rules! terms {
     ($($(#[$doc:meta])* $term:ident: |$self:ident, $isa:ident, $x:ident| $body:expr;)*) => {
-        $(impl<W: Wide> Term<W> for $term {
+        $(impl<T: Widen> Term<T> for $term {
             type Sum = f64;
             #[inline(always)]
-            fn of<I: Isa>($self, $isa: I, x: W::Lanes<I>) -> I::D {
-                let $x = W::to_f64($isa, x);
+            fn of<I: Isa>($self, $isa: I, x: Lanes<I, T>) -> I::D {
+                let $x = T::Wide::to_f64($isa, x);
                 $body
             }
         })*
@@ -57,49 +45,28 @@ pub(super) struct Power {
     pub(super) log2_top: f64,
 }
 
+impl<T: Widen> Term<T> for Square {
+    type Sum = T::Squares;
+    #[inline(always)]
+    fn of<I: Isa>(self, isa: I, x: Lanes<I, T>) -> Lanes<I, T::Squares> {
+        T::square(isa, x)
+    }
+}
+
 terms! {
     Magnitude: |self, isa, x| isa.abs(x);
-    Square: |self, isa, x| isa.mul(x, x);
     Cube: |self, isa, x| isa.mul(isa.abs(x), isa.mul(x, x));
     Fourth: |self, isa, x| isa.mul(isa.mul(x, x), isa.mul(x, x));
     Root: |self, isa, x| isa.sqrt(isa.abs(x));
     Power: |self, isa, x| power(isa, isa.abs(x), self.p, self.log2_top);
 }
 
-/// A term of x · 2^-exponent.
-#[derive(Clone, Copy)]
-pub(super) struct Scaled<T> {
-    term: T,
-    /// Two powers of two, because one may be none of float64.
-    factors: [f64; 2],
-}
-
-impl<T> Scaled<T> {
-    pub(super) fn new(term: T, exponent: i64) -> Self {
-        let half = exponent / 2;
-        Self { term, factors: [-half, half - exponent].map(|n| crate::partial::ldexp(1.0, n)) }
-    }
-}
-
-impl<T: Term<f64, Sum = f64>, W: Wide> Term<W> for Scaled<T> {
-    type Sum = f64;
-    #[inline(always)]
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> I::D {
-        let x = isa.mul(W::to_f64(isa, x), all(isa, self.factors[0]));
-        self.term.of(isa, isa.mul(x, all(isa, self.factors[1])))
-    }
-}
-
-/// Calls `$body` with `$term` standing for |x|^p of elements of type `$t`. It is compiled once for each.
+/// Calls `$body` with `$term` standing for |x|^p. It is compiled once for each.
 macro_rules! with_term {
-    ($t:ty, $norm_type:expr, $term:ident => $body:expr) => {
+    ($norm_type:expr, $term:ident => $body:expr) => {
         match $norm_type.power() {
             1.0 => {
                 let $term = Magnitude;
-                $body
-            }
-            2.0 if <$t>::SQUARES_IN_F32_FROM.is_some() => {
-                let $term = NarrowSquare;
                 $body
             }
             2.0 => {
