@@ -63,19 +63,19 @@ pub(super) trait Bits: Copy + Ord + bytemuck::Pod {
 pub(super) trait Wide: Widen<Wide = Self> + PartialOrd + Into<f64> {
     type Lanes<I: Isa>: Copy;
     const ZERO: Self;
+    const ONE: Self;
 
     fn lanes<I: Isa>(isa: I, numbers: [Self; LANES]) -> Self::Lanes<I>;
     fn numbers<I: Isa>(isa: I, x: Self::Lanes<I>) -> [Self; LANES];
     fn add<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
     fn mul<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
-    /// In float64, rounded once.
-    fn mul_by_f64<I: Isa>(isa: I, x: Self::Lanes<I>, factor: f64) -> Self::Lanes<I>;
     fn finite_or_zero<I: Isa>(isa: I, x: Self::Lanes<I>) -> Self::Lanes<I>;
     fn to_f64<I: Isa>(isa: I, x: Self::Lanes<I>) -> I::D;
 
     fn is_finite(self) -> bool;
-    /// The factor in this type, if it is neither too large nor too small for it; else elements go through
-    /// [`Wide::mul_by_f64`].
+    /// x · factor in float64, rounded once.
+    fn times(self, factor: f64) -> Self;
+    /// The factor in this type, if it is neither too large nor too small for it; else elements go through [`Wide::times`].
     fn factor(factor: f64) -> Option<Self>;
 }
 
@@ -209,6 +209,7 @@ bits!(u64, i64);
 impl Wide for f32 {
     type Lanes<I: Isa> = I::F;
     const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
 
     #[inline(always)]
     fn lanes<I: Isa>(isa: I, numbers: [f32; LANES]) -> I::F {
@@ -227,10 +228,6 @@ impl Wide for f32 {
         isa.mul_f(a, b)
     }
     #[inline(always)]
-    fn mul_by_f64<I: Isa>(isa: I, x: I::F, factor: f64) -> I::F {
-        isa.narrow(isa.mul(isa.widen(x), isa.d([factor; LANES])))
-    }
-    #[inline(always)]
     fn finite_or_zero<I: Isa>(isa: I, x: I::F) -> I::F {
         isa.finite_or_zero_f(x)
     }
@@ -242,6 +239,9 @@ impl Wide for f32 {
     fn is_finite(self) -> bool {
         self.is_finite()
     }
+    fn times(self, factor: f64) -> f32 {
+        (f64::from(self) * factor) as f32
+    }
     fn factor(factor: f64) -> Option<f32> {
         let narrow = factor as f32;
         (narrow.is_normal() || factor == 0.0 || factor.is_nan()).then_some(narrow)
@@ -251,6 +251,7 @@ impl Wide for f32 {
 impl Wide for f64 {
     type Lanes<I: Isa> = I::D;
     const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
 
     #[inline(always)]
     fn lanes<I: Isa>(isa: I, numbers: [f64; LANES]) -> I::D {
@@ -269,10 +270,6 @@ impl Wide for f64 {
         isa.mul(a, b)
     }
     #[inline(always)]
-    fn mul_by_f64<I: Isa>(isa: I, x: I::D, factor: f64) -> I::D {
-        isa.mul(x, isa.d([factor; LANES]))
-    }
-    #[inline(always)]
     fn finite_or_zero<I: Isa>(isa: I, x: I::D) -> I::D {
         isa.if_less(isa.abs(x), isa.d([f64::INFINITY; LANES]), x, isa.d([0.0; LANES]))
     }
@@ -283,6 +280,9 @@ impl Wide for f64 {
 
     fn is_finite(self) -> bool {
         self.is_finite()
+    }
+    fn times(self, factor: f64) -> f64 {
+        self * factor
     }
     fn factor(factor: f64) -> Option<f64> {
         Some(factor)
@@ -302,7 +302,7 @@ pub(super) fn load<T: Widen>(bytes: &[u8]) -> [T; LANES] {
 
 /// The elements one by one.
 #[inline(always)]
-pub(super) fn elements<T: Element>(data: &[u8]) -> impl ExactSizeIterator<Item = T> {
+pub(super) fn elements<T: bytemuck::Pod>(data: &[u8]) -> impl ExactSizeIterator<Item = T> {
     data.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
 }
 

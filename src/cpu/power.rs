@@ -3,18 +3,12 @@
 
 use super::element::{Lanes, Wide, Widen};
 use super::isa::{Isa, LANES};
-
-/// What is summed of elements.
-pub(super) trait Term<T: Widen>: Copy {
-    /// What terms add up in before they go into a lane of float64.
-    type Sum: Wide;
-    fn of<I: Isa>(self, isa: I, x: Lanes<I, T>) -> Lanes<I, Self::Sum>;
-}
+use super::map::Map;
 
 macro_rules! terms {
     ($($(#[$doc:meta])* $term:ident: |$self:ident, $isa:ident, $x:ident| $body:expr;)*) => {
-        $(impl<T: Widen> Term<T> for $term {
-            type Sum = f64;
+        $(impl<T: Widen> Map<T> for $term {
+            type To = f64;
             #[inline(always)]
             fn of<I: Isa>($self, $isa: I, x: Lanes<I, T>) -> I::D {
                 let $x = T::Wide::to_f64($isa, x);
@@ -45,8 +39,8 @@ pub(super) struct Power {
     pub(super) log2_top: f64,
 }
 
-impl<T: Widen> Term<T> for Square {
-    type Sum = T::Squares;
+impl<T: Widen> Map<T> for Square {
+    type To = T::Squares;
     #[inline(always)]
     fn of<I: Isa>(self, isa: I, x: Lanes<I, T>) -> Lanes<I, T::Squares> {
         T::square(isa, x)
@@ -60,39 +54,6 @@ terms! {
     Root: |self, isa, x| isa.sqrt(isa.abs(x));
     Power: |self, isa, x| power(isa, isa.abs(x), self.p, self.log2_top);
 }
-
-/// Calls `$body` with `$term` standing for |x|^p. It is compiled once for each.
-macro_rules! with_term {
-    ($norm_type:expr, $term:ident => $body:expr) => {
-        match $norm_type.power() {
-            1.0 => {
-                let $term = Magnitude;
-                $body
-            }
-            2.0 => {
-                let $term = Square;
-                $body
-            }
-            3.0 => {
-                let $term = Cube;
-                $body
-            }
-            4.0 => {
-                let $term = Fourth;
-                $body
-            }
-            0.5 => {
-                let $term = Root;
-                $body
-            }
-            p => {
-                let $term = Power { p, log2_top: 0.0 };
-                $body
-            }
-        }
-    };
-}
-pub(super) use with_term;
 
 #[inline(always)]
 fn all<I: Isa>(isa: I, number: f64) -> I::D {
@@ -189,7 +150,7 @@ mod tests {
         #[inline(always)]
         fn on<I: Isa>(self, isa: I) -> Self::Output {
             let x = isa.d(self.0);
-            let term = Term::<f64>::of(self.1, isa, x);
+            let term = Map::<f64>::of(self.1, isa, x);
             [isa.doubles(log2(isa, x)), isa.doubles(exp2(isa, x)), isa.doubles(term)]
         }
     }
