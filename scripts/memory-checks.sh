@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Of the suite, what reads and writes at odd places.
-suite=(misaligned odd_lengths non_finite scopes cut_into_pieces outside_norms)
+suite=(misaligned odd_lengths non_finite scopes cut_into_pieces outside_norms pools)
 # These two go over millions of elements.
 filter=(--skip powers_are_within --skip progress_adds_up)
 
@@ -16,14 +16,14 @@ sanitized() {
     RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" ASAN_OPTIONS=detect_leaks=0 \
         cargo test --target x86_64-unknown-linux-gnu --target-dir target/asan --profile quick --no-default-features "$@"
 }
-sanitized -p gradclip --lib --test pools
+sanitized -p gradclip --lib
 sanitized -p gradclip --test suite -- "${suite[@]/%/::}"
 
 [ "${1-}" = --whole ] || exit 0
 # Its tests run the program that is built beside them. `larger_than_memory` counts pages, of which the sanitizer has its own.
-program=(--lib --test bad_files --test bad_tensors --test exit_codes --test output_whole_or_not_at_all --test passes_through
-    --test pieces --test sharded --test sums)
-sanitized -p gradclip-cli "${program[@]}"
+program=(bad_files bad_tensors exit_codes output_whole_or_not_at_all passes_through pieces sharded sums)
+sanitized -p gradclip-cli --lib
+sanitized -p gradclip-cli --test suite -- "${program[@]/%/::}"
 
 command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
 echo "== valgrind"

@@ -1,14 +1,87 @@
 #!/usr/bin/env bash
-# What takes too long for every change, one after another: some hours on two cores. Prints most figures of docs/RELIABILITY.md.
+# What takes too long for every change, one part after another: some three hours on two cores (Debian). Prints a table of what was
+# counted, and writes it into docs/RELIABILITY.md.
+#
+#   scripts/nightly.sh            every part
+#   scripts/nightly.sh PART...    some; the table keeps its rows of the others
+#
+# A part that fails keeps its old row, and the script fails in the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/devices.sh
+. scripts/steps.sh
 
-scripts/test.sh --every-device --whole
-cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
-scripts/package.sh --whole
-scripts/memory-checks.sh --whole
-scripts/properties.sh
-scripts/soak.sh
-scripts/fuzz.sh
-scripts/miri.sh
-scripts/deny.sh
+# Tests that repeat something do it as often as it takes.
+export GRADCLIP_WHOLE=1
+
+page=docs/RELIABILITY.md
+rows=(lavapipe burn burn-fusion candle instructions small swiftshader swiftshader-small gl mpich)
+parts=("${rows[@]}" counted no-gpu kernels portability published memory aarch64 properties soak fuzz miri deny)
+
+# Each is one command, or several joined by &&, because errors end no function whose result is asked for.
+run() {
+    case "$1" in
+        counted)
+            # Tests that print what they counted; in full length.
+            install_lavapipe && env "${lavapipe[@]}" cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle \
+                --all-features --test suite --test out_of_memory -- --nocapture \
+                faults out_of_memory killed full_disk changing_inputs unsafe_inventory licences
+            ;;
+        no-gpu)
+            cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
+            ;;
+        kernels) scripts/spirv-val.sh && scripts/tint.sh ;;
+        portability) scripts/portability.sh ;;
+        published) scripts/public-api.sh && scripts/package.sh --whole ;;
+        memory) scripts/memory-checks.sh --whole ;;
+        properties) scripts/properties.sh 5000 ;;
+        fuzz) scripts/fuzz.sh 200 ;;
+        aarch64 | soak | miri | deny) "scripts/$1.sh" ;;
+        *) scripts/test.sh --whole "$1" ;;
+    esac
+}
+
+# figures LOG: what a part has counted, apart by <br>; without figures of its own, how many tests passed.
+figures() {
+    local found
+    found=$(grep -aoE "^(test .* \.\.\. )?($counted): .*" "$1" | sed -E 's/^test .* \.\.\. //' | sed 's/|/\\|/g' | sed -z 's/\n$//; s/\n/<br>/g')
+    [ -n "$found" ] || found=$(awk '/^test result: ok/ { sum += $4 } END { if (sum) print sum " tests passed" }' "$1")
+    echo "${found:-passed}"
+}
+counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|inventory'
+counted+='|licences|packages|public API|portability|aarch64'
+
+[ $# -gt 0 ] || set -- "${parts[@]}"
+for part in "$@"; do
+    [[ " ${parts[*]} " == *" $part "* ]] || { echo "error: no part is called $part; there are: ${parts[*]}" >&2; exit 2; }
+done
+
+commit=$(git rev-parse --short=9 HEAD)
+git diff --quiet HEAD -- . ":!$page" || commit+=" and changes"
+failed=
+for part in "$@"; do
+    log=$devices/nightly-$part.log begin=$SECONDS
+    step "$part"
+    if run "$part" 2>&1 | tee "$log"; then
+        row="| $part | $(figures "$log") | $(((SECONDS - begin + 30) / 60)) | $commit | $(date -u +%F) |"
+        # Rows stand in the order of the parts.
+        {
+            sed '/^<!-- nightly -->$/q' "$page"
+            printf '| part | what was counted | minutes | commit | date |\n|---|---|---|---|---|\n'
+            for name in "${parts[@]}"; do
+                if [ "$name" = "$part" ]; then echo "$row"; else grep "^| $name | .* |\$" "$page" || true; fi
+            done
+            sed -n '/^<!-- end of nightly -->$/,$p' "$page"
+        } >"$page.new"
+        mv "$page.new" "$page"
+    else
+        failed+=" $part"
+    fi
+done
+steps_end
+
+sed -n '/^<!-- nightly -->$/,/^<!-- end of nightly -->$/p' "$page"
+if [ -n "$failed" ]; then
+    echo "error: failed:$failed; their rows are of an earlier night" >&2
+    exit 1
+fi

@@ -13,12 +13,12 @@ export PROPTEST_CASES="${1:-20000}"
 export PROPTEST_RNG_SEED="${PROPTEST_RNG_SEED:-$(date +%s)000}"
 echo "seed $PROPTEST_RNG_SEED"
 
-cargo test --quiet -p gradclip --all-features --test properties --no-run
+cargo test --quiet -p gradclip --all-features --test suite --no-run
 failed=
 # on ENVIRONMENT...
 on() {
     local log=$devices/properties.log status=0
-    env "$@" cargo test --quiet -p gradclip --all-features --test properties -- --nocapture >"$log" 2>&1 || status=$?
+    env "$@" cargo test --quiet -p gradclip --all-features --test suite -- properties:: --nocapture >"$log" 2>&1 || status=$?
     grep -a -o 'properties:.*' "$log" || status=1
     if [ "$status" -ne 0 ]; then
         failed=yes

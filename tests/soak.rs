@@ -16,7 +16,7 @@ use gradclip::gpu::{GpuPlan, GpuTensor, PlanOptions};
 use gradclip::{Clip, Clipper, Dtype, NonFinite, NormType, Scope, wgpu};
 
 fn steps() -> usize {
-    std::env::var("GRADCLIP_SOAK_STEPS").map_or(5_000, |steps| steps.parse().expect("GRADCLIP_SOAK_STEPS is a number"))
+    std::env::var("GRADCLIP_SOAK_STEPS").map_or(1_000, |steps| steps.parse().expect("GRADCLIP_SOAK_STEPS is a number"))
 }
 
 /// Memory is that of the process, so one test runs at a time.

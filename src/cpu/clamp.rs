@@ -4,12 +4,11 @@
 //! cache. Both compare bits as integers, which order like the numbers, so that an element that stays keeps every bit, a NaN
 //! its payload. Where a loss scale is taken out, both work on a copy of the block in the type that is computed in.
 
-use std::marker::PhantomData;
-
 use super::count::count;
-use super::element::{Bits, Wide, Widen, elements, for_groups, load, update_groups};
+use super::element::{Bits, Wide, Widen, elements};
 use super::isa::{Isa, Kernel, LANES, run};
-use super::scale::{ExactProduct, Map, Product, with_product};
+use super::map::{self, Product, write_exact_products};
+use super::scale::Round;
 use super::tuning::BLOCK;
 use crate::clip::Mode;
 use crate::partial::{Location, Partial};
@@ -17,14 +16,14 @@ use crate::{Clip, NonFinite};
 
 /// Looks, and writes nothing.
 pub(super) fn scan<T: Widen>(clip: &Clip, at: Location, data: &[u8]) -> Partial {
-    let (clamp, mut wide) = (Clamp::<T>::new(clip), [T::Wide::ZERO; BLOCK]);
+    let (clamp, mut wide) = (Clamp::<T>::new(clip), [[T::Wide::ZERO; LANES]; BLOCK / LANES]);
     let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| chunk.merge(clamp.look(at.ahead(i * BLOCK), block, &mut wide)))
 }
 
 /// Clamps and tells what it met. Blocks in which nothing changes are not written.
 pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Partial {
-    let (clamp, mut wide) = (Clamp::<T>::new(clip), [T::Wide::ZERO; BLOCK]);
+    let (clamp, mut wide) = (Clamp::<T>::new(clip), [[T::Wide::ZERO; LANES]; BLOCK / LANES]);
     let blocks = data.chunks_mut(BLOCK * size_of::<T>()).enumerate();
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| {
         let partial = clamp.look(at.ahead(i * BLOCK), block, &mut wide);
@@ -37,6 +36,9 @@ pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Par
         chunk.merge(partial)
     })
 }
+
+/// A block without its loss scale, in the type that is computed in.
+type Unscaled<W> = [[W; LANES]; BLOCK / LANES];
 
 /// What a value clip does to elements of a type.
 #[derive(Clone, Copy)]
@@ -62,12 +64,14 @@ impl<T: Widen> Clamp<T> {
 
     /// What the block has outside the bounds or not finite. Where there is a loss scale, it leaves the block without it in
     /// `wide`.
-    fn look(self, at: Location, block: &[u8], wide: &mut [T::Wide; BLOCK]) -> Partial {
+    fn look(self, at: Location, block: &[u8], wide: &mut Unscaled<T::Wide>) -> Partial {
         let [mut outside, non_finite] = run(Look { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
         if self.factor != 1.0 {
-            let factor = self.factor;
-            with_product!(T::Wide, factor, false, map => run(Unscale::<T, _> { block, map, wide, of: PhantomData }));
-            let (bounds, unscaled) = (self.wide_bounds(), &wide[..block.len() / size_of::<T>()]);
+            match T::Wide::factor(self.factor) {
+                Some(factor) => map::write::<T, _>(Product::<_, false>(factor), block, wide),
+                None => write_exact_products::<T>(self.factor, false, block, wide),
+            }
+            let (bounds, unscaled) = (self.wide_bounds(), &wide.as_flattened()[..block.len() / size_of::<T>()]);
             outside = if self.drop && non_finite {
                 // By what they were: one that overflows only now is not dropped.
                 let mut was = elements::<T>(block).zip(unscaled);
@@ -81,12 +85,12 @@ impl<T: Widen> Clamp<T> {
     }
 
     /// Clamps what `look` has left in `wide`, and rounds it into the block.
-    fn write_unscaled(self, drops: bool, block: &mut [u8], wide: &mut [T::Wide; BLOCK]) {
-        let unscaled = bytemuck::cast_slice_mut(&mut wide[..block.len() / size_of::<T>()]);
-        run(Write { bounds: self.wide_bounds(), drop: false, block: unscaled });
+    fn write_unscaled(self, drops: bool, block: &mut [u8], wide: &mut Unscaled<T::Wide>) {
+        let unscaled = &mut wide.as_flattened_mut()[..block.len() / size_of::<T>()];
+        run(Write { bounds: self.wide_bounds(), drop: false, block: bytemuck::cast_slice_mut(unscaled) });
         if drops {
             // By what they were: an element may be infinite now because it is divided by so small a loss scale.
-            let was = elements::<T>(block).zip(wide.iter_mut());
+            let was = elements::<T>(block).zip(unscaled);
             was.filter(|(x, _)| x.bits().magnitude() >= T::INFINITY).for_each(|(_, wide)| *wide = T::Wide::ZERO);
         }
         run(Round::<T> { wide, block });
@@ -169,43 +173,5 @@ impl<T: Widen> Kernel for Write<'_, T> {
             let new = if bits.magnitude() >= dropped_from { T::Bits::ZERO } else { kept };
             bytes.copy_from_slice(bytemuck::bytes_of(&new));
         }
-    }
-}
-
-/// Writes what becomes of each element in the type that is computed in.
-struct Unscale<'a, T: Widen, M> {
-    block: &'a [u8],
-    map: M,
-    wide: &'a mut [T::Wide; BLOCK],
-    of: PhantomData<T>,
-}
-
-impl<T: Widen, M: Map<T::Wide>> Kernel for Unscale<'_, T, M> {
-    type Output = ();
-    #[inline(always)]
-    fn on<I: Isa>(self, isa: I) {
-        let mut groups = self.wide.as_chunks_mut::<LANES>().0.iter_mut();
-        for_groups::<T>(self.block, |group| {
-            if let Some(wide) = groups.next() {
-                *wide = T::Wide::numbers(isa, self.map.of(isa, T::widen(isa, load(group))));
-            }
-        });
-    }
-}
-
-/// Rounds elements back.
-struct Round<'a, T: Widen> {
-    wide: &'a [T::Wide; BLOCK],
-    block: &'a mut [u8],
-}
-
-impl<T: Widen> Kernel for Round<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn on<I: Isa>(self, isa: I) {
-        let mut groups = self.wide.as_chunks::<LANES>().0.iter();
-        update_groups::<T>(self.block, |group| {
-            groups.next().map_or(group, |wide| T::narrow(isa, T::Wide::lanes(isa, *wide)))
-        });
     }
 }

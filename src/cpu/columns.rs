@@ -3,12 +3,10 @@
 //! Each column is summed in a float64 of its own, four rows at a time, by the same tree as a run. A column that this does
 //! not suffice for, because it holds a non-finite element or its sum cannot be trusted, is gathered and walked like one.
 
-use std::marker::PhantomData;
-
-use super::element::{Bits, Widen, elements, group_size};
+use super::element::{Bits, Widen, elements};
 use super::isa::{Isa, Kernel, LANES, run};
-use super::norm::{STEP, of_block, tree, trusts};
-use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Square, Term, with_term};
+use super::norm::{of_block, trusts};
+use super::terms::{self, Matrix};
 use super::tuning::COLUMNS;
 use crate::NormType;
 use crate::partial::{Location, Partial};
@@ -23,7 +21,7 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], st
         let mut maxima = [T::Bits::ZERO; COLUMNS];
         let maxima = &mut maxima[..width];
         for i in 0..rows {
-            run(RowMaxima::<T> { row: row(i), maxima });
+            run(RowMaxima { row: row(i), maxima });
         }
         for (max, slot) in maxima.iter().zip(&mut *slots) {
             *slot = Partial { max: T::of_bits(*max).wide().into(), ..Partial::EMPTY };
@@ -31,10 +29,7 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], st
     } else {
         // Whole groups of lanes, so that the last one needs no other code.
         let mut sums = [[0f64; LANES]; COLUMNS / LANES];
-        let (stride, width) = (stride * size, width * size);
-        with_term!(T, norm_type, term => {
-            run(ColumnSums::<T, _> { data, stride, width, sums: &mut sums, term, of: PhantomData });
-        });
+        terms::add::<T>(norm_type, Matrix { data, stride, width }, &mut sums);
         for (sum, slot) in sums.as_flattened().iter().zip(&mut *slots) {
             *slot = Partial { sum: *sum, ..Partial::EMPTY };
         }
@@ -49,55 +44,17 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], st
 }
 
 /// Takes a row into the largest magnitudes of its columns.
-struct RowMaxima<'a, T: Widen> {
+struct RowMaxima<'a, B> {
     row: &'a [u8],
-    maxima: &'a mut [T::Bits],
+    maxima: &'a mut [B],
 }
 
-impl<T: Widen> Kernel for RowMaxima<'_, T> {
+impl<B: Bits> Kernel for RowMaxima<'_, B> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
-        for (max, x) in self.maxima.iter_mut().zip(elements::<T>(self.row)) {
-            *max = (*max).max(x.bits().magnitude());
-        }
-    }
-}
-
-/// Sums the terms of adjacent columns: `width` bytes of each row, with a row every `stride` bytes.
-struct ColumnSums<'a, T, M> {
-    data: &'a [u8],
-    stride: usize,
-    width: usize,
-    sums: &'a mut [[f64; LANES]],
-    term: M,
-    of: PhantomData<T>,
-}
-
-impl<T: Widen, M: Term<T::Wide>> Kernel for ColumnSums<'_, T, M> {
-    type Output = ();
-    #[inline(always)]
-    fn on<I: Isa>(self, isa: I) {
-        let Self { data, stride, width, sums, .. } = self;
-        let size = const { group_size::<T>() };
-        let mut padded = [0; STEP * group_size::<f64>()];
-        for rows in data.chunks(STEP * stride) {
-            let whole_rows = rows.len() >= (STEP - 1) * stride + width;
-            for (sums, start) in sums.iter_mut().zip((0..width).step_by(size)) {
-                let end = width.min(start + size);
-                let (groups, stride) = if whole_rows && end - start == size {
-                    (&rows[start..], stride)
-                } else {
-                    // Zeros where no elements are add nothing.
-                    padded.fill(0);
-                    for (row, group) in rows.chunks(stride).zip(padded.chunks_exact_mut(size)) {
-                        group[..end - start].copy_from_slice(&row[start..end]);
-                    }
-                    (&padded[..], size)
-                };
-                let terms = tree::<T, I, M>(isa, groups, stride, self.term);
-                *sums = isa.doubles(isa.add(isa.d(*sums), terms));
-            }
+        for (max, x) in self.maxima.iter_mut().zip(elements::<B>(self.row)) {
+            *max = (*max).max(x.magnitude());
         }
     }
 }

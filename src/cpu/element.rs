@@ -9,6 +9,8 @@ use crate::Element;
 pub(super) trait Widen: Element {
     /// What is computed in: float32 for everything up to 32 bits, float64 for itself.
     type Wide: Wide;
+    /// What squares are computed and added up in: float32, where squares are exact in it, else float64.
+    type Squares: Wide;
     /// An unsigned integer of the same size.
     type Bits: Bits;
     /// The bits of infinity: those of every finite magnitude are smaller, those of every NaN larger.
@@ -22,6 +24,8 @@ pub(super) trait Widen: Element {
 
     /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
     fn narrow<I: Isa>(isa: I, wide: Lanes<I, Self>) -> [Self; LANES];
+
+    fn square<I: Isa>(isa: I, wide: Lanes<I, Self>) -> Lanes<I, Self::Squares>;
 
     /// One element, widened.
     fn wide(self) -> Self::Wide;
@@ -59,19 +63,19 @@ pub(super) trait Bits: Copy + Ord + bytemuck::Pod {
 pub(super) trait Wide: Widen<Wide = Self> + PartialOrd + Into<f64> {
     type Lanes<I: Isa>: Copy;
     const ZERO: Self;
+    const ONE: Self;
 
     fn lanes<I: Isa>(isa: I, numbers: [Self; LANES]) -> Self::Lanes<I>;
     fn numbers<I: Isa>(isa: I, x: Self::Lanes<I>) -> [Self; LANES];
     fn add<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
     fn mul<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
-    /// In float64, rounded once.
-    fn mul_by_f64<I: Isa>(isa: I, x: Self::Lanes<I>, factor: f64) -> Self::Lanes<I>;
     fn finite_or_zero<I: Isa>(isa: I, x: Self::Lanes<I>) -> Self::Lanes<I>;
     fn to_f64<I: Isa>(isa: I, x: Self::Lanes<I>) -> I::D;
 
     fn is_finite(self) -> bool;
-    /// The factor in this type, if it is neither too large nor too small for it; else elements go through
-    /// [`Wide::mul_by_f64`].
+    /// x · factor in float64, rounded once.
+    fn times(self, factor: f64) -> Self;
+    /// The factor in this type, if it is neither too large nor too small for it; else elements go through [`Wide::times`].
     fn factor(factor: f64) -> Option<Self>;
 }
 
@@ -79,6 +83,7 @@ macro_rules! widen_self {
     ($t:ty, $bits:ty) => {
         impl Widen for $t {
             type Wide = $t;
+            type Squares = f64;
             type Bits = $bits;
             const INFINITY: $bits = <$t>::INFINITY.to_bits();
             const SQUARES_IN_F32_FROM: Option<f64> = None;
@@ -89,6 +94,11 @@ macro_rules! widen_self {
             #[inline(always)]
             fn narrow<I: Isa>(isa: I, wide: Lanes<I, $t>) -> [$t; LANES] {
                 Self::numbers(isa, wide)
+            }
+            #[inline(always)]
+            fn square<I: Isa>(isa: I, wide: Lanes<I, $t>) -> I::D {
+                let x = Self::to_f64(isa, wide);
+                isa.mul(x, x)
             }
             fn wide(self) -> $t {
                 self
@@ -114,6 +124,7 @@ macro_rules! widen_half {
     ($t:ty, $widen:ident, $narrow:ident, $squares_from:expr) => {
         impl Widen for $t {
             type Wide = f32;
+            type Squares = f32;
             type Bits = u16;
             const INFINITY: u16 = <$t>::INFINITY.to_bits();
             const SQUARES_IN_F32_FROM: Option<f64> = Some($squares_from);
@@ -124,6 +135,10 @@ macro_rules! widen_half {
             #[inline(always)]
             fn narrow<I: Isa>(isa: I, wide: Lanes<I, $t>) -> [$t; LANES] {
                 bytemuck::must_cast(isa.$narrow(wide))
+            }
+            #[inline(always)]
+            fn square<I: Isa>(isa: I, wide: I::F) -> I::F {
+                isa.mul_f(wide, wide)
             }
             fn wide(self) -> f32 {
                 self.to_f32()
@@ -194,6 +209,7 @@ bits!(u64, i64);
 impl Wide for f32 {
     type Lanes<I: Isa> = I::F;
     const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
 
     #[inline(always)]
     fn lanes<I: Isa>(isa: I, numbers: [f32; LANES]) -> I::F {
@@ -212,10 +228,6 @@ impl Wide for f32 {
         isa.mul_f(a, b)
     }
     #[inline(always)]
-    fn mul_by_f64<I: Isa>(isa: I, x: I::F, factor: f64) -> I::F {
-        isa.narrow(isa.mul(isa.widen(x), isa.d([factor; LANES])))
-    }
-    #[inline(always)]
     fn finite_or_zero<I: Isa>(isa: I, x: I::F) -> I::F {
         isa.finite_or_zero_f(x)
     }
@@ -227,6 +239,9 @@ impl Wide for f32 {
     fn is_finite(self) -> bool {
         self.is_finite()
     }
+    fn times(self, factor: f64) -> f32 {
+        (f64::from(self) * factor) as f32
+    }
     fn factor(factor: f64) -> Option<f32> {
         let narrow = factor as f32;
         (narrow.is_normal() || factor == 0.0 || factor.is_nan()).then_some(narrow)
@@ -236,6 +251,7 @@ impl Wide for f32 {
 impl Wide for f64 {
     type Lanes<I: Isa> = I::D;
     const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
 
     #[inline(always)]
     fn lanes<I: Isa>(isa: I, numbers: [f64; LANES]) -> I::D {
@@ -254,10 +270,6 @@ impl Wide for f64 {
         isa.mul(a, b)
     }
     #[inline(always)]
-    fn mul_by_f64<I: Isa>(isa: I, x: I::D, factor: f64) -> I::D {
-        isa.mul(x, isa.d([factor; LANES]))
-    }
-    #[inline(always)]
     fn finite_or_zero<I: Isa>(isa: I, x: I::D) -> I::D {
         isa.if_less(isa.abs(x), isa.d([f64::INFINITY; LANES]), x, isa.d([0.0; LANES]))
     }
@@ -268,6 +280,9 @@ impl Wide for f64 {
 
     fn is_finite(self) -> bool {
         self.is_finite()
+    }
+    fn times(self, factor: f64) -> f64 {
+        self * factor
     }
     fn factor(factor: f64) -> Option<f64> {
         Some(factor)
@@ -287,7 +302,7 @@ pub(super) fn load<T: Widen>(bytes: &[u8]) -> [T; LANES] {
 
 /// The elements one by one.
 #[inline(always)]
-pub(super) fn elements<T: Element>(data: &[u8]) -> impl ExactSizeIterator<Item = T> {
+pub(super) fn elements<T: bytemuck::Pod>(data: &[u8]) -> impl ExactSizeIterator<Item = T> {
     data.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
 }
 

@@ -21,6 +21,7 @@ mod element;
 #[cfg(all(test, target_os = "linux", target_arch = "x86_64", not(debug_assertions)))]
 mod instructions;
 mod isa;
+mod map;
 mod norm;
 // Lends borrowed work to threads of the pool, with the proof that they give it back in time.
 #[allow(unsafe_code)]
@@ -31,6 +32,7 @@ mod scale;
 mod sets_agree;
 mod sum;
 mod task;
+mod terms;
 mod tuning;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

@@ -21,15 +21,14 @@
 use std::marker::PhantomData;
 
 use super::count::count;
-use super::element::{Bits, Lanes, Wide, Widen, elements, group_size, load};
+use super::element::{Bits, Wide, Widen, elements, group_size};
 use super::isa::{Isa, Kernel, LANES, run};
-use super::power::{Cube, Fourth, Magnitude, NarrowSquare, Power, Root, Scaled, Square, Term, with_term};
+use super::map::Map;
+use super::power::{Cube, Fourth, Magnitude, Power, Root, Square};
+use super::terms::{self, Matrix, STEP, tree};
 use super::tuning::BLOCK;
 use crate::NormType;
-use crate::partial::{Location, Partial};
-
-/// Groups whose terms add up before they go into the lanes.
-pub(super) const STEP: usize = 4;
+use crate::partial::{Location, Partial, ldexp};
 
 /// The partials of consecutive runs of `len` elements each, of which the first begins at `at`.
 pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], len: usize, slots: &mut [Partial]) {
@@ -98,15 +97,18 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
     let exponent = if let NormType::P(p) = norm_type {
         // By the largest element itself, so that its term is 1 whatever p is.
         let log2_top = top.log2();
-        sum_terms::<W, _>(Power { p, log2_top }, data, data.len(), &mut slot);
+        let sum = sum_of_powers::<W>(Power { p, log2_top }, data);
         let whole = (log2_top * p).floor();
-        slot[0].sum *= (log2_top * p - whole).exp2();
+        slot[0] = Partial { sum: sum * (log2_top * p - whole).exp2(), ..Partial::EMPTY };
         whole as i64
     } else {
         let exponent = exponent_of(top);
-        with_term!(W, norm_type, term => {
-            sum_terms::<W, _>(Scaled::new(term, exponent), data, data.len(), &mut slot);
-        });
+        // Two powers of two, because one may be none of float64.
+        let half = exponent / 2;
+        let [first, second] = [-half, half - exponent].map(|n| ldexp(1.0, n));
+        let scaled: Vec<f64> = block.iter().map(|x| (*x).into() * first * second).collect();
+        let data = bytemuck::cast_slice(&scaled);
+        sums::<f64>(norm_type, data, data.len(), &mut slot);
         if norm_type == NormType::L2 { 2 * exponent } else { exponent }
     };
     Some(Partial { exponent, ..slot[0] })
@@ -119,11 +121,47 @@ fn exponent_of(x: f64) -> i64 {
 
 /// Sums |x|^p over each run of `size` bytes.
 fn sums<T: Widen>(norm_type: NormType, data: &[u8], size: usize, slots: &mut [Partial]) {
-    with_term!(T, norm_type, term => sum_terms::<T, _>(term, data, size, slots));
+    match norm_type.power() {
+        1.0 => sum_terms::<T, _>(Magnitude, data, size, slots),
+        2.0 => sum_terms::<T, _>(Square, data, size, slots),
+        3.0 => sum_terms::<T, _>(Cube, data, size, slots),
+        4.0 => sum_terms::<T, _>(Fourth, data, size, slots),
+        0.5 => sum_terms::<T, _>(Root, data, size, slots),
+        p => {
+            for (run, slot) in data.chunks_exact(size).zip(slots) {
+                *slot = Partial { sum: sum_of_powers::<T>(Power { p, log2_top: 0.0 }, run), ..Partial::EMPTY };
+            }
+        }
+    }
 }
 
-fn sum_terms<T: Widen, M: Term<T::Wide>>(term: M, data: &[u8], size: usize, slots: &mut [Partial]) {
+fn sum_terms<T: Widen, M: Map<T>>(term: M, data: &[u8], size: usize, slots: &mut [Partial]) {
     run(Sums::<T, M> { data, size, slots, term, of: PhantomData });
+}
+
+/// Sums powers of any kind.
+fn sum_of_powers<T: Widen>(power: Power, data: &[u8]) -> f64 {
+    let mut lanes = [[0.0; LANES]];
+    let matrix = Matrix { data, stride: LANES, width: LANES };
+    terms::in_blocks::<T>(matrix, &mut lanes, |block, lanes| run(Powers { data: block.data, lanes, power }));
+    total(lanes[0])
+}
+
+/// Adds the powers of float64 to the lanes.
+struct Powers<'a> {
+    data: &'a [u8],
+    lanes: &'a mut [[f64; LANES]],
+    power: Power,
+}
+
+impl Kernel for Powers<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, isa: I) {
+        for lanes in self.lanes {
+            *lanes = isa.doubles(add::<f64, I, _>(isa, isa.d(*lanes), self.data, self.power));
+        }
+    }
 }
 
 /// Sums the terms of each run of `size` bytes.
@@ -135,47 +173,32 @@ struct Sums<'a, T, M> {
     of: PhantomData<T>,
 }
 
-impl<T: Widen, M: Term<T::Wide>> Kernel for Sums<'_, T, M> {
+impl<T: Widen, M: Map<T>> Kernel for Sums<'_, T, M> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {
         for (run, slot) in self.data.chunks_exact(self.size).zip(self.slots) {
-            *slot = Partial { sum: sum::<T, I, M>(isa, run, self.term), ..Partial::EMPTY };
+            let lanes = add::<T, I, M>(isa, isa.d([0.0; LANES]), run, self.term);
+            *slot = Partial { sum: total(isa.doubles(lanes)), ..Partial::EMPTY };
         }
     }
 }
 
+/// Adds the terms of a run to the lanes.
 #[inline(always)]
-fn sum<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, run: &[u8], term: M) -> f64 {
+fn add<T: Widen, I: Isa, M: Map<T>>(isa: I, mut lanes: I::D, run: &[u8], term: M) -> I::D {
     let size = const { STEP * group_size::<T>() };
     let (whole, rest) = run.split_at(run.len() - run.len() % size);
     // Zeros behind the elements add nothing.
     let mut last = [0; STEP * group_size::<f64>()];
     last[..rest.len()].copy_from_slice(rest);
     let padded = if rest.is_empty() { 0 } else { size };
-    let mut lanes = isa.d([0.0; LANES]);
     for part in [whole, &last[..padded]] {
         for step in part.chunks_exact(size) {
             lanes = isa.add(lanes, tree::<T, I, M>(isa, step, group_size::<T>(), term));
         }
     }
-    total(isa.doubles(lanes))
-}
-
-/// The sum of the terms of four groups, `stride` bytes apart, lane by lane.
-#[inline(always)]
-pub(super) fn tree<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, groups: &[u8], stride: usize, term: M) -> I::D {
-    let first =
-        M::Sum::add(isa, term_of::<T, I, M>(isa, groups, term), term_of::<T, I, M>(isa, &groups[stride..], term));
-    let [third, fourth] = [&groups[2 * stride..], &groups[3 * stride..]];
-    let second = M::Sum::add(isa, term_of::<T, I, M>(isa, third, term), term_of::<T, I, M>(isa, fourth, term));
-    M::Sum::to_f64(isa, M::Sum::add(isa, first, second))
-}
-
-/// The terms of the first group.
-#[inline(always)]
-fn term_of<T: Widen, I: Isa, M: Term<T::Wide>>(isa: I, groups: &[u8], term: M) -> Lanes<I, M::Sum> {
-    term.of(isa, T::widen(isa, load(&groups[..group_size::<T>()])))
+    lanes
 }
 
 fn total(mut lanes: [f64; LANES]) -> f64 {

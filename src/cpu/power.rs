@@ -1,35 +1,17 @@
 //! |x|^p, term by term: in closed form where there is one, and for any p without tables, branches and calls. Twin of
 //! `shaders/shared/power.wgsl`.
 
-use super::element::Wide;
+use super::element::{Lanes, Wide, Widen};
 use super::isa::{Isa, LANES};
-
-/// What is summed of elements that are computed in `W`.
-pub(super) trait Term<W: Wide>: Copy {
-    /// What terms add up in before they go into a lane of float64.
-    type Sum: Wide;
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> <Self::Sum as Wide>::Lanes<I>;
-}
-
-/// x² in the type that is computed in.
-#[derive(Clone, Copy)]
-pub(super) struct NarrowSquare;
-
-impl<W: Wide> Term<W> for NarrowSquare {
-    type Sum = W;
-    #[inline(always)]
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> W::Lanes<I> {
-        W::mul(isa, x, x)
-    }
-}
+use super::map::Map;
 
 macro_rules! terms {
     ($($(#[$doc:meta])* $term:ident: |$self:ident, $isa:ident, $x:ident| $body:expr;)*) => {
-        $(impl<W: Wide> Term<W> for $term {
-            type Sum = f64;
+        $(impl<T: Widen> Map<T> for $term {
+            type To = f64;
             #[inline(always)]
-            fn of<I: Isa>($self, $isa: I, x: W::Lanes<I>) -> I::D {
-                let $x = W::to_f64($isa, x);
+            fn of<I: Isa>($self, $isa: I, x: Lanes<I, T>) -> I::D {
+                let $x = T::Wide::to_f64($isa, x);
                 $body
             }
         })*
@@ -57,75 +39,21 @@ pub(super) struct Power {
     pub(super) log2_top: f64,
 }
 
+impl<T: Widen> Map<T> for Square {
+    type To = T::Squares;
+    #[inline(always)]
+    fn of<I: Isa>(self, isa: I, x: Lanes<I, T>) -> Lanes<I, T::Squares> {
+        T::square(isa, x)
+    }
+}
+
 terms! {
     Magnitude: |self, isa, x| isa.abs(x);
-    Square: |self, isa, x| isa.mul(x, x);
     Cube: |self, isa, x| isa.mul(isa.abs(x), isa.mul(x, x));
     Fourth: |self, isa, x| isa.mul(isa.mul(x, x), isa.mul(x, x));
     Root: |self, isa, x| isa.sqrt(isa.abs(x));
     Power: |self, isa, x| power(isa, isa.abs(x), self.p, self.log2_top);
 }
-
-/// A term of x · 2^-exponent.
-#[derive(Clone, Copy)]
-pub(super) struct Scaled<T> {
-    term: T,
-    /// Two powers of two, because one may be none of float64.
-    factors: [f64; 2],
-}
-
-impl<T> Scaled<T> {
-    pub(super) fn new(term: T, exponent: i64) -> Self {
-        let half = exponent / 2;
-        Self { term, factors: [-half, half - exponent].map(|n| crate::partial::ldexp(1.0, n)) }
-    }
-}
-
-impl<T: Term<f64, Sum = f64>, W: Wide> Term<W> for Scaled<T> {
-    type Sum = f64;
-    #[inline(always)]
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> I::D {
-        let x = isa.mul(W::to_f64(isa, x), all(isa, self.factors[0]));
-        self.term.of(isa, isa.mul(x, all(isa, self.factors[1])))
-    }
-}
-
-/// Calls `$body` with `$term` standing for |x|^p of elements of type `$t`. It is compiled once for each.
-macro_rules! with_term {
-    ($t:ty, $norm_type:expr, $term:ident => $body:expr) => {
-        match $norm_type.power() {
-            1.0 => {
-                let $term = Magnitude;
-                $body
-            }
-            2.0 if <$t>::SQUARES_IN_F32_FROM.is_some() => {
-                let $term = NarrowSquare;
-                $body
-            }
-            2.0 => {
-                let $term = Square;
-                $body
-            }
-            3.0 => {
-                let $term = Cube;
-                $body
-            }
-            4.0 => {
-                let $term = Fourth;
-                $body
-            }
-            0.5 => {
-                let $term = Root;
-                $body
-            }
-            p => {
-                let $term = Power { p, log2_top: 0.0 };
-                $body
-            }
-        }
-    };
-}
-pub(super) use with_term;
 
 #[inline(always)]
 fn all<I: Isa>(isa: I, number: f64) -> I::D {
@@ -222,7 +150,7 @@ mod tests {
         #[inline(always)]
         fn on<I: Isa>(self, isa: I) -> Self::Output {
             let x = isa.d(self.0);
-            let term = Term::<f64>::of(self.1, isa, x);
+            let term = Map::<f64>::of(self.1, isa, x);
             [isa.doubles(log2(isa, x)), isa.doubles(exp2(isa, x)), isa.doubles(term)]
         }
     }

@@ -4,6 +4,8 @@ use std::marker::PhantomData;
 
 use super::element::{Wide, Widen, load, update_groups};
 use super::isa::{Isa, Kernel, LANES, run};
+use super::map::{Map, Product, write_exact_products};
+use super::tuning::BLOCK;
 use crate::partial::{Action, Outcome};
 use crate::segment::{By, Layout};
 
@@ -59,80 +61,18 @@ fn scale_run<T: Widen>(outcome: &Outcome, drop: bool, data: &mut [u8]) {
     match outcome.action {
         Action::Leave => {}
         Action::Zero => data.fill(0),
-        Action::Apply => {
-            with_product!(T::Wide, outcome.factor, drop, map => update::<T>(data, map));
-        }
-    }
-}
-
-/// What becomes of each element.
-pub(super) trait Map<W: Wide>: Copy {
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> W::Lanes<I>;
-}
-
-#[derive(Clone, Copy)]
-pub(super) struct Same;
-
-impl<W: Wide> Map<W> for Same {
-    #[inline(always)]
-    fn of<I: Isa>(self, _: I, x: W::Lanes<I>) -> W::Lanes<I> {
-        x
-    }
-}
-
-/// x · factor, with 0 for an x that is dropped.
-#[derive(Clone, Copy)]
-pub(super) struct Product<W, const DROP: bool>(pub(super) W);
-
-impl<W: Wide, const DROP: bool> Map<W> for Product<W, DROP> {
-    #[inline(always)]
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> W::Lanes<I> {
-        let x = if DROP { W::finite_or_zero(isa, x) } else { x };
-        W::mul(isa, x, W::lanes(isa, [self.0; LANES]))
-    }
-}
-
-/// The same for a factor that is no normal number of the type that is computed in.
-#[derive(Clone, Copy)]
-pub(super) struct ExactProduct<const DROP: bool>(pub(super) f64);
-
-impl<W: Wide, const DROP: bool> Map<W> for ExactProduct<DROP> {
-    #[inline(always)]
-    fn of<I: Isa>(self, isa: I, x: W::Lanes<I>) -> W::Lanes<I> {
-        let x = if DROP { W::finite_or_zero(isa, x) } else { x };
-        W::mul_by_f64(isa, x, self.0)
-    }
-}
-
-/// Calls `$body` with `$map` standing for what multiplies elements, and drops them if they are to be dropped. It is
-/// compiled once for each.
-macro_rules! with_product {
-    ($wide:ty, $factor:expr, $drop:expr, $map:ident => $body:expr) => {
-        match (<$wide>::factor($factor), $drop) {
-            (Some(factor), false) => {
-                let $map = Product::<$wide, false>(factor);
-                $body
+        Action::Apply => match T::Wide::factor(outcome.factor) {
+            Some(factor) if drop => run(Update::<T, _> { data, map: Product::<_, true>(factor), of: PhantomData }),
+            Some(factor) => run(Update::<T, _> { data, map: Product::<_, false>(factor), of: PhantomData }),
+            None => {
+                let mut wide = [[T::Wide::ZERO; LANES]; BLOCK / LANES];
+                for block in data.chunks_mut(BLOCK * size_of::<T>()) {
+                    write_exact_products::<T>(outcome.factor, drop, block, &mut wide);
+                    run(Round::<T> { wide: &wide, block });
+                }
             }
-            (Some(factor), true) => {
-                let $map = Product::<$wide, true>(factor);
-                $body
-            }
-            (None, false) => {
-                let $map = ExactProduct::<false>($factor);
-                $body
-            }
-            (None, true) => {
-                let $map = ExactProduct::<true>($factor);
-                $body
-            }
-        }
-    };
-}
-pub(super) use with_product;
-
-/// Puts what becomes of each element in its place.
-pub(super) fn update<T: Widen>(data: &mut [u8], map: impl Map<T::Wide>) {
-    run(Update::<T, _> { data, map, of: PhantomData });
+        },
+    }
 }
 
 struct Update<'a, T, M> {
@@ -141,11 +81,28 @@ struct Update<'a, T, M> {
     of: PhantomData<T>,
 }
 
-impl<T: Widen, M: Map<T::Wide>> Kernel for Update<'_, T, M> {
+impl<T: Widen, M: Map<T, To = T::Wide>> Kernel for Update<'_, T, M> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {
         update_groups::<T>(self.data, |group| T::narrow(isa, self.map.of(isa, T::widen(isa, group))));
+    }
+}
+
+/// Rounds a block that was computed in the wider type.
+pub(super) struct Round<'a, T: Widen> {
+    pub(super) wide: &'a [[T::Wide; LANES]],
+    pub(super) block: &'a mut [u8],
+}
+
+impl<T: Widen> Kernel for Round<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn on<I: Isa>(self, isa: I) {
+        let mut groups = self.wide.iter();
+        update_groups::<T>(self.block, |group| {
+            groups.next().map_or(group, |wide| T::narrow(isa, T::Wide::lanes(isa, *wide)))
+        });
     }
 }
 

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::element::{Wide, Widen, for_groups, load};
 use super::isa::{Isa, Kernel, LANES, run};
-use super::scale::{ExactProduct, Map, Product, Same, with_product};
+use super::map::{Map, Product, Same, write_exact_products};
 use super::tuning::COLUMNS;
 use crate::Dtype;
 use crate::partial::{Action, Outcome};
@@ -20,18 +20,27 @@ pub(super) fn sum<T: Widen>(
     left: usize,
     sums: &mut [u8],
 ) {
+    let size = size_of::<T>();
     let wide = if T::DTYPE == Dtype::F64 { 8 } else { 4 };
     let width = sums.len() / wide;
     let mut totals = [[0f64; LANES]; COLUMNS / LANES];
     for (row, outcome) in outcomes.iter().enumerate() {
-        let start = (row * columns + left) * size_of::<T>();
-        let row = &data[start..start + width * size_of::<T>()];
+        let row = &data[(row * columns + left) * size..][..width * size];
         let totals = &mut totals[..];
-        match outcome.action {
-            Action::Zero => {}
-            Action::Leave => run(Add::<T, _> { row, totals, map: Same, of: PhantomData }),
-            Action::Apply => {
-                with_product!(T::Wide, outcome.factor, drop, map => run(Add::<T, _> { row, totals, map, of: PhantomData }));
+        match (outcome.action, T::Wide::factor(outcome.factor)) {
+            (Action::Zero, _) => {}
+            (Action::Leave, _) => run(Add::<T, _> { row, totals, map: Same, of: PhantomData }),
+            (Action::Apply, Some(factor)) if drop => {
+                run(Add::<T, _> { row, totals, map: Product::<_, true>(factor), of: PhantomData });
+            }
+            (Action::Apply, Some(factor)) => {
+                run(Add::<T, _> { row, totals, map: Product::<_, false>(factor), of: PhantomData });
+            }
+            (Action::Apply, None) => {
+                let mut scaled = [[T::Wide::ZERO; LANES]; COLUMNS / LANES];
+                write_exact_products::<T>(outcome.factor, drop, row, &mut scaled);
+                let row = bytemuck::cast_slice(&scaled.as_flattened()[..width]);
+                run(Add::<T::Wide, _> { row, totals, map: Same, of: PhantomData });
             }
         }
     }
@@ -52,7 +61,7 @@ struct Add<'a, T, M> {
     of: PhantomData<T>,
 }
 
-impl<T: Widen, M: Map<T::Wide>> Kernel for Add<'_, T, M> {
+impl<T: Widen, M: Map<T, To = T::Wide>> Kernel for Add<'_, T, M> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {

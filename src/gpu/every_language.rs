@@ -1,8 +1,9 @@
 //! Every variant of every kernel, validated and translated to what each platform compiles, so that nobody on Metal or DirectX is
-//! the first to see it. How long its SPIR-V is stands in `shaders/spirv_words.txt`: a lost simplification shows there without
-//! a stopwatch.
+//! the first to see it. `shaders/spirv_words.txt` holds the size of the SPIR-V of the hot ones: a lost simplification shows there
+//! without a stopwatch. `scripts/spirv-val.sh` gives the SPIR-V of all of them to Khronos's validator.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use naga::back::{glsl, hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -16,6 +17,9 @@ use super::tuning::{HARDWARE_SWEEP, SOFTWARE_SWEEP};
 use crate::Dtype;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/spirv_words.txt");
+
+/// Names the folder that the SPIR-V is written to, if it is set.
+const FOLDER: &str = "GRADCLIP_SPIRV";
 
 /// Every kernel with every set of constants that a plan may ask for.
 fn kernels() -> Vec<Kernel> {
@@ -63,12 +67,28 @@ const SHAPES: [Shape; 3] = [
     Shape { workgroup: 256, contiguous: false, subgroups: false },
 ];
 
+/// Whether a GPU, which has subgroups and takes quads, spends most of a step in it.
+fn is_hot(kernel: Kernel, access: Access, shape: Shape) -> bool {
+    let clips = match kernel {
+        Kernel::Norm { norm, .. } | Kernel::NormEach { norm, .. } => norm == Norm::L2,
+        Kernel::Finalise { norm, given } => norm == Some(Norm::L2) && !given,
+        Kernel::Clamp { guarded, writes, .. } => !guarded && writes,
+        Kernel::Scale { .. } | Kernel::Sum { .. } | Kernel::Merge => true,
+        _ => false,
+    };
+    // A sum has words only.
+    let quads =
+        matches!(access, Access::None | Access::Quads | Access::Array(_)) || matches!(kernel, Kernel::Sum { .. });
+    clips && quads && shape.subgroups
+}
+
 /// What is known of a module, by its name in the golden file.
 struct Variant {
     name: String,
     source: String,
     arrays: bool,
     subgroups: bool,
+    hot: bool,
 }
 
 fn variants() -> Vec<Variant> {
@@ -82,6 +102,7 @@ fn variants() -> Vec<Variant> {
                     source: kernel.source(*access, shape),
                     arrays: matches!(access, Access::Array(_)),
                     subgroups: shape.subgroups,
+                    hot: is_hot(kernel, *access, shape),
                 });
             }
         }
@@ -89,7 +110,8 @@ fn variants() -> Vec<Variant> {
     for (name, sweep) in [("software", SOFTWARE_SWEEP), ("hardware", HARDWARE_SWEEP)] {
         for (kernel, source) in [("read", profile::READ), ("copy", profile::COPY)] {
             let name = format!("{kernel} {name}");
-            all.push(Variant { name, source: profile::source(sweep, source), arrays: false, subgroups: false });
+            let source = profile::source(sweep, source);
+            all.push(Variant { name, source, arrays: false, subgroups: false, hot: false });
         }
     }
     all
@@ -97,7 +119,7 @@ fn variants() -> Vec<Variant> {
 
 /// The module, valid with nothing more than what the device is asked for.
 fn validated(variant: &Variant) -> (Module, ModuleInfo) {
-    let Variant { name, source, arrays, subgroups } = variant;
+    let Variant { name, source, arrays, subgroups, .. } = variant;
     let module =
         naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
     let mut capabilities = Capabilities::default();
@@ -119,8 +141,8 @@ const UNCHECKED: BoundsCheckPolicies = BoundsCheckPolicies {
     binding_array: BoundsCheckPolicy::Unchecked,
 };
 
-/// Words of SPIR-V: Vulkan.
-fn spirv(name: &str, module: &Module, info: &ModuleInfo) -> usize {
+/// Vulkan.
+fn spirv(name: &str, module: &Module, info: &ModuleInfo) -> Vec<u32> {
     let options = spv::Options {
         lang_version: (1, 3),
         bounds_check_policies: UNCHECKED,
@@ -129,7 +151,7 @@ fn spirv(name: &str, module: &Module, info: &ModuleInfo) -> usize {
         ..Default::default()
     };
     let entry = spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: "main".into() };
-    spv::write_vec(module, info, &options, Some(&entry)).unwrap_or_else(|e| panic!("{name}, SPIR-V: {e}")).len()
+    spv::write_vec(module, info, &options, Some(&entry)).unwrap_or_else(|e| panic!("{name}, SPIR-V: {e}"))
 }
 
 /// Metal.
@@ -180,11 +202,14 @@ fn opengl(name: &str, module: &Module, info: &ModuleInfo) -> String {
 
 #[test]
 fn every_kernel_translates_to_every_language() {
+    let folder = std::env::var_os(FOLDER).map(PathBuf::from);
+    let mut names = BTreeSet::new();
     let mut words = BTreeMap::new();
     let mut translated = [0; 4];
     for variant in variants() {
         let (module, info) = validated(&variant);
-        let Variant { name, arrays, subgroups, .. } = variant;
+        let Variant { name, arrays, subgroups, hot, .. } = variant;
+        assert!(names.insert(name.clone()), "two variants are called {name}");
         assert!(metal(&name, &module, &info).contains("kernel void"), "{name}");
         translated[1] += 1;
         // wgpu offers arrays of buffers on neither of these, and subgroups not on OpenGL.
@@ -196,9 +221,15 @@ fn every_kernel_translates_to_every_language() {
             assert!(opengl(&name, &module, &info).contains("local_size_x"), "{name}");
             translated[3] += 1;
         }
-        let length = spirv(&name, &module, &info);
+        let spirv = spirv(&name, &module, &info);
         translated[0] += 1;
-        assert!(words.insert(name.clone(), length).is_none(), "two variants are called {name}");
+        if let Some(folder) = &folder {
+            let file = folder.join(format!("{name}.spv"));
+            std::fs::write(file, bytemuck::cast_slice(&spirv)).expect("the folder can be written to");
+        }
+        if hot {
+            words.insert(name, spirv.len());
+        }
     }
     let [spirv, msl, hlsl, glsl] = translated;
     println!("kernels translated: {spirv} to SPIR-V, {msl} to MSL, {hlsl} to HLSL, {glsl} to GLSL");
@@ -208,8 +239,14 @@ fn every_kernel_translates_to_every_language() {
         std::fs::write(GOLDEN, &table).expect("the file can be written");
     }
     let golden = std::fs::read_to_string(GOLDEN).expect("the golden file is there");
-    for (now, before) in table.lines().zip(golden.lines()) {
-        assert_eq!(now, before, "words of SPIR-V, now and in {GOLDEN}; if it is meant: GRADCLIP_BLESS=1 cargo test");
-    }
-    assert_eq!(table.lines().count(), golden.lines().count(), "variants, now and in {GOLDEN}");
+    let lines = |table: &str| table.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    let (now, before) = (lines(&table), lines(&golden));
+    let gone = before.difference(&now).map(|row| format!("- {row}\n"));
+    let come = now.difference(&before).map(|row| format!("+ {row}\n"));
+    let differ: String = gone.chain(come).collect();
+    assert!(
+        differ.is_empty(),
+        "words of SPIR-V, in {GOLDEN} (-) and now (+):\n{differ}\
+         If a shader was meant to change so: GRADCLIP_BLESS=1 cargo test -p gradclip --lib every_language"
+    );
 }

@@ -1,6 +1,6 @@
 //! The device of the tests, and buffers on it.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use gradclip::gpu::tuning::Tuning;
 use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
@@ -13,7 +13,7 @@ const ADVICE: &str = "These tests need a Vulkan device, which may be a software 
     apt-get install mesa-vulkan-drivers (or run scripts/test.sh, which does it); or test without a GPU: \
     cargo test --no-default-features.";
 
-/// The device that the tests of one file share.
+/// The device that the tests of a program share.
 pub(crate) fn gpu() -> &'static GpuClipper {
     static GPU: OnceLock<GpuClipper> = OnceLock::new();
     GPU.get_or_init(open)
@@ -100,6 +100,23 @@ pub(crate) fn device(limits: wgpu::Limits) -> (wgpu::Device, wgpu::Queue) {
 pub(crate) fn clipper(limits: wgpu::Limits) -> GpuClipper {
     let (device, queue) = device(limits);
     Asked::get().tuned(GpuClipper::new(&device, &queue).expect("these limits suffice"))
+}
+
+/// The same, shared by all tests that ask for these limits: each device compiles its kernels anew.
+pub(crate) fn shared(limits: wgpu::Limits) -> GpuClipper {
+    static DEVICES: Mutex<Vec<(wgpu::Limits, GpuClipper)>> = Mutex::new(Vec::new());
+    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, gpu)) = devices.iter().find(|(of, _)| *of == limits) {
+        return gpu.clone();
+    }
+    let gpu = clipper(limits.clone());
+    devices.push((limits, gpu.clone()));
+    gpu
+}
+
+/// The least limits, and bindings of 64 KiB.
+pub(crate) fn small_limits() -> wgpu::Limits {
+    wgpu::Limits { max_storage_buffer_binding_size: 1 << 16, ..wgpu::Limits::downlevel_defaults() }
 }
 
 /// The smallest executor: sleeps until woken.

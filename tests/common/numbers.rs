@@ -75,17 +75,24 @@ pub(crate) fn exact_norm(norm_type: NormType, numbers: impl Iterator<Item = f64>
     // By powers of two, in two steps, so that neither the scale nor a scaled number leaves the range.
     let exponent = exponent(max);
     let (half, rest) = (exponent / 2, exponent - exponent / 2);
+    let (by_half, by_rest) = (power_of_two(-half), power_of_two(-rest));
     for x in finite {
-        let x = x.abs() * 2f64.powi(-half) * 2f64.powi(-rest);
+        let x = x.abs() * by_half * by_rest;
         sum.add(if norm_type == NormType::L1 { x } else { x * x });
     }
     let norm = if norm_type == NormType::L1 { sum.total() } else { sum.total().sqrt() };
-    norm * 2f64.powi(half) * 2f64.powi(rest)
+    norm * power_of_two(half) * power_of_two(rest)
+}
+
+/// 2 to a power within the normal range. Unlike `powi` it costs nothing, and most of what the tests compute needs it.
+fn power_of_two(exponent: i32) -> f64 {
+    assert!((-1022..=1023).contains(&exponent), "2^{exponent} is no normal number");
+    f64::from_bits(((exponent + 1023) as u64) << 52)
 }
 
 /// floor(log2(|x|)) of a finite number that is not 0.
 pub(crate) fn exponent(x: f64) -> i32 {
-    let (x, lifted) = if x.abs() < f64::MIN_POSITIVE { (x * 2f64.powi(64), -64) } else { (x, 0) };
+    let (x, lifted) = if x.abs() < f64::MIN_POSITIVE { (x * power_of_two(64), -64) } else { (x, 0) };
     ((x.abs().to_bits() >> 52) as i32) - 1023 + lifted
 }
 
@@ -104,7 +111,7 @@ pub(crate) fn ulp(dtype: Dtype, x: f64) -> f64 {
     let (fraction, smallest, _) = format(dtype);
     let at = if x == 0.0 || !x.is_finite() { smallest } else { exponent(x).max(smallest) };
     // In two steps: the smallest float64 is not a normal power of two.
-    2f64.powi(at) * 2f64.powi(-fraction)
+    power_of_two(at) * power_of_two(-fraction)
 }
 
 /// Rounds to nearest even.
@@ -136,11 +143,11 @@ pub(crate) fn rounded_bits(dtype: Dtype, x: f64) -> u64 {
                 0x7e00
             } else if x.is_infinite() {
                 0x7c00
-            } else if magnitude < 2f64.powi(-14) {
-                (magnitude * 2f64.powi(24)) as u64
+            } else if magnitude < power_of_two(-14) {
+                (magnitude * power_of_two(24)) as u64
             } else {
                 let at = exponent(magnitude);
-                ((at + 15) as u64) << 10 | ((magnitude * 2f64.powi(-at) - 1.0) * 1024.0) as u64
+                ((at + 15) as u64) << 10 | ((magnitude * power_of_two(-at) - 1.0) * 1024.0) as u64
             }
         }
     }
@@ -158,8 +165,8 @@ pub(crate) fn from_bits(dtype: Dtype, bits: u64) -> f64 {
             match biased {
                 31 if fraction == 0.0 => sign * f64::INFINITY,
                 31 => f64::NAN,
-                0 => sign * fraction * 2f64.powi(-24),
-                _ => sign * (1.0 + fraction / 1024.0) * 2f64.powi(biased - 15),
+                0 => sign * fraction * power_of_two(-24),
+                _ => sign * (1.0 + fraction / 1024.0) * power_of_two(biased - 15),
             }
         }
     }

@@ -138,12 +138,12 @@ fn every_scope_mode_and_policy() {
 #[test]
 fn long_rows_and_many_columns() {
     let mut random = Random(3);
-    let set = set(&[&[2, 140_001], &[5, 2049], &[70_001, 2], &[100_001]], 4);
+    let set = set(&[&[2, 140_001], &[5, 2049], &[20_001, 2]], 4);
     for (scope, axis) in
         [(Scope::Global, None), (Scope::Unit, None), (Scope::Unit, Some(UnitAxis::Last)), (Scope::Tensor, None)]
     {
         let asked = Asked { scope, axis, ..Asked::new(Mode::Norm, 1.0) }.at_the_middle(&set);
-        check(&asked.clip(), &set, &[999, 131_072, 200_003, 1 << 20], &mut random);
+        check(&asked.clip(), &set, &[999, 131_072, 200_003], &mut random);
     }
 }
 

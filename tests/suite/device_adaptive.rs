@@ -264,37 +264,36 @@ fn a_restored_run_goes_on_as_the_unbroken_one() {
         other => panic!("{other:?}"),
     };
     for run in [Run::zclip(NonFinite::Skip), Run::adagc(NonFinite::Skip)] {
-        for breaks in [[0, 10], [62, 200]] {
-            let (placed, placed_again) = (run.placed(), run.placed());
-            let unbroken = run.plan(&placed);
-            let mut restored = run.plan(&placed_again);
-            for number in 0..260 {
-                if breaks.contains(&number) {
-                    let saved = text(&state(&restored)).expect("plain data");
-                    let loaded = match &run.threshold {
-                        DeviceThreshold::ZClip(_) => serde_json::from_str(&saved).map(DeviceThreshold::ZClip),
-                        _ => serde_json::from_str(&saved).map(DeviceThreshold::AdaGc),
-                    };
-                    let threshold = loaded.expect("just saved");
-                    assert_eq!(threshold, state(&restored));
-                    restored = Run { threshold, ..run.clone() }.plan(&placed_again);
-                    assert_eq!(state(&restored), state(&unbroken), "before the first step");
-                }
-                let set = [run.gradients(number)];
-                for (placed, plan) in [(&placed, &unbroken), (&placed_again, &restored)] {
-                    placed.write(&set);
-                    step(gpu(), plan);
-                }
-                let report = |plan: &GpuPlan| format!("{:?}", plan.report().wait());
-                assert_eq!(report(&restored), report(&unbroken), "step {number}, some norms are NaN, so by text");
+        let breaks = [0, 10, 62, 200];
+        let (placed, placed_again) = (run.placed(), run.placed());
+        let unbroken = run.plan(&placed);
+        let mut restored = run.plan(&placed_again);
+        for number in 0..260 {
+            if breaks.contains(&number) {
+                let saved = text(&state(&restored)).expect("plain data");
+                let loaded = match &run.threshold {
+                    DeviceThreshold::ZClip(_) => serde_json::from_str(&saved).map(DeviceThreshold::ZClip),
+                    _ => serde_json::from_str(&saved).map(DeviceThreshold::AdaGc),
+                };
+                let threshold = loaded.expect("just saved");
+                assert_eq!(threshold, state(&restored));
+                restored = Run { threshold, ..run.clone() }.plan(&placed_again);
+                assert_eq!(state(&restored), state(&unbroken), "before the first step");
             }
-            assert_eq!(state(&restored), state(&unbroken));
-            assert_same_bits(
-                &placed_again.read(&[run.gradients(259)])[0],
-                &placed.read(&[run.gradients(259)])[0],
-                "restored",
-            );
+            let set = [run.gradients(number)];
+            for (placed, plan) in [(&placed, &unbroken), (&placed_again, &restored)] {
+                placed.write(&set);
+                step(gpu(), plan);
+            }
+            let report = |plan: &GpuPlan| format!("{:?}", plan.report().wait());
+            assert_eq!(report(&restored), report(&unbroken), "step {number}, some norms are NaN, so by text");
         }
+        assert_eq!(state(&restored), state(&unbroken));
+        assert_same_bits(
+            &placed_again.read(&[run.gradients(259)])[0],
+            &placed.read(&[run.gradients(259)])[0],
+            "restored",
+        );
     }
 }
 

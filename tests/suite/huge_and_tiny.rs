@@ -37,7 +37,7 @@ fn sets() -> Vec<(&'static str, Vec<Data>)> {
         ("every exponent of float32, upwards", vec![Data::rounded(F32, (-149..128).map(|e| 2f64.powi(e)))]),
         ("every exponent of float32, downwards", vec![Data::rounded(F32, (-149..128).rev().map(|e| -2f64.powi(e)))]),
         ("small exponents of float32, upwards", vec![Data::rounded(F32, (-149..-90).map(|e| 1.5 * 2f64.powi(e)))]),
-        ("float16 at its largest", vec![around(F16, 65504.0, 70_000)]),
+        ("float16 at its largest", vec![around(F16, 65504.0, 9001)]),
         ("float16 subnormals", vec![around(F16, 6e-5, 5000), around(F16, 2f64.powi(-24), 9)]),
         ("bfloat16 3e38", vec![around(BF16, 3e38, 5000)]),
         ("bfloat16 1e-38", vec![around(BF16, 1.2e-38, 5000)]),
@@ -52,11 +52,15 @@ fn sets() -> Vec<(&'static str, Vec<Data>)> {
     ]
 }
 
-fn on_each(mut test: impl FnMut(Path, &str, &[Data])) {
+/// Each set on each path that clips it, with each norm.
+fn on_each(mut test: impl FnMut(Path, &str, &[Data], NormType, f64)) {
     for (name, set) in sets() {
-        for path in Path::ALL {
-            if set.iter().all(|t| path.dtypes().contains(&t.dtype)) {
-                test(*path, name, &set);
+        for norm_type in norm_types() {
+            let norm = exact_norm(norm_type, numbers_of(&set));
+            for path in Path::ALL {
+                if set.iter().all(|t| path.dtypes().contains(&t.dtype)) {
+                    test(*path, name, &set, norm_type, norm);
+                }
             }
         }
     }
@@ -64,36 +68,30 @@ fn on_each(mut test: impl FnMut(Path, &str, &[Data])) {
 
 #[test]
 fn norms_neither_overflow_nor_vanish() {
-    on_each(|path, name, set| {
-        for norm_type in norm_types() {
-            let what = format!("{name}, {norm_type:?}, {path:?}");
-            // With a small p some leave even the range of float64: to infinity then, not NaN.
-            let norm = exact_norm(norm_type, numbers_of(set));
-            let (report, after) = path.clip(&clip(f64::INFINITY, norm_type), set).ok();
-            assert_norm(report.total_norm, norm, path.tolerance_of(norm_type), &what);
-            assert_same_bits(&after, set, &what);
-        }
+    on_each(|path, name, set, norm_type, norm| {
+        let what = format!("{name}, {norm_type:?}, {path:?}");
+        // With a small p some leave even the range of float64: to infinity then, not NaN.
+        let (report, after) = path.clip(&clip(f64::INFINITY, norm_type), set).ok();
+        assert_norm(report.total_norm, norm, path.tolerance_of(norm_type), &what);
+        assert_same_bits(&after, set, &what);
     });
 }
 
 /// Float32 subnormals are scaled exactly on the GPU too, whatever the device flushes.
 #[test]
 fn clipped_gradients_are_scaled_rightly() {
-    on_each(|path, name, set| {
-        for norm_type in norm_types() {
-            for coefficient in [0.37, 0.999, 1e-3, 1e-12] {
-                let what = format!("{name}, {norm_type:?}, {path:?}, by {coefficient}");
-                let norm = exact_norm(norm_type, numbers_of(set));
-                let max_norm = norm * coefficient;
-                if max_norm < 1e-300 || max_norm == f64::INFINITY {
-                    continue;
-                }
-                let (report, after) = path.clip(&clip(max_norm, norm_type), set).ok();
-                assert!(report.clipped, "{what}");
-                let tolerance = path.tolerance_of(norm_type);
-                assert_norm(report.clip_coef, coefficient, tolerance, &what);
-                assert_scaled(set, &after, max_norm / norm, tolerance, &what);
+    on_each(|path, name, set, norm_type, norm| {
+        for coefficient in [0.37, 0.999, 1e-3, 1e-12] {
+            let what = format!("{name}, {norm_type:?}, {path:?}, by {coefficient}");
+            let max_norm = norm * coefficient;
+            if max_norm < 1e-300 || max_norm == f64::INFINITY {
+                continue;
             }
+            let (report, after) = path.clip(&clip(max_norm, norm_type), set).ok();
+            assert!(report.clipped, "{what}");
+            let tolerance = path.tolerance_of(norm_type);
+            assert_norm(report.clip_coef, coefficient, tolerance, &what);
+            assert_scaled(set, &after, max_norm / norm, tolerance, &what);
         }
     });
 }

@@ -1,5 +1,5 @@
 //! The tests that can share a process, and so a device whose kernels are compiled once; one file for each thing to guard
-//! against. Those that count what the process does, spoil it or fill it are files beside this folder.
+//! against. Those that count what the process does or fill it are files beside this folder.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -11,9 +11,11 @@ mod cut_into_pieces;
 mod device_adaptive;
 mod device_outside;
 mod device_scopes;
+mod faults;
 mod huge_and_tiny;
 mod kernel_variants;
 mod large_offsets;
+mod larger_than_device;
 mod licences;
 mod long_sums;
 mod many_tiny;
@@ -25,8 +27,11 @@ mod outside_norms;
 mod own_device;
 mod peers;
 mod plan_update;
+mod pools;
 mod processes;
 mod profile;
+mod properties;
+mod reliability;
 mod repeats;
 mod scopes;
 mod semantics;

@@ -1,7 +1,7 @@
 //! Guards against a library that works on its own device only: the caller's device, queue, encoder and threads.
 #![cfg(feature = "gpu")]
 
-use crate::common::gpu::{OwnKernel, block_on, device, download, encoder, gpu_tensor, step, upload};
+use crate::common::gpu::{OwnKernel, block_on, device, download, encoder, gpu_tensor, shared, step, upload};
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled};
 use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
@@ -10,8 +10,7 @@ use std::sync::Arc;
 
 /// On a device that a caller made with wgpu's default limits and no features.
 fn own() -> GpuClipper {
-    let (device, queue) = device(wgpu::Limits::default());
-    GpuClipper::new(&device, &queue).expect("default limits suffice")
+    shared(wgpu::Limits::default())
 }
 
 fn normals(n: usize, seed: u64) -> Data {

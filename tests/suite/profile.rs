@@ -1,7 +1,7 @@
 //! Guards against a profile that tells of another step than the one that ran, or of bytes that nobody moved.
 #![cfg(feature = "gpu")]
 
-use crate::common::gpu::{block_on, clipper, device, download, gpu, gpu_tensor, step, upload};
+use crate::common::gpu::{block_on, clipper, device, download, gpu, gpu_tensor, shared, step, upload};
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled};
 use gradclip::gpu::{Clock, GpuClipper, GpuTensor, Pass, PlanOptions, Profile};
@@ -34,7 +34,7 @@ fn assert_ordered(profile: &Profile, names: &[&str], clock: Clock) {
 
 fn clocks() -> [(GpuClipper, Clock); 2] {
     let own = if has_timestamps() { Clock::Device } else { Clock::Host };
-    [(gpu().clone(), own), (clipper(wgpu::Limits::default()), Clock::Host)]
+    [(gpu().clone(), own), (shared(wgpu::Limits::default()), Clock::Host)]
 }
 
 #[test]

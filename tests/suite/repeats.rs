@@ -1,8 +1,9 @@
 //! Guards against answers that depend on timing, threads or what ran before: the same input gives the same bits.
 
 use crate::common::numbers::Random;
+use crate::common::reference::{Asked, Mode, SCOPES, uneven};
 use crate::common::{Data, Path, assert_same_bits};
-use gradclip::{Clip, NonFinite, NormType};
+use gradclip::{Clip, ClipReport, Dtype, NonFinite, NormType};
 
 /// Long and short tensors of all dtypes of the path.
 fn set(path: Path) -> Vec<Data> {
@@ -37,17 +38,30 @@ fn twenty_repeats_give_the_same_bits() {
     }
 }
 
+/// Scopes cut tensors in other pieces than the global norm: they too must not depend on the number of threads.
 #[test]
 fn every_number_of_threads_gives_the_same_bits() {
     let set = set(Path::Cpu);
-    for clip in clips() {
-        let mut first = None;
-        for threads in 1..=8 {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-            let (report, after) = pool.install(|| Path::Cpu.clip(&clip, &set)).ok();
-            let (norm, want) = first.get_or_insert_with(|| (report.total_norm, after.clone()));
-            assert_eq!(report.total_norm.to_bits(), norm.to_bits(), "{threads} threads");
-            assert_same_bits(&after, want, &format!("{threads} threads"));
+    let mut random = Random(70);
+    let shapes: [(Dtype, &[usize]); 4] =
+        [(Dtype::F32, &[640, 2049]), (Dtype::F16, &[640, 3]), (Dtype::F64, &[640]), (Dtype::BF16, &[640, 129])];
+    let shaped = shapes.map(|(dtype, shape)| uneven(dtype, shape, &mut random));
+    let scoped = |(scope, axis, budget)| Asked { scope, axis, budget, ..Asked::new(Mode::Norm, 1.0) }.clip();
+    let of_scopes = SCOPES.into_iter().map(|of| (scoped(of), &shaped[..]));
+    let cases: Vec<_> = clips().into_iter().map(|clip| (clip, &set[..])).chain(of_scopes).collect();
+    let mut first: Vec<(ClipReport, Vec<Data>)> = Vec::new();
+    for threads in [1, 2, 3, 5, 8] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        for (i, (clip, set)) in cases.iter().enumerate() {
+            let done = pool.install(|| Path::Cpu.clip(clip, set)).ok();
+            assert!(done.0.clipped, "{clip:?}: a clip that never clips tests nothing");
+            let Some((report, after)) = first.get(i) else {
+                first.push(done);
+                continue;
+            };
+            // By text: a value clip has no norm, which is NaN.
+            assert_eq!(format!("{:?}", done.0), format!("{report:?}"), "{threads} threads, {clip:?}");
+            assert_same_bits(&done.1, after, &format!("{threads} threads, {clip:?}"));
         }
     }
 }

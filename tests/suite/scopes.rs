@@ -97,7 +97,7 @@ fn every_scope_mode_and_norm_type_agrees_with_the_plain_loops() {
 /// Rows longer than a chunk, more columns than a pass takes, more rows than a task: segments in pieces.
 #[test]
 fn long_rows_and_many_columns() {
-    let shapes: [&[usize]; 6] = [&[2, 140_001], &[2, 2049], &[5, 1025], &[520, 1027], &[70_001, 2], &[100_001]];
+    let shapes: [&[usize]; 6] = [&[2, 140_001], &[2, 2049], &[5, 1025], &[140, 1027], &[70_001, 2], &[100_001]];
     for path in Path::ALL {
         let set = set(*path, &shapes, 62);
         for (scope, axis, mode, norm_type) in [
@@ -302,23 +302,6 @@ fn sums_follow_the_policy() {
                     asked.check_sums(*path, &set, "bad");
                 }
             }
-        }
-    }
-}
-
-/// Scopes cut tensors in other pieces than the global norm: they too must not depend on the number of threads.
-#[test]
-fn every_number_of_threads_gives_the_same_bits() {
-    let set = set(Path::Cpu, &[&[640, 2049], &[640, 3], &[640]], 70);
-    for (scope, axis, budget) in SCOPES {
-        let clip = Asked { scope, axis, budget, ..Asked::new(Mode::Norm, 1.0) }.clip();
-        let mut first = None;
-        for threads in [1, 2, 3, 8] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-            let done = pool.install(|| Path::Cpu.clip(&clip, &set)).ok();
-            let (report, after) = first.get_or_insert_with(|| done.clone());
-            assert_eq!(done.0, *report, "{threads} threads, {clip:?}");
-            assert_same_bits(&done.1, after, &format!("{threads} threads, {clip:?}"));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `unsafe` that nobody knows of: ARCHITECTURE.md lists every file that has any, and nothing else; and the lints that ask for
+//! `unsafe` that nobody knows of: docs/TESTING.md lists every file that has any, and nothing else; and the lints that ask for
 //! a proof beside each block hold in every crate.
 
 use std::collections::BTreeSet;
@@ -41,7 +41,7 @@ fn has_unsafe(path: &Path) -> bool {
 
 /// The files and folders in the first column of the table below the heading.
 fn inventory() -> Vec<PathBuf> {
-    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("readable");
+    let text = fs::read_to_string(root().join("docs/TESTING.md")).expect("readable");
     let (_, section) = text.split_once(concat!("\n## `un", "safe`\n")).expect("the heading");
     let section = section.split("\n## ").next().unwrap_or_default();
     let rows = section.lines().filter(|line| line.starts_with("| `"));
@@ -65,7 +65,7 @@ fn every_file_with_unsafe_code_is_in_the_inventory_and_no_other() {
     let with: BTreeSet<_> = files(".rs").into_iter().filter(|path| has_unsafe(path)).collect();
     assert!(with.contains(Path::new("src/cpu/pool.rs")), "the search finds nothing: {with:?}");
     for path in &with {
-        assert!(listed.iter().any(|known| path.starts_with(known)), "{} is not in ARCHITECTURE.md", path.display());
+        assert!(listed.iter().any(|known| path.starts_with(known)), "{} is not in docs/TESTING.md", path.display());
     }
     for known in &listed {
         assert!(with.iter().any(|path| path.starts_with(known)), "{} has none, or is gone", known.display());

@@ -40,7 +40,6 @@ fn what_is_below_the_threshold_stays_the_very_tensor() {
     ];
     for (name, way) in WAYS {
         for clip in &far {
-            let clip = clip;
             let mut grads = store(vars.iter().zip(&gradients));
             let (before, bits) = (identities(&grads, &vars), all_bits(&grads, &vars));
             assert!(!way(&mut grads, &vars, clip).expect("finite"), "{name} {clip:?}");

@@ -51,8 +51,6 @@ pub(super) trait Isa: Copy {
     fn narrow_bf16(self, x: Self::F) -> [u16; LANES];
     /// Exactly.
     fn widen(self, x: Self::F) -> Self::D;
-    /// To nearest, ties to even.
-    fn narrow(self, x: Self::D) -> Self::F;
 
     fn add_f(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul_f(self, a: Self::F, b: Self::F) -> Self::F;

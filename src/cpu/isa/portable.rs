@@ -62,10 +62,6 @@ impl Isa for Portable {
     fn widen(self, x: Self::F) -> Self::D {
         lanes(|i| f64::from(x[i]))
     }
-    #[inline(always)]
-    fn narrow(self, x: Self::D) -> Self::F {
-        lanes(|i| x[i] as f32)
-    }
 
     #[inline(always)]
     fn add_f(self, a: Self::F, b: Self::F) -> Self::F {

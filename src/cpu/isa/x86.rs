@@ -171,16 +171,6 @@ impl Isa for Avx2 {
             ]
         }
     }
-    #[inline(always)]
-    fn narrow(self, [a, b, c, d]: Self::D) -> Self::F {
-        // SAFETY: The CPU must have AVX: `self` exists only where it has.
-        unsafe {
-            [
-                _mm256_set_m128(_mm256_cvtpd_ps(b), _mm256_cvtpd_ps(a)),
-                _mm256_set_m128(_mm256_cvtpd_ps(d), _mm256_cvtpd_ps(c)),
-            ]
-        }
-    }
 
     #[inline(always)]
     fn add_f(self, a: Self::F, b: Self::F) -> Self::F {
@@ -272,11 +262,6 @@ impl Isa for Avx512 {
     fn widen(self, x: Self::F) -> Self::D {
         // SAFETY: The CPU must have AVX-512 F and DQ: `self` exists only where it has.
         unsafe { [_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(x))] }
-    }
-    #[inline(always)]
-    fn narrow(self, [low, high]: Self::D) -> Self::F {
-        // SAFETY: The CPU must have AVX-512 F and DQ: `self` exists only where it has.
-        unsafe { _mm512_insertf32x8::<1>(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high)) }
     }
 
     #[inline(always)]

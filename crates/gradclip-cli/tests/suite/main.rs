@@ -1,0 +1,32 @@
+//! The tests of the program, in one process, because each process links all of the library; one file for each thing to guard
+//! against. They can share it: what is limited, stopped, killed or given another environment is a child of its own, and the
+//! ranks of `processes`, which are threads here, change nothing that a child inherits.
+
+mod common;
+
+mod bad_files;
+mod bad_tensors;
+mod bench;
+#[cfg(target_os = "linux")]
+mod changing_inputs;
+#[cfg(target_os = "linux")]
+mod closed_stdout;
+mod exit_codes;
+#[cfg(target_os = "linux")]
+mod full_disk;
+#[cfg(feature = "gpu")]
+mod gpu;
+mod json;
+#[cfg(unix)]
+mod killed;
+#[cfg(target_os = "linux")]
+mod larger_than_memory;
+mod largest;
+mod output_whole_or_not_at_all;
+mod passes_through;
+mod peers;
+mod pieces;
+mod processes;
+mod readme;
+mod sharded;
+mod sums;

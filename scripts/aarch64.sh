@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs the tests of the CPU path on AArch64, with NEON, under qemu's emulation of a user's program. Some ten minutes.
+#
+# Installs qemu, the cross compiler's linker and C library (Debian: qemu-user, gcc-aarch64-linux-gnu, libc6-dev-arm64-cross) and, by
+# rustup, the target, where they are missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/devices.sh
+
+target=aarch64-unknown-linux-gnu
+install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+rustup target list --installed | grep -qx "$target" || rustup target add "$target" || {
+    echo "error: rustup could not add $target; add it where there is a network: rustup target add $target" >&2
+    exit 1
+}
+
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+log=$devices/aarch64.log
+cargo test --no-fail-fast --target "$target" --profile quick -p gradclip --no-default-features --lib --test suite 2>&1 | tee "$log"
+
+# A test binary that ran nothing must not pass for one that passed.
+awk '/^test result: ok/ { tests += $4; seconds += $NF; programs++ }
+    END {
+        if (programs != 2 || !tests) { print "error: not both programs ran tests" > "/dev/stderr"; exit 1 }
+        printf "aarch64: %d tests passed under qemu in %.0f s\n", tests, seconds
+    }' "$log"

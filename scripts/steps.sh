@@ -1,0 +1,39 @@
+# Times what a script does, step by step; other scripts source it.
+# shellcheck shell=bash
+#
+#   step NAME     ends the step before, and begins one: prints a heading now, and the seconds when it ends
+#   steps_end     ends the last step
+#
+# A script that is called by another adds its steps to the caller's list. The outermost prints all of them and their sum when it
+# exits, however it exits.
+if [ -z "${STEPS:-}" ]; then
+    STEPS=$(mktemp)
+    export STEPS
+    trap steps_table EXIT
+fi
+step_name=
+
+step() {
+    steps_end
+    step_name=$*
+    step_begin=$SECONDS
+    echo "== $step_name"
+}
+
+steps_end() {
+    [ -n "$step_name" ] || return 0
+    local seconds=$((SECONDS - step_begin))
+    echo "== $step_name: $seconds s"
+    printf '%6d s  %s\n' "$seconds" "$step_name" >>"$STEPS"
+    step_name=
+}
+
+steps_table() {
+    local status=$?
+    [ -z "$step_name" ] || [ "$status" -eq 0 ] || step_name+=" (ended with an error)"
+    steps_end
+    echo "== seconds"
+    cat "$STEPS"
+    awk '{ sum += $1 } END { printf "%6d s  in all (%d min %d s)\n", sum, sum / 60, sum % 60 }' "$STEPS"
+    rm -f "$STEPS"
+}
