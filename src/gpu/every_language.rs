@@ -52,7 +52,7 @@ fn accesses(kernel: Kernel) -> &'static [Access] {
             &[Access::None]
         }
         Kernel::Sum { .. } => &[Access::Words],
-        _ => &[Access::Words, Access::Quads, Access::Windows(8), Access::Array(64)],
+        _ => &[Access::Words, Access::Quads, Access::Array(64)],
     }
 }
 

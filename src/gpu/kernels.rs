@@ -75,8 +75,6 @@ pub(super) enum Access {
     Words,
     /// One window, as words and as quads. Both views are writable, which native platforms allow and browsers do not.
     Quads,
-    /// So many windows, as words, a binding each.
-    Windows(u32),
     /// So many windows in an array of bindings, as words and as quads.
     Array(u32),
 }
@@ -89,19 +87,6 @@ impl Access {
             Self::None => String::new(),
             Self::Words => [WORDS, WORD_QUADS].concat(),
             Self::Quads => [WORDS, QUADS].concat(),
-            Self::Windows(count) => {
-                let each = |f: fn(u32) -> String| (0..count).map(f).collect::<String>();
-                let variables = each(|k| {
-                    format!("@group(1) @binding({}) var<storage, read_write> words_{k}: array<u32>;\n", k + 1)
-                });
-                let read = each(|k| format!("case {k}u: {{ return words_{k}[i]; }}\n"));
-                let write = each(|k| format!("case {k}u: {{ words_{k}[i] = word; }}\n"));
-                format!(
-                    "{variables}fn word_at(window: u32, i: u32) -> u32 {{\nswitch window {{\n{read}default: {{ return 0u; }}\n}}\n}}\n\
-                     fn set_word(window: u32, i: u32, word: u32) {{\nswitch window {{\n{write}default: {{ }}\n}}\n}}\n\
-                     {WORD_QUADS}"
-                )
-            }
             Self::Array(count) => WINDOW_ARRAY.replace("WINDOWS>", &format!("{count}>")),
         }
     }
@@ -112,7 +97,6 @@ impl Access {
             Self::None => (0, None),
             Self::Words => (1, None),
             Self::Quads => (2, None),
-            Self::Windows(count) => (count, None),
             Self::Array(count) => (2, NonZeroU32::new(count)),
         }
     }
