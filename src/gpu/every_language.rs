@@ -3,6 +3,7 @@
 //! a stopwatch.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use naga::back::{glsl, hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
@@ -183,6 +184,11 @@ fn every_kernel_translates_to_every_language() {
     let mut words = BTreeMap::new();
     let mut translated = [0; 4];
     for variant in variants() {
+        // For `scripts/tint.sh`.
+        if let Some(folder) = std::env::var_os("GRADCLIP_WGSL") {
+            let file = Path::new(&folder).join(format!("{}.wgsl", variant.name));
+            std::fs::write(file, &variant.source).expect("the folder can be written to");
+        }
         let (module, info) = validated(&variant);
         let Variant { name, arrays, subgroups, .. } = variant;
         assert!(metal(&name, &module, &info).contains("kernel void"), "{name}");
