@@ -408,7 +408,7 @@ impl PlanLayout {
             &gpu.tuning,
             words_at_a_time(pieces(), in_turn),
             (device_limits.max_storage_buffer_binding_size, alignment),
-            (if in_turn { 1 } else { gpu.windows_at_once() }, gpu.shared_window_bytes()),
+            if in_turn { 1 } else { gpu.windows as usize },
         );
         // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
         let limit = limits.binding_bytes / PARTIAL_BYTES;
@@ -747,7 +747,7 @@ fn bound((buffer, offset, size): &Part) -> wgpu::BufferBinding<'_> {
 
 /// Adds what each binding of windows holds.
 fn bind_windows(gpu: &GpuClipper, access: Access, mut words: Vec<Part>, parts: &mut Vec<Vec<Part>>) {
-    if let Access::Array(count) | Access::Windows(count) = access {
+    if let Access::Array(count) = access {
         // No chunk is in those that fill it up.
         words.resize(count as usize, words[0].clone());
     }
@@ -756,7 +756,7 @@ fn bind_windows(gpu: &GpuClipper, access: Access, mut words: Vec<Part>, parts: &
     let quads = words.iter().map(blank).collect();
     match access {
         Access::None => {}
-        Access::Words | Access::Windows(_) => parts.extend(words.into_iter().map(|part| vec![part])),
+        Access::Words => parts.push(words),
         Access::Quads | Access::Array(_) => parts.extend([words, quads]),
     }
 }
