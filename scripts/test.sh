@@ -95,6 +95,8 @@ failed=
 # Under validation layers, which write to standard output, they must be at work, and must have found nothing.
 on() {
     local name=$1 skipped=() log=$devices/tests.log validated= passed
+    # By night what tests have counted is wanted.
+    [ -z "$whole" ] || skipped=(--nocapture)
     local -n command=$2
     shift 2
     while [ "$1" != -- ]; do skipped+=("--skip=$1"); shift; done

@@ -1,6 +1,10 @@
 // accumulate: takes the partial of some tensors into a running one or, with MOVES, moves the running one to where the
 // report finds it, and begins anew. Host side: src/gpu/running.rs; twin: src/running.rs.
 
+#import constants
+#import partial
+#import outcome
+
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 @group(1) @binding(0) var<storage, read_write> into: array<Partial>;
 

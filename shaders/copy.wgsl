@@ -1,5 +1,7 @@
-// copy: copies a buffer, and does nothing else: how fast the device reads and writes. Host side: src/gpu/profile.rs,
-// which puts WORKGROUP and RUNS before this.
+// copy: copies a buffer, and does nothing else: how fast the device reads and writes. Host side: src/gpu/profile.rs.
+
+#import constants
+#import share
 
 @group(0) @binding(0) var<storage, read> words: array<vec4<u32>>;
 @group(0) @binding(1) var<storage, read_write> copied: array<vec4<u32>>;
@@ -13,17 +15,17 @@ fn main(
     let share = share_of(arrayLength(&words), group.x, groups.x, lane);
     var i = share.first;
     // Four loads in flight.
-    for (; i + 3u * STEP < share.end; i += 4u * STEP) {
+    for (; i + 3u * APART < share.end; i += 4u * APART) {
         let a = words[i];
-        let b = words[i + STEP];
-        let c = words[i + 2u * STEP];
-        let d = words[i + 3u * STEP];
+        let b = words[i + APART];
+        let c = words[i + 2u * APART];
+        let d = words[i + 3u * APART];
         copied[i] = a;
-        copied[i + STEP] = b;
-        copied[i + 2u * STEP] = c;
-        copied[i + 3u * STEP] = d;
+        copied[i + APART] = b;
+        copied[i + 2u * APART] = c;
+        copied[i + 3u * APART] = d;
     }
-    for (; i < share.end; i += STEP) {
+    for (; i < share.end; i += APART) {
         copied[i] = words[i];
     }
 }

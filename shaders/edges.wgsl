@@ -1,6 +1,12 @@
 // edges: words that hold an element of half precision and something else, one invocation a word, which writes both
 // halves at once, so that no two invocations ever write the same word.
 
+#import constants
+#import group
+#import partial
+#import windows
+#import apply
+
 struct Edge {
     word: u32,
     // The segment of the lower and of the upper element; NOWHERE if it is not ours.
@@ -21,8 +27,8 @@ fn half_of(half: u32, segment: u32, dtype: u32) -> u32 {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let row = me.lane + (me.group.x + me.group.y * me.groups.x) * WORKGROUP;
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let row = lane + index_of(group) * WORKGROUP;
     if row >= arrayLength(&edges) {
         return;
     }

@@ -4,6 +4,13 @@
 // min(1, max_norm / (N / s + eps)), and what an element is multiplied by is that divided by s:
 // max_norm / (N + eps s) if max_norm s < N + eps s, else 1 / s. So one division serves both.
 
+#import constants
+#import number
+#import group
+#import partial
+#import outcome
+#import measured
+
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 @group(0) @binding(2) var<storage, read_write> results: Results;
 
@@ -13,7 +20,8 @@
 // For the caller: see `GpuPlan::coefficients`.
 struct Coefficients {
     skip: u32,
-    factors: array<f32>,
+    // As float32 bits.
+    factors: array<u32>,
 }
 @group(1) @binding(1) var<storage, read_write> coefficients: Coefficients;
 
@@ -29,22 +37,22 @@ fn factor_of(exact: Number) -> Factor {
 
 // What elements are to be multiplied by, as well as a float32 can say it. A clip that only measures writes nothing itself,
 // but whoever folds this in has gradients to unscale.
-fn coefficient_of(action: u32, factor: Factor, refused: bool) -> f32 {
+fn coefficient_of(action: u32, factor: Factor, refused: bool) -> u32 {
     if refused {
-        return 1.0;
+        return ONE;
     }
     if action == ZERO || action == ZERO_OR_NAN {
-        return 0.0;
+        return 0u;
     }
     if action == ALL_NAN {
-        return bitcast<f32>(QUIET_NAN);
+        return QUIET_NAN;
     }
-    return bitcast<f32>(select(float_of(factor.exact), factor.value, factor.is_float != 0u));
+    return select(float_of(factor.exact), factor.value, factor.is_float != 0u);
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let index = me.lane + (me.group.x + me.group.y * me.groups.x) * WORKGROUP;
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let index = lane + index_of(group) * WORKGROUP;
     let total = partials[params.total_partial];
     let refuses = params.policy == POLICY_ERROR || params.policy == POLICY_SKIP;
     let refused = is_bad(total) && refuses;

@@ -1,6 +1,11 @@
 // merge: consecutive partials into one, as many times as a row has runs: a single run by the whole workgroup, more than
 // one by an invocation each. Host side: src/gpu/merge.rs.
 
+#import constants
+#import group
+#import partial
+#import merging
+
 struct MergeRow {
     start: u32,
     count: u32,
@@ -12,8 +17,8 @@ struct MergeRow {
 @group(1) @binding(0) var<storage, read> rows: array<MergeRow>;
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let index = me.group.x + me.group.y * me.groups.x;
+fn main(group: Group, me: Invocation) {
+    let index = index_of(group);
     if index >= arrayLength(&rows) {
         return;
     }

@@ -1,13 +1,23 @@
 // norm: the partial of each task whose chunks are runs of one segment, one workgroup a task. Host side: src/gpu/table.rs;
 // twin: src/cpu/norm.rs. An invocation takes blocks of 4 quads.
 
+#import constants
+#import number
+#import group
+#import partial
+#import merging
+#import half
+#import windows
+#import chunk
+#import measure
+
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
 // Blocks that are summed in float32.
 const BLOCKS_IN_FLOAT: u32 = TREES_IN_FLOAT / PER_WORD;
 
 // How many quads are in flight where there is no whole block: on software devices nothing ever is.
-const REST: u32 = select(4u, 1u, APART == 1u);
+const REST: u32 = select(4u, 1u, CONTIGUOUS);
 
 // The word of the run, with 0 for elements that are not the run's.
 fn own_word(run: Run, chunk: Chunk, i: u32) -> u32 {
@@ -95,8 +105,8 @@ fn take_chunk(chunk: Chunk, lane: u32) {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let task = me.group.x + me.group.y * me.groups.x;
+fn main(group: Group, me: Invocation) {
+    let task = index_of(group);
     if task >= table.tasks {
         return;
     }

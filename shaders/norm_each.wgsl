@@ -1,6 +1,15 @@
 // norm_each: the partial of each of a chunk's segments, one invocation a segment: of columns, which lie side by side, and
 // of short rows. Host side: src/gpu/table.rs; twin: src/cpu/columns.rs.
 
+#import constants
+#import number
+#import group
+#import partial
+#import half
+#import windows
+#import chunk
+#import measure
+
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
 // The magnitude of element `k` of the segment whose first element is `first`; 0 behind its last.
@@ -24,16 +33,16 @@ fn four_of(chunk: Chunk, first: u32, k: u32) -> vec4<u32> {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let row = me.group.x + me.group.y * me.groups.x;
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let row = index_of(group);
     if row >= table.tasks {
         return;
     }
     let chunk = table.chunks[row];
-    if me.lane >= chunk.count {
+    if lane >= chunk.count {
         return;
     }
-    let first = chunk.first + me.lane * chunk.segment_stride;
+    let first = chunk.first + lane * chunk.segment_stride;
     begin();
     for (var span = 0u; span < chunk.elements; span += 16u * TREES_IN_FLOAT) {
         for (var k = span; k < min(span + 16u * TREES_IN_FLOAT, chunk.elements); k += 16u) {
@@ -46,12 +55,12 @@ fn main(me: Invocation) {
             for (var again = take(magnitudes); again; again = false) {
                 let one_by_one = take_again(magnitudes);
                 for (var i = k; i < min(k + 16u, chunk.elements) && one_by_one; i += 1u) {
-                    let place = chunk.origin_element + me.lane * chunk.segment_stride + i * chunk.element_stride;
+                    let place = chunk.origin_element + lane * chunk.segment_stride + i * chunk.element_stride;
                     take_one(magnitude_of(chunk, first, i), chunk.origin, place);
                 }
             }
         }
         settle();
     }
-    partials[chunk.slot + me.lane * chunk.slot_stride] = partial;
+    partials[chunk.slot + lane * chunk.slot_stride] = partial;
 }

@@ -1,5 +1,8 @@
 // read: adds up the words of a buffer, each once, and does nothing else: how fast the device reads. Host side:
-// src/gpu/profile.rs, which puts WORKGROUP and RUNS before this.
+// src/gpu/profile.rs.
+
+#import constants
+#import share
 
 @group(0) @binding(0) var<storage, read> words: array<vec4<u32>>;
 // One for each invocation.
@@ -15,14 +18,14 @@ fn main(
     var sum = vec4<u32>(0u);
     var i = share.first;
     // Four loads in flight.
-    for (; i + 3u * STEP < share.end; i += 4u * STEP) {
+    for (; i + 3u * APART < share.end; i += 4u * APART) {
         let a = words[i];
-        let b = words[i + STEP];
-        let c = words[i + 2u * STEP];
-        let d = words[i + 3u * STEP];
+        let b = words[i + APART];
+        let c = words[i + 2u * APART];
+        let d = words[i + 3u * APART];
         sum += (a + b) + (c + d);
     }
-    for (; i < share.end; i += STEP) {
+    for (; i < share.end; i += APART) {
         sum += words[i];
     }
     sums[group.x * WORKGROUP + lane] = sum;

@@ -1,14 +1,16 @@
 // scale: multiplies the elements of each task by the factor of its one segment, one workgroup a task. Twin:
 // src/cpu/scale.rs. Tasks are walked from the last to the first: what the norm has read last may still be in a cache.
 
-// What `clamp` tells of. Scaling has nothing to tell.
-fn look_at_word(word: u32, run: Run, chunk: Chunk, i: u32) {}
-
-fn found(outside: bool) {}
+#import constants
+#import group
+#import outcome
+#import chunk
+#import apply
+#import apply_chunk
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let task = me.group.x + me.group.y * me.groups.x;
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let task = index_of(group);
     if task >= table.tasks {
         return;
     }
@@ -18,5 +20,5 @@ fn main(me: Invocation) {
     if outcome.action == LEAVE {
         return;
     }
-    apply_task(row, me.lane, outcome);
+    apply_task(row, lane, outcome);
 }

@@ -1,6 +1,16 @@
 // scale_each: multiplies each element of each chunk by the factor of its own segment, one workgroup a chunk: of rows or,
 // with COLUMNS, of columns. Twin: src/cpu/scale.rs.
 
+#import constants
+#import number
+#import group
+#import outcome
+#import half
+#import windows
+#import chunk
+#import apply
+#import quick
+
 // Where the elements of a word are in the matrix: an invocation takes words at even distances, so that one division is
 // enough to begin with.
 struct Place {
@@ -39,13 +49,12 @@ fn quickly_applied_half_each(half: u32, segment: u32) -> u32 {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let row = me.group.x + me.group.y * me.groups.x;
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let row = index_of(group);
     if row >= table.tasks || results.refused != 0u {
         return;
     }
     let chunk = table.chunks[row];
-    let lane = me.lane;
     let run = run_of(chunk);
     let step = WORKGROUP * PER_WORD;
     // The first word may begin with an element that is not the chunk's; it writes nothing, and is looked up in place of

@@ -2,6 +2,13 @@
 // src/gpu/table.rs. Products are summed in float32, 16 of them, then 16 of those sums, then these: the sum is off by at
 // most 32 + rows / 256 units of 2^-24 of the sum of their sizes.
 
+#import constants
+#import group
+#import half
+#import windows
+#import chunk
+#import apply
+
 @group(1) @binding(2) var<storage, read_write> sums: array<u32>;
 
 fn element_of(at: u32) -> u32 {
@@ -10,13 +17,12 @@ fn element_of(at: u32) -> u32 {
 }
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let row = me.group.x + me.group.y * me.groups.x;
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let row = index_of(group);
     if row >= table.tasks || results.refused != 0u {
         return;
     }
     let chunk = table.chunks[row];
-    let lane = me.lane;
     if lane >= chunk.count {
         return;
     }

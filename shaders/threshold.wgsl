@@ -2,6 +2,13 @@
 // segment. THRESHOLD says what it follows from: the norms of parameters (AGC), or the norms of earlier steps. Twins:
 // `Clip::max_norm` in src/clip.rs, `ZClip` and `AdaGc` in src/threshold.rs. Host side: src/gpu/threshold.rs.
 
+#import constants
+#import number
+#import group
+#import partial
+#import outcome
+#import measured
+
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
 @group(1) @binding(0) var<storage, read_write> thresholds: array<vec2<u32>>;
@@ -18,10 +25,6 @@ struct State {
     padding_2: u32,
 }
 @group(1) @binding(1) var<storage, read_write> states: array<State>;
-
-const AGC: u32 = 0u;
-const ZCLIP: u32 = 1u;
-const ADAGC: u32 = 2u;
 
 // Above every norm: the exponent leaves room for products.
 const UNBOUNDED = Number(0xffffffffu, 0x20000000);
@@ -131,8 +134,8 @@ fn by_adagc(norm: Number, total_norm: Number, enters: bool, before: State) -> St
 var<private> chosen: Number;
 
 @compute @workgroup_size(WORKGROUP)
-fn main(me: Invocation) {
-    let index = me.lane + (me.group.x + me.group.y * me.groups.x) * WORKGROUP;
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let index = lane + index_of(group) * WORKGROUP;
     if index >= params.segments {
         return;
     }

@@ -207,7 +207,7 @@ impl Clipper {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Length`] if the number of norms is not that of segments; [`Error::Setting`] if one is negative, or
+    /// [`Error::Usage`] if the number of norms is not that of segments; [`Error::Setting`] if one is negative, or
     /// not finite under these policies; [`Error::Usage`] for a clip by value and for AGC. The gradients are as they were.
     pub fn scale(&self, clip: &Clip, norms: &[f64], tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         // One read and one write on the host: no bus is worth crossing for that.
@@ -260,7 +260,7 @@ impl Clipper {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Usage`] under another scope; [`Error::Length`] or [`Error::Tensor`] if the sums are not as many or not as
+    /// [`Error::Usage`] under another scope, or if the sums are not as many; [`Error::Tensor`] if one is not as
     /// long; those of [`Clipper::apply`]. The sums are then as they were, as they are under
     /// [`NonFinite::Skip`](crate::NonFinite::Skip) if anything is not finite.
     pub fn sum_examples(

@@ -40,11 +40,8 @@ pub enum Error {
     #[error("{0}")]
     Usage(Cow<'static, str>),
     /// A threshold's state is that of other tensors, or of another version.
-    #[error("the threshold's state does not fit: {reason}")]
-    ThresholdState {
-        /// What differs.
-        reason: String,
-    },
+    #[error("the threshold's state does not fit: {0}")]
+    ThresholdState(String),
     /// The gradients hold NaN or infinity and the clip's policy is [`NonFinite::Error`](crate::NonFinite::Error).
     /// Nothing was written. Mend the step that made them, or choose another policy.
     #[error("{0}; nothing was written (another non-finite policy would go on: propagate, skip, zero or drop)")]
@@ -58,21 +55,11 @@ pub enum Error {
         dtype: Dtype,
     },
     /// No adapter fits. Install a driver, or use the CPU path.
-    #[error("no GPU adapter found{wanted}; install a Vulkan driver (Debian: mesa-vulkan-drivers) or use the CPU")]
-    NoAdapter {
-        /// Which adapter was asked for, as a phrase; empty for any.
-        wanted: String,
-    },
+    #[error("no GPU adapter found{0}; install a Vulkan driver (Debian: mesa-vulkan-drivers) or use the CPU")]
+    NoAdapter(String),
     /// The device lacks a limit that the kernels need. Request the device with at least this limit.
-    #[error("the device's limit {limit} is {have}; gradclip needs at least {need}")]
-    Limit {
-        /// The field of `wgpu::Limits`.
-        limit: &'static str,
-        /// What the device has.
-        have: u64,
-        /// What is needed.
-        need: u64,
-    },
+    #[error("the device's limit {0}")]
+    Limit(String),
     /// The device ran out of memory. The gradients are as they were; free memory or clip in smaller sets.
     #[error("the GPU is out of memory ({0}); the gradients are untouched: free memory, or use the CPU")]
     OutOfMemory(String),
@@ -103,18 +90,15 @@ pub enum Error {
     #[error("the process group: {0}")]
     ProcessGroup(String),
     /// The plan would need more rows than a table can address.
-    #[error("{what} is {value}, more than the {limit} that the GPU path can address")]
-    TooLarge {
-        /// What is too large.
-        what: &'static str,
-        /// How large it is.
-        value: u64,
-        /// The most that works.
-        limit: u64,
-    },
+    #[error("{0}")]
+    TooLarge(String),
 }
 
 impl Error {
+    pub(crate) fn too_large(what: &str, value: u64, limit: u64) -> Self {
+        Self::TooLarge(format!("{what} is {value}, more than the {limit} that the GPU path can address"))
+    }
+
     pub(crate) fn usage(why: impl Into<Cow<'static, str>>) -> Self {
         Self::Usage(why.into())
     }

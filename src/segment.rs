@@ -190,7 +190,7 @@ impl Segments {
         let limit = u64::from(u32::MAX);
         let end = u64::from(self.count).saturating_add(count);
         if end > limit {
-            return Err(Error::TooLarge { what: "the number of segments", value: end, limit });
+            return Err(Error::too_large("the number of segments", end, limit));
         }
         let (first, count) = (self.count, count as u32);
         self.families.push(Family { first, count, elements, share, tensor, indexed });

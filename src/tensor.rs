@@ -43,30 +43,30 @@ impl std::fmt::Display for Dtype {
 }
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for f64 {}
-    impl Sealed for half::f16 {}
-    impl Sealed for half::bf16 {}
+    pub trait Sealed {
+        /// The dtype of this type.
+        const DTYPE: super::Dtype;
+    }
+    impl Sealed for f32 {
+        const DTYPE: super::Dtype = super::Dtype::F32;
+    }
+    impl Sealed for f64 {
+        const DTYPE: super::Dtype = super::Dtype::F64;
+    }
+    impl Sealed for half::f16 {
+        const DTYPE: super::Dtype = super::Dtype::F16;
+    }
+    impl Sealed for half::bf16 {
+        const DTYPE: super::Dtype = super::Dtype::BF16;
+    }
 }
 
 /// A Rust type that holds one element: `f32`, `f64`, [`half::f16`] or [`half::bf16`]. Sealed.
-pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync {
-    /// The dtype of this type.
-    const DTYPE: Dtype;
-}
-impl Element for f32 {
-    const DTYPE: Dtype = Dtype::F32;
-}
-impl Element for f64 {
-    const DTYPE: Dtype = Dtype::F64;
-}
-impl Element for f16 {
-    const DTYPE: Dtype = Dtype::F16;
-}
-impl Element for bf16 {
-    const DTYPE: Dtype = Dtype::BF16;
-}
+pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync {}
+impl Element for f32 {}
+impl Element for f64 {}
+impl Element for f16 {}
+impl Element for bf16 {}
 
 /// A gradient in host memory, read only: `len` elements of one dtype, at any alignment.
 #[derive(Clone, Copy, Debug)]

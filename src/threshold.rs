@@ -435,7 +435,7 @@ impl Threshold for AdaGc {
             (None, Some(theirs)) => format!("the gradients have {theirs}, which the state lacks"),
         };
         let reason = format!("{what}; give the same tensors in the same order, or begin with AdaGc::new()");
-        Err(Error::ThresholdState { reason })
+        Err(Error::ThresholdState(reason))
     }
 
     /// The norms are those of the bound labels; without a call of `bind` the first step fixes how many there are. A
@@ -511,7 +511,7 @@ fn only_one(threshold: &str, labels: &[String]) -> Result<(), Error> {
     };
     let reason =
         format!("{threshold} follows one norm and {found}; clip by the global norm, or follow each with AdaGc");
-    Err(Error::ThresholdState { reason })
+    Err(Error::ThresholdState(reason))
 }
 
 fn bad(name: &'static str, value: f64, reason: &'static str) -> Error {
@@ -597,7 +597,7 @@ mod saved {
     }
 
     fn check(valid: bool, reason: impl FnOnce() -> String) -> Result<(), Error> {
-        if valid { Ok(()) } else { Err(Error::ThresholdState { reason: reason() + "; it was damaged, load another" }) }
+        if valid { Ok(()) } else { Err(Error::ThresholdState(reason() + "; it was damaged, load another")) }
     }
 
     #[derive(Serialize, Deserialize)]

@@ -1,5 +1,10 @@
 // What becomes of one element: given and returned as float32 bits; and of a word of them.
 
+#import constants
+#import number
+#import outcome
+#import half
+
 @group(0) @binding(2) var<storage, read> results: Results;
 
 // In a value clip of one pass nothing has been decided before.

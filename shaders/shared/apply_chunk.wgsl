@@ -1,5 +1,13 @@
 // Applying an outcome to a chunk: quads, four in flight, the quick way; word by word where that does not do.
 
+#import constants
+#import outcome
+#import windows
+#import chunk
+#import apply
+#import quick
+#import look
+
 fn quickly_applied_quad(quad: vec4<u32>, factor: f32) -> vec4<u32> {
     return vec4<u32>(
         quickly_applied_word(quad.x, factor),
@@ -25,7 +33,9 @@ fn applied_word(word: u32, outcome: Outcome) -> u32 {
 // Word `i` of the run: looks at it and, if no other chunk has a part in it, writes what becomes of it.
 fn apply_word(run: Run, chunk: Chunk, i: u32, outcome: Outcome) {
     let word = word_at(run.window, run.word + i);
-    look_at_word(word, run, chunk, i);
+    if VALUE {
+        look_at_word(word, run, chunk, i);
+    }
     let after = applied_word(word, outcome);
     if WRITES && after != word && i >= run.skip && i < run.own_to {
         set_word(run.window, run.word + i, after);
@@ -55,7 +65,9 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
         );
         let again = !quick || is_unusual();
         if !again {
-            found(outside);
+            if VALUE {
+                found(outside);
+            }
             if WRITES {
                 write_quad(run, i, before.a, after.a);
                 write_quad(run, i + APART, before.b, after.b);
@@ -73,7 +85,9 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
         let after = quickly_applied_quad(before, factor);
         let again = !quick || is_unusual();
         if !again {
-            found(outside);
+            if VALUE {
+                found(outside);
+            }
             if WRITES {
                 write_quad(run, i, before, after);
             }

@@ -1,6 +1,9 @@
 // Chunk: part of one tensor in a window that is bound, a run of elements or evenly spaced ones of many segments. Twin of
 // `ChunkRow` in src/gpu/table.rs. Elements are counted from the start of the window.
 
+#import constants
+#import windows
+
 struct Chunk {
     // Which of the windows that are bound.
     window: u32,
@@ -87,7 +90,7 @@ fn blocks_of(run: Run) -> u32 {
 // Where an invocation's quads begin: next to the other invocations', or in a stretch of its own. The quads of a block are
 // APART from each other.
 fn first_quad(lane: u32, blocks: u32) -> u32 {
-    return select(lane, 4u * blocks * lane, APART == 1u);
+    return select(lane, 4u * blocks * lane, CONTIGUOUS);
 }
 
 fn quads_of(run: Run, i: u32) -> Sixteen {

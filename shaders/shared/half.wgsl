@@ -1,10 +1,10 @@
 // float16 and bfloat16 in integer arithmetic: WGSL's own conversions may round either way. Without branches, because
 // these stand several times in a kernel, and SwiftShader's compiler takes minutes and gigabytes over many branches.
 
-// The float32 bits of an element. DTYPE_*: twin of `dtype_code` in src/gpu/table.rs.
-const DTYPE_F32: u32 = 0u;
-const DTYPE_F16: u32 = 1u;
+#import constants
+#import number
 
+// The float32 bits of an element.
 fn widened(dtype: u32, bits: u32) -> u32 {
     if dtype == DTYPE_F32 {
         return bits;

@@ -7,6 +7,13 @@
 // 1 (square) + 4 (tree) + 18 units of 2^-24 in the sum, half of that in the norm: 6.9e-7 at worst. L1 is the sum itself,
 // of no squares: 8 trees of whole blocks, 4 + 10 units, 8.3e-7 at worst.
 
+#import constants
+#import number
+#import partial
+#import outcome
+#import chunk
+#import power
+
 const SUMS: bool = NORM != NORM_INF;
 // How many trees of whole blocks follow one another in float32.
 const TREES_IN_FLOAT: u32 = select(16u, 8u, NORM == NORM_L1);

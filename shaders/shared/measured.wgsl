@@ -1,5 +1,11 @@
 // The norm in a merged partial, over the finite elements.
 
+#import constants
+#import number
+#import partial
+#import outcome
+#import power
+
 fn measured_norm(whole: Partial) -> Number {
     if NORM == NORM_L1 {
         return whole.sum;

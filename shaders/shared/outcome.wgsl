@@ -1,6 +1,8 @@
 // What a clip does with each segment, and the parameters it follows. Twins: `Params` in
 // src/gpu/plan.rs, `Results` in src/gpu/readback.rs.
 
+#import number
+
 struct Factor {
     // The factor as float32 bits, if it is a normal float32; else every product is taken exactly.
     value: u32,

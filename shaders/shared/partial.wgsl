@@ -1,5 +1,7 @@
 // Partial: what is known of some elements of a segment. Twin of `Partial` in src/partial.rs.
 
+#import number
+
 struct Partial {
     // Σ |g|^p over the finite elements.
     sum: Number,

@@ -2,6 +2,8 @@
 // The logarithm and the exponential are polynomials of our own, because WGSL's may be off by 2^-21: 5e-8 and 8e-8 at
 // worst, 1e-9 on average. Least-squares fits at Chebyshev points.
 
+#import number
+
 // |x|^p = 2^whole * rest, with rest from 1 to 2.
 struct Power {
     whole: i32,

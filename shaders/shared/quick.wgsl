@@ -1,5 +1,10 @@
 // What becomes of one element in plain float32 arithmetic, and whether that does.
 
+#import constants
+#import number
+#import half
+#import apply
+
 // The largest magnitude of the elements at hand and of what becomes of them, and the smallest of what becomes of those that
 // are not 0.
 var<private> largest: u32;

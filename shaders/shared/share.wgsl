@@ -1,7 +1,7 @@
 // Share: what one invocation takes of a sweep over all words: an even part for each workgroup, and in it a run of its
-// own (RUNS), or every WORKGROUP-th.
+// own (CONTIGUOUS), or every WORKGROUP-th.
 
-const STEP: u32 = select(WORKGROUP, 1u, RUNS);
+#import constants
 
 struct Share {
     first: u32,
@@ -13,7 +13,7 @@ fn share_of(words: u32, group: u32, groups: u32, lane: u32) -> Share {
     let each = (words + groups * WORKGROUP - 1u) / (groups * WORKGROUP);
     let start = group * each * WORKGROUP;
     let end = min(words, start + each * WORKGROUP);
-    if RUNS {
+    if CONTIGUOUS {
         let first = start + lane * each;
         return Share(first, min(end, first + each));
     }

@@ -1,9 +1,11 @@
 // What the invocations of a workgroup merge by where there are subgroups, of any size: each subgroup by its own
 // operations, then what they made. Sums are aligned and added up as integers, so that no order matters.
 
+#import constants
+#import number
+#import partial
+
 struct Invocation {
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(num_subgroups) subgroups: u32,
@@ -14,7 +16,7 @@ struct Invocation {
 // One for each subgroup; there may be as many as invocations.
 var<workgroup> tree: array<Partial, WORKGROUP>;
 
-// Merges the partials of the active invocations of a subgroup.
+// Merges the partials of the invocations of a subgroup, all of which must be active.
 fn merged_in_subgroup(own: Partial) -> Partial {
     var whole = own;
     // Mantissas in units of the largest exponent, in two halves, so that as many as there may be add up without a loss.
@@ -28,33 +30,29 @@ fn merged_in_subgroup(own: Partial) -> Partial {
     whole.sum = add(normalised(low, top), normalised(high, top + 16));
     whole.max = subgroupMax(own.max);
     whole.flags = subgroupOr(own.flags);
-    // Rare, and the same for all of the subgroup.
-    if subgroupAny(is_bad(own)) {
-        let low_count = subgroupAdd(own.non_finite & 0xffffu);
-        let high_count = subgroupAdd(own.non_finite >> 16u) + (low_count >> 16u);
-        whole.non_finite = (low_count & 0xffffu) | (high_count << 16u);
-        whole.non_finite_high = subgroupAdd(own.non_finite_high) + (high_count >> 16u);
-        whole.first_origin = subgroupMin(own.first_origin);
-        whole.first_element = subgroupMin(select(NOWHERE, own.first_element, own.first_origin == whole.first_origin));
-    }
+    let low_count = subgroupAdd(own.non_finite & 0xffffu);
+    let high_count = subgroupAdd(own.non_finite >> 16u) + (low_count >> 16u);
+    whole.non_finite = (low_count & 0xffffu) | (high_count << 16u);
+    whole.non_finite_high = subgroupAdd(own.non_finite_high) + (high_count >> 16u);
+    whole.first_origin = subgroupMin(own.first_origin);
+    whole.first_element = subgroupMin(select(NOWHERE, own.first_element, own.first_origin == whole.first_origin));
     return whole;
 }
 
 // Merges the partials of all invocations. Valid in the one that leads.
 fn merged_in_workgroup(me: Invocation, own: Partial) -> Partial {
-    var whole = merged_in_subgroup(own);
+    let whole = merged_in_subgroup(own);
     if me.subgroup_lane == 0u {
         tree[me.subgroup] = whole;
     }
     workgroupBarrier();
-    if me.subgroup == 0u {
-        var part = EMPTY_PARTIAL;
-        for (var i = me.subgroup_lane; i < me.subgroups; i += me.subgroup_size) {
-            part = merge(part, tree[i]);
-        }
-        whole = merged_in_subgroup(part);
+    // All subgroups, because WGSL wants their operations where all of the workgroup meets; but only the first has something
+    // to merge.
+    var part = EMPTY_PARTIAL;
+    for (var i = me.subgroup_lane; me.subgroup == 0u && i < me.subgroups; i += me.subgroup_size) {
+        part = merge(part, tree[i]);
     }
-    return whole;
+    return merged_in_subgroup(part);
 }
 
 fn leads(me: Invocation) -> bool {

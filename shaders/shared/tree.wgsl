@@ -1,8 +1,9 @@
 // What the invocations of a workgroup merge by where there are no subgroups: a tree in workgroup memory.
 
+#import constants
+#import partial
+
 struct Invocation {
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 }
 

@@ -1,4 +1,7 @@
-// Gradients in WINDOWS windows, as words and as quads. No invocation reaches the same bytes both ways.
+// Gradients in WINDOWS windows, as words and as quads. No invocation reaches the same bytes both ways. Not WGSL by the
+// standard: arrays of bindings need `enable wgpu_binding_array`, which src/gpu/kernels.rs puts first in the module.
+
+#import constants
 
 struct Words {
     data: array<u32>,

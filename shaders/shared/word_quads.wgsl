@@ -1,5 +1,7 @@
 // Quads where words are all that is bound.
 
+#import words
+
 fn quad_at(window: u32, i: u32) -> vec4<u32> {
     return vec4<u32>(
         word_at(window, 4u * i),

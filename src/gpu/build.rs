@@ -443,16 +443,16 @@ impl PlanLayout {
             &gpu.tuning,
             words_at_a_time(pieces(), in_turn),
             (device_limits.max_storage_buffer_binding_size, alignment),
-            (if in_turn { 1 } else { gpu.windows_at_once() }, gpu.shared_window_bytes()),
+            if in_turn { 1 } else { gpu.windows as usize },
         );
         // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
         let limit = limits.binding_bytes / PARTIAL_BYTES;
         let segments = groups.iter().map(|g| u64::from(g.segments.count)).sum();
         if segments + 2 > limit {
-            return Err(Error::TooLarge { what: "the number of segments", value: segments, limit: limit - 2 });
+            return Err(Error::too_large("the number of segments", segments, limit - 2));
         }
         let elements = pieces().map(|p| p.len).sum();
-        let many = || Error::TooLarge { what: "the number of chunks, for so many elements,", value: elements, limit };
+        let many = || Error::too_large("the number of chunks, for so many elements,", elements, limit);
         let sums = if let Job::Sum(pieces) = job { sum_windows(pieces, limits).ok_or_else(many)? } else { Vec::new() };
         let mut found = Self {
             groups: Vec::new(),
@@ -781,7 +781,7 @@ fn bound((buffer, offset, size): &Part) -> wgpu::BufferBinding<'_> {
 
 /// Adds what each binding of windows holds.
 fn bind_windows(gpu: &GpuClipper, access: Access, mut words: Vec<Part>, parts: &mut Vec<Vec<Part>>) {
-    if let Access::Array(count) | Access::Windows(count) = access {
+    if let Access::Array(count) = access {
         // No chunk is in those that fill it up.
         words.resize(count as usize, words[0].clone());
     }
@@ -790,7 +790,7 @@ fn bind_windows(gpu: &GpuClipper, access: Access, mut words: Vec<Part>, parts: &
     let quads = words.iter().map(blank).collect();
     match access {
         Access::None => {}
-        Access::Words | Access::Windows(_) => parts.extend(words.into_iter().map(|part| vec![part])),
+        Access::Words => parts.push(words),
         Access::Quads | Access::Array(_) => parts.extend([words, quads]),
     }
 }
@@ -833,7 +833,7 @@ pub(super) fn dispatch(
     let widest = gpu.device.device.limits().max_compute_workgroups_per_dimension;
     let workgroups = grid(workgroups, widest).ok_or_else(|| {
         let limit = u64::from(widest) * u64::from(widest);
-        Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit }
+        Error::too_large("the number of workgroups", workgroups.into(), limit)
     })?;
     let pipeline = gpu.kernels.pipeline(&gpu.device, kernel, access)?;
     let bindings: Vec<Vec<_>> = parts.iter().map(|parts| parts.iter().map(bound).collect()).collect();

@@ -276,14 +276,14 @@ pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> 
         let second = secondary().request_adapter(&options).await.ok();
         let (hardware, software): (Vec<_>, Vec<_>) = [first, second].into_iter().flatten().partition(is_hardware);
         let found = hardware.into_iter().chain(software).next();
-        return found.ok_or_else(|| Error::NoAdapter { wanted: String::new() });
+        return found.ok_or_else(|| Error::NoAdapter(String::new()));
     };
     let matches = |a: &wgpu::Adapter| a.get_info().name.to_lowercase().contains(&name.to_lowercase());
     let all = adapters().await;
     let names: Vec<_> = all.iter().map(|a| a.get_info().name).collect();
     all.into_iter()
         .find(matches)
-        .ok_or_else(|| Error::NoAdapter { wanted: format!(" whose name contains {name:?} (there are: {names:?})") })
+        .ok_or_else(|| Error::NoAdapter(format!(" whose name contains {name:?} (there are: {names:?})")))
 }
 
 /// The instance of Vulkan, Metal and DirectX: one for the process, because wgpu panics where a buffer meets a device of

@@ -1,6 +1,6 @@
 //! Every variant of every kernel, validated and translated to what each platform compiles, so that nobody on Metal or DirectX is
 //! the first to see it. `shaders/spirv_words.txt` holds the size of the SPIR-V of the hot ones: a lost simplification shows there
-//! without a stopwatch. `scripts/spirv-val.sh` gives the SPIR-V of all of them to Khronos's validator.
+//! without a stopwatch. `scripts/kernels.sh` gives all of them to other compilers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{Module, ShaderStage};
 
-use super::kernels::{Access, Kernel, Norm, Shape};
+use super::kernels::{Access, Constants, Kernel, Norm, SHARED, Shape, module};
 use super::profile;
 use super::threshold::Formula;
 use super::tuning::{HARDWARE_SWEEP, SOFTWARE_SWEEP};
@@ -18,8 +18,8 @@ use crate::Dtype;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/spirv_words.txt");
 
-/// Names the folder that the SPIR-V is written to, if it is set.
-const FOLDER: &str = "GRADCLIP_SPIRV";
+/// Names the folder that each variant's WGSL and SPIR-V are written to, if it is set.
+const FOLDER: &str = "GRADCLIP_KERNELS";
 
 /// Every kernel with every set of constants that a plan may ask for.
 fn kernels() -> Vec<Kernel> {
@@ -56,7 +56,7 @@ fn accesses(kernel: Kernel) -> &'static [Access] {
             &[Access::None]
         }
         Kernel::Sum { .. } => &[Access::Words],
-        _ => &[Access::Words, Access::Quads, Access::Windows(8), Access::Array(64)],
+        _ => &[Access::Words, Access::Quads, Access::Array(64)],
     }
 }
 
@@ -108,9 +108,8 @@ fn variants() -> Vec<Variant> {
         }
     }
     for (name, sweep) in [("software", SOFTWARE_SWEEP), ("hardware", HARDWARE_SWEEP)] {
-        for (kernel, source) in [("read", profile::READ), ("copy", profile::COPY)] {
-            let name = format!("{kernel} {name}");
-            let source = profile::source(sweep, source);
+        for kernel in ["read", "copy"] {
+            let (name, source) = (format!("{kernel} {name}"), profile::source(sweep, kernel));
             all.push(Variant { name, source, arrays: false, subgroups: false, hot: false });
         }
     }
@@ -207,28 +206,32 @@ fn every_kernel_translates_to_every_language() {
     let mut words = BTreeMap::new();
     let mut translated = [0; 4];
     for variant in variants() {
+        let write = |ending: &str, bytes: &[u8]| {
+            if let Some(folder) = &folder {
+                let file = folder.join(format!("{}.{ending}", variant.name));
+                std::fs::write(file, bytes).expect("the folder can be written to");
+            }
+        };
+        write("wgsl", variant.source.as_bytes());
         let (module, info) = validated(&variant);
-        let Variant { name, arrays, subgroups, hot, .. } = variant;
+        let Variant { ref name, arrays, subgroups, hot, .. } = variant;
         assert!(names.insert(name.clone()), "two variants are called {name}");
-        assert!(metal(&name, &module, &info).contains("kernel void"), "{name}");
+        assert!(metal(name, &module, &info).contains("kernel void"), "{name}");
         translated[1] += 1;
         // wgpu offers arrays of buffers on neither of these, and subgroups not on OpenGL.
         if !arrays {
-            assert!(directx(&name, &module, &info).contains("numthreads"), "{name}");
+            assert!(directx(name, &module, &info).contains("numthreads"), "{name}");
             translated[2] += 1;
         }
         if !arrays && !subgroups {
-            assert!(opengl(&name, &module, &info).contains("local_size_x"), "{name}");
+            assert!(opengl(name, &module, &info).contains("local_size_x"), "{name}");
             translated[3] += 1;
         }
-        let spirv = spirv(&name, &module, &info);
+        let spirv = spirv(name, &module, &info);
         translated[0] += 1;
-        if let Some(folder) = &folder {
-            let file = folder.join(format!("{name}.spv"));
-            std::fs::write(file, bytemuck::cast_slice(&spirv)).expect("the folder can be written to");
-        }
+        write("spv", bytemuck::cast_slice(&spirv));
         if hot {
-            words.insert(name, spirv.len());
+            words.insert(name.clone(), spirv.len());
         }
     }
     let [spirv, msl, hlsl, glsl] = translated;
@@ -249,4 +252,13 @@ fn every_kernel_translates_to_every_language() {
         "words of SPIR-V, in {GOLDEN} (-) and now (+):\n{differ}\
          If a shader was meant to change so: GRADCLIP_BLESS=1 cargo test -p gradclip --lib every_language"
     );
+}
+
+/// Behind its own imports alone, a file lacks nothing.
+#[test]
+fn every_file_imports_what_it_needs() {
+    for (name, _) in SHARED {
+        let source = module(name, &Constants::default(), Access::Array(64), SHAPES[0]);
+        naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
+    }
 }

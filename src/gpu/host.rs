@@ -148,8 +148,8 @@ impl GpuClipper {
     /// [`Clipper::sum_examples`](crate::Clipper::sum_examples).
     ///
     /// # Errors
-    /// [`Error::Usage`] under a scope without examples; [`Error::Length`] or [`Error::Tensor`] if the sums are not as many or
-    /// not as long; those of [`GpuClipper::apply`].
+    /// [`Error::Usage`] under a scope without examples, or if the sums are not as many; [`Error::Tensor`] if one is not as
+    /// long; those of [`GpuClipper::apply`].
     pub fn sum_examples<'a, 't>(
         &'a self,
         clip: &'a Clip,

@@ -75,72 +75,24 @@ pub(super) enum Access {
     Words,
     /// One window, as words and as quads. Both views are writable, which native platforms allow and browsers do not.
     Quads,
-    /// So many windows, as words, a binding each.
-    Windows(u32),
     /// So many windows in an array of bindings, as words and as quads.
     Array(u32),
 }
 
 impl Access {
-    /// The variables and functions by which a kernel reads and writes words and quads.
-    fn source(self) -> String {
-        use shared::{QUADS, WINDOW_ARRAY, WORD_QUADS, WORDS};
-        match self {
-            Self::None => String::new(),
-            Self::Words => [WORDS, WORD_QUADS].concat(),
-            Self::Quads => [WORDS, QUADS].concat(),
-            Self::Windows(count) => {
-                let each = |f: fn(u32) -> String| (0..count).map(f).collect::<String>();
-                let variables = each(|k| {
-                    format!("@group(1) @binding({}) var<storage, read_write> words_{k}: array<u32>;\n", k + 1)
-                });
-                let read = each(|k| format!("case {k}u: {{ return words_{k}[i]; }}\n"));
-                let write = each(|k| format!("case {k}u: {{ words_{k}[i] = word; }}\n"));
-                format!(
-                    "{variables}fn word_at(window: u32, i: u32) -> u32 {{\nswitch window {{\n{read}default: {{ return 0u; }}\n}}\n}}\n\
-                     fn set_word(window: u32, i: u32, word: u32) {{\nswitch window {{\n{write}default: {{ }}\n}}\n}}\n\
-                     {WORD_QUADS}"
-                )
-            }
-            Self::Array(count) => WINDOW_ARRAY.replace("WINDOWS>", &format!("{count}>")),
-        }
-    }
-
     /// How many bindings, and how long an array each is.
     fn bindings(self) -> (u32, Option<NonZeroU32>) {
         match self {
             Self::None => (0, None),
             Self::Words => (1, None),
             Self::Quads => (2, None),
-            Self::Windows(count) => (count, None),
             Self::Array(count) => (2, NonZeroU32::new(count)),
         }
     }
 }
 
-/// The files of `shaders/shared`, each after those that it builds on.
-mod shared {
-    pub(super) const NUMBER: &str = include_str!("../../shaders/shared/number.wgsl");
-    pub(super) const PARTIAL: &str = include_str!("../../shaders/shared/partial.wgsl");
-    pub(super) const TREE: &str = include_str!("../../shaders/shared/tree.wgsl");
-    pub(super) const SUBGROUP: &str = include_str!("../../shaders/shared/subgroup.wgsl");
-    pub(super) const OUTCOME: &str = include_str!("../../shaders/shared/outcome.wgsl");
-    pub(super) const WORDS: &str = include_str!("../../shaders/shared/words.wgsl");
-    pub(super) const WORD_QUADS: &str = include_str!("../../shaders/shared/word_quads.wgsl");
-    pub(super) const QUADS: &str = include_str!("../../shaders/shared/quads.wgsl");
-    pub(super) const WINDOW_ARRAY: &str = include_str!("../../shaders/shared/window_array.wgsl");
-    pub(super) const HALF: &str = include_str!("../../shaders/shared/half.wgsl");
-    pub(super) const CHUNK: &str = include_str!("../../shaders/shared/chunk.wgsl");
-    pub(super) const POWER: &str = include_str!("../../shaders/shared/power.wgsl");
-    pub(super) const MEASURE: &str = include_str!("../../shaders/shared/measure.wgsl");
-    pub(super) const MEASURED: &str = include_str!("../../shaders/shared/measured.wgsl");
-    pub(super) const APPLY: &str = include_str!("../../shaders/shared/apply.wgsl");
-    pub(super) const QUICK: &str = include_str!("../../shaders/shared/quick.wgsl");
-    pub(super) const APPLY_CHUNK: &str = include_str!("../../shaders/shared/apply_chunk.wgsl");
-}
-
-/// The constants of a kernel, of which each uses some.
-struct Constants {
+/// The values in `shaders/shared/constants.wgsl` that make variants of a kernel, of which each uses some.
+pub(super) struct Constants {
     dtype: Dtype,
     norm: Norm,
     formula: Formula,
@@ -150,6 +102,103 @@ struct Constants {
     columns: bool,
     given: bool,
     moves: bool,
+}
+
+impl Default for Constants {
+    fn default() -> Self {
+        Self {
+            dtype: Dtype::F32,
+            norm: Norm::Inf,
+            formula: Formula::Agc,
+            value: false,
+            guarded: true,
+            writes: true,
+            columns: false,
+            given: false,
+            moves: false,
+        }
+    }
+}
+
+impl Constants {
+    fn source(&self, access: Access, shape: Shape) -> String {
+        format!(
+            include_str!("../../shaders/shared/constants.wgsl"),
+            workgroup = shape.workgroup,
+            contiguous = shape.contiguous,
+            windows = access.bindings().1.map_or(1, NonZeroU32::get),
+            // A plan refuses dtypes without kernels before it asks for one.
+            dtype = dtype_code(self.dtype).expect("a plan holds dtypes with kernels only"),
+            norm = self.norm as u32,
+            threshold = self.formula as u32,
+            value = self.value,
+            guarded = self.guarded,
+            writes = self.writes,
+            columns = self.columns,
+            given = self.given,
+            moves = self.moves,
+        )
+    }
+}
+
+/// Files by their names.
+macro_rules! files {
+    ($folder:literal: $($name:literal)*) => { &[$(($name, include_str!(concat!($folder, $name, ".wgsl")))),*] };
+}
+
+const KERNELS: &[(&str, &str)] = files!("../../shaders/":
+    "accumulate" "clamp" "copy" "edges" "finalise" "merge" "norm" "norm_each" "read" "scale" "scale_each" "sum" "threshold");
+
+pub(super) const SHARED: &[(&str, &str)] = files!("../../shaders/shared/":
+    "apply" "apply_chunk" "chunk" "group" "half" "look" "measure" "measured" "number" "outcome" "partial" "power" "quads"
+    "quick" "share" "subgroup" "tree" "window_array" "word_quads" "words");
+
+/// The WGSL of a kernel: its file behind all that it imports, each file once.
+///
+/// A line `#import name` stands for `shaders/shared/name.wgsl`. What that is depends on the device for two names: `windows` is
+/// `word_quads`, `quads` or `window_array`, and `merging` is `tree` or `subgroup`.
+struct Module<'a> {
+    constants: &'a str,
+    windows: &'a str,
+    merging: &'a str,
+    added: Vec<&'a str>,
+    text: String,
+}
+
+impl<'a> Module<'a> {
+    fn add(&mut self, name: &'a str) {
+        let name = match name {
+            "windows" => self.windows,
+            "merging" => self.merging,
+            name => name,
+        };
+        if self.added.contains(&name) {
+            return;
+        }
+        self.added.push(name);
+        let known = [KERNELS, SHARED, &[("constants", self.constants)]].concat();
+        let (_, file) = known.iter().find(|(known, _)| *known == name).expect("a file of that name is in a list above");
+        for line in file.lines() {
+            match line.strip_prefix("#import ") {
+                Some(import) => self.add(import),
+                None => self.text.extend([line, "\n"]),
+            }
+        }
+    }
+}
+
+/// The whole WGSL module of a file of `shaders/`.
+pub(super) fn module(name: &str, constants: &Constants, access: Access, shape: Shape) -> String {
+    let (windows, directive) = match access {
+        Access::None | Access::Words => ("word_quads", ""),
+        Access::Quads => ("quads", ""),
+        Access::Array(_) => ("window_array", "enable wgpu_binding_array;\n"),
+    };
+    let merging = if shape.subgroups { "subgroup" } else { "tree" };
+    let constants = &constants.source(access, shape);
+    let mut module = Module { constants, windows, merging, added: Vec::new(), text: directive.into() };
+    module.add(name);
+    module.text
 }
 
 impl Kernel {
@@ -171,78 +220,23 @@ impl Kernel {
 
     /// The whole WGSL module.
     pub(super) fn source(self, access: Access, shape: Shape) -> String {
-        use shared::*;
-        let mut with = Constants {
-            dtype: Dtype::F32,
-            norm: Norm::Inf,
-            formula: Formula::Agc,
-            value: false,
-            guarded: true,
-            writes: true,
-            columns: false,
-            given: false,
-            moves: false,
-        };
-        let (parts, main): (&[&str], _) = match self {
-            Self::Norm { dtype, norm } => {
-                (with.dtype, with.norm) = (dtype, norm);
-                (&[OUTCOME, HALF, CHUNK, POWER, MEASURE], include_str!("../../shaders/norm.wgsl"))
-            }
-            Self::NormEach { dtype, norm } => {
-                (with.dtype, with.norm) = (dtype, norm);
-                (&[OUTCOME, HALF, CHUNK, POWER, MEASURE], include_str!("../../shaders/norm_each.wgsl"))
-            }
-            Self::Merge => (&[], include_str!("../../shaders/merge.wgsl")),
-            Self::Threshold { formula, norm } => {
-                (with.formula, with.norm) = (formula, norm);
-                (&[OUTCOME, POWER, MEASURED], include_str!("../../shaders/threshold.wgsl"))
-            }
+        let mut with = Constants::default();
+        match self {
+            Self::Norm { dtype, norm } | Self::NormEach { dtype, norm } => (with.dtype, with.norm) = (dtype, norm),
+            Self::Merge => {}
+            Self::Threshold { formula, norm } => (with.formula, with.norm) = (formula, norm),
             Self::Finalise { norm, given } => {
                 (with.norm, with.value, with.given) = (norm.unwrap_or(Norm::Inf), norm.is_none(), given);
-                (&[OUTCOME, POWER, MEASURED], include_str!("../../shaders/finalise.wgsl"))
             }
-            Self::Scale { dtype } => {
-                with.dtype = dtype;
-                (&[OUTCOME, HALF, CHUNK, APPLY, QUICK, APPLY_CHUNK], include_str!("../../shaders/scale.wgsl"))
-            }
-            Self::ScaleEach { dtype, columns } => {
-                (with.dtype, with.columns) = (dtype, columns);
-                (&[OUTCOME, HALF, CHUNK, APPLY, QUICK], include_str!("../../shaders/scale_each.wgsl"))
-            }
+            Self::Scale { dtype } | Self::Sum { dtype } => with.dtype = dtype,
+            Self::ScaleEach { dtype, columns } => (with.dtype, with.columns) = (dtype, columns),
             Self::Clamp { dtype, guarded, writes } => {
                 (with.dtype, with.value, with.guarded, with.writes) = (dtype, true, guarded, writes);
-                (&[OUTCOME, HALF, CHUNK, APPLY, QUICK, APPLY_CHUNK], include_str!("../../shaders/clamp.wgsl"))
             }
-            Self::Edges { value, guarded } => {
-                (with.value, with.guarded) = (value, guarded);
-                (&[OUTCOME, HALF, APPLY], include_str!("../../shaders/edges.wgsl"))
-            }
-            Self::Sum { dtype } => {
-                with.dtype = dtype;
-                (&[OUTCOME, HALF, CHUNK, APPLY], include_str!("../../shaders/sum.wgsl"))
-            }
-            Self::Accumulate { moves } => {
-                with.moves = moves;
-                (&[OUTCOME], include_str!("../../shaders/accumulate.wgsl"))
-            }
-        };
-        let Constants { dtype, norm, formula, value, guarded, writes, columns, given, moves } = with;
-        // A plan refuses dtypes without kernels before it asks for one.
-        let code = dtype_code(dtype).expect("a plan holds dtypes with kernels only");
-        let (per_word, norm, formula) = (4 / dtype.size(), norm as u32, formula as u32);
-        let Shape { workgroup, contiguous, subgroups } = shape;
-        let apart = if contiguous { 1 } else { workgroup };
-        let constants = format!(
-            "const WORKGROUP: u32 = {workgroup}u;\nconst APART: u32 = {apart}u;\nconst DTYPE: u32 = {code}u;\nconst PER_WORD: u32 = {per_word}u;\n\
-             const NORM: u32 = {norm}u;\nconst NORM_L1: u32 = 0u;\nconst NORM_L2: u32 = 1u;\n\
-             const NORM_INF: u32 = 2u;\nconst NORM_P: u32 = 3u;\nconst THRESHOLD: u32 = {formula}u;\n\
-             const VALUE: bool = {value};\nconst GUARDED: bool = {guarded};\nconst WRITES: bool = {writes};\n\
-             const COLUMNS: bool = {columns};\nconst GIVEN: bool = {given};\nconst MOVES: bool = {moves};\n"
-        );
-        let directive = if matches!(access, Access::Array(_)) { "enable wgpu_binding_array;\n" } else { "" };
-        let windows = access.source();
-        let merging = if subgroups { SUBGROUP } else { TREE };
-        [&[directive, &constants, NUMBER, PARTIAL, merging, &windows], parts, &[main]].concat().join("\n")
+            Self::Edges { value, guarded } => (with.value, with.guarded) = (value, guarded),
+            Self::Accumulate { moves } => with.moves = moves,
+        }
+        module(self.name(), &with, access, shape)
     }
 }
 

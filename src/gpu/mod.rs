@@ -91,20 +91,12 @@ pub struct GpuClipper {
     device: GpuDevice,
     kernels: Arc<Kernels>,
     tuning: Tuning,
-    windows: Windows,
+    /// How many windows a dispatch can bind: more than one only in an array.
+    windows: u32,
     /// Whether a window can be bound as words and as quads.
     quads: bool,
     /// How much device memory host tensors may take, in bytes.
     memory_budget: u64,
-}
-
-/// How many windows a dispatch can bind.
-#[derive(Clone, Copy, Debug)]
-enum Windows {
-    /// A binding each: as many as the device has, or one.
-    Few(u32),
-    /// In an array: up to so many.
-    Array(u32),
 }
 
 impl GpuClipper {
@@ -152,7 +144,8 @@ impl GpuClipper {
     fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
         let (limits, features) = (device.device.limits(), device.device.features());
         let need = |limit, have: u64, need: u64| {
-            if have < need { Err(Error::Limit { limit, have, need }) } else { Ok(()) }
+            let too_low = || Err(Error::Limit(format!("{limit} is {have}; gradclip needs at least {need}")));
+            if have < need { too_low() } else { Ok(()) }
         };
         let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
         need("max_compute_invocations_per_workgroup", invocations.into(), tuning::SMALLEST_WORKGROUP.into())?;
@@ -167,12 +160,10 @@ impl GpuClipper {
         let bindings = limits.max_storage_buffers_per_shader_stage - 3;
         let windows = if features.contains(ARRAYS_OF_BUFFERS) {
             // Words and quads are an array each, whose length is a power of two.
-            let fitting = (limits.max_binding_array_elements_per_shader_stage / 2).min(tuning.array_windows);
-            Windows::Array(if fitting > 1 { 1 << fitting.ilog2() } else { 1 })
+            let fitting = (limits.max_binding_array_elements_per_shader_stage / 2).min(tuning.windows);
+            if fitting > 1 { 1 << fitting.ilog2() } else { 1 }
         } else {
-            // Windows may overlap, and fill up what is left: browsers allow no two writable views of the same bytes.
-            let few = if cfg!(target_arch = "wasm32") { 1 } else { tuning.windows };
-            Windows::Few(bindings.min(few).max(1))
+            1
         };
         let quads = bindings >= 2 && !cfg!(target_arch = "wasm32");
         let Tuning { workgroup, contiguous, subgroups, .. } = tuning;
@@ -272,24 +263,10 @@ impl GpuClipper {
 
     /// How kernels reach so many windows.
     fn access(&self, windows: usize) -> Access {
-        match (windows, self.windows) {
-            (1, _) if self.quads => Access::Quads,
-            (1, _) => Access::Words,
-            (_, Windows::Array(_)) => Access::Array(windows.next_power_of_two() as u32),
-            (_, Windows::Few(count)) => Access::Windows(count),
-        }
-    }
-
-    fn windows_at_once(&self) -> usize {
-        match self.windows {
-            Windows::Few(count) | Windows::Array(count) => count as usize,
-        }
-    }
-
-    fn shared_window_bytes(&self) -> u64 {
-        match self.windows {
-            Windows::Few(_) => tuning::SHARED_WINDOW_BYTES,
-            Windows::Array(_) => u64::MAX,
+        match (windows, self.quads) {
+            (1, true) => Access::Quads,
+            (1, false) => Access::Words,
+            (count, _) => Access::Array(count.next_power_of_two() as u32),
         }
     }
 

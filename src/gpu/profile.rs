@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use super::GpuClipper;
 use super::build::{Dispatch, Group};
 use super::device::GpuDevice;
-use super::kernels::Kernel;
+use super::kernels::{Access, Constants, Kernel, Shape, module};
 use super::plan::GpuPlan;
 use super::tuning::{SPEED_RUNS, Sweep};
 use crate::partial::Action;
@@ -247,13 +247,13 @@ impl GpuClipper {
         let invocations = u64::from(sweep.workgroup) * u64::from(sweep.workgroups);
         let sums = device.storage("gradclip speeds, sums", 16 * invocations, usage)?;
         let total = fill(device, &from)?;
-        let kernel = |label, kernel, first, second| {
-            let source = source(sweep, kernel);
+        let kernel = |label, first, second| {
+            let source = source(sweep, label);
             device.scoped(|| Sweeping::new(&device.device, label, source, [first, second], sweep.workgroups))
         };
-        let read = kernel("read", READ, &from, &sums)?;
-        let read_back = kernel("read", READ, &to, &sums)?;
-        let copy = kernel("copy", COPY, &from, &to)?;
+        let read = kernel("read", &from, &sums)?;
+        let read_back = kernel("read", &to, &sums)?;
+        let copy = kernel("copy", &from, &to)?;
         // Of zeros the sum is 0: nothing passes that was not copied.
         let check = async |what: &'static str| {
             let words: Vec<u32> = bytemuck::pod_collect_to_vec(&device.read(&[(&sums, 0, sums.size())]).await?);
@@ -290,14 +290,10 @@ impl Speed {
     }
 }
 
-pub(super) const READ: &str = include_str!("../../shaders/read.wgsl");
-pub(super) const COPY: &str = include_str!("../../shaders/copy.wgsl");
-
-/// The whole WGSL module of one of these.
+/// The whole WGSL module of `read` or `copy`.
 pub(super) fn source(sweep: Sweep, kernel: &str) -> String {
-    let Sweep { workgroup, runs, .. } = sweep;
-    let constants = format!("const WORKGROUP: u32 = {workgroup}u;\nconst RUNS: bool = {runs};\n");
-    [&constants, include_str!("../../shaders/shared/share.wgsl"), kernel].join("\n")
+    let shape = Shape { workgroup: sweep.workgroup, contiguous: sweep.runs, subgroups: false };
+    module(kernel, &Constants::default(), Access::None, shape)
 }
 
 /// A plain kernel over two buffers.

@@ -184,9 +184,8 @@ pub(super) struct Limits {
     pub(super) lane_row: u32,
     /// So many elements of a column are measured by one invocation.
     pub(super) lane_column: u32,
-    /// How many windows can be bound at once, and how large one may be that is bound beside others.
+    /// How many windows can be bound at once.
     pub(super) windows: usize,
-    pub(super) shared_window_bytes: u64,
 }
 
 /// The tables of pieces.
@@ -267,14 +266,9 @@ impl Tables {
 }
 
 impl Limits {
-    /// What follows for a set of so many words from a tuning, a device's largest binding and alignment, and what it binds
-    /// at once (as the fields of these names).
-    pub(super) fn new(
-        tuning: &Tuning,
-        words: u64,
-        (largest_binding, alignment): (u64, u64),
-        (windows, shared_window_bytes): (usize, u64),
-    ) -> Self {
+    /// What follows for a set of so many words from a tuning, a device's largest binding and alignment, and how many windows
+    /// it binds at once.
+    pub(super) fn new(tuning: &Tuning, words: u64, (largest_binding, alignment): (u64, u64), windows: usize) -> Self {
         let binding_bytes = largest_binding & !3;
         // A chunk must fit into a binding wherever it starts.
         let fitting = (binding_bytes - alignment) / 4;
@@ -286,7 +280,6 @@ impl Limits {
             lane_row: LANE_ROW,
             lane_column: LANE_COLUMN,
             windows,
-            shared_window_bytes,
         }
     }
 
@@ -558,11 +551,7 @@ fn gather(cuts: &mut [Cut], limits: Limits) -> Option<Vec<Batch>> {
     }
     let mut batches: Vec<Batch> = Vec::new();
     for (window, cuts) in windows {
-        let joins = |batch: &&mut Batch| {
-            let small = window.size.max(batch.windows[0].size) <= limits.shared_window_bytes;
-            small && batch.windows.len() < limits.windows
-        };
-        if batches.last_mut().filter(joins).is_none() {
+        if batches.last().is_none_or(|batch| batch.windows.len() == limits.windows) {
             batches.push(Batch::default());
         }
         let at = batches.len() - 1;
@@ -759,7 +748,6 @@ mod tests {
         lane_row: 6,
         lane_column: 5,
         windows: 1,
-        shared_window_bytes: u64::MAX,
     };
 
     #[test]
@@ -834,15 +822,6 @@ mod tests {
     }
 
     #[test]
-    fn a_large_window_has_a_batch_of_its_own() {
-        let limits = Limits { windows: 4, shared_window_bytes: 100, ..SMALL };
-        let pieces: Vec<_> =
-            [10, 12, 50, 7, 9, 9].into_iter().zip(0..).map(|(len, i)| piece(i, Dtype::F32, 0, len)).collect();
-        let batches = check(&pieces, limits).batches;
-        assert_eq!(batches.iter().map(|batch| batch.windows.len()).collect::<Vec<_>>(), [2, 1, 3]);
-    }
-
-    #[test]
     fn two_thousand_small_tensors_are_two_hundred_tasks() {
         let limits = Limits { chunk_words: 1 << 14, binding_bytes: 128 << 20, windows: 64, ..SMALL };
         let pieces: Vec<_> =
@@ -914,7 +893,7 @@ mod tests {
     /// A device that binds 64 KiB, the least that is taken, and kernels of many invocations.
     #[test]
     fn short_rows_of_a_large_workgroup_fit_a_small_binding() {
-        let limits = Limits::new(&HARDWARE, 1 << 20, (1 << 16, 256), (1, u64::MAX));
+        let limits = Limits::new(&HARDWARE, 1 << 20, (1 << 16, 256), 1);
         for columns in [1, 16, 63, 64] {
             check(&[matrix(By::Rows, columns, piece(0, Dtype::F32, 1, columns * 5000))], limits);
         }
@@ -940,7 +919,6 @@ mod tests {
             lane_row: 64,
             lane_column: 256,
             windows: 1,
-            shared_window_bytes: u64::MAX,
         };
         let each = (1u64 << 29) - 64;
         let mut first_element = 0;

@@ -7,7 +7,7 @@ use super::merge::MergeTree;
 use super::table::{
     ChunkRow, Limits, NOWHERE, Origin, Piece, SUMMED_ROWS, TASK_CHUNKS, Table, Tables, Use, Window, grid, sum_windows,
 };
-use super::tuning::{HARDWARE, LANE_PARTIALS, SHARED_WINDOW_BYTES, SMALLEST_WORKGROUP, SOFTWARE};
+use super::tuning::{HARDWARE, LANE_PARTIALS, SMALLEST_WORKGROUP, SOFTWARE};
 use crate::segment::{By, Layout, Segments};
 use crate::tensor::Dims;
 use crate::{Clip, Dtype, Scope, UnitAxis};
@@ -32,10 +32,8 @@ pub(super) fn check_tables(pieces: &[Piece], segments: u32, measures_only: bool,
     let mut used = vec![false; (starts[starts.len() - 1] - FIRST_SLOT) as usize];
     for batch in &tables.batches {
         assert!((1..=limits.windows).contains(&batch.windows.len()));
-        let shares = batch.windows.len() > 1;
         for w in &batch.windows {
             check_window(w, limits);
-            assert!(!shares || w.size <= limits.shared_window_bytes);
         }
         for ((of, dtype), table) in &batch.tables {
             assert!(table.chunks.len() <= limits.rows::<ChunkRow>());
@@ -359,7 +357,6 @@ fn small_limits(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
         lane_row,
         lane_column: u.int_in_range(1..=300)?,
         windows: u.int_in_range(1..=20)?,
-        shared_window_bytes: if u.arbitrary()? { u64::MAX } else { u.int_in_range(0..=3000)? },
     };
     Ok((limits, u.int_in_range(2..=100)?))
 }
@@ -383,10 +380,9 @@ fn limits_of_a_device(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
     let binding = u.int_in_range(1 << 16..=most)?;
     let alignment = *u.choose(&[32, 64, 128, 256])?;
     let windows = *u.choose(&[1, 2, 8, 256, 1024])?;
-    let shared = *u.choose(&[SHARED_WINDOW_BYTES, u64::MAX])?;
     let most = 1 << u.int_in_range(0..=40)?;
     let words = u.int_in_range(0..=most)?;
-    Ok((Limits::new(&tuning, words, (binding, alignment), (windows, shared)), tuning.merged_partials))
+    Ok((Limits::new(&tuning, words, (binding, alignment), windows), tuning.merged_partials))
 }
 
 /// Tensors of some scope, in pieces that lie in buffers in any order, and the number of their segments.

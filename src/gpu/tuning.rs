@@ -13,10 +13,8 @@ pub struct Tuning {
     /// Whether a workgroup's partials merge by operations of subgroups, where the device has them; else by a tree in
     /// workgroup memory.
     pub subgroups: bool,
-    /// How many windows (parts of buffers) a dispatch binds at most where each is a binding.
+    /// How many windows (parts of buffers) a dispatch binds at most on devices that have arrays of buffers; others bind one.
     pub windows: u32,
-    /// How many where they are in an array, on devices that have arrays of buffers.
-    pub array_windows: u32,
     /// The number of chunks that a large set is cut into, if the two limits below allow.
     pub chunks: u64,
     /// Words (4 bytes) in the shortest chunk that a tensor is cut into.
@@ -48,13 +46,12 @@ pub(super) const SMALLEST_WORKGROUP: u32 = 8;
 /// | 128 | 256 | 16 Ki | 0.64 | 3.0 | 18.4 | | 13 | 6.6 |
 ///
 /// A plain sum of 16 Mi takes 55 ms there if invocations read quads next to each other's, and 11 if each reads a stretch
-/// of its own. Eight windows at once, each a binding, take ten times as long as one after another.
+/// of its own.
 pub const SOFTWARE: Tuning = Tuning {
     workgroup: 8,
     contiguous: true,
     subgroups: false,
-    windows: 1,
-    array_windows: 256,
+    windows: 256,
     chunks: 64,
     min_chunk_words: 1 << 15,
     max_chunk_words: 1 << 17,
@@ -66,18 +63,13 @@ pub const HARDWARE: Tuning = Tuning {
     workgroup: 256,
     contiguous: false,
     subgroups: true,
-    windows: 8,
-    array_windows: 1024,
+    windows: 1024,
     chunks: 4096,
     min_chunk_words: 1 << 12,
     max_chunk_words: 1 << 20,
     // 16 for each invocation, and all of 4,096 chunks at once.
     merged_partials: 4096,
 };
-
-/// How large a window may be to share a dispatch with others where each is a binding of its own: choosing among them
-/// costs more than the dispatch that it saves when there is much to read. Not measured on hardware.
-pub(super) const SHARED_WINDOW_BYTES: u64 = 1 << 18;
 
 /// Segments of so many partials and fewer are merged by one invocation each: a workgroup's tree has 6 to 8 steps
 /// anyway.

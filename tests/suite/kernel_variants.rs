@@ -21,10 +21,9 @@ fn short() -> &'static [(String, GpuClipper)] {
 /// What hardware gets, and each choice beside each other choice of another kind; with chunks that are short, or as long as may be.
 fn variants(long: bool) -> Vec<(String, GpuClipper)> {
     let variant = |(workgroup, subgroups, contiguous, several)| {
-        // Few windows at once where there are no arrays of bindings, and as many as are worth it.
         let mut tuning = if several { HARDWARE } else { SOFTWARE };
         (tuning.workgroup, tuning.subgroups, tuning.contiguous) = (workgroup, subgroups, contiguous);
-        (tuning.windows, tuning.array_windows) = if several { (5, 40) } else { (1, 1) };
+        tuning.windows = if several { 40 } else { 1 };
         (tuning.min_chunk_words, tuning.max_chunk_words, tuning.merged_partials) = (1 << 9, 1 << 12, 20);
         if long {
             (tuning.chunks, tuning.max_chunk_words) = (1, workgroup << 14);
@@ -120,8 +119,7 @@ fn every_variant_finds_the_same() {
 #[test]
 fn the_longest_chunks_are_taken_to_their_end() {
     for (name, gpu) in variants(true) {
-        // As long as one chunk can be, but small enough to share dispatches where windows are bound one by one.
-        let len = if name.contains(" windows: 1,") { 300_001 } else { 120_001 };
+        let len = 300_001;
         let mut set: Vec<_> = (0..4).map(|i| Data::rounded(Dtype::F16, Random(i).normals(len, 1.0))).collect();
         let by = Clip::norm(f64::MAX).grad_scale(3.0);
         let (report, after) = clip(&gpu, &by, &set);

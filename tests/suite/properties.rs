@@ -400,8 +400,7 @@ fn device(seed: u64, slot: usize) -> GpuClipper {
         tuning.workgroup = 8 << random.below(6);
         tuning.contiguous = random.below(2) == 0;
         tuning.subgroups = random.below(2) == 0;
-        tuning.windows = 1 + random.below(6) as u32;
-        tuning.array_windows = 1 + random.below(40) as u32;
+        tuning.windows = 1 + random.below(40) as u32;
         // Short, so that small sets have many chunks, and several levels to merge.
         tuning.chunks = [1, 7, 64][random.below(3)];
         tuning.min_chunk_words = [16, 64, 512, 4096][random.below(4)];

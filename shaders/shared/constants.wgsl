@@ -1,0 +1,43 @@
+// What a kernel is compiled with, of which each uses some. src/gpu/kernels.rs puts a value in each pair of braces.
+
+// Invocations in a workgroup.
+const WORKGROUP: u32 = {workgroup}u;
+// Whether an invocation takes a stretch of its own; else it takes what lies next to the others'.
+const CONTIGUOUS: bool = {contiguous};
+// How far apart what an invocation takes is.
+const APART: u32 = select(WORKGROUP, 1u, CONTIGUOUS);
+// How many windows an array of them binds.
+const WINDOWS: u32 = {windows}u;
+
+// The dtype of the gradients. Twin of `dtype_code` in src/gpu/table.rs.
+const DTYPE: u32 = {dtype}u;
+const DTYPE_F32: u32 = 0u;
+const DTYPE_F16: u32 = 1u;
+// Elements in a word.
+const PER_WORD: u32 = select(2u, 1u, DTYPE == DTYPE_F32);
+
+// The norm that is measured. Twin of `Norm` in src/gpu/kernels.rs.
+const NORM: u32 = {norm}u;
+const NORM_L1: u32 = 0u;
+const NORM_L2: u32 = 1u;
+const NORM_INF: u32 = 2u;
+const NORM_P: u32 = 3u;
+
+// What `threshold` goes by. Twin of `Formula` in src/gpu/threshold.rs.
+const THRESHOLD: u32 = {threshold}u;
+const AGC: u32 = 0u;
+const ZCLIP: u32 = 1u;
+const ADAGC: u32 = 2u;
+
+// Whether the clip is one by value.
+const VALUE: bool = {value};
+// Whether an outcome was decided before.
+const GUARDED: bool = {guarded};
+// Whether `clamp` does more than look.
+const WRITES: bool = {writes};
+// Whether the segments of `scale_each` are columns; else they are rows.
+const COLUMNS: bool = {columns};
+// Whether `finalise` goes by norms from outside.
+const GIVEN: bool = {given};
+// Whether `accumulate` hands the running partial over.
+const MOVES: bool = {moves};
