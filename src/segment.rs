@@ -363,7 +363,8 @@ mod tests {
         let mut dims = dims(&shapes);
         (dims[0].unit_axis, dims[2].unit_axis) = (Some(UnitAxis::Last), Some(UnitAxis::Last));
         let of = |scope| {
-            let clip = Clip::norm(1.0).scope(scope).unit_axis(UnitAxis::First);
+            let mut clip = Clip::norm(1.0).scope(scope);
+            clip.unit_axis = (scope == Scope::Unit).then_some(UnitAxis::First);
             let found = Segments::new(&clip, &dims, |_| None).expect("valid");
             found.layouts.iter().map(|layout| layout.by).collect::<Vec<_>>()
         };
