@@ -1,7 +1,7 @@
 //! Clipping without a scaling pass: an optimizer kernel multiplies each gradient by its factor as it reads it.
 //!
 //! A usual clip reads every gradient to measure it, then reads and writes it to scale it; after that the optimizer reads
-//! it once more. [`GpuClipper::plan_measure`] leaves out the second step: what gradients should be multiplied by is in
+//! it once more. [`PlanOptions::measure_only`] leaves out the second step: what gradients should be multiplied by is in
 //! [`GpuPlan::coefficients`], for a kernel of your own to bind. That saves 8 bytes of traffic for each float32.
 //!
 //! Here a linear model learns from 64 samples, wholly on the GPU: one encoder a step, and no wait but for the log.
@@ -10,7 +10,7 @@
 //!
 //! [`GpuPlan::coefficients`]: gradclip::gpu::GpuPlan::coefficients
 
-use gradclip::gpu::{GpuClipper, GpuTensor};
+use gradclip::gpu::{GpuClipper, GpuTensor, PlanOptions};
 use gradclip::wgpu::{self, util::DeviceExt};
 use gradclip::{Clip, NonFinite, Scope};
 
@@ -131,10 +131,10 @@ fn train(gpu: &GpuClipper, folded: bool) -> Result<(Vec<f32>, Vec<f32>), Box<dyn
     let backward = Kernel::new(device, BACKWARD, &[&params, &grads, &batch, &loss]);
 
     // Once: what is clipped and how. Each tensor by its own norm, and no step where a gradient is not finite.
-    let clip = Clip::norm(4.0)?.scope(Scope::Tensor).non_finite(NonFinite::Skip);
+    let clip = Clip::norm(4.0).scope(Scope::Tensor).non_finite(NonFinite::Skip);
     let tensors = [GpuTensor::f32(&grads, 0..8)?.named("weights"), GpuTensor::f32(&grads, 8..9)?.named("bias")];
     let (plan, sgd) = if folded {
-        let plan = gpu.plan_measure(&clip, &tensors)?;
+        let plan = gpu.plan_with(&[(clip, &tensors)], PlanOptions::default().measure_only())?;
         let sgd = Kernel::new(device, SGD, &[&params, &grads, plan.coefficients()]);
         (plan, sgd)
     } else {
@@ -154,8 +154,8 @@ fn train(gpu: &GpuClipper, folded: bool) -> Result<(Vec<f32>, Vec<f32>), Box<dyn
             sgd.encode(&mut encoder);
         }
         queue.submit([encoder.finish()]);
-        let report = plan.report_blocking()?;
-        if !folded && !report.found_inf() {
+        let report = plan.report().wait()?;
+        if !folded && !report.has_non_finite() {
             // This optimizer does not know of `skip`: the host had to wait for the report first.
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             sgd.encode(&mut encoder);
@@ -164,7 +164,7 @@ fn train(gpu: &GpuClipper, folded: bool) -> Result<(Vec<f32>, Vec<f32>), Box<dyn
         losses.push(read(gpu, &loss)?[0]);
         if folded && (step < 8 || step % 8 == 7) {
             let (norm, coef) = (report.total_norm, report.clip_coef);
-            let what = if report.found_inf() { ", skipped" } else { "" };
+            let what = if report.has_non_finite() { ", skipped" } else { "" };
             println!("step {step:2}: norm {norm:8.4}, coef {coef:.4}, loss {:9.4}{what}", losses[step]);
         }
     }
@@ -172,7 +172,7 @@ fn train(gpu: &GpuClipper, folded: bool) -> Result<(Vec<f32>, Vec<f32>), Box<dyn
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let gpu = GpuClipper::open_blocking()?;
+    let gpu = GpuClipper::open().wait()?;
     let (folded, losses) = train(&gpu, true)?;
     assert!(losses[39] < losses[0] / 100.0, "the model learns: {losses:?}");
     assert!(losses[5].is_nan() && losses[6].is_finite(), "the bad step was skipped");

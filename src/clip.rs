@@ -1,9 +1,15 @@
-//! [`Clip`]: what to clip and how, checked when it is made.
+//! [`Clip`]: what to clip and how, as data. It is checked where it is used.
+
+use std::fmt;
 
 use crate::Error;
 
 /// Which norm is measured: (Σ |g|^p)^(1/p).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+///
+/// On the CPU the relative error of a norm is at most 1e-7 for p of 1/1024 and more; on the GPU 1e-6 for p of 1 and more, and
+/// 1e-6 / p below, where the root magnifies what the sum has lost. Beyond 2^50 a larger p changes no norm, and is
+/// taken for 2^50; the GPU takes p for one from 2^-20 to 2^22, which puts up to 5e-6 on the norm of 2^30 equal elements.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum NormType {
     /// p = 1: the sum of the absolute values.
@@ -13,38 +19,19 @@ pub enum NormType {
     L2,
     /// p = ∞: the largest absolute value.
     Inf,
-    /// Any other p above 0. Made by [`NormType::p`].
-    P(Power),
-}
-
-/// The p of a norm that has no name of its own: a finite number above 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Power(u64);
-
-impl Power {
-    /// The number.
-    #[must_use]
-    pub fn get(self) -> f64 {
-        f64::from_bits(self.0)
-    }
+    /// Any p above 0. (PyTorch's p = 0 counts the tensors, which no clip can use.)
+    P(f64),
 }
 
 impl NormType {
-    /// The p-norm.
-    ///
-    /// On the CPU its relative error is at most 1e-7 for p of 1/1024 and more; on the GPU 1e-6 for p of 1 and more, and
-    /// 1e-6 / p below, where the root magnifies what the sum has lost. Beyond 2^50 a larger p changes no norm, and is
-    /// taken for 2^50; the GPU takes p for one from 2^-20 to 2^22, which puts up to 5e-6 on the norm of 2^30 equal elements.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if p is not above 0. (PyTorch's p = 0 counts the tensors, which no clip can use.)
-    pub fn p(p: f64) -> Result<Self, Error> {
+    /// The p-norm, by its name if it has one.
+    #[must_use]
+    pub fn p(p: f64) -> Self {
         match p {
-            1.0 => Ok(Self::L1),
-            2.0 => Ok(Self::L2),
-            f64::INFINITY => Ok(Self::Inf),
-            p if p > 0.0 => Ok(Self::P(Power(p.min(2f64.powi(50)).to_bits()))),
-            _ => Err(Error::BadParameter { what: "norm_type", value: p, must: "above 0 (infinity for the largest)" }),
+            1.0 => Self::L1,
+            2.0 => Self::L2,
+            f64::INFINITY => Self::Inf,
+            p => Self::P(p),
         }
     }
 
@@ -55,7 +42,7 @@ impl NormType {
             Self::L1 => 1.0,
             Self::L2 => 2.0,
             Self::Inf => f64::INFINITY,
-            Self::P(power) => power.get(),
+            Self::P(p) => p,
         }
     }
 }
@@ -119,20 +106,33 @@ pub enum NonFinite {
     Drop,
 }
 
-/// What is compared with the threshold. All that a mode is, beside its formula in `Clip::weight` and `Clip::max_norm`.
+/// What is compared with which threshold; [`Clip`] has the formulas. All that a mode is, beside its lines in `Clip::weight`
+/// and `Clip::max_norm`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Mode {
-    /// c = min(1, max_norm / (N + eps))
-    Norm { max_norm: f64 },
-    /// c = min(1, max_rms / N), N = sqrt(mean g²)
-    Rms { max_rms: f64 },
-    /// c = min(1, max_average / N), N = L2 norm / number of elements
-    AverageNorm { max_average: f64 },
-    /// c = m / max(N, AGC_FLOOR) where N exceeds m = clip_factor · max(norm of the parameter, agc_eps)
-    Agc { clip_factor: f64, agc_eps: f64 },
-    /// g = clamp(g, min, max)
-    Value { min: f64, max: f64 },
+#[non_exhaustive]
+pub enum Mode {
+    /// The norm, with `max_norm`: [`Clip::norm`].
+    Norm(f64),
+    /// The root mean square, with `max_rms`: [`Clip::rms`].
+    Rms(f64),
+    /// The L2 norm divided by the number of elements, with `max_average_norm`: [`Clip::average_norm`].
+    AverageNorm(f64),
+    /// The norm of a unit, with `clip_factor` times that of its parameter: [`Clip::agc`].
+    Agc(f64),
+    /// Each element, with these bounds: [`Clip::value`] and [`Clip::range`].
+    Value {
+        /// The lower bound.
+        min: f64,
+        /// The upper bound.
+        max: f64,
+    },
 }
+
+/// The `eps` of PyTorch.
+const EPS: f64 = 1e-6;
+
+/// The `eps` of the paper on AGC.
+pub(crate) const AGC_EPS: f64 = 1e-3;
 
 /// What AGC divides by at least.
 pub(crate) const AGC_FLOOR: f64 = 1e-6;
@@ -173,97 +173,84 @@ pub(crate) const AGC_FLOOR: f64 = 1e-6;
 /// threshold below 1e-6, which is the least that it divides by. A value clip leaves bits that a second one does not touch (but for
 /// a 0 outside its bounds, which [`NonFinite::Zero`] and [`NonFinite::Drop`] leave).
 ///
+/// # Settings
+///
+/// A description is data: its fields can be read and printed, and nothing is checked until it is used. Whatever uses it then
+/// tells what is wrong with it ([`Error::Setting`]): a number that cannot be, or a setting that the mode or the scope does
+/// not use.
+///
 /// ```
-/// use gradclip::{Clip, NonFinite, NormType, Scope};
-/// let clip = Clip::norm(1.0)?.norm_type(NormType::p(3.0)?).scope(Scope::Tensor);
-/// let amp = clip.grad_scale(65536.0)?.non_finite(NonFinite::Skip);
-/// assert!(Clip::norm(-1.0).is_err());
-/// # Ok::<(), gradclip::Error>(())
+/// use gradclip::{Clip, Clipper, Mode, NonFinite, NormType, Scope, Tensor};
+/// let clip = Clip::norm(1.0).norm_type(NormType::p(3.0)).scope(Scope::Tensor);
+/// let amp = clip.grad_scale(65536.0).non_finite(NonFinite::Skip);
+/// assert_eq!((amp.mode, amp.scope), (Mode::Norm(1.0), Scope::Tensor));
+/// assert_eq!(amp.to_string(), "norm 1 (L3), per tensor, grad_scale 65536, non-finite: skip");
+/// let error = Clipper::cpu().measure(&Clip::rms(1.0).eps(0.0), &[Tensor::new(&[1.0f32])]).unwrap_err();
+/// assert_eq!(error.to_string(), "eps is 0; only Clip::norm uses it");
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Clip {
-    pub(crate) mode: Mode,
-    norm_type: NormType,
-    pub(crate) scope: Scope,
-    pub(crate) unit_axis: Option<UnitAxis>,
-    pub(crate) budget: Budget,
-    eps: f64,
-    pub(crate) grad_scale: f64,
-    pub(crate) non_finite: NonFinite,
-}
-
-/// A threshold that may be infinite.
-fn threshold(what: &'static str, value: f64) -> Result<f64, Error> {
-    if value >= 0.0 { Ok(value) } else { Err(Error::BadParameter { what, value, must: "0 or more" }) }
-}
-
-/// A finite number that is not negative.
-fn finite(what: &'static str, value: f64) -> Result<f64, Error> {
-    if (0.0..f64::INFINITY).contains(&value) {
-        Ok(value)
-    } else {
-        Err(Error::BadParameter { what, value, must: "a finite number, 0 or more" })
-    }
+    /// What is compared with which threshold.
+    pub mode: Mode,
+    /// The norm of [`Clip::norm`]; L2 in every other mode.
+    pub norm_type: NormType,
+    /// What shares a norm.
+    pub scope: Scope,
+    /// The units of [`Scope::Unit`]. None: rows, and a scalar is one unit.
+    pub unit_axis: Option<UnitAxis>,
+    /// How [`Scope::ExampleTensor`] shares the threshold out.
+    pub budget: Budget,
+    /// What [`Clip::norm`] adds to the norm; None in every other mode.
+    pub eps: Option<f64>,
+    /// What [`Clip::agc`] takes the norm of a parameter for at least; None in every other mode.
+    pub agc_eps: Option<f64>,
+    /// The loss scale that the gradients carry.
+    pub grad_scale: f64,
+    /// What happens when a gradient is NaN or infinite.
+    pub non_finite: NonFinite,
 }
 
 impl Clip {
-    /// Clips by norm. `max_norm` 0 sets every gradient to 0; infinity only measures and writes nothing at all.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `max_norm` is negative or NaN.
-    pub fn norm(max_norm: f64) -> Result<Self, Error> {
-        let max_norm = threshold("max_norm", max_norm)?;
-        Ok(Self::new(Mode::Norm { max_norm }, NonFinite::Error))
+    /// Clips by norm. `max_norm`, 0 or more: 0 sets every gradient to 0; infinity only measures and writes nothing at all.
+    #[must_use]
+    pub fn norm(max_norm: f64) -> Self {
+        Self { eps: Some(EPS), ..Self::new(Mode::Norm(max_norm), NonFinite::Error) }
     }
 
-    /// Clips by root mean square: sqrt(mean g²), of everything or, with [`Scope::Tensor`], of each tensor.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `max_rms` is negative or NaN.
-    pub fn rms(max_rms: f64) -> Result<Self, Error> {
-        let max_rms = threshold("max_rms", max_rms)?;
-        Ok(Self::new(Mode::Rms { max_rms }, NonFinite::Error))
+    /// Clips by root mean square: sqrt(mean g²), of everything or, with [`Scope::Tensor`], of each tensor. `max_rms` is 0 or
+    /// more.
+    #[must_use]
+    pub fn rms(max_rms: f64) -> Self {
+        Self::new(Mode::Rms(max_rms), NonFinite::Error)
     }
 
     /// Clips by average norm: the L2 norm divided by the number of elements, of everything or, with [`Scope::Tensor`],
-    /// of each tensor.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `max_average` is negative or NaN.
-    pub fn average_norm(max_average: f64) -> Result<Self, Error> {
-        let max_average = threshold("max_average_norm", max_average)?;
-        Ok(Self::new(Mode::AverageNorm { max_average }, NonFinite::Error))
+    /// of each tensor. `max_average_norm` is 0 or more.
+    #[must_use]
+    pub fn average_norm(max_average_norm: f64) -> Self {
+        Self::new(Mode::AverageNorm(max_average_norm), NonFinite::Error)
     }
 
-    /// Adaptive gradient clipping: each unit's norm stays below `clip_factor` times the norm of the parameter's unit.
-    /// The scope is [`Scope::Unit`] if not changed. Every gradient must be given its parameter
+    /// Adaptive gradient clipping: each unit's norm stays below `clip_factor` (finite, 0 or more) times the norm of the
+    /// parameter's unit. The scope is [`Scope::Unit`] if not changed. Every gradient must be given its parameter
     /// ([`TensorMut::parameter`](crate::TensorMut::parameter)). A unit whose parameter is not finite is not clipped.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `clip_factor` is negative, NaN or infinite.
-    pub fn agc(clip_factor: f64) -> Result<Self, Error> {
-        let clip_factor = finite("clip_factor", clip_factor)?;
-        Ok(Self::new(Mode::Agc { clip_factor, agc_eps: 1e-3 }, NonFinite::Error).scope(Scope::Unit))
+    #[must_use]
+    pub fn agc(clip_factor: f64) -> Self {
+        let agc = Self::new(Mode::Agc(clip_factor), NonFinite::Error);
+        Self { scope: Scope::Unit, agc_eps: Some(AGC_EPS), ..agc }
     }
 
-    /// Clips each element to `-clip_value ..= clip_value`.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `clip_value` is negative or NaN.
-    pub fn value(clip_value: f64) -> Result<Self, Error> {
-        let clip_value = threshold("clip_value", clip_value)?;
+    /// Clips each element to `-clip_value ..= clip_value`; `clip_value` is 0 or more.
+    #[must_use]
+    pub fn value(clip_value: f64) -> Self {
         Self::range(-clip_value, clip_value)
     }
 
-    /// Clips each element to `min ..= max`; either may be infinite.
-    ///
-    /// # Errors
-    /// [`Error::BadRange`] if `min > max` or one of them is NaN.
-    pub fn range(min: f64, max: f64) -> Result<Self, Error> {
-        if min.is_nan() || max.is_nan() || min > max {
-            return Err(Error::BadRange { min, max });
-        }
-        Ok(Self::new(Mode::Value { min, max }, NonFinite::Propagate))
+    /// Clips each element to `min ..= max`; `min <= max`, and either may be infinite.
+    #[must_use]
+    pub fn range(min: f64, max: f64) -> Self {
+        Self::new(Mode::Value { min, max }, NonFinite::Propagate)
     }
 
     fn new(mode: Mode, non_finite: NonFinite) -> Self {
@@ -273,20 +260,21 @@ impl Clip {
             scope: Scope::default(),
             unit_axis: None,
             budget: Budget::default(),
-            eps: 1e-6,
+            eps: None,
+            agc_eps: None,
             grad_scale: 1.0,
             non_finite,
         }
     }
 
-    /// Chooses the norm of [`Clip::norm`]; L2 if not called. The other modes ignore it.
+    /// Chooses the norm of [`Clip::norm`]; L2 if not called.
     #[must_use]
     pub fn norm_type(mut self, norm_type: NormType) -> Self {
         self.norm_type = norm_type;
         self
     }
 
-    /// Chooses what shares a norm; everything if not called. A value clip ignores it.
+    /// Chooses what shares a norm; everything if not called, units for [`Clip::agc`]. A value clip measures none.
     #[must_use]
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
@@ -294,54 +282,42 @@ impl Clip {
     }
 
     /// Chooses the units of [`Scope::Unit`]: rows if not called. Once chosen, a scalar (no dimensions) is an error,
-    /// because it has no axis; otherwise it is one unit. Other scopes ignore it.
+    /// because it has no axis; otherwise it is one unit.
     #[must_use]
     pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
         self.unit_axis = Some(axis);
         self
     }
 
-    /// Chooses how [`Scope::ExampleTensor`] shares the threshold out. Other scopes ignore it, and so does [`Clip::agc`],
-    /// whose threshold is each unit's own.
+    /// Chooses how [`Scope::ExampleTensor`] shares the threshold out. [`Clip::agc`] has none to share: its threshold is each
+    /// unit's own.
     #[must_use]
     pub fn budget(mut self, budget: Budget) -> Self {
         self.budget = budget;
         self
     }
 
-    /// Sets what [`Clip::norm`] adds to the norm before dividing: 1e-6 if not called, as in PyTorch; 0 gives the
-    /// arithmetic of Optax and TensorFlow, which clip only where N > `max_norm`. The other modes ignore it.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `eps` is negative, NaN or infinite.
-    pub fn eps(mut self, eps: f64) -> Result<Self, Error> {
-        self.eps = finite("eps", eps)?;
-        Ok(self)
+    /// Sets what [`Clip::norm`] adds to the norm before dividing, finite and 0 or more: 1e-6 if not called, as in PyTorch;
+    /// 0 gives the arithmetic of Optax and TensorFlow, which clip only where N > `max_norm`.
+    #[must_use]
+    pub fn eps(mut self, eps: f64) -> Self {
+        self.eps = Some(eps);
+        self
     }
 
-    /// Sets what [`Clip::agc`] takes the norm of a parameter's unit for at least: 1e-3 if not called, so that units
-    /// that start at 0 can move. The other modes ignore it.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `agc_eps` is negative, NaN or infinite.
-    pub fn agc_eps(mut self, eps: f64) -> Result<Self, Error> {
-        let eps = finite("agc_eps", eps)?;
-        if let Mode::Agc { agc_eps, .. } = &mut self.mode {
-            *agc_eps = eps;
-        }
-        Ok(self)
+    /// Sets what [`Clip::agc`] takes the norm of a parameter's unit for at least, finite and 0 or more: 1e-3 if not called,
+    /// so that units that start at 0 can move.
+    #[must_use]
+    pub fn agc_eps(mut self, eps: f64) -> Self {
+        self.agc_eps = Some(eps);
+        self
     }
 
-    /// The loss scale that the gradients carry: they are divided by it, in the same pass.
-    ///
-    /// # Errors
-    /// [`Error::BadParameter`] if `grad_scale` is not a finite number above 0.
-    pub fn grad_scale(mut self, grad_scale: f64) -> Result<Self, Error> {
-        if !(grad_scale.is_normal() && grad_scale > 0.0) {
-            return Err(Error::BadParameter { what: "grad_scale", value: grad_scale, must: "a finite number above 0" });
-        }
+    /// The loss scale that the gradients carry, a finite number above 0: they are divided by it, in the same pass.
+    #[must_use]
+    pub fn grad_scale(mut self, grad_scale: f64) -> Self {
         self.grad_scale = grad_scale;
-        Ok(self)
+        self
     }
 
     /// Chooses what happens when a gradient is NaN or infinite.
@@ -351,11 +327,66 @@ impl Clip {
         self
     }
 
+    /// Tells what is wrong with the description, as whatever uses it does.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if a setting has a value that cannot be, or if the mode or the scope does not use it.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.mode {
+            Mode::Norm(max_norm) => at_least_0("max_norm", max_norm)?,
+            Mode::Rms(max_rms) => at_least_0("max_rms", max_rms)?,
+            Mode::AverageNorm(max_average_norm) => at_least_0("max_average_norm", max_average_norm)?,
+            Mode::Agc(clip_factor) => finite("clip_factor", clip_factor)?,
+            Mode::Value { min, max } if -min == max || (min.is_nan() && max.is_nan()) => at_least_0("clip_value", max)?,
+            Mode::Value { min, max } => {
+                let range = format!("{} to {}", number(min), number(max));
+                let valid = min <= max;
+                setting(valid, "the clip range", range, "it needs min <= max, both of them numbers")?;
+            }
+        }
+        let by_norm = matches!(self.mode, Mode::Norm(_));
+        let by_agc = self.needs_parameters();
+        let (norm_type, p) = (self.norm_type, self.norm_type.power());
+        setting(by_norm || p == 2.0, "norm_type", norm_type, "only Clip::norm uses it")?;
+        setting(p > 0.0, "norm_type", number(p), "it must be above 0 (infinity for the largest)")?;
+        let measures = self.measured().is_some() || self.scope == Scope::Global;
+        setting(measures, "scope", self.scope, "a value clip measures no norm that elements could share")?;
+        if let Some(axis) = self.unit_axis {
+            setting(self.scope == Scope::Unit, "unit_axis", axis, "only Scope::Unit uses it")?;
+        }
+        let shares = self.budget == Budget::Each || (self.scope == Scope::ExampleTensor && !by_agc);
+        setting(shares, "budget", self.budget, "only Scope::ExampleTensor uses it, and Clip::agc does not")?;
+        if let Some(eps) = self.eps {
+            setting(by_norm, "eps", number(eps), "only Clip::norm uses it")?;
+            finite("eps", eps)?;
+        }
+        if let Some(eps) = self.agc_eps {
+            setting(by_agc, "agc_eps", number(eps), "only Clip::agc uses it")?;
+            finite("agc_eps", eps)?;
+        }
+        let scale = self.grad_scale;
+        let valid = scale.is_normal() && scale > 0.0;
+        setting(valid, "grad_scale", number(scale), "it must be a finite number above 0")
+    }
+
+    /// The same with another `max_norm`, or what the mode has in its place.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a value clip.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn with_threshold(mut self, threshold: f64) -> Result<Self, Error> {
+        match &mut self.mode {
+            Mode::Norm(own) | Mode::Rms(own) | Mode::AverageNorm(own) | Mode::Agc(own) => *own = threshold,
+            Mode::Value { .. } => return Err(Error::usage("a value clip has bounds, and no threshold to set")),
+        }
+        Ok(self)
+    }
+
     /// The same with the p of a p-norm taken for one in this range.
     #[cfg(feature = "gpu")]
     pub(crate) fn with_power_in(mut self, range: std::ops::RangeInclusive<f64>) -> Self {
-        if let NormType::P(power) = &mut self.norm_type {
-            *power = Power(power.get().clamp(*range.start(), *range.end()).to_bits());
+        if let NormType::P(p) = &mut self.norm_type {
+            *p = p.clamp(*range.start(), *range.end());
         }
         self
     }
@@ -363,8 +394,12 @@ impl Clip {
     /// The norm that is measured; None for a value clip.
     pub(crate) fn measured(&self) -> Option<NormType> {
         match self.mode {
-            Mode::Norm { .. } => Some(self.norm_type),
-            Mode::Rms { .. } | Mode::AverageNorm { .. } | Mode::Agc { .. } => Some(NormType::L2),
+            // Beyond 2^50 a larger p changes no norm.
+            Mode::Norm(_) => Some(match NormType::p(self.norm_type.power()) {
+                NormType::P(p) => NormType::P(p.min(2f64.powi(50))),
+                named => named,
+            }),
+            Mode::Rms(_) | Mode::AverageNorm(_) | Mode::Agc(_) => Some(NormType::L2),
             Mode::Value { .. } => None,
         }
     }
@@ -373,9 +408,9 @@ impl Clip {
     pub(crate) fn weight(&self, elements: u64) -> f64 {
         let elements = elements.max(1) as f64;
         match self.mode {
-            Mode::Rms { .. } => 1.0 / elements.sqrt(),
-            Mode::AverageNorm { .. } => 1.0 / elements,
-            Mode::Norm { .. } | Mode::Agc { .. } | Mode::Value { .. } => 1.0,
+            Mode::Rms(_) => 1.0 / elements.sqrt(),
+            Mode::AverageNorm(_) => 1.0 / elements,
+            Mode::Norm(_) | Mode::Agc(_) | Mode::Value { .. } => 1.0,
         }
     }
 
@@ -384,11 +419,11 @@ impl Clip {
     pub(crate) fn max_norm(&self, elements: u64, share: f64, parameter: f64) -> f64 {
         let elements = elements.max(1) as f64;
         match self.mode {
-            Mode::Norm { max_norm } => share * max_norm,
-            Mode::Rms { max_rms } => share * max_rms * elements.sqrt(),
-            Mode::AverageNorm { max_average } => share * max_average * elements,
-            Mode::Agc { .. } if parameter == f64::INFINITY => f64::INFINITY,
-            Mode::Agc { clip_factor, agc_eps } => clip_factor * parameter.max(agc_eps),
+            Mode::Norm(max_norm) => share * max_norm,
+            Mode::Rms(max_rms) => share * max_rms * elements.sqrt(),
+            Mode::AverageNorm(max_average_norm) => share * max_average_norm * elements,
+            Mode::Agc(_) if parameter == f64::INFINITY => f64::INFINITY,
+            Mode::Agc(clip_factor) => clip_factor * parameter.max(self.agc_eps.unwrap_or(AGC_EPS)),
             Mode::Value { .. } => f64::INFINITY,
         }
     }
@@ -397,19 +432,20 @@ impl Clip {
     /// it is divided by.
     pub(crate) fn eps_and_floor(&self) -> (f64, f64) {
         match self.mode {
-            Mode::Norm { .. } => (self.eps, 0.0),
-            Mode::Agc { .. } => (0.0, AGC_FLOOR),
-            Mode::Rms { .. } | Mode::AverageNorm { .. } | Mode::Value { .. } => (0.0, 0.0),
+            Mode::Norm(_) => (self.eps.unwrap_or(EPS), 0.0),
+            Mode::Agc(_) => (0.0, AGC_FLOOR),
+            Mode::Rms(_) | Mode::AverageNorm(_) | Mode::Value { .. } => (0.0, 0.0),
         }
     }
 
     /// That norms decide, and nothing else does.
     ///
     /// # Errors
-    /// [`Error::Unfit`]
+    /// [`Error::Usage`], and those of [`Clip::check`]
     pub(crate) fn check_adaptive(&self) -> Result<(), Error> {
+        self.check()?;
         if self.measured().is_none() || self.needs_parameters() {
-            return Err(Error::Unfit(
+            return Err(Error::usage(
                 "only a clip by norm, RMS or average norm takes norms or thresholds from outside",
             ));
         }
@@ -419,10 +455,11 @@ impl Clip {
     /// That there are examples to sum.
     ///
     /// # Errors
-    /// [`Error::Unfit`]
+    /// [`Error::Usage`], and those of [`Clip::check`]
     pub(crate) fn check_examples(&self) -> Result<(), Error> {
+        self.check()?;
         if self.measured().is_none() || !matches!(self.scope, Scope::Example | Scope::ExampleTensor) {
-            return Err(Error::Unfit("only examples are summed: the scope must be Example or ExampleTensor"));
+            return Err(Error::usage("only examples are summed: the scope must be Example or ExampleTensor"));
         }
         Ok(())
     }
@@ -430,18 +467,12 @@ impl Clip {
     /// Whether each gradient must be given its parameter: AGC goes by them.
     #[must_use]
     pub fn needs_parameters(&self) -> bool {
-        matches!(self.mode, Mode::Agc { .. })
+        matches!(self.mode, Mode::Agc(_))
     }
 
     /// Whether nothing is ever written: no norm exceeds an infinite threshold.
     pub(crate) fn only_measures(&self) -> bool {
-        let (Mode::Norm { max_norm: threshold }
-        | Mode::Rms { max_rms: threshold }
-        | Mode::AverageNorm { max_average: threshold }) = self.mode
-        else {
-            return false;
-        };
-        threshold == f64::INFINITY
+        matches!(self.mode, Mode::Norm(f64::INFINITY) | Mode::Rms(f64::INFINITY) | Mode::AverageNorm(f64::INFINITY))
     }
 
     /// Whether gradients must be read before the first may be written: always for a norm; for a value clip only if
@@ -453,5 +484,124 @@ impl Clip {
     /// Whether a non-finite element anywhere keeps everything as it is.
     pub(crate) fn refuses_non_finite(&self) -> bool {
         matches!(self.non_finite, NonFinite::Error | NonFinite::Skip)
+    }
+}
+
+/// That a setting is as it must be.
+///
+/// # Errors
+/// [`Error::Setting`]
+pub(crate) fn setting(
+    valid: bool,
+    name: &'static str,
+    value: impl fmt::Display,
+    reason: &'static str,
+) -> Result<(), Error> {
+    if valid { Ok(()) } else { Err(Error::Setting { name, value: value.to_string(), reason }) }
+}
+
+/// That a threshold, which may be infinite, is one.
+fn at_least_0(name: &'static str, value: f64) -> Result<(), Error> {
+    setting(value >= 0.0, name, number(value), "it must be 0 or more")
+}
+
+/// That a number is finite and not negative.
+fn finite(name: &'static str, value: f64) -> Result<(), Error> {
+    let valid = (0.0..f64::INFINITY).contains(&value);
+    setting(valid, name, number(value), "it must be a finite number, 0 or more")
+}
+
+/// A number as people write it.
+pub(crate) fn number(x: f64) -> String {
+    let plain = x == 0.0 || !x.is_finite() || (1e-4..1e16).contains(&x.abs());
+    if plain { x.to_string() } else { format!("{x:e}") }
+}
+
+impl fmt::Display for NormType {
+    /// `L1`, `L2`, `inf`, `L3`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inf => f.write_str("inf"),
+            other => write!(f, "L{}", number(other.power())),
+        }
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Global => "global",
+            Self::Tensor => "tensor",
+            Self::Unit => "unit",
+            Self::Example => "example",
+            Self::ExampleTensor => "example-tensor",
+        })
+    }
+}
+
+impl fmt::Display for UnitAxis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::First => "first",
+            Self::Last => "last",
+        })
+    }
+}
+
+impl fmt::Display for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Each => "each",
+            Self::Uniform => "uniform",
+            Self::Sized => "sized",
+        })
+    }
+}
+
+impl fmt::Display for NonFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Propagate => "propagate",
+            Self::Skip => "skip",
+            Self::Zero => "zero",
+            Self::Drop => "drop",
+        })
+    }
+}
+
+/// On one line, without what is as it is unless chosen: `norm 1 (L2), per tensor, grad_scale 65536, non-finite: skip`. With a
+/// precision, as in `{:.2}`, the threshold has so many digits behind its first.
+impl fmt::Display for Clip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = f.precision();
+        let rounded = |x: f64| digits.and_then(|digits| format!("{x:.digits$e}").parse().ok()).unwrap_or(x);
+        let threshold = |x: f64| number(rounded(x));
+        match self.mode {
+            Mode::Norm(x) => write!(f, "norm {} ({})", threshold(x), self.norm_type)?,
+            Mode::Rms(x) => write!(f, "RMS {}", threshold(x))?,
+            Mode::AverageNorm(x) => write!(f, "average norm {}", threshold(x))?,
+            Mode::Agc(x) => write!(f, "AGC {}", threshold(x))?,
+            Mode::Value { min, max } => write!(f, "value {} to {}", threshold(min), threshold(max))?,
+        }
+        if self.scope != Scope::Global {
+            write!(f, ", per {}", self.scope)?;
+        }
+        if let Some(axis) = self.unit_axis {
+            write!(f, ", unit_axis {axis}")?;
+        }
+        if self.budget != Budget::Each {
+            write!(f, ", budget {}", self.budget)?;
+        }
+        for (name, eps, default) in [("eps", self.eps, EPS), ("agc_eps", self.agc_eps, AGC_EPS)] {
+            if let Some(eps) = eps.filter(|eps| *eps != default) {
+                write!(f, ", {name} {}", number(eps))?;
+            }
+        }
+        if self.grad_scale != 1.0 {
+            write!(f, ", grad_scale {}", number(self.grad_scale))?;
+        }
+        let policy = if self.measured().is_some() { NonFinite::Error } else { NonFinite::Propagate };
+        if self.non_finite == policy { Ok(()) } else { write!(f, ", non-finite: {}", self.non_finite) }
     }
 }

@@ -3,21 +3,14 @@
 use std::sync::Arc;
 
 use crate::cpu::{self, Around, Given};
-use crate::processes::{ProcessGroup, SingleProcess, Turn};
+use crate::processes::{ProcessGroup, SingleProcess};
 use crate::progress::Progress;
-use crate::tensor::check_sums;
-use crate::{Clip, ClipReport, DecidedClip, Element, Error, RunningPartial, Tensor, TensorMut, Threshold};
+use crate::{Clip, ClipReport, DecidedClip, Element, Error, NormAccumulator, Tensor, TensorMut, Threshold};
 
-#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-use crate::Dtype;
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
 use crate::gpu::GpuClipper;
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-use crate::gpu::tuning::HOST_ROUTES;
-#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-use crate::gpu::tuning::HostRoute;
-#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-use crate::wait::Wait;
+use crate::wait::block_on;
 
 /// Clips gradients that lie in host memory, on the CPU or through a GPU.
 ///
@@ -28,9 +21,6 @@ use crate::wait::Wait;
 #[derive(Clone, Debug)]
 pub struct Clipper {
     backend: Backend,
-    /// The rows that must lead through the device for it to get a set of tensors; None if it gets all.
-    #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-    routes: Option<&'static [HostRoute]>,
     progress: Progress,
     processes: Arc<dyn ProcessGroup>,
 }
@@ -43,38 +33,11 @@ enum Backend {
 }
 
 impl Clipper {
-    /// The fastest backend for host memory, by measurement: so far the CPU for every kind of device, because the gradients
-    /// would have to cross the bus twice (`gpu::tuning::HOST_ROUTES` has the figures). Where a kind of device is faster by
-    /// that table, sets that are large enough and hold no float64 go through the first such device, opened once for the
-    /// process; as the table is, none is opened.
+    /// The backend that is fastest for gradients in host memory: the CPU. A GPU would have to be sent each byte over a bus
+    /// that is slower than the memory, and to send back what it clips; [`Clipper::gpu`] does so if asked.
     #[must_use]
     pub fn auto() -> Self {
-        #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-        if HostRoute::any(&HOST_ROUTES) {
-            static GPU: std::sync::OnceLock<Option<GpuClipper>> = std::sync::OnceLock::new();
-            if let Some(gpu) = GPU.get_or_init(|| GpuClipper::open_blocking().ok()) {
-                return Self { routes: Some(&HOST_ROUTES), ..Self::gpu(gpu.clone()) };
-            }
-        }
         Self::cpu()
-    }
-
-    /// What clips these tensors.
-    #[cfg_attr(
-        any(not(feature = "gpu"), target_arch = "wasm32"),
-        expect(unused_variables, reason = "there is nothing to choose")
-    )]
-    fn choose<'t>(&self, tensors: &(impl Iterator<Item = Tensor<'t>> + Clone)) -> &Backend {
-        #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-        if let (Backend::Gpu(gpu), Some(rows)) = (&self.backend, self.routes) {
-            let is_double = |t: &Tensor<'_>| t.dtype == Dtype::F64;
-            let bytes = tensors.clone().map(|t| t.data.len() as u64).sum();
-            let fits = !tensors.clone().any(|t| is_double(&t) || t.parameter.is_some_and(is_double));
-            if !(fits && HostRoute::leads_through(rows, gpu.adapter_info().device_type, Some(bytes))) {
-                return &Backend::Cpu;
-            }
-        }
-        &self.backend
     }
 
     /// The CPU, on rayon's current pool: install one of your own to choose the number of threads. The calling thread works
@@ -93,13 +56,7 @@ impl Clipper {
     }
 
     fn on(backend: Backend) -> Self {
-        Self {
-            backend,
-            #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            routes: None,
-            progress: Progress::default(),
-            processes: Arc::new(SingleProcess::default()),
-        }
+        Self { backend, progress: Progress::default(), processes: Arc::new(SingleProcess::default()) }
     }
 
     /// Calls `f` while tensors are measured, with the number of bytes done since its last call, from any thread that
@@ -119,7 +76,7 @@ impl Clipper {
     /// [`Clipper::accumulate`] and [`Clipper::finish`] measure no norm that others have a part in, and ask nobody.
     #[cfg(not(target_arch = "wasm32"))]
     #[must_use]
-    pub fn within(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
+    pub fn processes(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
         self.processes = processes;
         self
     }
@@ -130,7 +87,7 @@ impl Clipper {
     /// use gradclip::{Clip, Clipper, TensorMut};
     /// let (mut w, mut b) = (vec![3.0f32; 1], vec![half::f16::from_f32(4.0); 1]);
     /// let mut grads = [TensorMut::new(&mut w).named("w"), TensorMut::new(&mut b).named("b")];
-    /// let report = Clipper::auto().apply(&Clip::norm(1.0)?.eps(0.0)?, &mut grads)?;
+    /// let report = Clipper::auto().apply(&Clip::norm(1.0).eps(0.0), &mut grads)?;
     /// assert_eq!((report.total_norm, report.clip_coef), (5.0, 0.2));
     /// assert_eq!(w, [0.6]);
     /// # Ok::<(), gradclip::Error>(())
@@ -155,20 +112,20 @@ impl Clipper {
     /// use gradclip::{Clip, Clipper, TensorMut};
     /// let (mut embedding, mut rest) = ([3.0f32, 4.0], [0.1f32; 8]);
     /// let reports = Clipper::auto().apply_groups(&mut [
-    ///     (Clip::norm(0.5)?, &mut [TensorMut::new(&mut embedding).named("embedding")]),
-    ///     (Clip::norm(1.0)?, &mut [TensorMut::new(&mut rest).named("rest")]),
+    ///     (Clip::norm(0.5), &mut [TensorMut::new(&mut embedding).named("embedding")]),
+    ///     (Clip::norm(1.0), &mut [TensorMut::new(&mut rest).named("rest")]),
     /// ])?;
     /// assert!(reports[0].clipped && !reports[1].clipped);
     /// # Ok::<(), gradclip::Error>(())
     /// ```
     ///
     /// # Errors
-    /// [`Error::Unfit`] if the clips disagree, and those of [`Clipper::apply`].
+    /// [`Error::Usage`] if the clips disagree, and those of [`Clipper::apply`].
     pub fn apply_groups(&self, groups: &mut [(Clip, &mut [TensorMut<'_>])]) -> Result<Vec<ClipReport>, Error> {
-        match self.choose(&groups.iter().flat_map(|(_, tensors)| tensors.iter().map(TensorMut::as_tensor))) {
+        match &self.backend {
             Backend::Cpu => cpu::apply(groups, None, self.around()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => pollster::block_on(gpu.apply_by(Wait::Sleeping, groups, self.around())),
+            Backend::Gpu(gpu) => block_on(gpu.applied(groups, self.around())),
         }
     }
 
@@ -176,7 +133,7 @@ impl Clipper {
     /// bound; infinity sets none.
     ///
     /// # Errors
-    /// [`Error::ThresholdState`] if the threshold is that of other tensors, [`Error::Unfit`] if the clip has no norm to
+    /// [`Error::ThresholdState`] if the threshold is that of other tensors, [`Error::Usage`] if the clip has no norm to
     /// follow, and those of [`Clipper::apply`]. If a GPU fails after it has told the norms, the threshold has followed them
     /// though nothing was clipped: keep a clone to go on from where that matters.
     pub fn apply_adaptive(
@@ -185,12 +142,10 @@ impl Clipper {
         threshold: &mut dyn Threshold,
         tensors: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
-        match self.choose(&tensors.iter().map(TensorMut::as_tensor)) {
+        match &self.backend {
             Backend::Cpu => Ok(cpu::apply(&mut [(*clip, tensors)], Some(threshold), self.around())?.swap_remove(0)),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => {
-                pollster::block_on(gpu.apply_adaptive_by(Wait::Sleeping, clip, threshold, tensors, self.around()))
-            }
+            Backend::Gpu(gpu) => block_on(gpu.adapted(clip, threshold, tensors, self.around())),
         }
     }
 
@@ -199,10 +154,10 @@ impl Clipper {
     /// # Errors
     /// The same.
     pub fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        match self.choose(&tensors.iter().copied()) {
+        match &self.backend {
             Backend::Cpu => cpu::measure(clip, tensors, self.around()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => pollster::block_on(gpu.measure_by(Wait::Sleeping, clip, tensors, self.around())),
+            Backend::Gpu(gpu) => block_on(gpu.measured(clip, tensors, self.around())),
         }
     }
 
@@ -246,14 +201,14 @@ impl Clipper {
     /// use gradclip::{Clip, Clipper, TensorMut};
     /// let mut mine = [3.0f32];
     /// // Another process holds the other half of the gradient, and both know that the norm of all is 5.
-    /// Clipper::auto().scale(&Clip::norm(1.0)?, &[5.0], &mut [TensorMut::new(&mut mine)])?;
+    /// Clipper::auto().scale(&Clip::norm(1.0), &[5.0], &mut [TensorMut::new(&mut mine)])?;
     /// assert!((mine[0] - 0.6).abs() < 1e-6);
     /// # Ok::<(), gradclip::Error>(())
     /// ```
     ///
     /// # Errors
-    /// [`Error::Length`] if the number of norms is not that of segments; [`Error::BadParameter`] if one is negative, or
-    /// not finite under these policies; [`Error::Unfit`] for a clip by value and for AGC. The gradients are as they were.
+    /// [`Error::Usage`] if the number of norms is not that of segments; [`Error::Setting`] if one is negative, or
+    /// not finite under these policies; [`Error::Usage`] for a clip by value and for AGC. The gradients are as they were.
     pub fn scale(&self, clip: &Clip, norms: &[f64], tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         // One read and one write on the host: no bus is worth crossing for that.
         cpu::scale(clip, Given::Norms(norms), tensors)
@@ -263,8 +218,8 @@ impl Clipper {
     /// tensors in the list.
     ///
     /// # Errors
-    /// [`Error::Unfit`] after [`RunningPartial::merge_across`].
-    pub fn accumulate(&self, running: &mut RunningPartial, tensors: &[Tensor<'_>]) -> Result<(), Error> {
+    /// [`Error::Usage`] after [`NormAccumulator::merge_across`].
+    pub fn accumulate(&self, running: &mut NormAccumulator, tensors: &[Tensor<'_>]) -> Result<(), Error> {
         running.check_open()?;
         let partial = cpu::partial(running.clip(), tensors, &self.progress)?;
         running.add(partial, tensors);
@@ -276,7 +231,7 @@ impl Clipper {
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy, wherever the element is.
-    pub fn finish(&self, running: &RunningPartial, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+    pub fn finish(&self, running: &NormAccumulator, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         // First, because it names the bad element whichever set it was in.
         let report = running.report()?;
         cpu::scale(running.clip(), running.given(), tensors)?;
@@ -296,7 +251,7 @@ impl Clipper {
     /// // Two examples of a gradient of two elements.
     /// let grads = [3.0f32, 4.0, 0.1, 0.2];
     /// let mut sum = [0f32; 2];
-    /// let clip = Clip::norm(1.0)?.eps(0.0)?.scope(Scope::Example);
+    /// let clip = Clip::norm(1.0).eps(0.0).scope(Scope::Example);
     /// let grads = [Tensor::new(&grads).shape(&[2, 2])?];
     /// let report = Clipper::auto().sum_examples(&clip, &grads, &mut [TensorMut::new(&mut sum)])?;
     /// assert_eq!(report.num_clipped(), 1);
@@ -305,7 +260,7 @@ impl Clipper {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Unfit`] under another scope; [`Error::Length`] or [`Error::Shape`] if the sums are not as many or not as
+    /// [`Error::Usage`] under another scope, or if the sums are not as many; [`Error::Tensor`] if one is not as
     /// long; those of [`Clipper::apply`]. The sums are then as they were, as they are under
     /// [`NonFinite::Skip`](crate::NonFinite::Skip) if anything is not finite.
     pub fn sum_examples(
@@ -314,16 +269,10 @@ impl Clipper {
         tensors: &[Tensor<'_>],
         sums: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(&*self.processes);
-        clip.check_examples()?;
-        let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len() as u64)).collect();
-        check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name)), &given)?;
-        match self.choose(&tensors.iter().copied()) {
-            Backend::Cpu => cpu::sum_examples(turn, clip, tensors, sums, &self.progress),
+        match &self.backend {
+            Backend::Cpu => cpu::sum_examples(clip, tensors, sums, self.around()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => {
-                pollster::block_on(gpu.sum_examples_by(Wait::Sleeping, turn, clip, tensors, sums, &self.progress))
-            }
+            Backend::Gpu(gpu) => block_on(gpu.summed(clip, tensors, sums, self.around())),
         }
     }
 }
@@ -339,18 +288,18 @@ impl Clipper {
 /// ```
 ///
 /// # Errors
-/// [`Error::BadParameter`] for a negative or NaN `max_norm`; [`Error::NonFinite`] if a gradient is NaN or infinite.
+/// [`Error::Setting`] for a negative or NaN `max_norm`; [`Error::NonFinite`] if a gradient is NaN or infinite.
 /// Nothing is written then.
 pub fn clip_grad_norm<T: Element>(grads: &mut [&mut [T]], max_norm: f64) -> Result<ClipReport, Error> {
-    apply_to_slices(&Clip::norm(max_norm)?, grads)
+    apply_to_slices(&Clip::norm(max_norm), grads)
 }
 
 /// Clips every element of the slices to `-clip_value ..= clip_value`, in place: `clip_grad_value_` of PyTorch.
 ///
 /// # Errors
-/// [`Error::BadParameter`] for a negative or NaN `clip_value`. NaN gradients stay NaN and are counted in the report.
+/// [`Error::Setting`] for a negative or NaN `clip_value`. NaN gradients stay NaN and are counted in the report.
 pub fn clip_grad_value<T: Element>(grads: &mut [&mut [T]], clip_value: f64) -> Result<ClipReport, Error> {
-    apply_to_slices(&Clip::value(clip_value)?, grads)
+    apply_to_slices(&Clip::value(clip_value), grads)
 }
 
 fn apply_to_slices<T: Element>(clip: &Clip, grads: &mut [&mut [T]]) -> Result<ClipReport, Error> {
@@ -365,35 +314,6 @@ mod tests {
 
     use super::*;
 
-    #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-    #[test]
-    fn a_row_that_is_changed_changes_the_choice() {
-        let gpu = GpuClipper::open_blocking().expect("these tests need a device, which may be a software one");
-        let device_type = gpu.adapter_info().device_type;
-        let from_4_kib: &[HostRoute] = Box::leak(Box::new([HostRoute { device_type, faster_from: Some(4096) }]));
-        let never: &[HostRoute] = Box::leak(Box::new([HostRoute { device_type, faster_from: None }]));
-        let (short, long, double) = ([1.0f32; 1023], [1.0f32; 1024], [1.0f64; 1024]);
-        let parameter = Tensor::new(&double);
-        let is_gpu = |rows, tensor: Tensor<'_>| {
-            let clipper = Clipper { routes: Some(rows), ..Clipper::gpu(gpu.clone()) };
-            matches!(clipper.choose(&[tensor].into_iter()), Backend::Gpu(_))
-        };
-        assert!(is_gpu(from_4_kib, Tensor::new(&long)));
-        assert!(!is_gpu(from_4_kib, Tensor::new(&short)));
-        assert!(!is_gpu(from_4_kib, Tensor::new(&double)), "no float64 on the device");
-        assert!(!is_gpu(from_4_kib, Tensor::new(&long).parameter(&parameter)));
-        assert!(!is_gpu(never, Tensor::new(&long)));
-        assert!(matches!(Clipper::auto().choose(&[Tensor::new(&long)].into_iter()), Backend::Cpu));
-        let clipper = Clipper::gpu(gpu.clone());
-        assert!(matches!(clipper.choose(&[Tensor::new(&short)].into_iter()), Backend::Gpu(_)), "as asked for");
-        // And what is chosen clips.
-        let clipper = Clipper { routes: Some(from_4_kib), ..Clipper::gpu(gpu.clone()) };
-        let (mut single, mut double) = (long, double);
-        let clip = Clip::norm(1.0).expect("valid");
-        assert!(clipper.apply(&clip, &mut [TensorMut::new(&mut single)]).expect("finite").clipped);
-        assert!(clipper.apply(&clip, &mut [TensorMut::new(&mut double)]).expect("finite").clipped);
-    }
-
     #[test]
     fn progress_adds_up_to_what_was_measured() {
         let mut data = vec![1.0f32; 300_001];
@@ -406,7 +326,7 @@ mod tests {
         for clip in [Clip::norm(1.0), Clip::value(0.5)] {
             told.store(0, Ordering::Relaxed);
             let tensors = &mut [TensorMut::new(&mut data), TensorMut::new(&mut tiny)];
-            clipper.apply(&clip.expect("valid"), tensors).expect("finite");
+            clipper.apply(&clip, tensors).expect("finite");
             assert_eq!(told.load(Ordering::Relaxed), 4 * 300_001 + 8 * 3);
         }
     }

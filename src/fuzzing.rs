@@ -3,7 +3,7 @@
 
 use arbitrary::{Result, Unstructured};
 
-use crate::{Budget, Clip, Clipper, Dtype, Error, NonFinite, NormType, Scope, Tensor, TensorMut, UnitAxis};
+use crate::{Budget, Clip, Clipper, Dtype, Error, Mode, NonFinite, NormType, Scope, Tensor, TensorMut, UnitAxis};
 
 #[cfg(feature = "gpu")]
 pub use crate::gpu::tables_hold::fuzz as tables;
@@ -35,73 +35,63 @@ fn number(u: &mut Unstructured<'_>) -> Result<f64> {
     if u.arbitrary()? { Ok(*u.choose(&SOME)?) } else { Ok(f64::from_bits(u.arbitrary()?)) }
 }
 
-/// Checks that a parameter is taken exactly if it should be.
-fn taken<T>(made: std::result::Result<T, Error>, value: f64, valid: bool) -> Option<T> {
-    match made {
-        Ok(made) => {
-            assert!(valid, "{value} was taken");
-            Some(made)
-        }
-        Err(error) => {
-            assert!(!valid && matches!(error, Error::BadParameter { .. } | Error::BadRange { .. }), "{value}: {error}");
-            assert!(!error.to_string().is_empty());
-            None
-        }
-    }
-}
-
-/// A clip; None if a parameter was refused, and rightly.
-fn clip(u: &mut Unstructured<'_>) -> Result<Option<Clip>> {
+/// A clip, and whether each of its settings can be and is used: then alone it is taken.
+fn clip(u: &mut Unstructured<'_>) -> Result<(Clip, bool)> {
     let (a, b) = (number(u)?, number(u)?);
-    let threshold = a >= 0.0;
     let finite = |x: f64| x >= 0.0 && x.is_finite();
-    let made = match u.int_in_range(0..=5)? {
-        0 => taken(Clip::norm(a), a, threshold),
-        1 => taken(Clip::rms(a), a, threshold),
-        2 => taken(Clip::average_norm(a), a, threshold),
-        3 => taken(Clip::agc(a), a, finite(a)),
-        4 => taken(Clip::value(a), a, threshold),
-        _ => taken(Clip::range(a, b), a, a <= b),
+    let (mut made, mut valid) = match u.int_in_range(0..=5)? {
+        0 => (Clip::norm(a), a >= 0.0),
+        1 => (Clip::rms(a), a >= 0.0),
+        2 => (Clip::average_norm(a), a >= 0.0),
+        3 => (Clip::agc(a), finite(a)),
+        4 => (Clip::value(a), a >= 0.0),
+        _ => (Clip::range(a, b), a <= b),
     };
-    let Some(mut made) = made else { return Ok(None) };
-    if u.arbitrary()? {
+    let (by_norm, by_agc) = (matches!(made.mode, Mode::Norm(_)), made.needs_parameters());
+    let by_value = matches!(made.mode, Mode::Value { .. });
+    // What is not used is seldom set.
+    let sets = |u: &mut Unstructured<'_>, is_used| if is_used { u.arbitrary() } else { u.ratio(1, 16) };
+    if sets(u, by_norm)? {
         let p = number(u)?;
-        let Some(norm_type) = taken(NormType::p(p), p, p > 0.0) else { return Ok(None) };
-        assert!(norm_type.power() > 0.0);
-        made = made.norm_type(norm_type);
+        made = made.norm_type(NormType::p(p));
+        valid &= p > 0.0 && (by_norm || p == 2.0);
     }
-    if u.arbitrary()? {
+    if sets(u, !by_value)? {
         let scopes = [Scope::Global, Scope::Tensor, Scope::Unit, Scope::Example, Scope::ExampleTensor];
         made = made.scope(*u.choose(&scopes)?);
+        valid &= !by_value || made.scope == Scope::Global;
     }
-    if u.arbitrary()? {
+    if sets(u, made.scope == Scope::Unit)? {
         made = made.unit_axis(*u.choose(&[UnitAxis::First, UnitAxis::Last])?);
+        valid &= made.scope == Scope::Unit;
     }
-    if u.arbitrary()? {
+    let shares = made.scope == Scope::ExampleTensor && !by_agc;
+    if sets(u, shares)? {
         made = made.budget(*u.choose(&[Budget::Each, Budget::Uniform, Budget::Sized])?);
+        valid &= shares || made.budget == Budget::Each;
     }
-    if u.arbitrary()? {
+    if sets(u, by_norm)? {
         let eps = number(u)?;
-        let Some(with) = taken(made.eps(eps), eps, finite(eps)) else { return Ok(None) };
-        made = with;
+        made = made.eps(eps);
+        valid &= by_norm && finite(eps);
     }
-    if u.arbitrary()? {
+    if sets(u, by_agc)? {
         let eps = number(u)?;
-        let Some(with) = taken(made.agc_eps(eps), eps, finite(eps)) else { return Ok(None) };
-        made = with;
+        made = made.agc_eps(eps);
+        valid &= by_agc && finite(eps);
     }
     if u.arbitrary()? {
         let scale = number(u)?;
-        let Some(with) = taken(made.grad_scale(scale), scale, scale.is_normal() && scale > 0.0) else {
-            return Ok(None);
-        };
-        made = with;
+        made = made.grad_scale(scale);
+        valid &= scale.is_normal() && scale > 0.0;
     }
     if u.arbitrary()? {
         let policies = [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
         made = made.non_finite(*u.choose(&policies)?);
     }
-    Ok(Some(made))
+    let told = made.to_string();
+    assert!(!told.is_empty() && told.lines().count() == 1, "{told}");
+    Ok((made, valid))
 }
 
 /// Bytes of a tensor at some alignment, and its shape.
@@ -156,7 +146,7 @@ fn shape(u: &mut Unstructured<'_>) -> Result<Vec<usize>> {
 }
 
 fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
-    let Some(clip) = clip(u)? else { return Ok(()) };
+    let (clip, valid) = clip(u)?;
     let mut tensors = Vec::new();
     let mut parameters = Vec::new();
     // Scopes by example want the same number everywhere.
@@ -181,6 +171,8 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
         }
     }
     let measured = clipper.measure(&clip, &views);
+    let is_refused = matches!(measured, Err(Error::Setting { .. }));
+    assert!(is_refused != valid, "{clip:?}: {measured:?}");
     let decided = clipper.decide(&clip, &views);
     sums(u, &clip, &views)?;
     let norms: Vec<_> = (0..u.int_in_range(0..=6)?).map(|_| number(u)).collect::<Result<_>>()?;

@@ -17,7 +17,7 @@
 //!   ```
 //!   use gradclip::{Clip, Clipper, NonFinite, TensorMut};
 //!   let mut w = vec![half::bf16::from_f32(3.0), half::bf16::NAN];
-//!   let clip = Clip::norm(1.0)?.grad_scale(1024.0)?.non_finite(NonFinite::Skip);
+//!   let clip = Clip::norm(1.0).grad_scale(1024.0).non_finite(NonFinite::Skip);
 //!   let report = Clipper::auto().apply(&clip, &mut [TensorMut::new(&mut w).named("decoder.weight")])?;
 //!   let bad = report.non_finite.expect("there is a NaN");
 //!   assert_eq!((bad.count, bad.name.as_deref(), bad.index), (1, Some("decoder.weight"), 1));
@@ -27,29 +27,29 @@
 //!
 //!   | there | here |
 //!   |---|---|
-//!   | PyTorch `clip_grad_norm_(parameters, m, norm_type=p)` | `Clip::norm(m)?.norm_type(NormType::p(p)?)` |
-//!   | PyTorch `clip_grad_value_(parameters, v)` | `Clip::value(v)?` |
-//!   | PyTorch `GradScaler.unscale_`, its `found_inf`, then a clip | `.grad_scale(s)?.non_finite(NonFinite::Skip)`, [`ClipReport::found_inf`] |
-//!   | Optax `clip_by_global_norm(m)`, TensorFlow `clip_by_global_norm`, Keras `global_clipnorm` | `Clip::norm(m)?.eps(0.0)?` |
+//!   | PyTorch `clip_grad_norm_(parameters, m, norm_type=p)` | `Clip::norm(m).norm_type(NormType::p(p))` |
+//!   | PyTorch `clip_grad_value_(parameters, v)` | `Clip::value(v)` |
+//!   | PyTorch `GradScaler.unscale_`, its `found_inf`, then a clip | `.grad_scale(s).non_finite(NonFinite::Skip)`, [`ClipReport::has_non_finite`] |
+//!   | Optax `clip_by_global_norm(m)`, TensorFlow `clip_by_global_norm`, Keras `global_clipnorm` | `Clip::norm(m).eps(0.0)` |
 //!   | TensorFlow `clip_by_norm(t, m)`, Keras `clipnorm`, burn's norm clipping | the same with `.scope(Scope::Tensor)` |
 //!   | TensorFlow `clip_by_norm(t, m, axes)` | the same with `.scope(Scope::Unit).unit_axis(..)` |
-//!   | TensorFlow 1 `clip_by_average_norm(t, m)` | `Clip::average_norm(m)?.scope(Scope::Tensor)` |
-//!   | Optax `clip_by_block_rms(t)` | `Clip::rms(t)?.scope(Scope::Tensor)` |
-//!   | Optax `clip(v)`, Keras `clipvalue`, burn's value clipping | `Clip::value(v)?` |
-//!   | timm `adaptive_clip_grad`, Optax `adaptive_grad_clip` | `Clip::agc(f)?`, for Optax with `.unit_axis(UnitAxis::Last)` |
+//!   | TensorFlow 1 `clip_by_average_norm(t, m)` | `Clip::average_norm(m).scope(Scope::Tensor)` |
+//!   | Optax `clip_by_block_rms(t)` | `Clip::rms(t).scope(Scope::Tensor)` |
+//!   | Optax `clip(v)`, Keras `clipvalue`, burn's value clipping | `Clip::value(v)` |
+//!   | timm `adaptive_clip_grad`, Optax `adaptive_grad_clip` | `Clip::agc(f)`, for Optax with `.unit_axis(UnitAxis::Last)` |
 //!   | Optax `per_example_global_norm_clip`, Opacus flat clipping | [`Clipper::sum_examples`] with `Scope::Example` |
 //!   | Optax `per_example_layer_norm_clip`, Opacus per-layer clipping | the same with `Scope::ExampleTensor` and a [`Budget`] |
 //! - A threshold that follows the run: [`ZClip`], [`AutoClip`] and [`AdaGc`], with [`Clipper::apply_adaptive`] or, wholly
-//!   on the device, [`gpu::GpuClipper::plan_adaptive`].
-//! - Norm and scaling apart: [`Clipper::measure`], [`Clipper::scale`], [`RunningPartial`], and on the device
-//!   [`gpu::GpuClipper::plan_measure`], [`gpu::GpuPlan::coefficients`], [`gpu::GpuClipper::plan_scale`] and
-//!   [`gpu::GpuRunning`].
+//!   on the device, [`gpu::PlanOptions::threshold`].
+//! - Norm and scaling apart: [`Clipper::measure`], [`Clipper::scale`], [`NormAccumulator`], and on the device
+//!   [`gpu::PlanOptions`], [`gpu::GpuPlan::coefficients`] and
+//!   [`gpu::GpuNormAccumulator`].
 //! - Gradients larger than memory: [`Clipper::decide`] measures them where they lie, say in a mapped file, and
 //!   [`DecidedClip`] clips them piece by piece, from any thread.
-//! - Gradients that are spread over processes, clipped by the one norm of all: [`processes`], with [`Clipper::within`].
+//! - Gradients that are spread over processes, clipped by the one norm of all: [`processes`], with [`Clipper::processes`].
 //! - Gradients in wgpu buffers: [`gpu::GpuClipper`] plans once and records each step into the caller's own encoder,
 //!   without a wait, a copy or an allocation. Its page has an example.
-//! - Whether GPU and CPU agree on a clip: [`verify_blocking`].
+//! - Whether GPU and CPU agree on a clip: [`verify`].
 //!
 //! # What holds
 //!
@@ -77,16 +77,19 @@
 //! # Features
 //!
 //! - `gpu` (default): the wgpu path. Without it the library is the CPU path alone and builds no wgpu.
+//! - `vulkan`, `metal`, `dx12`, `gles`, `webgpu` (default): wgpu's backends. Without any of them wgpu finds no adapter.
 //! - `serde`: [`ZClip`], [`AutoClip`] and [`AdaGc`] can be saved and restored with a checkpoint.
+//!
+//! The crate [`wgpu`] is part of this one's interface: its next major version is our next major version too.
 // What is not there without the feature leads to what the feature is.
 #![cfg_attr(not(feature = "gpu"), doc = "")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`wgpu`]: #features")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper`]: #features")]
-#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper::plan_adaptive`]: #features")]
-#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper::plan_measure`]: #features")]
-#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper::plan_scale`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::PlanOptions`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::PlanOptions::threshold`]: #features")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuPlan::coefficients`]: #features")]
-#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuRunning`]: #features")]
-#![cfg_attr(not(feature = "gpu"), doc = "[`verify_blocking`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuNormAccumulator`]: #features")]
+#![cfg_attr(not(feature = "gpu"), doc = "[`verify`]: #features")]
 #![deny(unsafe_code)]
 
 mod clip;
@@ -111,18 +114,17 @@ mod threshold;
 mod verify;
 mod wait;
 
-pub use clip::{Budget, Clip, NonFinite, NormType, Power, Scope, UnitAxis};
+pub use clip::{Budget, Clip, Mode, NonFinite, NormType, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
 pub use error::Error;
 pub use pieces::DecidedClip;
-pub use report::{Census, ClipReport, NonFiniteElements, SegmentReport};
-pub use running::RunningPartial;
+pub use report::{ClipReport, NonFiniteElements, SegmentReport, TensorCounts};
+pub use running::NormAccumulator;
 pub use tensor::{Dtype, Element, Tensor, TensorMut};
 pub use threshold::{AdaGc, AutoClip, Threshold, ZClip};
-#[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-pub use verify::verify_blocking;
 #[cfg(feature = "gpu")]
 pub use verify::{Mismatch, Tolerance, Verification, verify};
+pub use wait::Waiting;
 #[cfg(feature = "gpu")]
 pub use wgpu;
 

@@ -86,7 +86,7 @@ impl Partial {
                 debug_assert_eq!(self.exponent % 2, 0);
                 ldexp(self.sum.sqrt() / scale, self.exponent / 2)
             }
-            NormType::P(power) => root(self.sum, self.exponent, power.get()) / scale,
+            NormType::P(power) => root(self.sum, self.exponent, power) / scale,
             NormType::Inf => self.max / scale,
         }
     }

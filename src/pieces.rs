@@ -19,11 +19,11 @@ use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, cpu};
 /// ```
 /// use gradclip::{Clip, Clipper, Tensor, TensorMut};
 /// let on_disk = [3.0f32, 0.0, 4.0, 0.0, 0.0];
-/// let decided = Clipper::cpu().decide(&Clip::norm(1.0)?.eps(0.0)?, &[Tensor::new(&on_disk)])?;
+/// let decided = Clipper::cpu().decide(&Clip::norm(1.0).eps(0.0), &[Tensor::new(&on_disk)])?;
 /// let mut written = Vec::new();
 /// for (i, piece) in on_disk.chunks(2).enumerate() {
 ///     let (mut piece, first) = (piece.to_vec(), 2 * i as u64);
-///     if !decided.leaves(0, first..first + piece.len() as u64)? {
+///     if !decided.is_unchanged(0, first..first + piece.len() as u64)? {
 ///         decided.apply(0, first, &mut TensorMut::new(&mut piece))?;
 ///     }
 ///     written.append(&mut piece);
@@ -72,7 +72,7 @@ impl DecidedClip {
     /// dtype, wherever they lie. A name or a shape of the piece does not matter.
     ///
     /// # Errors
-    /// [`Error::Piece`] if there is no such tensor, if it ends before the piece does, or if its dtype is another. The piece
+    /// [`Error::Tensor`] if there is no such tensor, if it ends before the piece does, or if its dtype is another. The piece
     /// is then as it was.
     pub fn apply(&self, tensor: usize, first: u64, piece: &mut TensorMut<'_>) -> Result<(), Error> {
         let described = self.find(tensor, first, first.saturating_add(piece.len() as u64))?;
@@ -99,8 +99,8 @@ impl DecidedClip {
     /// can be spared. A value clip looks at each element, so that the answer is yes only where its policy leaves everything.
     ///
     /// # Errors
-    /// [`Error::Piece`] if there is no such tensor, or if it ends before the elements do.
-    pub fn leaves(&self, tensor: usize, elements: Range<u64>) -> Result<bool, Error> {
+    /// [`Error::Tensor`] if there is no such tensor, or if it ends before the elements do.
+    pub fn is_unchanged(&self, tensor: usize, elements: Range<u64>) -> Result<bool, Error> {
         let Range { start, end } = elements;
         self.find(tensor, start, end)?;
         Ok(self.segments.layouts[tensor].leaves(&self.outcomes, start..end))
@@ -138,6 +138,6 @@ impl DecidedClip {
 
     fn fail(&self, tensor: usize, reason: String) -> Error {
         let name = self.tensors.get(tensor).and_then(|t| t.name.as_deref());
-        Error::Piece { tensor: tensor_label(name, tensor), reason }
+        Error::Tensor { tensor: tensor_label(name, tensor), reason }
     }
 }

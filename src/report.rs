@@ -27,9 +27,9 @@ pub struct ClipReport {
 
 impl ClipReport {
     /// Whether a gradient was NaN or infinite: what mixed-precision training asks before it takes a step, and lowers the
-    /// loss scale by. PyTorch's `found_inf`.
+    /// loss scale by. PyTorch calls it `found_inf`.
     #[must_use]
-    pub fn found_inf(&self) -> bool {
+    pub fn has_non_finite(&self) -> bool {
         self.non_finite.is_some()
     }
 
@@ -56,10 +56,10 @@ pub struct SegmentReport {
     pub clipped: bool,
 }
 
-/// What a tensor holds beside ordinary numbers: [`Tensor::census`](crate::Tensor::census).
+/// What a tensor holds beside ordinary numbers: [`Tensor::counts`](crate::Tensor::counts).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Census {
+pub struct TensorCounts {
     /// How many elements are 0 or -0.
     pub zeros: u64,
     /// How many are NaN or infinite.

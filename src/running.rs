@@ -1,13 +1,10 @@
-//! [`RunningPartial`]: a norm that is measured piece by piece.
+//! [`NormAccumulator`]: a norm that is measured piece by piece.
 
 use crate::cpu::Given;
 use crate::partial::{Location, Partial};
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
-use crate::wait::Wait;
-#[cfg(not(target_arch = "wasm32"))]
-use crate::wait::at_once;
-use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope, Tensor};
+use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope, Tensor, Waiting};
 
 /// What is known of the gradients so far: the mergeable part of a global norm.
 ///
@@ -15,10 +12,10 @@ use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope, Tensor};
 /// everything is in, it gives the report, and [`Clipper::finish`](crate::Clipper::finish) clips by it.
 ///
 /// ```
-/// use gradclip::{Clip, Clipper, RunningPartial, Tensor, TensorMut};
+/// use gradclip::{Clip, Clipper, NormAccumulator, Tensor, TensorMut};
 /// let (mut w, mut b) = ([3.0f32], [4.0f32]);
 /// let clipper = Clipper::cpu();
-/// let mut running = RunningPartial::new(&Clip::norm(1.0)?)?;
+/// let mut running = NormAccumulator::new(&Clip::norm(1.0))?;
 /// clipper.accumulate(&mut running, &[Tensor::new(&w)])?;
 /// clipper.accumulate(&mut running, &[Tensor::new(&b)])?;
 /// assert_eq!(running.report()?.total_norm, 5.0);
@@ -28,7 +25,7 @@ use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope, Tensor};
 /// # Ok::<(), gradclip::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
-pub struct RunningPartial {
+pub struct NormAccumulator {
     clip: Clip,
     partial: Partial,
     tensors: usize,
@@ -39,15 +36,16 @@ pub struct RunningPartial {
     across: Option<Option<u32>>,
 }
 
-impl RunningPartial {
+impl NormAccumulator {
     /// Knows nothing yet.
     ///
     /// # Errors
-    /// [`Error::Unfit`] unless the clip measures a norm of everything: by norm, RMS or average norm, with
+    /// [`Error::Usage`] unless the clip measures a norm of everything: by norm, RMS or average norm, with
     /// [`Scope::Global`].
     pub fn new(clip: &Clip) -> Result<Self, Error> {
+        clip.check()?;
         if clip.measured().is_none() || clip.needs_parameters() || clip.scope != Scope::Global {
-            return Err(Error::Unfit("a running partial needs a clip by norm, RMS or average norm with Scope::Global"));
+            return Err(Error::usage("a running partial needs a clip by norm, RMS or average norm with Scope::Global"));
         }
         Ok(Self { clip: *clip, partial: Partial::EMPTY, tensors: 0, elements: 0, bad_name: None, across: None })
     }
@@ -55,44 +53,33 @@ impl RunningPartial {
     /// Takes in another one, whose tensors come after these.
     ///
     /// # Errors
-    /// [`Error::Unfit`] if the clips differ, or after [`RunningPartial::merge_across`].
+    /// [`Error::Usage`] if the clips differ, or after [`NormAccumulator::merge_across`].
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
         self.check_open()?;
         other.check_open()?;
         if self.clip != other.clip {
-            return Err(Error::Unfit("running partials merge only if their clips are the same"));
+            return Err(Error::usage("running partials merge only if their clips are the same"));
         }
         self.append(other.partial, other.tensors, other.elements, || other.bad_name.clone());
         Ok(())
     }
 
     /// Takes in those of all processes of a group: then each knows what all have accumulated, and the same, to the bit. Do it once,
-    /// when everything is in: [`RunningPartial::report`] and [`Clipper::finish`](crate::Clipper::finish) then go by the norm of all.
-    ///
-    /// The future asks for messages whenever it is polled, so any executor moves it on.
+    /// when everything is in: [`NormAccumulator::report`] and [`Clipper::finish`](crate::Clipper::finish) then go by the norm of all.
     ///
     /// # Errors
-    /// [`Error::Unfit`] if it was done already; [`Error::PeerFailed`], [`Error::Disagreement`] and [`Error::ProcessGroup`]
+    /// [`Error::Usage`] if it was done already; [`Error::PeerFailed`], [`Error::Disagreement`] and [`Error::ProcessGroup`]
     /// ([`processes`](crate::processes)). The running partial is then as it was.
-    pub async fn merge_across(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        self.merge_by(Wait::Polling, processes).await
+    pub fn merge_across<'a>(&'a mut self, processes: &'a dyn ProcessGroup) -> Waiting<'a, Result<(), Error>> {
+        Waiting::new(self.merged(processes))
     }
 
-    /// [`RunningPartial::merge_across`], waiting for the others.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn merge_across_blocking(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        at_once(self.merge_by(Wait::Sleeping, processes))
-    }
-
-    async fn merge_by(&mut self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
+    async fn merged(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
         let turn = Turn::begin(processes);
         self.check_open()?;
         let segments = Segments::new(&self.clip, &[], |_| None)?;
         let mut part = [Part::of_one(&self.clip, segments, self.partial, self.elements)];
-        let mut totals = merge(turn, &mut part, |_, _| self.bad_name.as_deref(), wait).await?;
+        let mut totals = merge(turn, &mut part, |_, _| self.bad_name.as_deref()).await?;
         let Total { partial, non_finite: found } = totals.swap_remove(0);
         (self.partial, self.elements) = (partial, part[0].segments.elements());
         self.across = Some(found.as_ref().and_then(|found| found.rank));
@@ -103,7 +90,7 @@ impl RunningPartial {
     /// That no other process has a part in it yet, because its part would count twice.
     pub(crate) fn check_open(&self) -> Result<(), Error> {
         if self.across.is_some() {
-            return Err(Error::Unfit(
+            return Err(Error::usage(
                 "a running partial that was merged across processes takes in no more: begin a new one",
             ));
         }

@@ -3,7 +3,6 @@
 
 use std::hash::{Hash, Hasher};
 
-use crate::clip::Mode;
 use crate::error::tensor_label;
 use crate::partial::{Action, Known, Outcome};
 use crate::tensor::Dims;
@@ -94,19 +93,20 @@ pub(crate) struct Segments {
 }
 
 impl Segments {
-    /// The segments of a clip. Checks shapes and parameters.
+    /// The segments of a clip. Checks the clip and the shapes: whatever uses a clip comes by here.
     ///
     /// # Errors
-    /// [`Error::Shape`] if a tensor has no such segments; [`Error::TooLarge`] if there are 2^32 of them.
+    /// Those of [`Clip::check`]; [`Error::Tensor`] if a tensor has no such segments; [`Error::TooLarge`] if there are 2^32 of
+    /// them.
     pub(crate) fn new<'a>(
         clip: &Clip,
         dims: &[Dims<'_>],
         name_of: impl Fn(usize) -> Option<&'a str>,
     ) -> Result<Self, Error> {
+        clip.check()?;
         let label = |i| tensor_label(name_of(i), i);
-        let fail = |i: usize, reason: String| Err(Error::Shape { tensor: label(i), reason });
-        // A value clip measures nothing that could be shared.
-        let scope = if matches!(clip.mode, Mode::Value { .. }) { Scope::Global } else { clip.scope };
+        let fail = |i: usize, reason: String| Err(Error::Tensor { tensor: label(i), reason });
+        let scope = clip.scope;
         let examples = if matches!(scope, Scope::Example | Scope::ExampleTensor) {
             let mut examples = None;
             for (i, d) in dims.iter().enumerate() {
@@ -190,7 +190,7 @@ impl Segments {
         let limit = u64::from(u32::MAX);
         let end = u64::from(self.count).saturating_add(count);
         if end > limit {
-            return Err(Error::TooLarge { what: "the number of segments", value: end, limit });
+            return Err(Error::too_large("the number of segments", end, limit));
         }
         let (first, count) = (self.count, count as u32);
         self.families.push(Family { first, count, elements, share, tensor, indexed });
@@ -279,15 +279,16 @@ impl Segments {
     }
 }
 
-/// That clips which run together take the same decision about non-finite gradients.
+/// That clips are such as can be, and that those which run together take the same decision about non-finite gradients.
 ///
 /// # Errors
-/// [`Error::Unfit`]
-pub(crate) fn check_groups<'a>(mut clips: impl Iterator<Item = &'a Clip>) -> Result<(), Error> {
+/// [`Error::Usage`], and those of [`Clip::check`]
+pub(crate) fn check_groups<'a>(mut clips: impl Iterator<Item = &'a Clip> + Clone) -> Result<(), Error> {
+    clips.clone().try_for_each(Clip::check)?;
     let key = |clip: &Clip| (clip.grad_scale, clip.non_finite);
     match clips.next() {
         Some(first) if clips.any(|clip| key(clip) != key(first)) => {
-            Err(Error::Unfit("the clips of one call must share grad_scale and the non-finite policy"))
+            Err(Error::usage("the clips of one call must share grad_scale and the non-finite policy"))
         }
         _ => Ok(()),
     }
@@ -328,7 +329,7 @@ mod tests {
     }
 
     fn segments(scope: Scope, shapes: &[&[usize]]) -> Segments {
-        let clip = Clip::norm(2.0).expect("valid").scope(scope);
+        let clip = Clip::norm(2.0).scope(scope);
         Segments::new(&clip, &dims(shapes), |_| None).expect("valid")
     }
 
@@ -336,7 +337,7 @@ mod tests {
     fn every_element_has_its_segment() {
         let shapes: [&[usize]; 3] = [&[2, 3], &[2], &[2, 2, 2]];
         let all = |scope, axis: Option<UnitAxis>| {
-            let mut clip = Clip::norm(1.0).expect("valid").scope(scope);
+            let mut clip = Clip::norm(1.0).scope(scope);
             clip.unit_axis = axis;
             let found = Segments::new(&clip, &dims(&shapes), |_| None).expect("valid");
             let of =
@@ -362,7 +363,7 @@ mod tests {
         let mut dims = dims(&shapes);
         (dims[0].unit_axis, dims[2].unit_axis) = (Some(UnitAxis::Last), Some(UnitAxis::Last));
         let of = |scope| {
-            let clip = Clip::norm(1.0).expect("valid").scope(scope).unit_axis(UnitAxis::First);
+            let clip = Clip::norm(1.0).scope(scope).unit_axis(UnitAxis::First);
             let found = Segments::new(&clip, &dims, |_| None).expect("valid");
             found.layouts.iter().map(|layout| layout.by).collect::<Vec<_>>()
         };
@@ -374,7 +375,7 @@ mod tests {
     fn thresholds_are_shared_out() {
         let shapes: [&[usize]; 2] = [&[2, 3], &[2, 9]];
         let thresholds = |budget| {
-            let clip = Clip::norm(2.0).expect("valid").scope(Scope::ExampleTensor).budget(budget);
+            let clip = Clip::norm(2.0).scope(Scope::ExampleTensor).budget(budget);
             let found = Segments::new(&clip, &dims(&shapes), |_| None).expect("valid");
             found.max_norms(&clip, &[], &[])
         };

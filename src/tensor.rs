@@ -2,8 +2,8 @@
 
 use half::{bf16, f16};
 
-use crate::cpu::census::census;
-use crate::{Census, Error, UnitAxis};
+use crate::cpu::count::counts;
+use crate::{Clip, Error, TensorCounts, UnitAxis};
 
 /// The element types that can be clipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,30 +43,30 @@ impl std::fmt::Display for Dtype {
 }
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for f64 {}
-    impl Sealed for half::f16 {}
-    impl Sealed for half::bf16 {}
+    pub trait Sealed {
+        /// The dtype of this type.
+        const DTYPE: super::Dtype;
+    }
+    impl Sealed for f32 {
+        const DTYPE: super::Dtype = super::Dtype::F32;
+    }
+    impl Sealed for f64 {
+        const DTYPE: super::Dtype = super::Dtype::F64;
+    }
+    impl Sealed for half::f16 {
+        const DTYPE: super::Dtype = super::Dtype::F16;
+    }
+    impl Sealed for half::bf16 {
+        const DTYPE: super::Dtype = super::Dtype::BF16;
+    }
 }
 
 /// A Rust type that holds one element: `f32`, `f64`, [`half::f16`] or [`half::bf16`]. Sealed.
-pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync {
-    /// The dtype of this type.
-    const DTYPE: Dtype;
-}
-impl Element for f32 {
-    const DTYPE: Dtype = Dtype::F32;
-}
-impl Element for f64 {
-    const DTYPE: Dtype = Dtype::F64;
-}
-impl Element for f16 {
-    const DTYPE: Dtype = Dtype::F16;
-}
-impl Element for bf16 {
-    const DTYPE: Dtype = Dtype::BF16;
-}
+pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync {}
+impl Element for f32 {}
+impl Element for f64 {}
+impl Element for f16 {}
+impl Element for bf16 {}
 
 /// A gradient in host memory, read only: `len` elements of one dtype, at any alignment.
 #[derive(Clone, Copy, Debug)]
@@ -112,7 +112,7 @@ impl<'a> Tensor<'a> {
     /// A view of native-endian elements in bytes, as a mapped file gives them. The bytes may be misaligned.
     ///
     /// # Errors
-    /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
+    /// [`Error::Tensor`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
         Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, counted: true, parameter: None })
@@ -123,12 +123,12 @@ impl Tensor<'_> {
     /// Counts what is zero and what is not finite, in one sweep on rayon's current pool.
     ///
     /// ```
-    /// let census = gradclip::Tensor::new(&[0.0f32, 1.0, f32::NAN, -0.0]).census();
-    /// assert_eq!((census.zeros, census.non_finite, census.first_non_finite), (2, 1, Some(2)));
+    /// let counts = gradclip::Tensor::new(&[0.0f32, 1.0, f32::NAN, -0.0]).counts();
+    /// assert_eq!((counts.zeros, counts.non_finite, counts.first_non_finite), (2, 1, Some(2)));
     /// ```
     #[must_use]
-    pub fn census(&self) -> Census {
-        census(self)
+    pub fn counts(&self) -> TensorCounts {
+        counts(self)
     }
 }
 
@@ -150,7 +150,7 @@ impl<'a> TensorMut<'a> {
     /// A view of native-endian elements in bytes, as a mapped file gives them. The bytes may be misaligned.
     ///
     /// # Errors
-    /// [`Error::PartialElement`] if the length is not a multiple of the element's size.
+    /// [`Error::Tensor`] if the length is not a multiple of the element's size.
     pub fn from_bytes(dtype: Dtype, data: &'a mut [u8]) -> Result<Self, Error> {
         whole_elements(dtype, data.len())?;
         Ok(Self { name: None, dtype, data, shape: None, unit_axis: None, counted: true, parameter: None })
@@ -178,7 +178,7 @@ macro_rules! common {
             /// one-dimensional. `&[]` is a scalar.
             ///
             /// # Errors
-            /// [`Error::Shape`] if the shape holds another number of elements.
+            /// [`Error::Tensor`] if the shape holds another number of elements.
             pub fn shape(mut self, shape: &'a [usize]) -> Result<Self, Error> {
                 check_shape(self.name, shape, self.len() as u64)?;
                 self.shape = Some(shape);
@@ -194,11 +194,11 @@ macro_rules! common {
                 self
             }
 
-            /// Chooses whether norms count the tensor; they do if not called. One that is not counted is scaled and not measured,
-            /// and its non-finite elements go unnoticed: a replica of what another process of a group counts ([`processes`](crate::processes)).
+            /// Says whether the tensor is a replica of what another process of a group counts ([`processes`](crate::processes)): it is
+            /// scaled and not measured, and its non-finite elements go unnoticed.
             #[must_use]
-            pub fn counted(mut self, counted: bool) -> Self {
-                self.counted = counted;
+            pub fn replica(mut self, replica: bool) -> Self {
+                self.counted = !replica;
                 self
             }
 
@@ -303,6 +303,13 @@ impl Tensor<'_> {
     }
 }
 
+/// That a clip sums examples, and that there is a sum for each tensor.
+pub(crate) fn check_summed(clip: &Clip, tensors: &[Tensor<'_>], sums: &[TensorMut<'_>]) -> Result<(), Error> {
+    clip.check_examples()?;
+    let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len() as u64)).collect();
+    check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name)), &given)
+}
+
 /// That sums, by dtype and length, are as many as the tensors, and each as long as one example, in the wider type.
 pub(crate) fn check_sums<'a, N: std::ops::Deref<Target = str>>(
     tensors: impl ExactSizeIterator<Item = (Dims<'a>, Dtype, Option<N>)>,
@@ -310,10 +317,10 @@ pub(crate) fn check_sums<'a, N: std::ops::Deref<Target = str>>(
 ) -> Result<(), Error> {
     if tensors.len() != sums.len() {
         let (expected, found) = (tensors.len() as u64, sums.len() as u64);
-        return Err(Error::Length { what: "sums of examples", expected, found });
+        return Err(Error::usage(format!("sums of examples: {found} given, {expected} needed")));
     }
     for (i, ((dims, dtype, name), (sum_dtype, sum_len))) in tensors.zip(sums).enumerate() {
-        let fail = |reason| Err(Error::Shape { tensor: crate::error::tensor_label(name.as_deref(), i), reason });
+        let fail = |reason| Err(Error::Tensor { tensor: crate::error::tensor_label(name.as_deref(), i), reason });
         let wide = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
         if *sum_dtype != wide {
             return fail(format!("its sum must be {wide}, not {sum_dtype}"));
@@ -337,11 +344,16 @@ fn check_shape(name: Option<&str>, shape: &[usize], len: u64) -> Result<(), Erro
         return Ok(());
     }
     let tensor = name.map_or_else(|| String::from("the tensor"), |name| format!("tensor {name:?}"));
-    Err(Error::Shape { tensor, reason: format!("the shape {shape:?} does not hold its {len} elements") })
+    Err(Error::Tensor { tensor, reason: format!("the shape {shape:?} does not hold its {len} elements") })
 }
 
 fn whole_elements(dtype: Dtype, bytes: usize) -> Result<(), Error> {
-    if bytes.is_multiple_of(dtype.size()) { Ok(()) } else { Err(Error::PartialElement { dtype, bytes }) }
+    if bytes.is_multiple_of(dtype.size()) {
+        Ok(())
+    } else {
+        let reason = format!("{bytes} bytes do not hold a whole number of {dtype} elements");
+        Err(Error::Tensor { tensor: "the tensor".into(), reason })
+    }
 }
 
 /// A gradient in GPU memory: a run of elements of one dtype, at any offset in a buffer with `BufferUsages::STORAGE`.
@@ -367,11 +379,12 @@ impl GpuTensor {
     /// Elements of `dtype`; `..` for as many as the buffer holds.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDtype`] for float64, [`Error::OutOfBounds`], [`Error::NotStorage`], and
-    /// [`Error::UnreachableTail`] for a tensor that ends in the odd bytes of a buffer.
+    /// [`Error::UnsupportedDtype`] for float64; [`Error::Tensor`] if the range reaches past the end, the buffer has no
+    /// `STORAGE` usage, or the tensor ends in the odd bytes of a buffer.
     pub fn new(buffer: &wgpu::Buffer, dtype: Dtype, elements: impl std::ops::RangeBounds<u64>) -> Result<Self, Error> {
         use std::ops::Bound;
         let tensor = || String::from("the tensor");
+        let fail = |reason| Err(Error::Tensor { tensor: tensor(), reason });
         if dtype == Dtype::F64 {
             return Err(Error::UnsupportedDtype { tensor: tensor(), dtype });
         }
@@ -388,14 +401,16 @@ impl GpuTensor {
             Bound::Unbounded => capacity,
         };
         if start > end || end > capacity {
-            return Err(Error::OutOfBounds { tensor: tensor(), dtype, start, end, capacity });
+            return fail(format!("elements {start}..{end} of {dtype} end past the buffer, which holds {capacity}"));
         }
         if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
-            return Err(Error::NotStorage { tensor: tensor() });
+            return fail("its buffer has no STORAGE usage; create it with wgpu::BufferUsages::STORAGE".into());
         }
         let trailing = buffer.size() % 4;
         if start < end && end * size > buffer.size() - trailing {
-            return Err(Error::UnreachableTail { tensor: tensor(), trailing });
+            return fail(format!(
+                "it ends in the last {trailing} bytes of a buffer whose size is not a multiple of 4; make the buffer larger"
+            ));
         }
         Ok(Self {
             buffer: buffer.clone(),
@@ -445,7 +460,7 @@ impl GpuTensor {
     /// one-dimensional. `&[]` is a scalar.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the shape holds another number of elements.
+    /// [`Error::Tensor`] if the shape holds another number of elements.
     pub fn shape(mut self, shape: &[usize]) -> Result<Self, Error> {
         check_shape(self.name.as_deref(), shape, self.len())?;
         self.shape = Some(shape.into());
@@ -461,11 +476,11 @@ impl GpuTensor {
         self
     }
 
-    /// Chooses whether norms count the tensor; they do if not called. One that is not counted is scaled and not measured,
-    /// and its non-finite elements go unnoticed: a replica of what another process of a group counts ([`processes`](crate::processes)).
+    /// Says whether the tensor is a replica of what another process of a group counts ([`processes`](crate::processes)): it is
+    /// scaled and not measured, and its non-finite elements go unnoticed.
     #[must_use]
-    pub fn counted(mut self, counted: bool) -> Self {
-        self.counted = counted;
+    pub fn replica(mut self, replica: bool) -> Self {
+        self.counted = !replica;
         self
     }
 

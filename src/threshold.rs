@@ -12,6 +12,7 @@
 use std::collections::VecDeque;
 
 use crate::Error;
+use crate::clip::number;
 use crate::error::tensor_label;
 
 /// A threshold that follows the norms of a training run: [`ZClip`] and [`AutoClip`] follow the global norm, [`AdaGc`]
@@ -20,7 +21,7 @@ use crate::error::tensor_label;
 /// A threshold belongs to one run and is part of its checkpoint. With the feature `serde` it can be saved and loaded; a
 /// loaded one goes on to the bit as the saved one would have. A state that is damaged, or of another version of the
 /// saved form, fails to load.
-pub trait Threshold {
+pub trait Threshold: Send {
     /// Ties the state to the segments it will follow, before the first step and after every load. A label is
     /// `tensor "w"` or `tensor 3`; a global norm has one label.
     ///
@@ -105,7 +106,7 @@ impl ZClip {
     /// Sets how much of the mean and the variance a step keeps.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if `alpha` is not in 0..1.
+    /// [`Error::Setting`] if `alpha` is not in 0..1.
     pub fn alpha(mut self, alpha: f64) -> Result<Self, Error> {
         self.alpha = rate("alpha", alpha)?;
         Ok(self)
@@ -114,7 +115,7 @@ impl ZClip {
     /// Sets how many standard deviations above the mean a norm may lie.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if `z_threshold` is not a finite number above 0.
+    /// [`Error::Setting`] if `z_threshold` is not a finite number above 0.
     pub fn z_threshold(mut self, z_threshold: f64) -> Result<Self, Error> {
         self.z_threshold = above_zero("z_threshold", z_threshold)?;
         Ok(self)
@@ -123,7 +124,7 @@ impl ZClip {
     /// Sets how many steps are only measured.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if it is 0: a mean has to begin somewhere.
+    /// [`Error::Setting`] if it is 0: a mean has to begin somewhere.
     pub fn warm_up(mut self, steps: u32) -> Result<Self, Error> {
         self.warm_up = at_least_one("warm_up", steps)?;
         Ok(self)
@@ -235,10 +236,10 @@ impl AutoClip {
     /// Sets the percentile: 0 is the least norm of the history, 100 the greatest.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if `percentile` is not in 0..=100.
+    /// [`Error::Setting`] if `percentile` is not in 0..=100.
     pub fn percentile(mut self, percentile: f64) -> Result<Self, Error> {
         if !(0.0..=100.0).contains(&percentile) {
-            return Err(Error::BadParameter { what: "percentile", value: percentile, must: "from 0 to 100" });
+            return Err(bad("percentile", percentile, "it must be from 0 to 100"));
         }
         self.percentile = percentile;
         Ok(self)
@@ -247,10 +248,10 @@ impl AutoClip {
     /// Sets how many norms are remembered, and forgets the oldest of those that are too many already.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if it is 0.
+    /// [`Error::Setting`] if it is 0.
     pub fn history(mut self, length: usize) -> Result<Self, Error> {
         if length == 0 {
-            return Err(Error::BadParameter { what: "history", value: 0.0, must: "1 or more" });
+            return Err(bad("history", 0.0, "it must be 1 or more"));
         }
         self.history = length;
         self.forget(length);
@@ -379,7 +380,7 @@ impl AdaGc {
     /// Sets how many times its mean a tensor's norm may be, after the warm-up.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if `lambda_rel` is not a finite number above 0.
+    /// [`Error::Setting`] if `lambda_rel` is not a finite number above 0.
     pub fn lambda_rel(mut self, lambda_rel: f64) -> Result<Self, Error> {
         self.lambda_rel = above_zero("lambda_rel", lambda_rel)?;
         Ok(self)
@@ -388,7 +389,7 @@ impl AdaGc {
     /// Sets the greatest global norm during the warm-up.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if `lambda_abs` is not a finite number above 0.
+    /// [`Error::Setting`] if `lambda_abs` is not a finite number above 0.
     pub fn lambda_abs(mut self, lambda_abs: f64) -> Result<Self, Error> {
         self.lambda_abs = above_zero("lambda_abs", lambda_abs)?;
         Ok(self)
@@ -397,7 +398,7 @@ impl AdaGc {
     /// Sets how much of a mean a step keeps.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if `beta` is not in 0..1.
+    /// [`Error::Setting`] if `beta` is not in 0..1.
     pub fn beta(mut self, beta: f64) -> Result<Self, Error> {
         self.beta = rate("beta", beta)?;
         Ok(self)
@@ -406,7 +407,7 @@ impl AdaGc {
     /// Sets how many steps are clipped by the global norm.
     ///
     /// # Errors
-    /// [`Error::BadParameter`] if it is 0: a mean has to begin somewhere.
+    /// [`Error::Setting`] if it is 0: a mean has to begin somewhere.
     pub fn warm_up(mut self, steps: u32) -> Result<Self, Error> {
         self.warm_up = at_least_one("warm_up", steps)?;
         Ok(self)
@@ -434,7 +435,7 @@ impl Threshold for AdaGc {
             (None, Some(theirs)) => format!("the gradients have {theirs}, which the state lacks"),
         };
         let reason = format!("{what}; give the same tensors in the same order, or begin with AdaGc::new()");
-        Err(Error::ThresholdState { reason })
+        Err(Error::ThresholdState(reason))
     }
 
     /// The norms are those of the bound labels; without a call of `bind` the first step fixes how many there are. A
@@ -510,21 +511,25 @@ fn only_one(threshold: &str, labels: &[String]) -> Result<(), Error> {
     };
     let reason =
         format!("{threshold} follows one norm and {found}; clip by the global norm, or follow each with AdaGc");
-    Err(Error::ThresholdState { reason })
+    Err(Error::ThresholdState(reason))
+}
+
+fn bad(name: &'static str, value: f64, reason: &'static str) -> Error {
+    Error::Setting { name, value: number(value), reason }
 }
 
 fn rate(what: &'static str, value: f64) -> Result<f64, Error> {
     let valid = (0.0..1.0).contains(&value);
-    if valid { Ok(value) } else { Err(Error::BadParameter { what, value, must: "0 or more and below 1" }) }
+    if valid { Ok(value) } else { Err(bad(what, value, "it must be 0 or more and below 1")) }
 }
 
 fn above_zero(what: &'static str, value: f64) -> Result<f64, Error> {
     let valid = value > 0.0 && value.is_finite();
-    if valid { Ok(value) } else { Err(Error::BadParameter { what, value, must: "a finite number above 0" }) }
+    if valid { Ok(value) } else { Err(bad(what, value, "it must be a finite number above 0")) }
 }
 
 fn at_least_one(what: &'static str, value: u32) -> Result<u32, Error> {
-    if value > 0 { Ok(value) } else { Err(Error::BadParameter { what, value: 0.0, must: "1 or more" }) }
+    if value > 0 { Ok(value) } else { Err(bad(what, 0.0, "it must be 1 or more")) }
 }
 
 /// The forms in which states are saved.
@@ -592,7 +597,7 @@ mod saved {
     }
 
     fn check(valid: bool, reason: impl FnOnce() -> String) -> Result<(), Error> {
-        if valid { Ok(()) } else { Err(Error::ThresholdState { reason: reason() + "; it was damaged, load another" }) }
+        if valid { Ok(()) } else { Err(Error::ThresholdState(reason() + "; it was damaged, load another")) }
     }
 
     #[derive(Serialize, Deserialize)]

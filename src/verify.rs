@@ -4,8 +4,7 @@ use half::{bf16, f16};
 
 use crate::cpu::Around;
 use crate::gpu::GpuClipper;
-use crate::wait::Wait;
-use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, cpu};
+use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, Waiting, cpu};
 
 /// How far the norms may be apart, relatively: what GPU and CPU promise together, as [`NormType::p`](crate::NormType::p)
 /// tells it.
@@ -88,15 +87,19 @@ impl Verification {
 /// # Errors
 /// [`Error::UnsupportedDtype`] for float64 tensors, and the device's own errors. That the clip refuses non-finite
 /// elements is a result to compare, not an error.
-pub async fn verify(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
-    verify_by(Wait::Polling, clip, tensors, gpu).await
+pub fn verify<'a>(
+    clip: &'a Clip,
+    tensors: &'a [Tensor<'a>],
+    gpu: &'a GpuClipper,
+) -> Waiting<'a, Result<Verification, Error>> {
+    Waiting::new(verified(clip, tensors, gpu))
 }
 
-async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
+async fn verified(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
     let copies = || tensors.iter().map(|t| t.data.to_vec()).collect::<Vec<_>>();
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
     let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, Around::alone()))?;
-    let gpu = found(gpu.apply_by(wait, &mut [(*clip, &mut views(&mut on_gpu, tensors))], Around::alone()).await)?;
+    let gpu = found(gpu.applied(&mut [(*clip, &mut views(&mut on_gpu, tensors))], Around::alone()).await)?;
     // Where a parameter's norm is the threshold, the coefficient has the error of both.
     let coef_tolerance = norm_tolerance(clip) * if clip.needs_parameters() { 2.0 } else { 1.0 };
     let (norm_error, same_decision) = match (&cpu, &gpu) {
@@ -132,15 +135,6 @@ async fn verify_by(wait: Wait, clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuCli
         compare(&mut verification, tolerance, (i, tensor), cpu, gpu);
     }
     Ok(verification)
-}
-
-/// [`verify`], waiting for the GPU.
-///
-/// # Errors
-/// The same.
-#[cfg(not(target_arch = "wasm32"))]
-pub fn verify_blocking(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
-    pollster::block_on(verify_by(Wait::Sleeping, clip, tensors, gpu))
 }
 
 /// The error of the norm, and whether the decision is the same: given norm, coefficient and decision of each.

@@ -1,23 +1,88 @@
-//! How what has to wait waits: for a device, or for other processes.
+//! [`Waiting`]: the one way to wait, for a device or for other processes.
 
-use std::pin::pin;
-use std::task::{Context, Poll, Waker};
+use std::cell::Cell;
+use std::fmt;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake};
+use std::thread::Thread;
 
-/// What a future does until it is ready.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wait {
-    /// Each poll of the future looks once and asks to be polled again.
-    Polling,
-    /// The first poll of the future sleeps until it is ready; for the blocking functions.
-    Sleeping,
+#[cfg(not(target_arch = "wasm32"))]
+type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+#[cfg(target_arch = "wasm32")]
+type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// What has to be waited for: `.await` it, or put the thread to sleep until it is there with `.wait()`, which browsers lack.
+///
+/// Awaited, it looks whenever it is polled and asks to be polled again, so any executor moves it on. Nothing begins before that.
+#[must_use = "nothing happens until it is awaited or waited for"]
+pub struct Waiting<'a, T>(Boxed<'a, T>);
+
+impl<'a, T> Waiting<'a, T> {
+    /// Waits for what this future waits for.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn new(future: impl Future<Output = T> + Send + 'a) -> Self {
+        Self(Box::pin(future))
+    }
+
+    /// Waits for what this future waits for.
+    #[cfg(target_arch = "wasm32")]
+    pub fn new(future: impl Future<Output = T> + 'a) -> Self {
+        Self(Box::pin(future))
+    }
+
+    /// Sleeps until it is there.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn wait(self) -> T {
+        block_on(self.0)
+    }
 }
 
-/// The outcome of a future that sleeps rather than be polled twice.
-pub(crate) fn at_once<T>(future: impl Future<Output = T>) -> T {
-    let (mut future, mut context) = (pin!(future), Context::from_waker(Waker::noop()));
+impl<T> Future for Waiting<'_, T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        self.0.as_mut().poll(context)
+    }
+}
+
+impl<T> fmt::Debug for Waiting<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Waiting(..)")
+    }
+}
+
+thread_local! {
+    /// Whether this thread has nothing else to do than to wait for the future that it polls.
+    static MAY_SLEEP: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a poll may sleep until it has an answer: within [`block_on`].
+pub(crate) fn may_sleep() -> bool {
+    MAY_SLEEP.get()
+}
+
+/// The outcome of a future, which may sleep when it is polled.
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            MAY_SLEEP.set(self.0);
+        }
+    }
+    let _restore = Restore(MAY_SLEEP.replace(true));
+    let waker = Arc::new(Unpark(std::thread::current())).into();
+    let (mut future, mut context) = (pin!(future), Context::from_waker(&waker));
     loop {
-        if let Poll::Ready(outcome) = future.as_mut().poll(&mut context) {
-            return outcome;
+        match future.as_mut().poll(&mut context) {
+            Poll::Ready(outcome) => return outcome,
+            Poll::Pending => std::thread::park(),
         }
     }
 }

@@ -38,10 +38,10 @@ fn four_and_a_half_gib_in_three_buffers() {
     }
     let tensors = buffers.each_ref().map(|buffer| GpuTensor::f32(buffer, ..).expect("it fits"));
     let norm = (squares * 3.0 * TIMES as f64).sqrt();
-    let plan = gpu.plan(&Clip::norm(norm * 2.0).expect("valid"), &tensors).expect("it fits");
+    let plan = gpu.plan(&Clip::norm(norm * 2.0), &tensors).expect("it fits");
     let step = || common::gpu::step(gpu, &plan);
     step();
-    let report = plan.report_blocking().expect("finite");
+    let report = plan.report().wait().expect("finite");
     assert_norm(report.total_norm, norm, 1e-6, "of 4.5 GiB");
     assert!(!report.clipped && report.elements == 3 * TIMES * numbers.len() as u64);
 
@@ -49,15 +49,15 @@ fn four_and_a_half_gib_in_three_buffers() {
     let bad = TIMES * numbers.len() as u64 - 77;
     write(gpu, &buffers[2], bad * 4, &f32::NAN.to_le_bytes());
     step();
-    let Err(Error::NonFinite(found)) = plan.report_blocking() else { panic!("the NaN was missed") };
+    let Err(Error::NonFinite(found)) = plan.report().wait() else { panic!("the NaN was missed") };
     assert_eq!((found.count, found.tensor, found.index), (1, 2, bad));
     write(gpu, &buffers[2], bad * 4, &0f32.to_le_bytes());
 
-    let halved = Clip::norm(f64::MAX).expect("valid").grad_scale(2.0).expect("valid");
+    let halved = Clip::norm(f64::MAX).grad_scale(2.0);
     clip_tensors(gpu, &halved, &tensors).expect("finite");
     // All of it, by its norm, and its last bytes one by one.
     step();
-    assert_norm(plan.report_blocking().expect("finite").total_norm, norm / 2.0, 1e-6, "halved");
+    assert_norm(plan.report().wait().expect("finite").total_norm, norm / 2.0, 1e-6, "halved");
     let to = gpu.device().create_buffer(&wgpu::BufferDescriptor { size: bytes, ..descriptor });
     let mut encoder = encoder(gpu);
     encoder.copy_buffer_to_buffer(&buffers[2], (TIMES - 1) * bytes, &to, 0, Some(bytes));
@@ -76,7 +76,7 @@ fn a_host_tensor_of_more_than_two_gib() {
     let norm = (squares * times as f64).sqrt();
     let clipper = Clipper::gpu(gpu().clone());
     let mut clip = |max_norm: f64| {
-        let clip = Clip::norm(max_norm).expect("valid").eps(0.0).expect("valid");
+        let clip = Clip::norm(max_norm).eps(0.0);
         clipper.apply(&clip, &mut [TensorMut::new(&mut data)])
     };
     let report = clip(2.0 * norm).expect("finite");

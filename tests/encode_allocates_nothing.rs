@@ -173,11 +173,11 @@ fn plan_of_one(clip: &Clip) -> GpuPlan {
 
 #[test]
 fn encoding_costs_what_its_dispatches_cost() {
-    let by_norm = plan_of_one(&Clip::norm(1.0).expect("valid"));
+    let by_norm = plan_of_one(&Clip::norm(1.0));
     let by_hand =
         ByHand::new(&[("norm", MEASURE, GRADIENTS), ("finalise", FINALISE, DECISION), ("scale", APPLY, GRADIENTS)]);
     assert_eq!(allocated_by(&by_norm), by_hand.allocated(), "allocations and bytes: norm, finalise, scale");
-    let by_value = plan_of_one(&Clip::value(1.0).expect("valid"));
+    let by_value = plan_of_one(&Clip::value(1.0));
     let by_hand = ByHand::new(&[("clamp", MEASURE, GRADIENTS), ("finalise", FINALISE, DECISION)]);
     assert_eq!(allocated_by(&by_value), by_hand.allocated(), "allocations and bytes: clamp, finalise");
 }
@@ -188,7 +188,7 @@ fn three_thousand_tensors_cost_one_merge() {
     let set: Vec<_> = (0..3000).map(|_| Data::rounded(Dtype::F32, vec![1.0; 1 + random.below(64)])).collect();
     let layout = Layout::with_gaps(&set, |_| 1);
     let buffer = upload(gpu(), &layout.bytes(&set));
-    let clip = Clip::norm(1.0).expect("valid");
+    let clip = Clip::norm(1.0);
     let plan = gpu().plan(&clip, &layout.tensors(&buffer, &set)).expect("valid");
     let by_hand = ByHand::new(&[
         ("norm", MEASURE, GRADIENTS),
@@ -215,14 +215,14 @@ fn the_counter_counts() {
 fn encoding_without_submission_does_nothing() {
     let set = Data::of(&[3.0f32, 4.0]);
     let buffer = upload(gpu(), &set.bytes);
-    let plan = gpu().plan(&Clip::norm(1.0).expect("valid"), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
+    let plan = gpu().plan(&Clip::norm(1.0), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
     let mut pending = encoder(gpu());
     plan.encode(&mut pending).expect("the device works");
     let commands = pending.finish();
     assert_same_bits(&[Data { bytes: download(gpu(), &buffer), ..set.clone() }], &[set], "not submitted");
-    assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted)));
+    assert!(matches!(plan.report().wait(), Err(Error::NotSubmitted)));
     gpu().queue().submit([commands]);
-    assert!(plan.report_blocking().expect("it ran").clipped);
+    assert!(plan.report().wait().expect("it ran").clipped);
 }
 
 /// A finished submission is told to its caller only when somebody polls the device. Encoding must not have done so,
@@ -233,9 +233,9 @@ fn encoding_does_not_wait_for_the_queue() {
     let gpu = common::gpu::open();
     let buffer = upload(&gpu, &vec![0; 64 << 20]);
     let tensor = GpuTensor::f32(&buffer, ..).expect("it fits");
-    let plan = gpu.plan(&Clip::norm(1.0).expect("valid"), &[tensor]).expect("valid");
+    let plan = gpu.plan(&Clip::norm(1.0), &[tensor]).expect("valid");
     step(&gpu, &plan);
-    plan.report_blocking().expect("it ran");
+    plan.report().wait().expect("it ran");
     let mut busy = encoder(&gpu);
     for _ in 0..20 {
         plan.encode(&mut busy).expect("the device works");
@@ -251,7 +251,7 @@ fn encoding_does_not_wait_for_the_queue() {
     }
     let encoded = submitted.elapsed();
     assert!(!told.load(Ordering::SeqCst), "encoding has polled the device");
-    plan.report_blocking().expect("it ran");
+    plan.report().wait().expect("it ran");
     assert!(told.load(Ordering::SeqCst), "now it was polled");
     let done = submitted.elapsed();
     assert!(encoded < done / 2, "100 steps were encoded in {encoded:?}, 20 ran in {done:?}");

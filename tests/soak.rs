@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use common::gpu::{Layout, OwnKernel, download, encoder, gpu, step, upload};
 use common::numbers::{Random, exact_norm};
 use common::{Data, assert_norm, clip_host, numbers_of};
-use gradclip::gpu::{GpuPlan, GpuTensor};
+use gradclip::gpu::{GpuPlan, GpuTensor, PlanOptions};
 use gradclip::{Clip, Clipper, Dtype, NonFinite, NormType, Scope, wgpu};
 
 fn steps() -> usize {
@@ -141,7 +141,7 @@ fn the_same_at_each_step_of_one_plan() {
     let bytes = layout.bytes(&set);
     let (fresh, work) = (upload(gpu(), &bytes), upload(gpu(), &bytes));
     let norm = exact_norm(NormType::L2, numbers_of(&set));
-    let clip = Clip::norm(norm / 3.0).expect("valid");
+    let clip = Clip::norm(norm / 3.0);
     let plan = gpu().plan(&clip, &layout.tensors(&work, &set)).expect("valid");
     let coefficients_size = plan.coefficients().size();
     let (first, first_coefficients) = (upload(gpu(), &bytes), zeros(coefficients_size as usize / 4));
@@ -150,7 +150,7 @@ fn the_same_at_each_step_of_one_plan() {
     copy.copy_buffer_to_buffer(&work, 0, &first, 0, None);
     copy.copy_buffer_to_buffer(plan.coefficients(), 0, &first_coefficients, 0, None);
     gpu().queue().submit([copy.finish()]);
-    let report = plan.report_blocking().expect("finite");
+    let report = plan.report().wait().expect("finite");
     assert_norm(report.total_norm, norm, 1e-6, "the first step");
     assert_ne!(download(gpu(), &first), bytes, "it was clipped");
     let different = zeros(1);
@@ -166,10 +166,10 @@ fn the_same_at_each_step_of_one_plan() {
         compare_coefficients.encode(&mut encoder, (coefficients_size as u32 / 4).div_ceil(64));
         in_flight.submit(encoder);
         if i % 50 == 0 {
-            assert_eq!(plan.report_blocking().expect("it ran"), report, "step {i}");
+            assert_eq!(plan.report().wait().expect("it ran"), report, "step {i}");
         }
     });
-    assert_eq!(plan.report_blocking().expect("it ran"), report, "the last step");
+    assert_eq!(plan.report().wait().expect("it ran"), report, "the last step");
     assert_eq!(download(gpu(), &different), [0; 4], "words that differed from the first step's, over all steps");
 }
 
@@ -240,8 +240,8 @@ fn training_runs_ahead_of_the_device() {
     let (state, notes) = (zeros(3), zeros(3 * steps));
     let max_norm = 8.0;
     let tensors = [GpuTensor::f32(&grads, 0..3000), GpuTensor::f32(&grads, 3000..5000)].map(|t| t.expect("it fits"));
-    let clip = Clip::norm(max_norm).expect("valid").scope(Scope::Tensor).non_finite(NonFinite::Skip);
-    let plan = gpu().plan_measure(&clip, &tensors).expect("valid");
+    let clip = Clip::norm(max_norm).scope(Scope::Tensor).non_finite(NonFinite::Skip);
+    let plan = gpu().plan_with(&[(clip, &tensors)], PlanOptions::default().measure_only()).expect("valid");
     let backward = OwnKernel::new(gpu(), BACKWARD, &[&weights, &grads, &state]);
     let sgd = OwnKernel::new(gpu(), SGD, &[&weights, &grads, &state, plan.coefficients(), &notes]);
     let advance = OwnKernel::new(gpu(), ADVANCE, &[&state]);
@@ -299,7 +299,7 @@ fn one_plan_in_turning_buffers() {
     let buffers: Vec<_> = layouts.iter().zip(&sets).map(|(l, set)| upload(gpu(), &l.bytes(set))).collect();
     let at = |i: usize| layouts[i].tensors(&buffers[i], &sets[i]);
     // Nothing is written: the norms stay.
-    let mut plan = gpu().plan(&Clip::norm(1e9).expect("valid"), &at(0)).expect("valid");
+    let mut plan = gpu().plan(&Clip::norm(1e9), &at(0)).expect("valid");
     let mut in_flight = InFlight::default();
     soak("buffers by turns", steps() / 5, |i| {
         plan.update(&at(i % 3)).expect("the same shapes");
@@ -308,7 +308,7 @@ fn one_plan_in_turning_buffers() {
         in_flight.submit(encoder);
         if i % 50 == 49 {
             let norm = exact_norm(NormType::L2, numbers_of(&sets[i % 3]));
-            assert_norm(plan.report_blocking().expect("it ran").total_norm, norm, 1e-6, &format!("step {i}"));
+            assert_norm(plan.report().wait().expect("it ran").total_norm, norm, 1e-6, &format!("step {i}"));
         }
     });
 }
@@ -319,7 +319,7 @@ fn host_tensors_again_and_again() {
     let _alone = alone();
     let set = set(20, 1.0);
     let norm = exact_norm(NormType::L2, numbers_of(&set));
-    let (clipper, clip) = (Clipper::gpu(gpu().clone()), Clip::norm(norm / 2.0).expect("valid"));
+    let (clipper, clip) = (Clipper::gpu(gpu().clone()), Clip::norm(norm / 2.0));
     let (report, after) = clip_host(&clipper, &clip, &set).ok();
     assert_norm(report.total_norm, norm, 1e-6, "the first call");
     soak("host tensors", steps() / 5, |i| {
@@ -341,7 +341,7 @@ fn plans_made_and_dropped() {
     let mut in_flight = InFlight::default();
     let mut last: Option<GpuPlan> = None;
     soak("plans made and dropped", steps() / 10, |i| {
-        let plan = gpu().plan(&Clip::norm(1e9).expect("valid"), &tensors).expect("valid");
+        let plan = gpu().plan(&Clip::norm(1e9), &tensors).expect("valid");
         if i % 3 != 0 {
             let mut encoder = encoder(gpu());
             plan.encode(&mut encoder).expect("the device works");
@@ -349,7 +349,7 @@ fn plans_made_and_dropped() {
         }
         if i % 50 == 49 {
             step(gpu(), &plan);
-            assert_norm(plan.report_blocking().expect("it ran").total_norm, norm, 1e-6, &format!("plan {i}"));
+            assert_norm(plan.report().wait().expect("it ran").total_norm, norm, 1e-6, &format!("plan {i}"));
         }
         // One step late, so that plans are also dropped while another is in use.
         last = Some(plan);

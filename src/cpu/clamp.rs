@@ -4,7 +4,7 @@
 //! cache. Both compare bits as integers, which order like the numbers, so that an element that stays keeps every bit, a NaN
 //! its payload. Where a loss scale is taken out, both work on a copy of the block in the type that is computed in.
 
-use super::census::count;
+use super::count::count;
 use super::element::{Bits, Wide, Widen, elements};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{self, Product, write_exact_products};

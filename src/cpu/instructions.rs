@@ -13,7 +13,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::isa::{self, Set};
-use super::{census, clamp, columns, norm, scale, with_element};
+use super::{clamp, columns, count, norm, scale, with_element};
 use crate::partial::{Location, Outcome, Partial};
 use crate::segment::{By, Layout};
 use crate::{Clip, Dtype, NormType};
@@ -39,11 +39,11 @@ fn columns(dtype: Dtype, data: &[u8], norm_type: NormType) {
 }
 
 fn power(p: f64) -> NormType {
-    NormType::p(p).expect("valid")
+    NormType::p(p)
 }
 
 fn outcome() -> Outcome {
-    let clip = Clip::norm(0.5).expect("valid");
+    let clip = Clip::norm(0.5);
     clip.outcome(clip.known(&Partial { sum: 1.0, ..Partial::EMPTY }), 0.5, 1.0, false)
 }
 
@@ -54,7 +54,7 @@ fn scaled(dtype: Dtype, data: &mut [u8], by: By, outcomes: usize, drop: bool) {
 }
 
 fn clamped(dtype: Dtype, data: &mut [u8], bound: f64) {
-    let clip = Clip::value(bound).expect("valid");
+    let clip = Clip::value(bound);
     with_element!(dtype, T => clamp::clamp::<T>(&clip, AT, data));
 }
 
@@ -90,7 +90,7 @@ const KERNELS: [(&str, Work, Counts); 13] = [
         [[4.88, 23.0, 2.56, 2.56], [2.19, 4.12, 1.09, 1.09], [0.98, 1.97, 0.52, 0.52]]),
     ("look, clamp", |dtype, data| clamped(dtype, data, 0.25),
         [[11.0, 40.4, 5.62, 5.62], [3.66, 7.06, 1.89, 1.89], [1.72, 3.44, 0.89, 0.89]]),
-    ("census", |dtype, data| with_element!(dtype, T => assert_eq!(census::count::<T>(data).non_finite, 0)),
+    ("count", |dtype, data| with_element!(dtype, T => assert_eq!(count::count::<T>(data).non_finite, 0)),
         [[2.88, 10.5, 1.44, 1.44], [1.06, 2.12, 0.53, 0.53], [0.67, 1.34, 0.34, 0.34]]),
 ];
 

@@ -13,9 +13,9 @@
 //! Within a task, elements are taken in blocks that fit the first-level cache. A block is widened once (half precision
 //! to float32; a misaligned one is copied) so that each kernel is written for float32 and float64 only.
 
-pub(crate) mod census;
 mod clamp;
 mod columns;
+pub(crate) mod count;
 mod element;
 // In a build with checks of overflow the compiler cannot make vectors of everything.
 #[cfg(all(test, target_os = "linux", target_arch = "x86_64", not(debug_assertions)))]
@@ -40,13 +40,15 @@ use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 
+use crate::clip::{number, setting};
 use crate::error::tensor_label;
 use crate::partial::{Action, Known, Location, Outcome, Partial};
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::progress::Progress;
 use crate::segment::{Family, Layout, Segments, check_groups, check_parameter};
+use crate::tensor::check_summed;
 use crate::threshold::Threshold;
-use crate::wait::{Wait, at_once};
+use crate::wait::block_on;
 use crate::{Clip, ClipReport, Dtype, Error, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
 use pool::in_parallel;
 use task::merged;
@@ -205,13 +207,14 @@ pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]
 
 /// Measures examples, and writes the sum of the clipped ones: one sum for each tensor.
 pub(crate) fn sum_examples(
-    turn: Turn<'_>,
     clip: &Clip,
     tensors: &[Tensor<'_>],
     sums: &mut [TensorMut<'_>],
-    progress: &Progress,
+    around: Around<'_>,
 ) -> Result<ClipReport, Error> {
-    let found = measured(turn, clip, tensors, progress)?;
+    let turn = Turn::begin(around.processes);
+    check_summed(clip, tensors, sums)?;
+    let found = measured(turn, clip, tensors, around.progress)?;
     let refused = found.refused(clip);
     let (report, outcomes) = found.decide(clip, refused)?;
     if !refused {
@@ -264,7 +267,7 @@ fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Prog
     });
     let mut part = Part::new(clip, segments, partials);
     if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
-        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.counted(t.counted))).collect();
+        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.counted))).collect();
         part.parameters = merged(&of, &part.segments, |task, slots| task.norm(norm_type, slots));
     }
     part
@@ -301,7 +304,7 @@ fn together<'a>(
     name_of: impl Fn(usize, usize) -> Option<&'a str>,
 ) -> Result<Vec<Measured>, Error> {
     let totals = if turn.group().size() > 1 {
-        at_once(merge(turn, &mut parts, name_of, Wait::Sleeping))?
+        block_on(merge(turn, &mut parts, name_of))?
     } else {
         parts.iter().enumerate().map(|(group, part)| part.total(|i| name_of(group, i))).collect()
     };
@@ -357,15 +360,17 @@ impl Measured {
             Given::Norms(norms) => {
                 let expected = u64::from(segments.count);
                 if norms.len() as u64 != expected {
-                    return Err(Error::Length { what: "norms by segment", expected, found: norms.len() as u64 });
+                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
                 }
                 // These two policies cannot go by an infinity.
-                let (greatest, must) = match clip.non_finite {
-                    NonFinite::Error | NonFinite::Drop => (f64::MAX, "0 or more, and finite under this policy"),
-                    _ => (f64::INFINITY, "0 or more"),
+                let (greatest, reason) = match clip.non_finite {
+                    NonFinite::Error | NonFinite::Drop => {
+                        (f64::MAX, "it must be 0 or more, and finite under this policy")
+                    }
+                    _ => (f64::INFINITY, "it must be 0 or more"),
                 };
                 if let Some(norm) = norms.iter().find(|n| !(0.0..=greatest).contains(*n)) {
-                    return Err(Error::BadParameter { what: "a given norm", value: *norm, must });
+                    setting(false, "a given norm", number(*norm), reason)?;
                 }
                 let nothing = Total { partial: Partial::EMPTY, non_finite: None };
                 let mut found = Self::new(Part::new(clip, segments, Vec::new()), nothing);

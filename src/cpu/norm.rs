@@ -20,7 +20,7 @@
 
 use std::marker::PhantomData;
 
-use super::census::count;
+use super::count::count;
 use super::element::{Bits, Wide, Widen, elements, group_size};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::Map;
@@ -96,7 +96,7 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
     }
     let exponent = if let NormType::P(p) = norm_type {
         // By the largest element itself, so that its term is 1 whatever p is.
-        let (p, log2_top) = (p.get(), top.log2());
+        let log2_top = top.log2();
         let sum = sum_of_powers::<W>(Power { p, log2_top }, data);
         let whole = (log2_top * p).floor();
         slot[0] = Partial { sum: sum * (log2_top * p - whole).exp2(), ..Partial::EMPTY };

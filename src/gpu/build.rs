@@ -29,8 +29,8 @@ pub(super) struct Built {
     /// Where the partial of all groups is.
     pub(super) everything: u32,
     pub(super) threshold: Option<DeviceThreshold>,
-    /// Whether the host may set the thresholds.
-    pub(super) follows_host: bool,
+    /// What each group is clipped by, and where the device has it.
+    pub(super) params: Vec<(Params, wgpu::Buffer)>,
 }
 
 /// Tensors that one clip is for.
@@ -194,7 +194,7 @@ pub(super) struct Params {
     unscale_value: f32,
     unscale_is_float: u32,
     policy: u32,
-    only_measures: u32,
+    pub(super) only_measures: u32,
     first_segment: u32,
     segments: u32,
     segment_partials: u32,
@@ -219,7 +219,7 @@ impl Params {
             [bound, half::f16::from_f32(bound).to_f32(), half::bf16::from_f32(bound).to_f32(), 0.0]
         };
         let (eps, floor) = clip.eps_and_floor();
-        let p = if let Some(NormType::P(power)) = clip.measured() { power.get() } else { 1.0 };
+        let p = if let Some(NormType::P(power)) = clip.measured() { power } else { 1.0 };
         let unscale_value = (1.0 / scale) as f32;
         let unscale_is_float = unscale_value.is_normal();
         Self {
@@ -258,6 +258,48 @@ impl Params {
     }
 }
 
+impl Params {
+    /// The same for another clip of the group, by this threshold on the device if there is one.
+    pub(super) fn for_clip(self, clip: &Clip, only_measures: bool, is_adaptive: bool) -> Self {
+        let Self { first_segment, segments, segment_partials, group_partial, total_partial, .. } = self;
+        let Self { parameter_partials, warm_up, mut threshold, .. } = self;
+        if let Some(rule) = Rule::of(clip) {
+            threshold = rule.numbers;
+        } else if let (true, Mode::Norm(max_norm)) = (is_adaptive, clip.mode) {
+            threshold[3] = threshold_number(max_norm);
+        }
+        Self {
+            first_segment,
+            segments,
+            segment_partials,
+            group_partial,
+            total_partial,
+            parameter_partials,
+            warm_up,
+            threshold,
+            ..Self::new(clip, only_measures)
+        }
+    }
+
+    pub(super) fn upload(&self, gpu: &GpuClipper) -> Result<wgpu::Buffer, Error> {
+        gpu.device.filled("gradclip params", bytemuck::bytes_of(self), wgpu::BufferUsages::UNIFORM)
+    }
+}
+
+/// What norms of groups are compared with, given their clips, their segments, and whether their norms are given.
+pub(super) fn thresholds<'a>(groups: impl Iterator<Item = (&'a Clip, &'a Segments, bool)>) -> Vec<Number> {
+    let mut thresholds = Vec::new();
+    for (clip, segments, given) in groups {
+        let max_norms = segments.max_norms(clip, &[], &[]);
+        for (max_norm, family) in max_norms.into_iter().zip(segments.families()) {
+            // Norms from outside are N, not measured ones.
+            let weight = if given { clip.weight(family.elements) } else { 1.0 };
+            thresholds.push(threshold_number(max_norm * weight));
+        }
+    }
+    thresholds
+}
+
 /// What `shaders/shared/power.wgsl` has room for. Beyond, p is taken for these: of 2^30 equal elements the norm is then
 /// 5e-6 too large at most, and below 2^-20 the norm of two elements already exceeds every float64.
 pub(super) const POWERS: std::ops::RangeInclusive<f64> = 1.0 / 1_048_576.0..=4_194_304.0;
@@ -294,15 +336,7 @@ impl Memory {
         if let Kept::All(memory) = kept {
             return Ok(Self { partials: room(Some(memory))?, ..memory.clone() });
         }
-        let mut thresholds = Vec::new();
-        for (clip, segments, given) in groups {
-            let max_norms = segments.max_norms(clip, &[], &[]);
-            for (max_norm, family) in max_norms.into_iter().zip(segments.families()) {
-                // Norms from outside are N, not measured ones.
-                let weight = if given { clip.weight(family.elements) } else { 1.0 };
-                thresholds.push(threshold_number(max_norm * weight));
-            }
-        }
+        let mut thresholds = thresholds(groups);
         thresholds.push(threshold_number(f64::INFINITY));
         // One more than there are segments, so that no buffer is empty.
         let segments = thresholds.len() as u64;
@@ -338,7 +372,6 @@ impl Built {
         // A sum is one even of examples that nothing exceeds.
         let may_only_measure = matches!(follows, Follows::Clip) && !matches!(job, Job::Sum(_));
         let mut layout = PlanLayout::new(gpu, groups, &job, (may_only_measure, in_turn))?;
-        let follows_host = matches!(follows, Follows::Host);
         let mut threshold = None;
         let mut states = vec![StateRow::zeroed()];
         let mut rules: Vec<_> = layout.groups.iter().map(|g| Rule::of(&g.clip)).collect();
@@ -365,12 +398,14 @@ impl Built {
         let mut builder = Builder::new(gpu, &buffers, layout.limits);
         layout.measure(&mut builder);
         layout.decide(&mut builder, &job, &rules);
-        layout.apply(&mut builder, &job);
+        layout.apply(&mut builder);
         let running = if let Job::Running(running) = &job { Some(&running.partial) } else { None };
-        let phases = builder.build(&memory, running, &layout.params)?;
         let everything = layout.params.first().map_or(0, |params| params.total_partial);
-        let PlanLayout { groups, origins, .. } = layout;
-        Ok(Self { groups, phases, memory, origins, everything, threshold, follows_host })
+        let PlanLayout { groups, origins, params, .. } = layout;
+        let params =
+            params.into_iter().map(|params| Ok((params, params.upload(gpu)?))).collect::<Result<Vec<_>, Error>>()?;
+        let phases = builder.build(&memory, running, &params)?;
+        Ok(Self { groups, phases, memory, origins, everything, threshold, params })
     }
 }
 
@@ -414,10 +449,10 @@ impl PlanLayout {
         let limit = limits.binding_bytes / PARTIAL_BYTES;
         let segments = groups.iter().map(|g| u64::from(g.segments.count)).sum();
         if segments + 2 > limit {
-            return Err(Error::TooLarge { what: "the number of segments", value: segments, limit: limit - 2 });
+            return Err(Error::too_large("the number of segments", segments, limit - 2));
         }
         let elements = pieces().map(|p| p.len).sum();
-        let many = || Error::TooLarge { what: "the number of chunks, for so many elements,", value: elements, limit };
+        let many = || Error::too_large("the number of chunks, for so many elements,", elements, limit);
         let sums = if let Job::Sum(pieces) = job { sum_windows(pieces, limits).ok_or_else(many)? } else { Vec::new() };
         let mut found = Self {
             groups: Vec::new(),
@@ -567,14 +602,13 @@ impl PlanLayout {
         }
     }
 
-    fn apply(&self, builder: &mut Builder<'_>, job: &Job) {
+    fn apply(&self, builder: &mut Builder<'_>) {
         for sum in &self.sums {
             builder.sum(Kernel::Sum { dtype: sum.dtype }, sum);
         }
         for (i, (group, tables)) in self.groups.iter().zip(&self.parts).enumerate() {
             let value = group.clip.measured().is_none();
-            let measures = self.params[i].only_measures != 0 && !matches!(job, Job::Running(_));
-            if !tables.writes || measures || (value && !group.reads_first()) {
+            if !tables.writes || (value && !group.reads_first()) {
                 continue;
             }
             let applied = tables.applied.as_ref().unwrap_or(&tables.measured);
@@ -688,7 +722,7 @@ impl<'a> Builder<'a> {
         self,
         memory: &Memory,
         running: Option<&wgpu::Buffer>,
-        params: &[Params],
+        params: &[(Params, wgpu::Buffer)],
     ) -> Result<[Vec<Dispatch>; 3], Error> {
         let Self { gpu, buffers, mut tables, pending, .. } = self;
         if tables.is_empty() {
@@ -696,7 +730,7 @@ impl<'a> Builder<'a> {
         }
         let tables = gpu.device.filled("gradclip tables", &tables, wgpu::BufferUsages::STORAGE)?;
         let mut clips = Vec::new();
-        for params in params {
+        for (_, params) in params {
             clips.push(clip_group(gpu, memory, params)?);
         }
         let part = |buffer: &wgpu::Buffer, offset, size| (buffer.clone(), offset, size);
@@ -770,10 +804,9 @@ fn count<T>(rows: &[T]) -> u32 {
 pub(super) fn clip_group(
     gpu: &GpuClipper,
     memory: &Memory,
-    params: &Params,
+    params: &wgpu::Buffer,
 ) -> Result<ClipGroup<wgpu::BindGroup>, Error> {
-    let params = gpu.device.filled("gradclip params", bytemuck::bytes_of(params), wgpu::BufferUsages::UNIFORM)?;
-    let all = [(PARTIALS, &memory.partials), (PARAMS, &params), (RESULTS, &memory.results)];
+    let all = [(PARTIALS, &memory.partials), (PARAMS, params), (RESULTS, &memory.results)];
     let group = |layout, buffers: &[(u32, &wgpu::Buffer)]| {
         let mut entries = Vec::new();
         for (binding, buffer) in buffers {
@@ -800,7 +833,7 @@ pub(super) fn dispatch(
     let widest = gpu.device.device.limits().max_compute_workgroups_per_dimension;
     let workgroups = grid(workgroups, widest).ok_or_else(|| {
         let limit = u64::from(widest) * u64::from(widest);
-        Error::TooLarge { what: "the number of workgroups", value: workgroups.into(), limit }
+        Error::too_large("the number of workgroups", workgroups.into(), limit)
     })?;
     let pipeline = gpu.kernels.pipeline(&gpu.device, kernel, access)?;
     let bindings: Vec<Vec<_>> = parts.iter().map(|parts| parts.iter().map(bound).collect()).collect();

@@ -5,7 +5,9 @@ use std::sync::{Arc, OnceLock};
 use futures_intrusive::channel::shared::{OneshotReceiver, oneshot_channel};
 
 use crate::Error;
-use crate::wait::Wait;
+use crate::Waiting;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::wait::may_sleep;
 
 /// What a buffer is for that the host reads what the device wrote from, and the other way round.
 pub(super) const DOWNLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
@@ -119,7 +121,7 @@ impl GpuDevice {
     }
 
     /// Copies parts of buffers (offset and size) to the host, one after another, and waits for them.
-    pub(super) async fn read(&self, parts: &[(&wgpu::Buffer, u64, u64)], wait: Wait) -> Result<Vec<u8>, Error> {
+    pub(super) async fn read(&self, parts: &[(&wgpu::Buffer, u64, u64)]) -> Result<Vec<u8>, Error> {
         let size = parts.iter().map(|(.., size)| size).sum();
         let staging = self.storage("gradclip readback", size, DOWNLOAD)?;
         let after = self.scoped(|| {
@@ -131,7 +133,7 @@ impl GpuDevice {
             }
             self.queue.submit([encoder.finish()])
         })?;
-        self.mapped(self.map(&staging, wgpu::MapMode::Read, size, after)?, wait).await?;
+        self.mapped(self.map(&staging, wgpu::MapMode::Read, size, after)?).await?;
         let bytes = staging.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?.to_vec();
         staging.unmap();
         Ok(bytes)
@@ -156,8 +158,8 @@ impl GpuDevice {
     }
 
     /// Waits until what was to be mapped is.
-    pub(super) async fn mapped(&self, mapping: Mapping, wait: Wait) -> Result<(), Error> {
-        if let Some(Ok(())) = self.answer(&mapping.answer, mapping.after, wait).await? {
+    pub(super) async fn mapped(&self, mapping: Mapping) -> Result<(), Error> {
+        if let Some(Ok(())) = self.answer(&mapping.answer, mapping.after).await? {
             return Ok(());
         }
         self.check_not_lost()?;
@@ -165,7 +167,7 @@ impl GpuDevice {
     }
 
     /// Submits commands, if there are any, and waits until the device has done them and all that was submitted before.
-    pub(super) async fn run(&self, commands: Option<wgpu::CommandBuffer>, wait: Wait) -> Result<(), Error> {
+    pub(super) async fn run(&self, commands: Option<wgpu::CommandBuffer>) -> Result<(), Error> {
         let (sender, receiver) = oneshot_channel();
         let after = self.scoped(|| {
             let after = self.queue.submit(commands);
@@ -175,7 +177,7 @@ impl GpuDevice {
             });
             after
         })?;
-        match self.answer(&receiver, after, wait).await? {
+        match self.answer(&receiver, after).await? {
             // wgpu calls back for a lost device too.
             Some(()) => self.check_not_lost(),
             None => Err(Error::DeviceLost("it dropped what it was to call back".into())),
@@ -187,18 +189,18 @@ impl GpuDevice {
     /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
     /// never needs it.
     #[cfg_attr(target_arch = "wasm32", expect(unused_variables, reason = "a browser knows by itself"))]
-    async fn answer<T>(
-        &self,
-        receiver: &OneshotReceiver<T>,
-        after: wgpu::SubmissionIndex,
-        wait: Wait,
-    ) -> Result<Option<T>, Error> {
-        #[cfg(not(target_arch = "wasm32"))]
-        if wait == Wait::Sleeping {
-            self.wait(after)?;
-        }
+    async fn answer<T>(&self, receiver: &OneshotReceiver<T>, after: wgpu::SubmissionIndex) -> Result<Option<T>, Error> {
         let mut answer = std::pin::pin!(receiver.receive());
+        #[cfg(not(target_arch = "wasm32"))]
+        let mut after = Some(after);
         std::future::poll_fn(|context| {
+            #[cfg(not(target_arch = "wasm32"))]
+            if may_sleep()
+                && let Some(after) = after.take()
+                && let Err(error) = self.wait(after)
+            {
+                return std::task::Poll::Ready(Err(error));
+            }
             if let std::task::Poll::Ready(result) = answer.as_mut().poll(context) {
                 return std::task::Poll::Ready(Ok(result));
             }
@@ -250,17 +252,12 @@ impl GpuDevice {
 /// All adapters that this machine has, hardware and software.
 ///
 /// The environment variables of wgpu (`WGPU_BACKEND` and the like) are honoured.
-pub async fn adapters() -> Vec<wgpu::Adapter> {
-    let mut all = primary().enumerate_adapters(wgpu::Backends::all()).await;
-    all.extend(secondary().enumerate_adapters(wgpu::Backends::all()).await);
-    all
-}
-
-/// [`adapters`], waiting for the answer.
-#[cfg(not(target_arch = "wasm32"))]
-#[must_use]
-pub fn adapters_blocking() -> Vec<wgpu::Adapter> {
-    pollster::block_on(adapters())
+pub fn adapters() -> Waiting<'static, Vec<wgpu::Adapter>> {
+    Waiting::new(async {
+        let mut all = primary().enumerate_adapters(wgpu::Backends::all()).await;
+        all.extend(secondary().enumerate_adapters(wgpu::Backends::all()).await);
+        all
+    })
 }
 
 /// The adapter with the highest performance, or the first whose name contains `name`, in any case of letters.
@@ -279,14 +276,14 @@ pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> 
         let second = secondary().request_adapter(&options).await.ok();
         let (hardware, software): (Vec<_>, Vec<_>) = [first, second].into_iter().flatten().partition(is_hardware);
         let found = hardware.into_iter().chain(software).next();
-        return found.ok_or_else(|| Error::NoAdapter { wanted: String::new() });
+        return found.ok_or_else(|| Error::NoAdapter(String::new()));
     };
     let matches = |a: &wgpu::Adapter| a.get_info().name.to_lowercase().contains(&name.to_lowercase());
     let all = adapters().await;
     let names: Vec<_> = all.iter().map(|a| a.get_info().name).collect();
     all.into_iter()
         .find(matches)
-        .ok_or_else(|| Error::NoAdapter { wanted: format!(" whose name contains {name:?} (there are: {names:?})") })
+        .ok_or_else(|| Error::NoAdapter(format!(" whose name contains {name:?} (there are: {names:?})")))
 }
 
 /// The instance of Vulkan, Metal and DirectX: one for the process, because wgpu panics where a buffer meets a device of

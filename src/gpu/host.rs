@@ -33,9 +33,9 @@ use crate::partial::{Location, Outcome};
 use crate::processes::{Turn, merge};
 use crate::progress::Progress;
 use crate::segment::{Layout, check_groups};
+use crate::tensor::check_summed;
 use crate::threshold::Threshold;
-use crate::wait::Wait;
-use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut};
+use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, Waiting};
 
 /// A run of bytes of a host tensor, and where it lies in its load.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +65,6 @@ struct Owner {
 /// Host tensors on their way through the device.
 struct Passage<'a> {
     gpu: &'a GpuClipper,
-    wait: Wait,
     progress: &'a Progress,
     plan: GpuPlan,
     owners: Vec<Owner>,
@@ -98,35 +97,92 @@ impl GpuClipper {
     /// [`Error::UnsupportedDtype`] for float64, [`Error::NonFinite`] under that policy, and the device's own errors.
     /// The gradients are then as they were. A device that fails when clipped gradients are already on their way back is no
     /// error: the CPU then writes the rest, with the same bits. It also does where the future is dropped just then.
-    pub async fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        let groups = &mut [(*clip, tensors)];
-        Ok(self.apply_by(Wait::Polling, groups, Around::alone()).await?.swap_remove(0))
+    pub fn apply<'a, 't>(
+        &'a self,
+        clip: &'a Clip,
+        tensors: &'a mut [TensorMut<'t>],
+    ) -> Waiting<'a, Result<ClipReport, Error>>
+    where
+        't: 'a,
+    {
+        Waiting::new(async move {
+            let groups = &mut [(*clip, tensors)];
+            Ok(self.applied(groups, Around::alone()).await?.swap_remove(0))
+        })
     }
 
-    pub(crate) async fn apply_by(
+    /// Clips groups of host tensors, each by a clip of its own: see [`Clipper::apply_groups`](crate::Clipper::apply_groups).
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the clips disagree, and those of [`GpuClipper::apply`].
+    pub fn apply_groups<'a, 'g, 't>(
+        &'a self,
+        groups: &'a mut [(Clip, &'g mut [TensorMut<'t>])],
+    ) -> Waiting<'a, Result<Vec<ClipReport>, Error>>
+    where
+        't: 'g,
+        'g: 'a,
+    {
+        Waiting::new(self.applied(groups, Around::alone()))
+    }
+
+    /// Clips host tensors by a threshold that follows their norms: see
+    /// [`Clipper::apply_adaptive`](crate::Clipper::apply_adaptive).
+    ///
+    /// # Errors
+    /// [`Error::ThresholdState`] if the threshold is that of other tensors, [`Error::Usage`] if the clip has no norm to
+    /// follow, and those of [`GpuClipper::apply`].
+    pub fn apply_adaptive<'a, 't>(
+        &'a self,
+        clip: &'a Clip,
+        threshold: &'a mut dyn Threshold,
+        tensors: &'a mut [TensorMut<'t>],
+    ) -> Waiting<'a, Result<ClipReport, Error>>
+    where
+        't: 'a,
+    {
+        Waiting::new(self.adapted(clip, threshold, tensors, Around::alone()))
+    }
+
+    /// Clips each example by itself and sums the clipped ones: see
+    /// [`Clipper::sum_examples`](crate::Clipper::sum_examples).
+    ///
+    /// # Errors
+    /// [`Error::Usage`] under a scope without examples, or if the sums are not as many; [`Error::Tensor`] if one is not as
+    /// long; those of [`GpuClipper::apply`].
+    pub fn sum_examples<'a, 't>(
+        &'a self,
+        clip: &'a Clip,
+        tensors: &'a [Tensor<'a>],
+        sums: &'a mut [TensorMut<'t>],
+    ) -> Waiting<'a, Result<ClipReport, Error>>
+    where
+        't: 'a,
+    {
+        Waiting::new(self.summed(clip, tensors, sums, Around::alone()))
+    }
+
+    pub(crate) async fn applied(
         &self,
-        wait: Wait,
         groups: &mut [(Clip, &mut [TensorMut<'_>])],
         around: Around<'_>,
     ) -> Result<Vec<ClipReport>, Error> {
         let turn = Turn::begin(around.processes);
         check_groups(groups.iter().map(|(clip, _)| clip))?;
         if groups.is_empty() {
-            merge(turn, &mut [], |_, _| None, wait).await?;
+            merge(turn, &mut [], |_, _| None).await?;
             return Ok(Vec::new());
         }
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
-        let mut passage = Passage::new(self, (wait, around.progress), &views, |_, _| Job::Clip, Follows::Clip)?;
+        let mut passage = Passage::new(self, around.progress, &views, |_, _| Job::Clip, Follows::Clip)?;
         passage.measure(&views, turn).await?;
-        let (reports, outcomes) = passage.plan.reports_by(wait).await?;
+        let (reports, outcomes) = passage.plan.told().await?;
         passage.write_back(groups, outcomes).await;
         Ok(reports)
     }
 
-    #[cfg_attr(target_arch = "wasm32", expect(dead_code, reason = "only the blocking clipper has it so far"))]
-    pub(crate) async fn apply_adaptive_by(
+    pub(crate) async fn adapted(
         &self,
-        wait: Wait,
         clip: &Clip,
         threshold: &mut dyn Threshold,
         tensors: &mut [TensorMut<'_>],
@@ -135,12 +191,12 @@ impl GpuClipper {
         let turn = Turn::begin(around.processes);
         clip.check_adaptive()?;
         let views = [(*clip, views(tensors))];
-        let mut passage = Passage::new(self, (wait, around.progress), &views, |_, _| Job::Clip, Follows::Host)?;
+        let mut passage = Passage::new(self, around.progress, &views, |_, _| Job::Clip, Follows::Host)?;
         passage.plan.bind(threshold)?;
         passage.measure(&views, turn).await?;
-        passage.plan.adapt_by(wait, threshold).await?;
+        passage.plan.adapted(threshold).await?;
         passage.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
-        let (mut reports, outcomes) = passage.plan.reports_by(wait).await?;
+        let (mut reports, outcomes) = passage.plan.told().await?;
         passage.write_back(&mut [(*clip, tensors)], outcomes).await;
         Ok(reports.swap_remove(0))
     }
@@ -149,35 +205,33 @@ impl GpuClipper {
     ///
     /// # Errors
     /// The same.
-    pub async fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        self.measure_by(Wait::Polling, clip, tensors, Around::alone()).await
+    pub fn measure<'a>(&'a self, clip: &'a Clip, tensors: &'a [Tensor<'a>]) -> Waiting<'a, Result<ClipReport, Error>> {
+        Waiting::new(self.measured(clip, tensors, Around::alone()))
     }
 
-    pub(crate) async fn measure_by(
+    pub(crate) async fn measured(
         &self,
-        wait: Wait,
         clip: &Clip,
         tensors: &[Tensor<'_>],
         around: Around<'_>,
     ) -> Result<ClipReport, Error> {
         let turn = Turn::begin(around.processes);
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, (wait, around.progress), &views, |_, _| Job::Measure, Follows::Clip)?;
+        let mut passage = Passage::new(self, around.progress, &views, |_, _| Job::Measure, Follows::Clip)?;
         passage.measure(&views, turn).await?;
-        Ok(passage.plan.reports_by(wait).await?.0.swap_remove(0))
+        Ok(passage.plan.told().await?.0.swap_remove(0))
     }
 
     /// The sums stay on the device until all examples have passed.
-    #[cfg_attr(target_arch = "wasm32", expect(dead_code, reason = "only the blocking clipper has it so far"))]
-    pub(crate) async fn sum_examples_by(
+    pub(crate) async fn summed(
         &self,
-        wait: Wait,
-        turn: Turn<'_>,
         clip: &Clip,
         tensors: &[Tensor<'_>],
         sums: &mut [TensorMut<'_>],
-        progress: &Progress,
+        around: Around<'_>,
     ) -> Result<ClipReport, Error> {
+        let turn = Turn::begin(around.processes);
+        check_summed(clip, tensors, sums)?;
         let mut into = Vec::new();
         for sum in sums.iter() {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -193,14 +247,14 @@ impl GpuClipper {
             Job::Sum(pairs)
         };
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, (wait, progress), &views, job, Follows::Clip)?;
+        let mut passage = Passage::new(self, around.progress, &views, job, Follows::Clip)?;
         passage.measure(&views, turn).await?;
-        let report = passage.plan.reports_by(wait).await?.0.swap_remove(0);
-        if !(report.found_inf() && clip.refuses_non_finite()) {
+        let report = passage.plan.told().await?.0.swap_remove(0);
+        if !(report.has_non_finite() && clip.refuses_non_finite()) {
             passage.sum(tensors).await?;
             let mut read = Vec::new();
             for (buffer, sum) in into.iter().zip(sums.iter()) {
-                read.push(self.read_all(buffer, sum.data.len() as u64, wait).await?);
+                read.push(self.read_all(buffer, sum.data.len() as u64).await?);
             }
             for (sum, bytes) in sums.iter_mut().zip(read) {
                 sum.data.copy_from_slice(&bytes);
@@ -209,30 +263,11 @@ impl GpuClipper {
         Ok(report)
     }
 
-    /// [`GpuClipper::apply`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn apply_blocking(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        let groups = &mut [(*clip, tensors)];
-        Ok(pollster::block_on(self.apply_by(Wait::Sleeping, groups, Around::alone()))?.swap_remove(0))
-    }
-
-    /// [`GpuClipper::measure`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn measure_blocking(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
-        pollster::block_on(self.measure_by(Wait::Sleeping, clip, tensors, Around::alone()))
-    }
-
-    async fn read_all(&self, buffer: &wgpu::Buffer, size: u64, wait: Wait) -> Result<Vec<u8>, Error> {
+    async fn read_all(&self, buffer: &wgpu::Buffer, size: u64) -> Result<Vec<u8>, Error> {
         let mut bytes = Vec::new();
         while (bytes.len() as u64) < size {
             let at = bytes.len() as u64;
-            bytes.extend(self.device.read(&[(buffer, at, STAGING_BYTES.min(size - at))], wait).await?);
+            bytes.extend(self.device.read(&[(buffer, at, STAGING_BYTES.min(size - at))]).await?);
         }
         Ok(bytes)
     }
@@ -257,7 +292,7 @@ impl<'a> Passage<'a> {
     /// pieces of the first group.
     fn new(
         gpu: &'a GpuClipper,
-        (wait, progress): (Wait, &'a Progress),
+        progress: &'a Progress,
         groups: &[(Clip, Vec<Tensor<'_>>)],
         job: impl FnOnce(&mut Vec<wgpu::Buffer>, &[Piece]) -> Job,
         follows: Follows,
@@ -313,7 +348,6 @@ impl<'a> Passage<'a> {
         let writes_at_once = plan.built.groups.iter().any(|group| !group.reads_first());
         Ok(Self {
             gpu,
-            wait,
             progress,
             plan,
             owners,
@@ -344,7 +378,7 @@ impl<'a> Passage<'a> {
             passage.plan.encode_phases(encoder, &[Phase::Decide])
         })?;
         if turn.group().size() > 1 {
-            self.plan.merge_by(self.wait, turn).await?;
+            self.plan.merged(turn).await?;
             self.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
         }
         Ok(())
@@ -440,7 +474,7 @@ impl<'a> Passage<'a> {
         back: &mut WriteBack<'_, '_>,
         (load, buffer, mapping): (usize, wgpu::Buffer, Mapping),
     ) -> Result<wgpu::Buffer, Error> {
-        self.gpu.device.mapped(mapping, self.wait).await?;
+        self.gpu.device.mapped(mapping).await?;
         let view = buffer.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?;
         back.write(load, &view);
         drop(view);
@@ -464,7 +498,7 @@ impl<'a> Passage<'a> {
         self.staging.rotate_left(1);
         let Some(staging) = self.staging.back_mut() else { return Ok(()) };
         if let Some(mapping) = staging.mapping.take() {
-            self.gpu.device.mapped(mapping, self.wait).await?;
+            self.gpu.device.mapped(mapping).await?;
         }
         let Load { runs, size } = &self.loads[load];
         let view = staging.buffer.get_mapped_range_mut(..*size as u64);
@@ -690,7 +724,7 @@ mod tests {
 
     #[test]
     fn memory_that_ends_is_made_do_with() {
-        let gpu = GpuClipper::open_blocking().expect("these tests need a device, which may be a software one");
+        let gpu = GpuClipper::open().wait().expect("these tests need a device, which may be a software one");
         let left = std::cell::Cell::new(5);
         let make = || {
             if left.get() == 0 {

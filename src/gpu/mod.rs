@@ -16,20 +16,20 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, wgpu};
 //!
-//! let gpu = GpuClipper::open_blocking()?; // or GpuClipper::new(&device, &queue)? on your own device
+//! let gpu = GpuClipper::open().wait()?; // or GpuClipper::new(&device, &queue)? on your own device
 //! let (device, queue) = (gpu.device(), gpu.queue());
 //! # use wgpu::util::DeviceExt;
 //! # let usage = wgpu::BufferUsages::STORAGE;
 //! # let contents = bytemuck::cast_slice(&[3.0f32, 4.0, 7.0]);
 //! # let buffer = device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents, usage });
 //! // Once: what is clipped, and where it lies. Ranges are in elements; the buffer needs BufferUsages::STORAGE.
-//! let plan = gpu.plan(&Clip::norm(1.0)?, &[GpuTensor::f32(&buffer, 0..2)?.named("w")])?;
+//! let plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&buffer, 0..2)?.named("w")])?;
 //! // Each step: recorded behind whatever made the gradients.
 //! let mut encoder = device.create_command_encoder(&Default::default());
 //! plan.encode(&mut encoder)?;
 //! queue.submit([encoder.finish()]);
 //! // If wanted:
-//! let report = plan.report_blocking()?;
+//! let report = plan.report().wait()?;
 //! assert!((report.total_norm - 5.0).abs() < 1e-5 && report.clipped);
 //! # Ok(())
 //! # }
@@ -43,6 +43,7 @@ mod host;
 mod kernels;
 mod merge;
 mod number;
+mod options;
 mod plan;
 mod profile;
 mod readback;
@@ -65,14 +66,13 @@ use tuning::{Tuning, memory_budget};
 use crate::error::tensor_label;
 use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
 pub use crate::tensor::GpuTensor;
-use crate::{Clip, Dtype, Error};
+use crate::{Clip, Dtype, Error, Waiting};
 
 pub use device::adapters;
-#[cfg(not(target_arch = "wasm32"))]
-pub use device::adapters_blocking;
+pub use options::PlanOptions;
 pub use plan::GpuPlan;
 pub use profile::{Clock, Pass, Profile, Speed, Speeds};
-pub use running::{GpuRunning, GpuRunningPlan};
+pub use running::{GpuAccumulatorPlan, GpuNormAccumulator};
 pub use threshold::DeviceThreshold;
 
 /// Everything public may be sent to and used from any thread.
@@ -112,34 +112,16 @@ impl GpuClipper {
     ///
     /// # Errors
     /// [`Error::NoAdapter`] if there is none; [`Error::Device`] if it gives no device.
-    pub async fn open() -> Result<Self, Error> {
-        Self::on(GpuDevice::open(&device::adapter(None).await?).await?)
+    pub fn open() -> Waiting<'static, Result<Self, Error>> {
+        Waiting::new(async { Self::on(GpuDevice::open(&device::adapter(None).await?).await?) })
     }
 
     /// Opens a device on the first adapter whose name contains `name`, in any case of letters.
     ///
     /// # Errors
     /// [`Error::NoAdapter`] if there is none, with the names there are; [`Error::Device`] if it gives no device.
-    pub async fn open_named(name: &str) -> Result<Self, Error> {
-        Self::on(GpuDevice::open(&device::adapter(Some(name)).await?).await?)
-    }
-
-    /// [`GpuClipper::open`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn open_blocking() -> Result<Self, Error> {
-        pollster::block_on(Self::open())
-    }
-
-    /// [`GpuClipper::open_named`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn open_named_blocking(name: &str) -> Result<Self, Error> {
-        pollster::block_on(Self::open_named(name))
+    pub fn open_named(name: &str) -> Waiting<'_, Result<Self, Error>> {
+        Waiting::new(async move { Self::on(GpuDevice::open(&device::adapter(Some(name)).await?).await?) })
     }
 
     fn on(device: GpuDevice) -> Result<Self, Error> {
@@ -153,7 +135,7 @@ impl GpuClipper {
     /// What the device cannot do is left out: subgroups, arrays of bindings, more invocations than it allows.
     ///
     /// # Errors
-    /// [`Error::Unfit`] if a workgroup is not a power of two from 8 on, or chunks are too short or too long.
+    /// [`Error::Usage`] if a workgroup is not a power of two from 8 on, or chunks are too short or too long.
     pub fn with_tuning(&self, tuning: Tuning) -> Result<Self, Error> {
         tuning.check()?;
         Ok(Self { memory_budget: self.memory_budget, ..Self::tuned(self.device.clone(), tuning)? })
@@ -162,7 +144,8 @@ impl GpuClipper {
     fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
         let (limits, features) = (device.device.limits(), device.device.features());
         let need = |limit, have: u64, need: u64| {
-            if have < need { Err(Error::Limit { limit, have, need }) } else { Ok(()) }
+            let too_low = || Err(Error::Limit(format!("{limit} is {have}; gradclip needs at least {need}")));
+            if have < need { too_low() } else { Ok(()) }
         };
         let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
         need("max_compute_invocations_per_workgroup", invocations.into(), tuning::SMALLEST_WORKGROUP.into())?;
@@ -195,15 +178,15 @@ impl GpuClipper {
     ///
     /// Unless it is set, all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
     /// does not tell how much there is before it runs out. A software device, whose memory is the host's, keeps 32 MiB
-    /// ([`tuning::memory_budget`]). The result has the same bits for every budget of 16 MiB and more;
+    /// at a time. The result has the same bits for every budget of 16 MiB and more;
     /// below, the norm may differ in its last bits. Less than 64 KiB counts as 64 KiB.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use gradclip::{Clip, Clipper, TensorMut, gpu::GpuClipper};
-    /// let clipper = Clipper::gpu(GpuClipper::open_blocking()?.with_memory_budget(1 << 30));
+    /// let clipper = Clipper::gpu(GpuClipper::open().wait()?.with_memory_budget(1 << 30));
     /// # let mut offloaded = [3.0f32, 4.0];
-    /// let report = clipper.apply(&Clip::norm(1.0)?, &mut [TensorMut::new(&mut offloaded)])?;
+    /// let report = clipper.apply(&Clip::norm(1.0), &mut [TensorMut::new(&mut offloaded)])?;
     /// # assert!(report.clipped);
     /// # Ok(())
     /// # }
@@ -232,106 +215,50 @@ impl GpuClipper {
         self.device.device.adapter_info()
     }
 
-    /// Plans a clip of tensors in GPU memory. Compiles the kernels it needs, if no earlier plan has.
+    /// Plans a clip of tensors in GPU memory: [`GpuClipper::plan_with`] for one group, without options.
+    ///
+    /// # Errors
+    /// Those of [`GpuClipper::plan_with`].
+    pub fn plan(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
+        self.plan_with(&[(*clip, tensors)], PlanOptions::default())
+    }
+
+    /// Plans a clip of groups of tensors, each by a clip of its own, in one compute pass. [`GpuPlan::reports`] are theirs,
+    /// in order. Compiles the kernels it needs, if no earlier plan has.
+    ///
+    /// The clips must agree on `grad_scale` and on the policy for non-finite gradients, which holds for all groups
+    /// together.
     ///
     /// The buffers must be of this device. One of another device is an error, but one of another `wgpu::Instance` wgpu
     /// itself cannot tell apart: it panics, or takes another buffer for it.
     ///
     /// # Errors
-    /// [`Error::Overlap`] if two tensors share elements; [`Error::TooLarge`], [`Error::OutOfMemory`] or
-    /// [`Error::Device`] if the device cannot hold or bind what the plan needs. The tensors are not touched.
-    pub fn plan(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        self.plan_groups(&[(*clip, tensors)])
-    }
-
-    /// Plans a clip of groups of tensors, each by a clip of its own, in one compute pass. [`GpuPlan::reports`] are theirs,
-    /// in order.
-    ///
-    /// The clips must agree on `grad_scale` and on the policy for non-finite gradients, which holds for all groups
-    /// together.
-    ///
-    /// # Errors
-    /// [`Error::Unfit`] if the clips disagree or there is no group; those of [`GpuClipper::plan`].
-    pub fn plan_groups(&self, groups: &[(Clip, &[GpuTensor])]) -> Result<GpuPlan, Error> {
+    /// [`Error::Setting`] for a clip that cannot be; [`Error::Usage`] if the clips disagree, there is no group, or the options
+    /// do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the scope, its parameter or its sum, or two
+    /// tensors share elements; [`Error::ThresholdState`] if the threshold is that of other tensors or another scope;
+    /// [`Error::TooLarge`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
+    /// needs. The tensors are not touched.
+    pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
         check_groups(groups.iter().map(|(clip, _)| clip))?;
-        if groups.is_empty() {
-            return Err(Error::Unfit("a plan needs a group of tensors, be it an empty one"));
+        let [(clip, tensors), ..] = groups else {
+            return Err(Error::usage("a plan needs a group of tensors, be it an empty one"));
+        };
+        let recipe = options.recipe(groups.len())?;
+        match &recipe {
+            Recipe::Scale(norms) => {
+                clip.check_adaptive()?;
+                if norms.dtype != Dtype::F32 {
+                    return Err(Error::usage("norms from outside must be float32"));
+                }
+            }
+            Recipe::Sum(sums) => {
+                clip.check_examples()?;
+                let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
+                crate::tensor::check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)?;
+            }
+            _ => {}
         }
-        self.make(Recipe::Clip, groups, Follows::Clip)
-    }
-
-    /// Plans the norm and the scaling apart: [`GpuPlan::encode_measure`], then [`GpuPlan::adapt`] to a threshold on the
-    /// host, which waits for the norm, then [`GpuPlan::encode_scale`]. The clip's own threshold stays an upper bound;
-    /// infinity sets none. [`GpuClipper::plan_adaptive`] needs no wait.
-    ///
-    /// # Errors
-    /// [`Error::Unfit`] for a clip by value and for AGC; those of [`GpuClipper::plan`].
-    pub fn plan_apart(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        clip.check_adaptive()?;
-        self.make(Recipe::Clip, &[(*clip, tensors)], Follows::Host)
-    }
-
-    /// Plans to measure what a clip would do. Nothing is written but the report and [`GpuPlan::coefficients`], for an
-    /// optimizer to fold in.
-    ///
-    /// # Errors
-    /// Those of [`GpuClipper::plan`].
-    pub fn plan_measure(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        self.make(Recipe::Measure, &[(*clip, tensors)], Follows::Clip)
-    }
-
-    /// Plans a clip by norms that something else has put into GPU memory: one float32 N for each segment, in the order of
-    /// the report and, like the report's, divided by `grad_scale` already. The host can write it too
-    /// (`queue.write_buffer`).
-    ///
-    /// Gradients are read only where they are written, so that non-finite ones go uncounted. What a norm that is not
-    /// finite leads to is the policy's choice; `Error`, `Skip` and `Drop` leave what it is the norm of as it is. The sign
-    /// of a norm is ignored.
-    ///
-    /// # Errors
-    /// [`Error::Length`] if the number of norms is not that of segments; [`Error::Unfit`] if they are not float32, and for
-    /// a clip by value and AGC; those of [`GpuClipper::plan`].
-    pub fn plan_scale(&self, clip: &Clip, norms: &GpuTensor, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        clip.check_adaptive()?;
-        if norms.dtype != Dtype::F32 {
-            return Err(Error::Unfit("norms from outside must be float32"));
-        }
-        self.make(Recipe::Scale(norms.clone()), &[(*clip, tensors)], Follows::Clip)
-    }
-
-    /// Plans a clip by a threshold that follows the norms on the device: no step waits for the host. The clip's own
-    /// `max_norm` stays an upper bound; infinity sets none. [`GpuPlan::threshold`] reads the state back.
-    ///
-    /// # Errors
-    /// [`Error::ThresholdState`] if the threshold is that of other tensors or another scope; [`Error::Unfit`] if the clip
-    /// is not one by norm; those of [`GpuClipper::plan`].
-    pub fn plan_adaptive(
-        &self,
-        clip: &Clip,
-        threshold: DeviceThreshold,
-        tensors: &[GpuTensor],
-    ) -> Result<GpuPlan, Error> {
-        self.make(Recipe::Clip, &[(*clip, tensors)], Follows::Device(threshold))
-    }
-
-    /// Plans to clip each example by itself and to sum the clipped ones: `sums[i]`, float32, becomes the sum over
-    /// dimension 0 of the clipped `tensors[i]`, which stay as they are. The scope must be [`Scope::Example`](crate::Scope::Example) or
-    /// [`Scope::ExampleTensor`](crate::Scope::ExampleTensor).
-    ///
-    /// On the web the sums must lie in buffers of their own, because WebGPU allows no two writable views of one.
-    ///
-    /// A sum is off by at most (32 + examples / 256) · 2^-24 of the sum of the sizes of what it adds, and by 2^-126 for each
-    /// example: drivers may flush what is smaller to 0. Under the policies
-    /// `Error` and `Skip` sums stay as they were if anything is not finite.
-    ///
-    /// # Errors
-    /// [`Error::Unfit`] under another scope; [`Error::Length`] or [`Error::Shape`] if the sums are not as many, not as
-    /// long or not float32; those of [`GpuClipper::plan`].
-    pub fn plan_sum(&self, clip: &Clip, tensors: &[GpuTensor], sums: &[GpuTensor]) -> Result<GpuPlan, Error> {
-        clip.check_examples()?;
-        let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
-        crate::tensor::check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)?;
-        self.make(Recipe::Sum(sums.to_vec()), &[(*clip, tensors)], Follows::Clip)
+        self.make(recipe, groups, options.threshold.map_or(Follows::Clip, Follows::Device))
     }
 
     /// How kernels reach so many windows.
@@ -371,9 +298,9 @@ impl Recipe {
             Self::Clip => Job::Clip,
             Self::Measure => Job::Measure,
             Self::Scale(norms) => {
-                let expected = gathered.groups[0].segments.count.into();
+                let expected = u64::from(gathered.groups[0].segments.count);
                 if norms.len() != expected {
-                    return Err(Error::Length { what: "norms by segment", expected, found: norms.len() });
+                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
                 }
                 let layout = Layout { by: By::Rows, columns: 1, segment: 0 };
                 let tensor = gathered.groups[0].pieces.len();
@@ -449,7 +376,9 @@ impl Gathered {
         for pair in by_address.windows(2) {
             let [(a, first), (b, second)] = pair else { continue };
             if a.buffer == b.buffer && b.bytes().start < a.bytes().end {
-                return Err(Error::Overlap { first: first.clone(), second: second.clone() });
+                let reason =
+                    format!("overlaps {second} in the same buffer; each element may belong to one tensor only");
+                return Err(Error::Tensor { tensor: first.clone(), reason });
             }
         }
         Ok(())

@@ -1,9 +1,11 @@
 //! [`GpuPlan`]: everything that a clip needs, built once; each step is then a list of dispatches to record.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::build::{Built, Follows, Group, GroupParts, PARTIAL_BYTES, Parts, Phase};
+use super::build::{Built, Follows, Group, GroupParts, PARTIAL_BYTES, Parts, Phase, thresholds};
+use super::number::Number;
 use super::readback::{OutcomeRow, PartialRow, ResultsHead, Stamped};
 use super::table::Origin;
 use super::threshold::{DeviceThreshold, StateRow, threshold_number};
@@ -12,12 +14,11 @@ use crate::partial::{Action, Outcome, Partial};
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
 use crate::threshold::Threshold;
-use crate::wait::Wait;
-use crate::{ClipReport, Error, NonFinite, Scope};
+use crate::{Clip, ClipReport, Error, NonFinite, Scope, Waiting};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
-/// Made by [`GpuClipper::plan`] and its sisters. The plan keeps the tensors' buffers alive, and holds some 90 bytes on the
+/// Made by [`GpuClipper::plan`] or [`GpuClipper::plan_with`]. The plan keeps the tensors' buffers alive, and holds some 90 bytes on the
 /// device for each chunk (a tensor, or 16 KiB to 4 MiB of one), and some 100 more for each segment beyond the first. It is
 /// `Send + Sync`. Its steps share one set of partials and results, so they must run on the GPU one after another, as
 /// everything on one queue does.
@@ -33,6 +34,8 @@ pub struct GpuPlan {
     across: Mutex<Stamped<Vec<Across>>>,
     /// The thresholds of this process alone, if what has merged has set others: each norm that is recorded begins with them.
     own_thresholds: Mutex<Option<wgpu::Buffer>>,
+    /// Whether a threshold on the host has set what norms are compared with.
+    follows_host: AtomicBool,
 }
 
 /// What was measured of a group of tensors, of all processes together.
@@ -51,6 +54,7 @@ struct Reported {
 
 impl GpuPlan {
     pub(super) fn new(gpu: &GpuClipper, parts: Parts, recipe: Option<Recipe>) -> Result<Self, Error> {
+        let follows_host = AtomicBool::new(matches!(parts.follows, Follows::Host));
         let built = Built::new(gpu, parts, None)?;
         Ok(Self {
             gpu: gpu.clone(),
@@ -60,6 +64,7 @@ impl GpuPlan {
             reported: Mutex::default(),
             across: Mutex::default(),
             own_thresholds: Mutex::default(),
+            follows_host,
         })
     }
 
@@ -71,23 +76,23 @@ impl GpuPlan {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, wgpu};
     /// # use wgpu::util::DeviceExt;
-    /// # let gpu = GpuClipper::open_blocking()?;
+    /// # let gpu = GpuClipper::open().wait()?;
     /// # let buffer = |x: [f32; 2]| gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
     /// #     label: None, contents: bytemuck::cast_slice(&x), usage: wgpu::BufferUsages::STORAGE });
     /// # let (first, second) = (buffer([3.0, 4.0]), buffer([5.0, 12.0]));
-    /// let mut plan = gpu.plan(&Clip::norm(1.0)?, &[GpuTensor::f32(&first, ..)?])?;
+    /// let mut plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&first, ..)?])?;
     /// plan.update(&[GpuTensor::f32(&second, ..)?])?;
     /// # let mut encoder = gpu.device().create_command_encoder(&Default::default());
     /// # plan.encode(&mut encoder)?;
     /// # gpu.queue().submit([encoder.finish()]);
-    /// # assert!((plan.report_blocking()?.total_norm - 13.0).abs() < 1e-5);
+    /// # assert!((plan.report().wait()?.total_norm - 13.0).abs() < 1e-5);
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
-    /// [`Error::Unfit`] if they are not as many, or of another dtype or shape, or not the same of them count; those of
-    /// [`GpuClipper::plan`]. The plan is then as it was.
+    /// [`Error::Usage`] if they are not as many, or of another dtype or shape, or not the same of them count; those of
+    /// [`GpuClipper::plan_with`]. The plan is then as it was.
     pub fn update(&mut self, tensors: &[GpuTensor]) -> Result<(), Error> {
         self.update_groups(&[tensors])
     }
@@ -98,7 +103,7 @@ impl GpuPlan {
     /// The same.
     pub fn update_groups(&mut self, groups: &[&[GpuTensor]]) -> Result<(), Error> {
         const UNFIT: Error =
-            Error::Unfit("a plan is updated with tensors of the dtypes and shapes that it was made for");
+            Error::Usage(Cow::Borrowed("a plan is updated with tensors of the dtypes and shapes that it was made for"));
         let built = &self.built;
         let (Some(recipe), true) = (&self.recipe, groups.len() == built.groups.len()) else { return Err(UNFIT) };
         if built.groups.iter().zip(groups).any(|(group, tensors)| group.shapes.len() != tensors.len()) {
@@ -107,7 +112,7 @@ impl GpuPlan {
         let groups: Vec<_> = built.groups.iter().zip(groups).map(|(group, tensors)| (group.clip, *tensors)).collect();
         let follows = match &built.threshold {
             Some(threshold) => Follows::Device(threshold.clone()),
-            None if built.follows_host => Follows::Host,
+            None if *self.follows_host.get_mut() => Follows::Host,
             None => Follows::Clip,
         };
         let parts = recipe.parts(&groups, follows)?;
@@ -119,6 +124,95 @@ impl GpuPlan {
         }
         self.built = Built::new(&self.gpu, parts, Some(&built.memory))?;
         Ok(())
+    }
+
+    /// Writes another `max_norm`, or what the mode has in its place, for the steps that are submitted from now on, whenever they
+    /// were encoded. Nothing is built anew, and what comes out has the bits that a new plan would give. Ask for the report on an
+    /// earlier step before.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, wgpu};
+    /// # use wgpu::util::DeviceExt;
+    /// # let gpu = GpuClipper::open().wait()?;
+    /// # let buffer = gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+    /// #     label: None, contents: bytemuck::cast_slice(&[3.0f32, 4.0]), usage: wgpu::BufferUsages::STORAGE });
+    /// let mut plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&buffer, ..)?])?;
+    /// for max_norm in [100.0, 10.0, 1.0] {
+    ///     plan.set_max_norm(max_norm)?;
+    ///     let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    ///     plan.encode(&mut encoder)?;
+    ///     gpu.queue().submit([encoder.finish()]);
+    ///     assert_eq!(plan.report().wait()?.clipped, max_norm == 1.0);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if it cannot be; [`Error::Usage`] for a value clip; the device's own. The plan is then as it was.
+    pub fn set_max_norm(&mut self, max_norm: f64) -> Result<(), Error> {
+        self.set_max_norms(&vec![max_norm; self.built.groups.len()])
+    }
+
+    /// [`GpuPlan::set_max_norm`] for each group by itself.
+    ///
+    /// # Errors
+    /// The same, and [`Error::Usage`] if they are not as many as groups.
+    pub fn set_max_norms(&mut self, max_norms: &[f64]) -> Result<(), Error> {
+        let (found, expected) = (max_norms.len(), self.built.groups.len());
+        if found != expected {
+            return Err(Error::usage(format!("max_norms by group: {found} given, {expected} needed")));
+        }
+        let mut clips = Vec::new();
+        for (group, max_norm) in self.built.groups.iter().zip(max_norms) {
+            clips.push(group.clip.with_threshold(*max_norm)?);
+        }
+        let groups = self.built.groups.iter().zip(&clips);
+        let numbers = thresholds(groups.map(|(group, clip)| (clip, &group.segments, group.given)));
+        self.set_clips(&clips, &numbers)?;
+        *self.own_thresholds.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
+    }
+
+    /// Writes another `grad_scale`, as [`GpuPlan::set_max_norm`] does a threshold.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if it cannot be; the device's own. The plan is then as it was.
+    pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<(), Error> {
+        let clips: Vec<_> = self.built.groups.iter().map(|group| group.clip.grad_scale(grad_scale)).collect();
+        // An adaptive threshold goes on with what it has set.
+        self.set_clips(&clips, &[])
+    }
+
+    /// Writes what groups are clipped by, and thresholds if there are any.
+    fn set_clips(&mut self, clips: &[Clip], thresholds: &[Number]) -> Result<(), Error> {
+        clips.iter().try_for_each(Clip::check)?;
+        let may_only_measure = !*self.follows_host.get_mut() && self.may_only_measure();
+        let is_adaptive = self.built.threshold.is_some();
+        let params = self.built.params.iter().zip(clips);
+        let params: Vec<_> = params
+            .map(|((params, _), clip)| params.for_clip(clip, may_only_measure && clip.only_measures(), is_adaptive))
+            .collect();
+        let queue = &self.gpu.device.queue;
+        self.gpu.device.scoped(|| {
+            for ((_, buffer), params) in self.built.params.iter().zip(&params) {
+                queue.write_buffer(buffer, 0, bytemuck::bytes_of(params));
+            }
+            if !thresholds.is_empty() {
+                queue.write_buffer(&self.built.memory.thresholds, 0, bytemuck::cast_slice(thresholds));
+            }
+        })?;
+        for ((kept, _), params) in self.built.params.iter_mut().zip(params) {
+            *kept = params;
+        }
+        self.built.groups.iter_mut().zip(clips).for_each(|(group, clip)| group.clip = *clip);
+        Ok(())
+    }
+
+    /// Whether an infinite threshold leaves everything as it is: not where another may take its place, nor in a sum.
+    fn may_only_measure(&self) -> bool {
+        self.built.threshold.is_none() && !matches!(self.recipe, Some(Recipe::Sum(_)))
     }
 
     /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass. Neither
@@ -189,7 +283,7 @@ impl GpuPlan {
 
     /// The buffer in which each step leaves what gradients are multiplied by, for a kernel of the caller's to read: an
     /// optimizer that multiplies each gradient as it reads it needs no scaling pass
-    /// ([`GpuClipper::plan_measure`] plans a clip without one). In WGSL:
+    /// ([`PlanOptions::measure_only`](super::PlanOptions::measure_only) plans a clip without one). In WGSL:
     ///
     /// ```wgsl
     /// struct Coefficients {
@@ -210,45 +304,25 @@ impl GpuPlan {
     /// The report on the last step that was submitted, of the first group if there are several. This is what waits: until
     /// the GPU has finished that step. It reads back 32 bytes for each segment.
     ///
-    /// On native platforms the future polls the device whenever it is polled itself, so any executor moves it on.
-    ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if no step has run, or if steps were encoded since
     /// the last report and none of them has; the device's own errors.
-    pub async fn report(&self) -> Result<ClipReport, Error> {
-        Ok(self.reports().await?.swap_remove(0))
+    pub fn report(&self) -> Waiting<'_, Result<ClipReport, Error>> {
+        Waiting::new(async { Ok(self.told().await?.0.swap_remove(0)) })
     }
 
     /// The reports of all groups.
     ///
     /// # Errors
     /// As [`GpuPlan::report`].
-    pub async fn reports(&self) -> Result<Vec<ClipReport>, Error> {
-        self.reports_by(Wait::Polling).await.map(|(reports, _)| reports)
-    }
-
-    /// [`GpuPlan::report`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn report_blocking(&self) -> Result<ClipReport, Error> {
-        Ok(self.reports_blocking()?.swap_remove(0))
-    }
-
-    /// [`GpuPlan::reports`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn reports_blocking(&self) -> Result<Vec<ClipReport>, Error> {
-        pollster::block_on(self.reports_by(Wait::Sleeping)).map(|(reports, _)| reports)
+    pub fn reports(&self) -> Waiting<'_, Result<Vec<ClipReport>, Error>> {
+        Waiting::new(async { self.told().await.map(|(reports, _)| reports) })
     }
 
     /// The reports, and by group what became of each segment.
-    pub(super) async fn reports_by(&self, wait: Wait) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
+    pub(super) async fn told(&self) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
         let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
-        for (group, (all, outcomes)) in self.built.groups.iter().zip(self.last_step(wait).await?) {
+        for (group, (all, outcomes)) in self.built.groups.iter().zip(self.last_step().await?) {
             let (report, outcomes) = group.report(&outcomes, all)?;
             reports.push(report);
             of_segments.push(outcomes);
@@ -257,7 +331,7 @@ impl GpuPlan {
     }
 
     /// What the last step that has run has left of each group: what was measured, and what became of each segment.
-    async fn last_step(&self, wait: Wait) -> Result<Vec<(Across, Vec<OutcomeRow>)>, Error> {
+    async fn last_step(&self) -> Result<Vec<(Across, Vec<OutcomeRow>)>, Error> {
         let encoded = self.encoded.load(Ordering::Relaxed);
         let totals = self
             .built
@@ -266,7 +340,7 @@ impl GpuPlan {
             .map(|g| (&self.built.memory.partials, u64::from(g.total) * PARTIAL_BYTES, PARTIAL_BYTES));
         let results = (&self.built.memory.results, 0, self.built.memory.results.size());
         let parts: Vec<_> = totals.chain([results]).collect();
-        let bytes = self.gpu.device.read(&parts, wait).await?;
+        let bytes = self.gpu.device.read(&parts).await?;
         let (totals, results) = bytes.split_at(self.built.groups.len() * size_of::<PartialRow>());
         let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
         let head: ResultsHead = bytemuck::pod_read_unaligned(head);
@@ -294,61 +368,48 @@ impl GpuPlan {
     ///
     /// # Errors
     /// The device's own.
-    pub async fn threshold(&self) -> Result<Option<DeviceThreshold>, Error> {
-        self.threshold_by(Wait::Polling).await
+    pub fn threshold(&self) -> Waiting<'_, Result<Option<DeviceThreshold>, Error>> {
+        Waiting::new(self.threshold_now())
     }
 
-    /// [`GpuPlan::threshold`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn threshold_blocking(&self) -> Result<Option<DeviceThreshold>, Error> {
-        pollster::block_on(self.threshold_by(Wait::Sleeping))
-    }
-
-    async fn threshold_by(&self, wait: Wait) -> Result<Option<DeviceThreshold>, Error> {
+    async fn threshold_now(&self) -> Result<Option<DeviceThreshold>, Error> {
         let Some(threshold) = &self.built.threshold else { return Ok(None) };
         let states = &self.built.memory.states;
         let rows = self.built.groups[0].segments.count as usize;
-        let mut bytes = self.gpu.device.read(&[(states, 0, states.size())], wait).await?;
+        let mut bytes = self.gpu.device.read(&[(states, 0, states.size())]).await?;
         bytes.truncate(rows * size_of::<StateRow>());
         Ok(Some(threshold.clone().with(&bytemuck::pod_collect_to_vec::<u8, StateRow>(&bytes))))
     }
 
     /// Lets a threshold on the host follow the norms of the last step that was submitted, waiting for them, and sets what
-    /// they are compared with: between [`GpuPlan::encode_measure`] and [`GpuPlan::encode_scale`] of a plan that
-    /// [`GpuClipper::plan_apart`] made.
+    /// they are compared with: between [`GpuPlan::encode_measure`] and [`GpuPlan::encode_scale`]. The clip's own threshold
+    /// stays an upper bound; infinity sets none. [`PlanOptions::threshold`](super::PlanOptions::threshold) needs no wait.
     ///
     /// # Errors
-    /// [`Error::Unfit`] for any other plan; [`Error::ThresholdState`] if the threshold is that of other tensors; those of
+    /// [`Error::Usage`] for a plan of several groups, of a clip by value or AGC, by given norms, or with a threshold on the
+    /// device; [`Error::ThresholdState`] if the threshold is that of other tensors; those of
     /// [`GpuPlan::report`]. If the device fails after it has told the norms, the threshold has followed them.
-    pub async fn adapt(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
-        self.adapt_by(Wait::Polling, threshold).await
+    pub fn follow<'a>(&'a self, threshold: &'a mut dyn Threshold) -> Waiting<'a, Result<(), Error>> {
+        Waiting::new(self.adapted(threshold))
     }
 
-    /// [`GpuPlan::adapt`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn adapt_blocking(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
-        pollster::block_on(self.adapt_by(Wait::Sleeping, threshold))
-    }
-
-    pub(super) async fn adapt_by(&self, wait: Wait, threshold: &mut dyn Threshold) -> Result<(), Error> {
-        let ([group], true) = (&self.built.groups[..], self.built.follows_host) else {
-            return Err(Error::Unfit(
-                "only a plan of norm and scaling apart (plan_apart) follows a threshold on the host",
-            ));
+    pub(super) async fn adapted(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
+        let [group] = &self.built.groups[..] else {
+            return Err(Error::usage("only a plan of one group follows a threshold on the host"));
         };
+        if group.given || self.built.threshold.is_some() {
+            return Err(Error::usage(
+                "a plan by given norms, or with a threshold on the device, follows no threshold on the host",
+            ));
+        }
         let clip = &group.clip;
+        clip.check_adaptive()?;
         self.bind(threshold)?;
-        let (all, outcomes) = self.last_step(wait).await?.swap_remove(0);
+        let (all, outcomes) = self.last_step().await?.swap_remove(0);
         // Of all processes, if they have merged.
         let segments = all.segments.clone();
         let (measured, _) = group.report(&outcomes, all)?;
-        let total_norm = if measured.found_inf() { f64::NAN } else { measured.total_norm };
+        let total_norm = if measured.has_non_finite() { f64::NAN } else { measured.total_norm };
         let own = measured.segments.iter().map(|s| s.norm).collect();
         let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
         let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
@@ -356,68 +417,66 @@ impl GpuPlan {
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
         // These are what later steps go by, until they are set anew.
         *locked(&self.own_thresholds) = None;
-        self.gpu.device.scoped(|| queue.write_buffer(buffer, 0, bytemuck::cast_slice(&numbers)))
+        self.follows_host.store(true, Ordering::Relaxed);
+        let (params, of_device) = &self.built.params[0];
+        let mut params = *params;
+        params.only_measures = 0;
+        self.gpu.device.scoped(|| {
+            queue.write_buffer(of_device, 0, bytemuck::bytes_of(&params));
+            queue.write_buffer(buffer, 0, bytemuck::cast_slice(&numbers));
+        })
     }
 
     /// Takes in what the other processes of a group have measured: between [`GpuPlan::encode_measure`], once it is submitted, and
     /// [`GpuPlan::encode_scale`], which then clips by the norm of all. Every process makes the call, be it for a plan like this
-    /// one or for a [`Clipper`](crate::Clipper) [within](crate::Clipper::within) the group, by the same clip.
+    /// one or for a [`Clipper`](crate::Clipper) [with the group](crate::Clipper::processes), by the same clip.
     ///
     /// It reads 32 bytes back for each segment, exchanges some more with the others, and writes as many up again. Other work that
-    /// was submitted goes on meanwhile. The future polls the device and asks for messages whenever it is polled.
+    /// was submitted goes on meanwhile.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, processes::{ProcessGroup, SingleProcess}, wgpu};
+    /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, processes::ThreadGroup, wgpu};
     /// # use wgpu::util::DeviceExt;
-    /// # let gpu = GpuClipper::open_blocking()?;
+    /// # let gpu = GpuClipper::open().wait()?;
     /// # let buffer = gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
     /// #     label: None, contents: bytemuck::cast_slice(&[3.0f32, 4.0]), usage: wgpu::BufferUsages::STORAGE });
-    /// # let group = SingleProcess::default(); // of gradclip-mpi: MpiGroup::new(&universe.world())?
-    /// let plan = gpu.plan(&Clip::norm(1.0)?, &[GpuTensor::f32(&buffer, ..)?])?;
+    /// # let group = ThreadGroup::new(1).swap_remove(0); // of gradclip-mpi: MpiGroup::new(&universe.world())?
+    /// let plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&buffer, ..)?])?;
     /// let mut encoder = gpu.device().create_command_encoder(&Default::default());
     /// plan.encode_measure(&mut encoder)?;
     /// gpu.queue().submit([encoder.finish()]);
-    /// plan.merge_across_blocking(&group)?;
+    /// plan.merge_across(&group).wait()?;
     /// let mut encoder = gpu.device().create_command_encoder(&Default::default());
     /// plan.encode_scale(&mut encoder)?;
     /// gpu.queue().submit([encoder.finish()]);
-    /// assert!((plan.report_blocking()?.total_norm - 5.0).abs() < 1e-5);
+    /// assert!((plan.report().wait()?.total_norm - 5.0).abs() < 1e-5);
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
-    /// [`Error::Unfit`] for a plan that measures no norm of its own, or whose threshold is the device's, or if what was
+    /// [`Error::Usage`] for a plan that measures no norm of its own, or whose threshold is the device's, or if what was
     /// measured last has merged already;
     /// [`Error::NotSubmitted`] as [`GpuPlan::report`]; [`Error::PeerFailed`], [`Error::Disagreement`] and
     /// [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. Nothing is written then.
-    pub async fn merge_across(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        self.merge_checked(Wait::Polling, processes).await
+    pub fn merge_across<'a>(&'a self, processes: &'a dyn ProcessGroup) -> Waiting<'a, Result<(), Error>> {
+        Waiting::new(self.merge_checked(processes))
     }
 
-    /// [`GpuPlan::merge_across`], waiting for the others.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn merge_across_blocking(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        pollster::block_on(self.merge_checked(Wait::Sleeping, processes))
-    }
-
-    async fn merge_checked(&self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
+    async fn merge_checked(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
         let turn = Turn::begin(processes);
         let measures = |g: &Group| g.clip.measured().is_some() && !g.given;
         if self.built.threshold.is_some() || !self.built.groups.iter().all(measures) {
             const WHY: &str =
                 "what merges across processes is a norm that the plan measures, without a threshold on the device";
-            return Err(Error::Unfit(WHY));
+            return Err(Error::usage(WHY));
         }
-        self.merge_by(wait, turn).await
+        self.merged(turn).await
     }
 
     /// Takes in the partials of the other processes, between measuring and deciding.
-    pub(super) async fn merge_by(&self, wait: Wait, turn: Turn<'_>) -> Result<(), Error> {
+    pub(super) async fn merged(&self, turn: Turn<'_>) -> Result<(), Error> {
         let memory = &self.built.memory;
         let place = |first: u32| u64::from(first) * PARTIAL_BYTES;
         let mut reads = vec![(&memory.results, 0, size_of::<ResultsHead>() as u64)];
@@ -426,7 +485,7 @@ impl GpuPlan {
             reads.extend(places.map(|first| (&memory.partials, place(first), place(group.segments.count))));
         }
         reads.retain(|(_, _, size)| *size > 0);
-        let bytes = self.gpu.device.read(&reads, wait).await?;
+        let bytes = self.gpu.device.read(&reads).await?;
         let (head, bytes) = bytes.split_at(size_of::<ResultsHead>());
         drop(self.check_ran(self.encoded.load(Ordering::Relaxed), &bytemuck::pod_read_unaligned(head))?);
         let rows = bytes.chunks_exact(size_of::<PartialRow>()).map(bytemuck::pod_read_unaligned::<PartialRow>);
@@ -448,7 +507,7 @@ impl GpuPlan {
             parts.push(part);
         }
         let name_of = |group: usize, tensor: usize| self.built.groups[group].names.get(tensor)?.as_deref();
-        let totals = merge(turn, &mut parts, name_of, wait).await?;
+        let totals = merge(turn, &mut parts, name_of).await?;
 
         let across = |(part, total): (&Part, &Total)| Across { segments: part.segments.clone(), total: total.clone() };
         let stamp = locked(&self.across).keep(parts.iter().zip(&totals).map(across).collect());
@@ -501,8 +560,9 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// What others have measured would count twice.
-pub(super) const MERGED_ALREADY: Error =
-    Error::Unfit("what was measured has merged across processes already; it merges once, and then another is measured");
+pub(super) const MERGED_ALREADY: Error = Error::Usage(Cow::Borrowed(
+    "what was measured has merged across processes already; it merges once, and then another is measured",
+));
 
 impl Group {
     /// The report, and what became of each segment, given what was measured of all.

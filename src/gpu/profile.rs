@@ -14,8 +14,7 @@ use super::kernels::{Access, Constants, Kernel, Shape, module};
 use super::plan::GpuPlan;
 use super::tuning::{SPEED_RUNS, Sweep};
 use crate::partial::Action;
-use crate::wait::Wait;
-use crate::{ClipReport, Error};
+use crate::{ClipReport, Error, Waiting};
 
 /// What one step of a [`GpuPlan`] cost.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,19 +105,10 @@ impl GpuPlan {
     /// ([`Clock::Host`]), and on the web there is none.
     ///
     /// # Errors
-    /// [`Error::Unfit`] on the web, for a device without timestamps; those of [`GpuPlan::encode`] and
+    /// [`Error::Usage`] on the web, for a device without timestamps; those of [`GpuPlan::encode`] and
     /// [`GpuPlan::report`].
-    pub async fn profile(&self) -> Result<Profile, Error> {
-        self.profile_by(Wait::Polling, self.parts()).await
-    }
-
-    /// [`GpuPlan::profile`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn profile_blocking(&self) -> Result<Profile, Error> {
-        pollster::block_on(self.profile_by(Wait::Sleeping, self.parts()))
+    pub fn profile(&self) -> Waiting<'_, Result<Profile, Error>> {
+        Waiting::new(self.profiled(self.parts()))
     }
 
     /// Runs one step in one compute pass, as [`GpuPlan::encode`] records it, and tells what it cost. Otherwise as
@@ -126,17 +116,8 @@ impl GpuPlan {
     ///
     /// # Errors
     /// Those of [`GpuPlan::profile`].
-    pub async fn time(&self) -> Result<Profile, Error> {
-        self.profile_by(Wait::Polling, self.whole()).await
-    }
-
-    /// [`GpuPlan::time`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn time_blocking(&self) -> Result<Profile, Error> {
-        pollster::block_on(self.profile_by(Wait::Sleeping, self.whole()))
+    pub fn time(&self) -> Waiting<'_, Result<Profile, Error>> {
+        Waiting::new(self.profiled(self.whole()))
     }
 
     /// The dispatches of a step by what they do.
@@ -152,11 +133,11 @@ impl GpuPlan {
         vec![("step", self.built.phases.iter().flatten().collect())]
     }
 
-    async fn profile_by(&self, wait: Wait, parts: Vec<(&'static str, Vec<&Dispatch>)>) -> Result<Profile, Error> {
+    async fn profiled(&self, parts: Vec<(&'static str, Vec<&Dispatch>)>) -> Result<Profile, Error> {
         let device = &self.gpu.device;
         device.check_not_lost()?;
         self.encoded.fetch_add(1, Ordering::Relaxed);
-        let (spans, clock) = timed(device, parts.len(), wait, |i, encoder, timestamp_writes| {
+        let (spans, clock) = timed(device, parts.len(), |i, encoder, timestamp_writes| {
             if i == 0 {
                 self.begin_anew(encoder);
             }
@@ -165,7 +146,7 @@ impl GpuPlan {
             parts[i].1.iter().for_each(|dispatch| dispatch.record(&mut pass));
         })
         .await?;
-        let (reports, outcomes) = self.reports_by(wait).await?;
+        let (reports, outcomes) = self.told().await?;
         let wrote = outcomes.iter().flatten().any(|outcome| outcome.action != Action::Leave);
         let passes = parts.iter().zip(&spans).map(|((name, dispatches), span)| {
             let mut kernels: Vec<_> = dispatches.iter().map(|d| d.kernel.name()).collect();
@@ -222,9 +203,9 @@ impl Group {
     fn changed(&self, report: &ClipReport) -> u64 {
         let all = self.bytes.elements;
         if self.clip.measured().is_none() {
-            return if report.clipped || report.found_inf() || self.clip.grad_scale != 1.0 { all } else { 0 };
+            return if report.clipped || report.has_non_finite() || self.clip.grad_scale != 1.0 { all } else { 0 };
         }
-        if self.clip.grad_scale != 1.0 || report.found_inf() {
+        if self.clip.grad_scale != 1.0 || report.has_non_finite() {
             return all;
         }
         if report.segments.is_empty() {
@@ -246,20 +227,11 @@ impl GpuClipper {
     /// # Errors
     /// [`Error::OutOfMemory`] if there is no room; [`Error::Device`] if what was read or copied is wrong, and as
     /// [`GpuPlan::profile`].
-    pub async fn speeds(&self, bytes: u64) -> Result<Speeds, Error> {
-        self.speeds_by(Wait::Polling, bytes).await
+    pub fn speeds(&self, bytes: u64) -> Waiting<'_, Result<Speeds, Error>> {
+        Waiting::new(self.measured_speeds(bytes))
     }
 
-    /// [`GpuClipper::speeds`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn speeds_blocking(&self, bytes: u64) -> Result<Speeds, Error> {
-        pollster::block_on(self.speeds_by(Wait::Sleeping, bytes))
-    }
-
-    async fn speeds_by(&self, wait: Wait, bytes: u64) -> Result<Speeds, Error> {
+    async fn measured_speeds(&self, bytes: u64) -> Result<Speeds, Error> {
         let device = &self.device;
         device.check_not_lost()?;
         let limits = device.device.limits();
@@ -284,26 +256,25 @@ impl GpuClipper {
         let copy = kernel("copy", &from, &to)?;
         // Of zeros the sum is 0: nothing passes that was not copied.
         let check = async |what: &'static str| {
-            let words: Vec<u32> = bytemuck::pod_collect_to_vec(&device.read(&[(&sums, 0, sums.size())], wait).await?);
+            let words: Vec<u32> = bytemuck::pod_collect_to_vec(&device.read(&[(&sums, 0, sums.size())]).await?);
             let right = words.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word)) == total;
             if right { Ok(()) } else { Err(Error::Device(format!("{what} of {bytes} bytes is wrong on this device"))) }
         };
 
-        let (spans, clock) = timed(device, SPEED_RUNS, wait, |_, encoder, writes| read.record(encoder, writes)).await?;
+        let (spans, clock) = timed(device, SPEED_RUNS, |_, encoder, writes| read.record(encoder, writes)).await?;
         let read = Speed::of(bytes, &spans, "shaders/read.wgsl");
         check("a plain read").await?;
-        let (spans, _) = timed(device, SPEED_RUNS, wait, |_, encoder, writes| copy.record(encoder, writes)).await?;
+        let (spans, _) = timed(device, SPEED_RUNS, |_, encoder, writes| copy.record(encoder, writes)).await?;
         let by_kernel = Speed::of(2 * bytes, &spans, "shaders/copy.wgsl");
-        timed(device, 1, wait, |_, encoder, writes| read_back.record(encoder, writes)).await?;
+        timed(device, 1, |_, encoder, writes| read_back.record(encoder, writes)).await?;
         check("a plain copy").await?;
         let clear = |encoder: &mut wgpu::CommandEncoder| encoder.clear_buffer(&to, 0, None);
-        timed(device, 1, wait, |_, encoder, writes| between_passes(encoder, writes.as_ref(), clear)).await?;
+        timed(device, 1, |_, encoder, writes| between_passes(encoder, writes.as_ref(), clear)).await?;
         let copy = |encoder: &mut wgpu::CommandEncoder| encoder.copy_buffer_to_buffer(&from, 0, &to, 0, None);
         let (spans, _) =
-            timed(device, SPEED_RUNS, wait, |_, encoder, writes| between_passes(encoder, writes.as_ref(), copy))
-                .await?;
+            timed(device, SPEED_RUNS, |_, encoder, writes| between_passes(encoder, writes.as_ref(), copy)).await?;
         let by_command = Speed::of(2 * bytes, &spans, "copy_buffer_to_buffer");
-        timed(device, 1, wait, |_, encoder, writes| read_back.record(encoder, writes)).await?;
+        timed(device, 1, |_, encoder, writes| read_back.record(encoder, writes)).await?;
         check("a copy of buffers").await?;
         let copy = if by_kernel.median > by_command.median { by_kernel } else { by_command };
         Ok(Speeds { copy, read, bytes, clock })
@@ -413,13 +384,12 @@ fn between_passes(
 async fn timed(
     device: &GpuDevice,
     passes: usize,
-    wait: Wait,
     record: impl Fn(usize, &mut wgpu::CommandEncoder, Option<Timestamps<'_>>),
 ) -> Result<(Vec<Range<f64>>, Clock), Error> {
     let encoder = || device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     if !device.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
         if cfg!(target_arch = "wasm32") {
-            return Err(Error::Unfit("a profile needs a device with TIMESTAMP_QUERY here: the web has no other clock"));
+            return Err(Error::usage("a profile needs a device with TIMESTAMP_QUERY here: the web has no other clock"));
         }
         let mut spans = Vec::new();
         let mut now = 0.0;
@@ -429,9 +399,9 @@ async fn timed(
                 record(i, &mut encoder, None);
                 encoder.finish()
             })?;
-            device.run(None, wait).await?;
+            device.run(None).await?;
             let start = std::time::Instant::now();
-            device.run(Some(commands), wait).await?;
+            device.run(Some(commands)).await?;
             let end = now + start.elapsed().as_secs_f64();
             spans.push(now..end);
             now = end;
@@ -460,7 +430,7 @@ async fn timed(
         encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
         device.queue.submit([encoder.finish()]);
     })?;
-    let bytes = device.read(&[(&resolved, 0, resolved.size())], wait).await?;
+    let bytes = device.read(&[(&resolved, 0, resolved.size())]).await?;
     let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
     Ok((spans(&ticks, device.queue.get_timestamp_period()), Clock::Device))
 }

@@ -16,26 +16,25 @@ use super::{GpuClipper, GpuTensor, Recipe};
 use crate::clip::Mode;
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
-use crate::wait::Wait;
-use crate::{Clip, ClipReport, Error, Scope};
+use crate::{Clip, ClipReport, Error, Scope, Waiting};
 
 /// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
 /// them, or one micro-batch after another.
 ///
-/// [`GpuRunning::plan`] plans a set. In each step record, in this order, [`GpuRunningPlan::accumulate`] for every set,
-/// [`GpuRunning::finish`], and [`GpuRunningPlan::scale`] for every set that is to be clipped. `finish` also begins the
+/// [`GpuNormAccumulator::plan`] plans a set. In each step record, in this order, [`GpuAccumulatorPlan::accumulate`] for every set,
+/// [`GpuNormAccumulator::finish`], and [`GpuAccumulatorPlan::scale`] for every set that is to be clipped. `finish` also begins the
 /// next norm.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, wgpu};
 /// # use wgpu::util::DeviceExt;
-/// # let gpu = GpuClipper::open_blocking()?;
+/// # let gpu = GpuClipper::open().wait()?;
 /// # let (device, queue) = (gpu.device(), gpu.queue());
 /// # let buffer = |x: f32| device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
 /// #     label: None, contents: bytemuck::cast_slice(&[x]), usage: wgpu::BufferUsages::STORAGE });
 /// # let (w, b) = (buffer(3.0), buffer(4.0));
-/// let running = gpu.running(&Clip::norm(1.0)?)?;
+/// let running = gpu.accumulator(&Clip::norm(1.0))?;
 /// let sets = [running.plan(&[GpuTensor::f32(&w, ..)?])?, running.plan(&[GpuTensor::f32(&b, ..)?])?];
 /// let mut encoder = device.create_command_encoder(&Default::default());
 /// for set in &sets {
@@ -46,12 +45,12 @@ use crate::{Clip, ClipReport, Error, Scope};
 ///     set.scale(&mut encoder)?;
 /// }
 /// queue.submit([encoder.finish()]);
-/// assert!((running.report_blocking()?.total_norm - 5.0).abs() < 1e-5);
+/// assert!((running.report().wait()?.total_norm - 5.0).abs() < 1e-5);
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Debug)]
-pub struct GpuRunning {
+pub struct GpuNormAccumulator {
     gpu: GpuClipper,
     clip: Clip,
     segments: Segments,
@@ -78,9 +77,9 @@ struct Sets {
 /// The total, and of how many elements it is.
 type Across = (Total, u64);
 
-/// A set of tensors that belongs to a [`GpuRunning`].
+/// A set of tensors that belongs to a [`GpuNormAccumulator`].
 #[derive(Debug)]
-pub struct GpuRunningPlan {
+pub struct GpuAccumulatorPlan {
     plan: GpuPlan,
     is_merged: Arc<AtomicBool>,
 }
@@ -89,10 +88,11 @@ impl GpuClipper {
     /// Begins a running norm.
     ///
     /// # Errors
-    /// [`Error::Unfit`] unless the clip is one by norm with [`Scope::Global`]; the device's own.
-    pub fn running(&self, clip: &Clip) -> Result<GpuRunning, Error> {
-        let (Mode::Norm { .. }, Scope::Global, Some(norm_type)) = (clip.mode, clip.scope, clip.measured()) else {
-            return Err(Error::Unfit("a running partial on the device needs a clip by norm with Scope::Global"));
+    /// [`Error::Usage`] unless the clip is one by norm with [`Scope::Global`]; the device's own.
+    pub fn accumulator(&self, clip: &Clip) -> Result<GpuNormAccumulator, Error> {
+        clip.check()?;
+        let (Mode::Norm(_), Scope::Global, Some(norm_type)) = (clip.mode, clip.scope, clip.measured()) else {
+            return Err(Error::usage("a running partial on the device needs a clip by norm with Scope::Global"));
         };
         let clip = &clip.with_power_in(POWERS);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -101,7 +101,7 @@ impl GpuClipper {
         let memory =
             Memory::new(self, [(clip, &segments, false)].into_iter(), 1, &[StateRow::zeroed()], Kept::Nothing)?;
         let params = Params::new(clip, clip.only_measures());
-        let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params)?;
+        let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params.upload(self)?)?;
         let whole = |buffer: &wgpu::Buffer| vec![(buffer.clone(), 0, buffer.size())];
         let one = |kernel, parts: &[_]| dispatch(self, (kernel, Access::None), clips.of(kernel), parts, 1);
         let finalise = Kernel::Finalise { norm: Some(Norm::from(norm_type)), given: false };
@@ -111,16 +111,16 @@ impl GpuClipper {
         ];
         let gpu = self.clone();
         let (sets, is_merged) = (Mutex::default(), Arc::default());
-        Ok(GpuRunning { gpu, clip: *clip, segments, memory, partial, finish, sets, is_merged })
+        Ok(GpuNormAccumulator { gpu, clip: *clip, segments, memory, partial, finish, sets, is_merged })
     }
 }
 
-impl GpuRunning {
+impl GpuNormAccumulator {
     /// Plans a set of tensors. The report counts tensors in the order in which sets were planned.
     ///
     /// # Errors
     /// Those of [`GpuClipper::plan`].
-    pub fn plan(&self, tensors: &[GpuTensor]) -> Result<GpuRunningPlan, Error> {
+    pub fn plan(&self, tensors: &[GpuTensor]) -> Result<GpuAccumulatorPlan, Error> {
         let mut sets = self.sets();
         let first_tensor = sets.names.len();
         let memory = RunningMemory {
@@ -133,7 +133,7 @@ impl GpuRunning {
         sets.origins.extend(plan.origins().iter().map(moved));
         sets.names.extend(tensors.iter().map(|t| t.name.clone()));
         sets.elements += plan.elements();
-        Ok(GpuRunningPlan { plan, is_merged: self.is_merged.clone() })
+        Ok(GpuAccumulatorPlan { plan, is_merged: self.is_merged.clone() })
     }
 
     /// Records the decision over everything accumulated since the last one, and begins anew.
@@ -150,28 +150,19 @@ impl GpuRunning {
     }
 
     /// Takes in what the other processes of a group have accumulated: once all of this step's accumulating is submitted, before
-    /// [`GpuRunning::finish`], which then decides over the norm of all. Every process makes the call, be it for a
-    /// [`RunningPartial`](crate::RunningPartial) of the same clip. See [`GpuPlan::merge_across`].
+    /// [`GpuNormAccumulator::finish`], which then decides over the norm of all. Every process makes the call, be it for a
+    /// [`NormAccumulator`](crate::NormAccumulator) of the same clip. See [`GpuPlan::merge_across`].
     ///
     /// # Errors
-    /// [`Error::Unfit`] if it was done already since the last `finish`; [`Error::PeerFailed`], [`Error::Disagreement`] and
+    /// [`Error::Usage`] if it was done already since the last `finish`; [`Error::PeerFailed`], [`Error::Disagreement`] and
     /// [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. What was accumulated is then as it was.
-    pub async fn merge_across(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        self.merge_by(Wait::Polling, processes).await
+    pub fn merge_across<'a>(&'a self, processes: &'a dyn ProcessGroup) -> Waiting<'a, Result<(), Error>> {
+        Waiting::new(self.merged(processes))
     }
 
-    /// [`GpuRunning::merge_across`], waiting for the others.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn merge_across_blocking(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        pollster::block_on(self.merge_by(Wait::Sleeping, processes))
-    }
-
-    async fn merge_by(&self, wait: Wait, processes: &dyn ProcessGroup) -> Result<(), Error> {
+    async fn merged(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
         let turn = Turn::begin(processes);
-        let bytes = self.gpu.device.read(&[(&self.partial, 0, PARTIAL_BYTES)], wait).await?;
+        let bytes = self.gpu.device.read(&[(&self.partial, 0, PARTIAL_BYTES)]).await?;
         let row: PartialRow = bytemuck::pod_read_unaligned(&bytes);
         if row.stamp().is_some() {
             return Err(MERGED_ALREADY);
@@ -182,7 +173,7 @@ impl GpuRunning {
             (own, sets.elements, own.first.and_then(|first| sets.names[first.tensor].clone()))
         };
         let mut part = [Part::of_one(&self.clip, self.segments.clone(), own, elements)];
-        let total = merge(turn, &mut part, |_, _| name.as_deref(), wait).await?.swap_remove(0);
+        let total = merge(turn, &mut part, |_, _| name.as_deref()).await?.swap_remove(0);
         let partial = total.partial;
         let stamp = self.sets().across.keep((total, part[0].segments.elements()));
         let (queue, up) = (&self.gpu.device.queue, PartialRow::of(&partial, stamp));
@@ -202,23 +193,14 @@ impl GpuRunning {
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if none has run; the device's own errors.
-    pub async fn report(&self) -> Result<ClipReport, Error> {
-        self.report_by(Wait::Polling).await
+    pub fn report(&self) -> Waiting<'_, Result<ClipReport, Error>> {
+        Waiting::new(self.reported())
     }
 
-    /// [`GpuRunning::report`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn report_blocking(&self) -> Result<ClipReport, Error> {
-        pollster::block_on(self.report_by(Wait::Sleeping))
-    }
-
-    async fn report_by(&self, wait: Wait) -> Result<ClipReport, Error> {
+    async fn reported(&self) -> Result<ClipReport, Error> {
         let memory = &self.memory;
         let parts = [(&memory.partials, 0, PARTIAL_BYTES), (&memory.results, 0, memory.results.size())];
-        let bytes = self.gpu.device.read(&parts, wait).await?;
+        let bytes = self.gpu.device.read(&parts).await?;
         let (total, results) = bytes.split_at(size_of::<PartialRow>());
         let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
         if bytemuck::pod_read_unaligned::<ResultsHead>(head).steps == 0 {
@@ -243,22 +225,22 @@ impl GpuRunning {
     }
 }
 
-impl GpuRunningPlan {
+impl GpuAccumulatorPlan {
     /// Records the measuring of these tensors as they are then, and takes it into the running norm.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`], as [`GpuPlan::encode`]; [`Error::Unfit`] between [`GpuRunning::merge_across`] and
-    /// [`GpuRunning::finish`], when other processes have counted what is there.
+    /// [`Error::DeviceLost`], as [`GpuPlan::encode`]; [`Error::Usage`] between [`GpuNormAccumulator::merge_across`] and
+    /// [`GpuNormAccumulator::finish`], when other processes have counted what is there.
     pub fn accumulate(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
         if self.is_merged.load(Ordering::Relaxed) {
-            return Err(Error::Unfit(
+            return Err(Error::usage(
                 "a running norm that was merged across processes takes in no more before its finish",
             ));
         }
         self.plan.encode_measure(encoder)
     }
 
-    /// Records the scaling of these tensors by the last [`GpuRunning::finish`].
+    /// Records the scaling of these tensors by the last [`GpuNormAccumulator::finish`].
     ///
     /// # Errors
     /// [`Error::DeviceLost`], as [`GpuPlan::encode`].

@@ -389,7 +389,7 @@ fn limits_of_a_device(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
 fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)> {
     let scope =
         *u.choose(&[Scope::Global, Scope::Tensor, Scope::Unit, Scope::Unit, Scope::Example, Scope::ExampleTensor])?;
-    let clip = Clip::norm(1.0).expect("valid").scope(scope);
+    let clip = Clip::norm(1.0).scope(scope);
     let examples = u.int_in_range(0..=40)?;
     let (mut shapes, mut axes) = (Vec::new(), Vec::new());
     for _ in 0..u.int_in_range(0..=8)? {

@@ -4,9 +4,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::number::Number;
-use crate::clip::Mode;
+use crate::clip::AGC_EPS;
 use crate::threshold::Threshold;
-use crate::{AdaGc, Clip, Error, ZClip};
+use crate::{AdaGc, Clip, Error, Mode, ZClip};
 
 /// An adaptive threshold whose state lives on the device: no step waits for the host.
 ///
@@ -18,6 +18,18 @@ pub enum DeviceThreshold {
     ZClip(ZClip),
     /// For a norm for each segment: as a rule the scope `Tensor`.
     AdaGc(AdaGc),
+}
+
+impl From<ZClip> for DeviceThreshold {
+    fn from(threshold: ZClip) -> Self {
+        Self::ZClip(threshold)
+    }
+}
+
+impl From<AdaGc> for DeviceThreshold {
+    fn from(threshold: AdaGc) -> Self {
+        Self::AdaGc(threshold)
+    }
 }
 
 /// Twin of `State` in `shaders/threshold.wgsl`.
@@ -57,8 +69,8 @@ pub(super) struct Rule {
 impl Rule {
     /// What a clip needs by itself: nothing, unless it goes by parameters.
     pub(super) fn of(clip: &Clip) -> Option<Self> {
-        let Mode::Agc { clip_factor, agc_eps } = clip.mode else { return None };
-        let numbers = [clip_factor, agc_eps, 0.0, 0.0].map(threshold_number);
+        let Mode::Agc(clip_factor) = clip.mode else { return None };
+        let numbers = [clip_factor, clip.agc_eps.unwrap_or(AGC_EPS), 0.0, 0.0].map(threshold_number);
         Some(Self { formula: Formula::Agc, warm_up: 0, numbers })
     }
 }
@@ -73,8 +85,8 @@ impl DeviceThreshold {
 
     /// Ties the state to its segments, and takes it to the device's form: the rule, and a row for each segment.
     pub(super) fn start(&mut self, clip: &Clip, labels: &[String]) -> Result<(Rule, Vec<StateRow>), Error> {
-        let Mode::Norm { max_norm } = clip.mode else {
-            return Err(Error::Unfit("a threshold on the device follows a clip by norm"));
+        let Mode::Norm(max_norm) = clip.mode else {
+            return Err(Error::usage("a threshold on the device follows a clip by norm"));
         };
         self.as_threshold().bind(labels)?;
         let row = |mean: f64, variance: f64, steps: u64| StateRow {

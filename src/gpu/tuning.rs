@@ -29,7 +29,7 @@ pub struct Tuning {
 }
 
 /// The smallest workgroup that kernels are compiled with.
-pub const SMALLEST_WORKGROUP: u32 = 8;
+pub(super) const SMALLEST_WORKGROUP: u32 = 8;
 
 /// Software devices: llvmpipe and SwiftShader.
 ///
@@ -73,33 +73,32 @@ pub const HARDWARE: Tuning = Tuning {
 
 /// Segments of so many partials and fewer are merged by one invocation each: a workgroup's tree has 6 to 8 steps
 /// anyway.
-pub const LANE_PARTIALS: u32 = 16;
+pub(super) const LANE_PARTIALS: u32 = 16;
 
 /// Rows of so many elements and fewer are measured by one invocation each; longer ones by a workgroup. Not measured yet.
-pub const LANE_ROW: u32 = 64;
+pub(super) const LANE_ROW: u32 = 64;
 
 /// So many elements of a column are measured by one invocation: 1,024 bytes read for the 64 that a partial costs. Not
 /// measured against other lengths yet.
-pub const LANE_COLUMN: u32 = 256;
+pub(super) const LANE_COLUMN: u32 = 256;
 
 /// How a plain pass over memory is shared out, for [`GpuClipper::speeds`](super::GpuClipper::speeds).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sweep {
+pub(super) struct Sweep {
     /// Invocations in a workgroup.
-    pub workgroup: u32,
+    pub(super) workgroup: u32,
     /// Workgroups, each with an even share.
-    pub workgroups: u32,
+    pub(super) workgroups: u32,
     /// Whether an invocation takes a run of its own; otherwise neighbours take turns.
-    pub runs: bool,
+    pub(super) runs: bool,
 }
 
 /// Runs of each pass that speeds are the medians of, beside one that warms up.
-pub const SPEED_RUNS: usize = 12;
+pub(super) const SPEED_RUNS: usize = 12;
 
 impl Sweep {
     /// The row for a kind of device.
-    #[must_use]
-    pub fn of(device_type: wgpu::DeviceType) -> Self {
+    pub(super) fn of(device_type: wgpu::DeviceType) -> Self {
         match device_type {
             wgpu::DeviceType::Cpu => SOFTWARE_SWEEP,
             _ => HARDWARE_SWEEP,
@@ -121,10 +120,10 @@ impl Sweep {
 /// | 128 | 256 | yes | 10.9 | 9.7 |
 /// | 32 | 256 | no | 3.9 | 3.7 |
 /// | 256 | 256 | no | 2.1 | 2.4 |
-pub const SOFTWARE_SWEEP: Sweep = Sweep { workgroup: 32, workgroups: 256, runs: true };
+pub(super) const SOFTWARE_SWEEP: Sweep = Sweep { workgroup: 32, workgroups: 256, runs: true };
 
 /// Everything else. Not measured yet: the shape that CUB uses.
-pub const HARDWARE_SWEEP: Sweep = Sweep { workgroup: 256, workgroups: 4096, runs: false };
+pub(super) const HARDWARE_SWEEP: Sweep = Sweep { workgroup: 256, workgroups: 4096, runs: false };
 
 impl Tuning {
     /// The row for a device.
@@ -138,20 +137,20 @@ impl Tuning {
 
     pub(super) fn check(&self) -> Result<(), Error> {
         if !self.workgroup.is_power_of_two() || self.workgroup < SMALLEST_WORKGROUP {
-            return Err(Error::Unfit("a workgroup must be a power of two from 8 on"));
+            return Err(Error::usage("a workgroup must be a power of two from 8 on"));
         }
         if self.chunks == 0 || self.min_chunk_words < 4 || self.max_chunk_words < self.min_chunk_words {
-            return Err(Error::Unfit(
+            return Err(Error::usage(
                 "chunks must be at least one, of at least 4 words, the shortest below the longest",
             ));
         }
         if !(2..=self.most_merged()).contains(&self.merged_partials) {
-            return Err(Error::Unfit(
+            return Err(Error::usage(
                 "a workgroup must merge at least 2 partials, and at most 4,096 for each invocation",
             ));
         }
         if self.max_chunk_words > self.longest_chunk() {
-            return Err(Error::Unfit("a chunk must have at most 2^14 words for each invocation"));
+            return Err(Error::usage("a chunk must have at most 2^14 words for each invocation"));
         }
         Ok(())
     }
@@ -177,8 +176,7 @@ impl Tuning {
     }
 
     /// The length of chunks for a set of so many words: an even share of them, rounded up to a multiple of the shortest.
-    #[must_use]
-    pub fn chunk_words(&self, words: u64) -> u32 {
+    pub(super) fn chunk_words(&self, words: u64) -> u32 {
         let share = words.div_ceil(self.chunks).next_multiple_of(u64::from(self.min_chunk_words));
         u32::try_from(share).unwrap_or(u32::MAX).clamp(self.min_chunk_words, self.max_chunk_words)
     }
@@ -196,11 +194,11 @@ impl Tuning {
 /// | 16 MiB | 292, 540 | 363, 592 |
 /// | 32 MiB | 267, 526 | 344, 556 |
 /// | 64 MiB | 378, 841 | 572, 1079 |
-pub const STAGING_BYTES: u64 = 16 << 20;
+pub(super) const STAGING_BYTES: u64 = 16 << 20;
 
 /// How many staging buffers there are for each direction: one that the host works on and one that the device works on. A
 /// third was no faster on llvmpipe (16 MiB: 300 and 554 ms with 64 MiB, 388 and 614 with all).
-pub const STAGING_BUFFERS: usize = 2;
+pub(super) const STAGING_BUFFERS: usize = 2;
 
 /// How much device memory host tensors take unless the caller says it, in bytes.
 ///
@@ -208,8 +206,7 @@ pub const STAGING_BUFFERS: usize = 2;
 /// costs more than it saves, even if everything is clipped and has to come twice. 16 Mi elements of float32 through llvmpipe,
 /// medians of 7 in ms, unclipped and clipped: 87 and 167 with 16 MiB, 96 and 167 with 32, 121 and 183 with 64, which is all
 /// of them ([`STAGING_BYTES`] has a longer set). Elsewhere whatever is kept need not cross the bus again. Not measured there.
-#[must_use]
-pub const fn memory_budget(device_type: wgpu::DeviceType) -> u64 {
+pub(super) const fn memory_budget(device_type: wgpu::DeviceType) -> u64 {
     match device_type {
         wgpu::DeviceType::Cpu => 2 * STAGING_BYTES,
         _ => u64::MAX,
@@ -217,53 +214,14 @@ pub const fn memory_budget(device_type: wgpu::DeviceType) -> u64 {
 }
 
 /// The least that host tensors are cut into where the device memory they may take is less than [`STAGING_BYTES`].
-pub const SMALLEST_LOAD: u64 = 64 << 10;
+pub(super) const SMALLEST_LOAD: u64 = 64 << 10;
 
 /// Bytes that one thread copies to or from a staging buffer, or clips where the device cannot, before it asks for more.
-pub const COPIED_AT_ONCE: usize = 64 << 10;
+pub(super) const COPIED_AT_ONCE: usize = 64 << 10;
 
 /// A plan whose buffers come one after another shares each out as if it were alone, but for no more chunks in all than so
 /// many buffers would have: 32 MiB of partials on hardware for host tensors of any size. Not measured against others.
-pub const BUFFERS_OF_CHUNKS: u64 = 256;
-
-/// Where host tensors are clipped faster through a device than on the CPU of the same machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HostRoute {
-    /// The kind of device.
-    pub device_type: wgpu::DeviceType,
-    /// From how many bytes of gradients on the device is faster; None if it never is, or was never measured.
-    pub faster_from: Option<u64>,
-}
-
-/// What [`Clipper::auto`](crate::Clipper::auto) goes by. A row without a measurement stays on the CPU: a bus moves each byte
-/// once to find that nothing is to be clipped and twice to clip, and no bus is as fast as the host's own memory.
-pub const HOST_ROUTES: [HostRoute; 5] = [
-    // llvmpipe beside the CPU path on the same two cores (examples/host_route.rs): 25 to 140 times as long, from 64 Ki to
-    // 64 Mi elements of float32, clipped or not.
-    HostRoute { device_type: wgpu::DeviceType::Cpu, faster_from: None },
-    // Not measured: no such device was at hand.
-    HostRoute { device_type: wgpu::DeviceType::DiscreteGpu, faster_from: None },
-    HostRoute { device_type: wgpu::DeviceType::IntegratedGpu, faster_from: None },
-    HostRoute { device_type: wgpu::DeviceType::VirtualGpu, faster_from: None },
-    HostRoute { device_type: wgpu::DeviceType::Other, faster_from: None },
-];
-
-impl HostRoute {
-    /// Whether these rows send so many bytes of gradients through such a device. Without a number of bytes: whether they
-    /// ever do.
-    #[must_use]
-    pub fn leads_through(rows: &[Self], device_type: wgpu::DeviceType, bytes: Option<u64>) -> bool {
-        let row = rows.iter().find(|row| row.device_type == device_type);
-        let faster_from = row.and_then(|row| row.faster_from);
-        faster_from.is_some_and(|from| bytes.is_none_or(|bytes| bytes >= from))
-    }
-
-    /// Whether any of these rows leads through a device, so that it is worth opening one.
-    #[must_use]
-    pub fn any(rows: &[Self]) -> bool {
-        rows.iter().any(|row| row.faster_from.is_some())
-    }
-}
+pub(super) const BUFFERS_OF_CHUNKS: u64 = 256;
 
 #[cfg(test)]
 mod tests {
@@ -280,32 +238,5 @@ mod tests {
                 assert!(narrowed.workgroup <= invocations && narrowed.check().is_ok(), "{narrowed:?}");
             }
         }
-    }
-
-    /// Every kind of device has its row, and none is chosen that has not earned it.
-    #[test]
-    fn host_tensors_stay_on_the_cpu_until_a_row_says_otherwise() {
-        let kinds = [
-            wgpu::DeviceType::Other,
-            wgpu::DeviceType::IntegratedGpu,
-            wgpu::DeviceType::DiscreteGpu,
-            wgpu::DeviceType::VirtualGpu,
-            wgpu::DeviceType::Cpu,
-        ];
-        for kind in kinds {
-            assert_eq!(HOST_ROUTES.iter().filter(|row| row.device_type == kind).count(), 1);
-        }
-        assert!(!HostRoute::any(&HOST_ROUTES));
-        let faster_from = Some(1 << 20);
-        let mut rows = HOST_ROUTES;
-        rows[1] = HostRoute { device_type: wgpu::DeviceType::DiscreteGpu, faster_from };
-        assert!(HostRoute::any(&rows));
-        for kind in kinds {
-            let is_discrete = kind == wgpu::DeviceType::DiscreteGpu;
-            assert_eq!(HostRoute::leads_through(&rows, kind, None), is_discrete);
-            assert_eq!(HostRoute::leads_through(&rows, kind, Some(1 << 20)), is_discrete);
-            assert!(!HostRoute::leads_through(&rows, kind, Some((1 << 20) - 1)));
-        }
-        assert!(!HostRoute::leads_through(&[], wgpu::DeviceType::DiscreteGpu, None));
     }
 }

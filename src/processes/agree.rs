@@ -6,7 +6,7 @@ use super::ProcessGroup;
 use super::exchange::{Call, Kind, Turn};
 use super::rows::{join, split};
 use crate::error::tensor_label;
-use crate::wait::{Wait, at_once};
+use crate::wait::block_on;
 use crate::{Error, Tensor};
 
 /// Waits until every rank of the group has come here, and tells whether all is well with each: where one says `false`, each
@@ -16,16 +16,16 @@ use crate::{Error, Tensor};
 /// [`Error::PeerFailed`] with the first rank that said `false`; [`Error::ProcessGroup`] if the others cannot be heard.
 pub fn agree(group: &dyn ProcessGroup, is_well: bool) -> Result<(), Error> {
     let exchange = Turn::begin(group).exchange(Call::of(Kind::Agree), is_well, Vec::new(), |low, _| Some(low.to_vec()));
-    at_once(exchange.run(Wait::Sleeping)).map(|_| ())
+    block_on(exchange.run()).map(|_| ())
 }
 
 /// Finds out whether each named tensor counts exactly once in the group: one that several ranks hold must count on one of them
-/// ([`Tensor::counted`]). For debugging, before the first step: it sends all names. A tensor is known by its name, so that slices of
+/// ([`Tensor::replica`]). For debugging, before the first step: it sends all names. A tensor is known by its name, so that slices of
 /// one need names of their own; those without a name are left out.
 ///
 /// # Errors
-/// [`Error::Counted`] with the first such tensor, on each rank; those of the group.
-pub fn check_counted_once(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Result<(), Error> {
+/// [`Error::Tensor`] with the first such tensor, on each rank; those of the group.
+pub fn check_replicas(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Result<(), Error> {
     let mut own = Counts::new();
     for tensor in tensors {
         if let Some(name) = tensor.name() {
@@ -39,15 +39,15 @@ pub fn check_counted_once(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> R
         Some(to_bytes(&all))
     };
     let exchange = Turn::begin(group).exchange(Call::of(Kind::Check), true, to_bytes(&own), merge);
-    let all = at_once(exchange.run(Wait::Sleeping))?;
+    let all = block_on(exchange.run())?;
     for (name, Count { times, alike, .. }) in from_bytes(&all) {
         let reason = match (times, alike) {
             (1, true) => continue,
             (_, false) => "ranks hold it with different lengths; slices need names of their own".into(),
-            (0, _) => "no rank counts it; leave counted(false) out on one of those that hold it".into(),
-            (times, _) => format!("it counts {times} times; say counted(false) on all ranks that hold it but one"),
+            (0, _) => "no rank counts it; leave replica(true) out on one of those that hold it".into(),
+            (times, _) => format!("it counts {times} times; say replica(true) on all ranks that hold it but one"),
         };
-        return Err(Error::Counted { tensor: tensor_label(Some(&String::from_utf8_lossy(name)), 0), reason });
+        return Err(Error::Tensor { tensor: tensor_label(Some(&String::from_utf8_lossy(name)), 0), reason });
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::ProcessGroup;
 use crate::Error;
-use crate::wait::Wait;
+use crate::wait::may_sleep;
 
 /// What ranks do together, which must be the same on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,7 +186,7 @@ impl Exchange<'_> {
     ///
     /// # Errors
     /// [`Error::PeerFailed`] or [`Error::Disagreement`] on every rank; [`Error::ProcessGroup`].
-    pub(super) async fn run(mut self, wait: Wait) -> Result<Vec<u8>, Error> {
+    pub(super) async fn run(mut self) -> Result<Vec<u8>, Error> {
         let mut tries = 0;
         poll_fn(|context| {
             loop {
@@ -195,7 +195,7 @@ impl Exchange<'_> {
                     Ok(false) => {}
                     Err(error) => return Poll::Ready(Err(error)),
                 }
-                if wait == Wait::Polling {
+                if !may_sleep() {
                     context.waker().wake_by_ref();
                     return Poll::Pending;
                 }

@@ -6,10 +6,10 @@
 //! each rank: decide, apply               from the same partials, so with the same coefficients
 //! ```
 //!
-//! [`Clipper::within`](crate::Clipper::within), [`RunningPartial::merge_across`](crate::RunningPartial::merge_across) and,
+//! [`Clipper::processes`](crate::Clipper::processes), [`NormAccumulator::merge_across`](crate::NormAccumulator::merge_across) and,
 #![cfg_attr(
     feature = "gpu",
-    doc = "on the device, [`GpuPlan::merge_across`](crate::gpu::GpuPlan::merge_across) and [`GpuRunning::merge_across`](crate::gpu::GpuRunning::merge_across)"
+    doc = "on the device, [`GpuPlan::merge_across`](crate::gpu::GpuPlan::merge_across) and [`GpuNormAccumulator::merge_across`](crate::gpu::GpuNormAccumulator::merge_across)"
 )]
 #![cfg_attr(not(feature = "gpu"), doc = "with the feature `gpu`, plans on the device")]
 //! take a [`ProcessGroup`]. The crate `gradclip-mpi` makes one of an MPI communicator; [`ThreadGroup`] one of threads.
@@ -21,8 +21,8 @@
 //! let ranks = ThreadGroup::new(2).into_iter().zip([3.0f32, 4.0]).map(|(group, half)| {
 //!     std::thread::spawn(move || {
 //!         let mut mine = [half];
-//!         let clipper = Clipper::cpu().within(Arc::new(group));
-//!         let report = clipper.apply(&Clip::norm(1.0)?, &mut [TensorMut::new(&mut mine)])?;
+//!         let clipper = Clipper::cpu().processes(Arc::new(group));
+//!         let report = clipper.apply(&Clip::norm(1.0), &mut [TensorMut::new(&mut mine)])?;
 //!         Ok::<_, gradclip::Error>((report.total_norm, mine[0]))
 //!     })
 //! });
@@ -46,8 +46,8 @@
 //! # Which tensors count
 //!
 //! A slice that no other rank holds counts, as every tensor does. Of a tensor that several ranks hold whole (a replica, a tied
-//! embedding, a bias beside sharded weights), one counts and the others say `counted(false)`
-//! ([`Tensor::counted`](crate::Tensor::counted)): they are scaled and not measured. [`check_counted_once`] finds out
+//! embedding, a bias beside sharded weights), one counts and the others say `replica(true)`
+//! ([`Tensor::replica`](crate::Tensor::replica)): they are scaled and not measured. [`check_replicas`] finds out
 //! whether a tensor is counted twice or never.
 //!
 //! Data-parallel ranks hold the same gradients once these are all-reduced. Each then computes the norm for itself, without
@@ -65,7 +65,7 @@ use std::time::Duration;
 
 use crate::Error;
 #[cfg(not(target_arch = "wasm32"))]
-pub use agree::{agree, check_counted_once};
+pub use agree::{agree, check_replicas};
 pub(crate) use exchange::Turn;
 pub(crate) use rows::{Part, Total, merge};
 
@@ -116,7 +116,7 @@ pub trait ProcessGroup: std::fmt::Debug + Send + Sync {
 
 /// The one rank of a group of one: what a clip is decided within unless there is another group.
 #[derive(Debug, Default)]
-pub struct SingleProcess {
+pub(crate) struct SingleProcess {
     calls: AtomicU64,
 }
 

@@ -7,7 +7,6 @@ use bytemuck::{Pod, Zeroable};
 use super::exchange::{Call, Kind, Turn};
 use crate::partial::{Location, Partial};
 use crate::segment::{Family, Segments};
-use crate::wait::Wait;
 use crate::{Clip, Error, NonFiniteElements};
 
 /// A partial, how many elements it is of, and whose rank the first bad one is.
@@ -145,13 +144,12 @@ pub(crate) async fn merge<'a>(
     turn: Turn<'_>,
     parts: &mut [Part],
     name_of: impl Fn(usize, usize) -> Option<&'a str>,
-    wait: Wait,
 ) -> Result<Vec<Total>, Error> {
     let group = turn.group();
     let rows: Vec<_> = parts.iter().flat_map(|part| part.rows(group.rank())).collect();
     let call = Call { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
     let body = bytemuck::cast_slice(&rows).to_vec();
-    let merged = turn.exchange(call, true, body, merge_bodies).run(wait).await?;
+    let merged = turn.exchange(call, true, body, merge_bodies).run().await?;
     let merged: Vec<Row> = merged.chunks_exact(size_of::<Row>()).map(bytemuck::pod_read_unaligned).collect();
     let (mut of_parts, mut totals, mut rest) = (Vec::new(), Vec::new(), &merged[..]);
     for part in parts.iter() {
@@ -170,7 +168,7 @@ pub(crate) async fn merge<'a>(
             }
         }
         let telling = Turn::begin(group).exchange(Call::of(Kind::Names), true, join(&names), merge_names);
-        let told = telling.run(wait).await?;
+        let told = telling.run().await?;
         names = split(&told).into_iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
     }
     parts.iter_mut().zip(of_parts).for_each(|(part, rows)| part.set_rows(rows));
@@ -243,7 +241,7 @@ mod tests {
         let call = Call { kind: Kind::Merge, description: 1, segments: 1 };
         let merging = groups.iter().zip(&rows).map(|(group, row)| {
             let body = bytemuck::bytes_of(row).to_vec();
-            Box::pin(Turn::begin(group).exchange(call, true, body, merge_bodies).run(Wait::Polling))
+            Box::pin(Turn::begin(group).exchange(call, true, body, merge_bodies).run())
         });
         let mut merging: Vec<_> = merging.collect();
         let mut context = Context::from_waker(Waker::noop());

@@ -74,7 +74,7 @@ pub(crate) fn open() -> GpuClipper {
         gpu.device().on_uncaptured_error(std::sync::Arc::new(|error| log::error!("{error}")));
         return gpu;
     }
-    let gpu = GpuClipper::open_blocking().unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"));
+    let gpu = GpuClipper::open().wait().unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"));
     assert!(gpu.device().features().contains(asked.features()), "{:?} has no subgroups", gpu.adapter_info());
     asked.tuned(gpu)
 }
@@ -236,7 +236,7 @@ impl OwnKernel {
 pub(crate) fn clip_tensors(gpu: &GpuClipper, clip: &Clip, tensors: &[GpuTensor]) -> Result<ClipReport, Error> {
     let plan = gpu.plan(clip, tensors)?;
     step(gpu, &plan);
-    plan.report_blocking()
+    plan.report().wait()
 }
 
 /// What lies between tensors. As a half it is no number that any clip leaves alone by chance.
@@ -303,7 +303,7 @@ pub(crate) fn gpu_tensor(buffer: &wgpu::Buffer, t: &Data, first: u64) -> GpuTens
         Dtype::BF16 => GpuTensor::bf16(buffer, range),
         other => GpuTensor::new(buffer, other, range),
     };
-    let mut view = view.expect("the range fits").counted(t.counted);
+    let mut view = view.expect("the range fits").replica(!t.counted);
     if let Some(name) = &t.name {
         view = view.named(name);
     }

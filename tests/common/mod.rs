@@ -122,7 +122,7 @@ impl Data {
     }
 
     pub(crate) fn view(&self) -> Tensor<'_> {
-        let mut view = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements").counted(self.counted);
+        let mut view = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements").replica(!self.counted);
         if let Some(name) = &self.name {
             view = view.named(name);
         }
@@ -137,7 +137,7 @@ impl Data {
 
     pub(crate) fn view_mut(&mut self) -> TensorMut<'_> {
         let counted = self.counted;
-        let mut view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements").counted(counted);
+        let mut view = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements").replica(!counted);
         if let Some(name) = &self.name {
             view = view.named(name);
         }

@@ -140,17 +140,22 @@ impl Asked {
         }
     }
 
+    /// With what the mode and the scope use.
     pub(crate) fn clip(&self) -> Clip {
-        let clip = match self.mode {
-            Mode::Norm => Clip::norm(self.threshold).expect("valid").norm_type(self.norm_type),
-            Mode::Rms => Clip::rms(self.threshold).expect("valid"),
-            Mode::AverageNorm => Clip::average_norm(self.threshold).expect("valid"),
-            Mode::Agc => Clip::agc(self.threshold).expect("valid").agc_eps(self.agc_eps).expect("valid"),
-            Mode::Value => Clip::range(self.min, self.threshold).expect("valid"),
+        let mut clip = match self.mode {
+            Mode::Norm => Clip::norm(self.threshold).norm_type(self.norm_type).eps(self.eps),
+            Mode::Rms => Clip::rms(self.threshold),
+            Mode::AverageNorm => Clip::average_norm(self.threshold),
+            Mode::Agc => Clip::agc(self.threshold).agc_eps(self.agc_eps),
+            Mode::Value => Clip::range(self.min, self.threshold),
         };
-        let clip = clip.scope(self.scope).budget(self.budget).eps(self.eps).expect("valid");
-        let clip = self.axis.map_or(clip, |axis| clip.unit_axis(axis));
-        clip.grad_scale(self.grad_scale).expect("valid").non_finite(self.policy)
+        clip.scope = self.scope();
+        match clip.scope {
+            Scope::Unit => clip.unit_axis = self.axis,
+            Scope::ExampleTensor if self.mode != Mode::Agc => clip.budget = self.budget,
+            _ => {}
+        }
+        clip.grad_scale(self.grad_scale).non_finite(self.policy)
     }
 
     /// The same with a threshold that some segments exceed and others do not, and none nearly; of a single segment's

@@ -3,7 +3,7 @@
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
-use gradclip::{AdaGc, AutoClip, Clip, ClipReport, NonFinite, NormType, Scope, Threshold, ZClip};
+use gradclip::{AdaGc, AutoClip, Clip, ClipReport, Mode, NonFinite, NormType, Scope, Threshold, ZClip};
 
 const NAN_STEP: usize = 61;
 /// Spikes come every so many steps.
@@ -54,7 +54,7 @@ fn run<T: Threshold + Clone + PartialEq + std::fmt::Debug>(
         let report = path.clipper().apply_adaptive(clip, &mut threshold, &mut views).expect("the policy goes on");
         if step == NAN_STEP {
             assert_eq!(threshold, before, "{what}");
-            assert!(report.found_inf() && !report.clipped, "{what}");
+            assert!(report.has_non_finite() && !report.clipped, "{what}");
             assert_same_bits(&after, &set, &what);
             continue;
         }
@@ -84,7 +84,8 @@ fn run<T: Threshold + Clone + PartialEq + std::fmt::Debug>(
 }
 
 fn measuring(clip: Clip) -> Clip {
-    clip.eps(0.0).expect("valid").non_finite(NonFinite::Skip)
+    let clip = clip.non_finite(NonFinite::Skip);
+    if let Mode::Norm(_) = clip.mode { clip.eps(0.0) } else { clip }
 }
 
 fn global(report: &ClipReport) -> Vec<f64> {
@@ -106,7 +107,7 @@ fn spikes(path: Path, from: usize) -> impl Iterator<Item = usize> {
 fn zclip_follows_the_reported_norms_and_clips_the_spikes() {
     for path in Path::HOST {
         for clip in [Clip::norm(f64::INFINITY), Clip::rms(f64::INFINITY), Clip::average_norm(f64::INFINITY)] {
-            let clip = measuring(clip.expect("valid"));
+            let clip = measuring(clip);
             let clipped = run(*path, &clip, ZClip::new(), &["all tensors"], global, f64::INFINITY);
             assert!(spikes(*path, 26).all(|step| clipped.contains(&step)), "{clipped:?}");
             assert!(clipped.len() < steps(*path) / 4, "{clipped:?}");
@@ -117,7 +118,7 @@ fn zclip_follows_the_reported_norms_and_clips_the_spikes() {
 #[test]
 fn autoclip_follows_the_reported_norms_and_clips_the_spikes() {
     for path in Path::HOST {
-        let clip = measuring(Clip::norm(f64::INFINITY).expect("valid"));
+        let clip = measuring(Clip::norm(f64::INFINITY));
         let median = AutoClip::new().percentile(50.0).expect("valid").history(100).expect("valid");
         let clipped = run(*path, &clip, median, &["all tensors"], global, f64::INFINITY);
         assert!(spikes(*path, 2).all(|step| clipped.contains(&step)), "{clipped:?}");
@@ -128,7 +129,7 @@ fn autoclip_follows_the_reported_norms_and_clips_the_spikes() {
 #[test]
 fn adagc_follows_the_norm_of_each_tensor() {
     for path in Path::HOST {
-        let clip = measuring(Clip::norm(f64::INFINITY).expect("valid").scope(Scope::Tensor));
+        let clip = measuring(Clip::norm(f64::INFINITY).scope(Scope::Tensor));
         for threshold in [AdaGc::new().warm_up(20), AdaGc::new().warm_up(90).and_then(|t| t.lambda_abs(1e3))] {
             let clipped = run(*path, &clip, threshold.expect("valid"), &LABELS, by_tensor, f64::INFINITY);
             assert!(spikes(*path, 91).all(|step| clipped.contains(&step)), "{clipped:?}");
@@ -141,7 +142,7 @@ fn adagc_follows_the_norm_of_each_tensor() {
 fn the_clips_own_threshold_is_an_upper_bound() {
     for path in Path::HOST {
         let bound = 12.0;
-        let clip = measuring(Clip::norm(bound).expect("valid"));
+        let clip = measuring(Clip::norm(bound));
         let clipped = run(*path, &clip, ZClip::new(), &["all tensors"], global, bound);
         assert!(clipped.iter().any(|step| *step < 25), "the warm-up clips nothing by itself: {clipped:?}");
     }
@@ -152,7 +153,7 @@ fn the_clips_own_threshold_is_an_upper_bound() {
 fn norms_are_followed_without_the_loss_scale() {
     for path in Path::HOST {
         let (mut plain, mut scaled) = (ZClip::new(), ZClip::new());
-        let clip = measuring(Clip::norm(f64::INFINITY).expect("valid"));
+        let clip = measuring(Clip::norm(f64::INFINITY));
         let mut random = Random(102);
         for step in 0..NAN_STEP {
             let set = gradients(*path, step, &mut random);
@@ -168,7 +169,7 @@ fn norms_are_followed_without_the_loss_scale() {
             let norm = exact_norm(NormType::L2, numbers_of(&set));
             let report = apply(&clip, &mut plain, &mut set.clone());
             assert_norm(report.total_norm, norm, path.norm_tolerance(), "plain");
-            let scaled_report = apply(&clip.grad_scale(4.0).expect("valid"), &mut scaled, &mut scaled_set);
+            let scaled_report = apply(&clip.grad_scale(4.0), &mut scaled, &mut scaled_set);
             assert_eq!(scaled_report.total_norm, report.total_norm);
         }
         assert_eq!(plain, scaled);
@@ -180,7 +181,7 @@ fn norms_are_followed_without_the_loss_scale() {
 fn a_bad_step_leaves_the_state_under_every_policy() {
     for path in Path::HOST {
         for policy in [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop] {
-            let clip = measuring(Clip::norm(f64::INFINITY).expect("valid")).non_finite(policy);
+            let clip = measuring(Clip::norm(f64::INFINITY)).non_finite(policy);
             let (mut z, mut auto, mut ada) = (ZClip::new(), AutoClip::new(), AdaGc::new().warm_up(3).expect("valid"));
             let mut random = Random(103);
             for step in NAN_STEP - 30..NAN_STEP + 1 {
@@ -211,8 +212,9 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
 #[test]
 fn a_threshold_on_the_host_follows_gradients_on_the_device() {
     use crate::common::gpu::{Layout, download, encoder, gpu, upload, write};
+    use gradclip::gpu::PlanOptions;
     use gradclip::{Dtype, Error, wgpu};
-    let clip = measuring(Clip::norm(f64::INFINITY).expect("valid"));
+    let clip = measuring(Clip::norm(f64::INFINITY));
     let mut random = Random(104);
     let mut gradients = |step| {
         let mut set = [Data::rounded(Dtype::F32, random.normals(100, 1.0 + (step % 7) as f64))];
@@ -225,7 +227,7 @@ fn a_threshold_on_the_host_follows_gradients_on_the_device() {
     let layout = Layout::with_gaps(&shape, |_| 1);
     let buffer = upload(gpu(), &layout.bytes(&shape));
     let tensors = layout.tensors(&buffer, &shape);
-    let plan = gpu().plan_apart(&clip, &tensors).expect("valid");
+    let plan = gpu().plan(&clip, &tensors).expect("valid");
     let (mut on_device, mut by_hand) = (AutoClip::new(), AutoClip::new());
     for step in 0..60 {
         let set = gradients(step);
@@ -236,19 +238,22 @@ fn a_threshold_on_the_host_follows_gradients_on_the_device() {
             gpu().queue().submit([encoder.finish()]);
         };
         submit(&|e| plan.encode_measure(e).expect("the device works"));
-        plan.adapt_blocking(&mut on_device).expect("one norm");
+        plan.follow(&mut on_device).wait().expect("one norm");
         submit(&|e| plan.encode_scale(e).expect("the device works"));
         let after = layout.taken_from(&download(gpu(), &buffer), &set);
-        let report = plan.report_blocking().expect("it ran");
-        let max_norm = by_hand.max_norm(if report.found_inf() { f64::NAN } else { report.total_norm });
+        let report = plan.report().wait().expect("it ran");
+        let max_norm = by_hand.max_norm(if report.has_non_finite() { f64::NAN } else { report.total_norm });
         assert_eq!(on_device, by_hand, "step {step}");
-        let coef = if report.found_inf() { 1.0 } else { (max_norm / report.total_norm).min(1.0) };
+        let coef = if report.has_non_finite() { 1.0 } else { (max_norm / report.total_norm).min(1.0) };
         if coef < 1.0 {
             assert_scaled(&set, &after, coef, 1e-6, &format!("step {step}"));
         } else {
             assert_same_bits(&after, &set, &format!("step {step}"));
         }
     }
-    let other = gpu().plan(&clip, &tensors).expect("valid");
-    assert!(matches!(other.adapt_blocking(&mut on_device), Err(Error::Unfit(_))));
+    let of_the_device = PlanOptions::default().threshold(ZClip::new());
+    for other in [gpu().plan(&Clip::value(1.0), &tensors), gpu().plan_with(&[(clip, &tensors)], of_the_device)] {
+        let followed = other.expect("valid").follow(&mut on_device).wait();
+        assert!(matches!(followed, Err(Error::Usage(_))), "{followed:?}");
+    }
 }

@@ -3,49 +3,6 @@
 use crate::common::{Data, Path, assert_says};
 use gradclip::{Clip, Dtype, Error, Tensor, TensorMut};
 
-#[test]
-fn thresholds_that_are_none() {
-    for bad in [-1.0, -f64::MIN_POSITIVE, f64::NEG_INFINITY, f64::NAN] {
-        assert_says(&Clip::norm(bad).expect_err("bad"), &["max_norm", &bad.to_string(), "0 or more"]);
-        assert_says(&Clip::value(bad).expect_err("bad"), &["clip_value", &bad.to_string(), "0 or more"]);
-    }
-    // -0 is 0, and infinity is a threshold.
-    for good in [-0.0, 0.0, f64::MIN_POSITIVE, f64::MAX, f64::INFINITY] {
-        Clip::norm(good).expect("good");
-        Clip::value(good).expect("good");
-    }
-}
-
-#[test]
-fn ranges_that_are_none() {
-    let inf = f64::INFINITY;
-    for (min, max) in [(1.0, 0.0), (1.0, 0.999), (inf, -inf), (inf, 1.0), (f64::NAN, 1.0), (1.0, f64::NAN)] {
-        let error = Clip::range(min, max).expect_err("bad");
-        assert!(matches!(error, Error::BadRange { .. }));
-        assert_says(&error, &["min <= max", &min.to_string(), &max.to_string()]);
-    }
-    for (min, max) in [(0.0, -0.0), (1.0, 1.0), (-inf, inf), (-inf, -1.0), (inf, inf)] {
-        Clip::range(min, max).expect("good");
-    }
-}
-
-#[test]
-fn eps_and_loss_scales_that_are_none() {
-    let clip = Clip::norm(1.0).expect("good");
-    for bad in [-1.0, -1e-300, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        assert_says(&clip.eps(bad).expect_err("bad"), &["eps", "finite", "0 or more"]);
-    }
-    for good in [0.0, -0.0, 1e-300, f64::from_bits(1), f64::MAX] {
-        clip.eps(good).expect("good");
-    }
-    for bad in [0.0, -0.0, -2.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::from_bits(1), 1e-310] {
-        assert_says(&clip.grad_scale(bad).expect_err("bad"), &["grad_scale", "above 0"]);
-    }
-    for good in [f64::MIN_POSITIVE, 1e-300, 65536.0, f64::MAX] {
-        clip.grad_scale(good).expect("good");
-    }
-}
-
 /// The least and the most that is accepted does what it says, or at least does no harm.
 #[test]
 fn extreme_parameters_do_not_panic() {
@@ -56,8 +13,8 @@ fn extreme_parameters_do_not_panic() {
                 for max_norm in [0.0, f64::from_bits(1), f64::MIN_POSITIVE, 1.0, f64::MAX, f64::INFINITY] {
                     for eps in [0.0, f64::from_bits(1), f64::MAX] {
                         for grad_scale in [f64::MIN_POSITIVE, 1.0, f64::MAX] {
-                            let clip = Clip::norm(max_norm).expect("good").eps(eps).expect("good");
-                            let (report, _) = path.clip(&clip.grad_scale(grad_scale).expect("good"), &set).ok();
+                            let clip = Clip::norm(max_norm).eps(eps);
+                            let (report, _) = path.clip(&clip.grad_scale(grad_scale), &set).ok();
                             assert!(!report.total_norm.is_nan() && !report.clip_coef.is_nan());
                             assert!((0.0..=1.0).contains(&report.clip_coef), "{}", report.clip_coef);
                         }
@@ -87,11 +44,11 @@ mod on_gpu {
     use super::*;
     use crate::common::gpu::{clip_tensors, download, encoder, gpu, open, step, upload};
     use gradclip::gpu::{GpuClipper, GpuTensor};
-    use gradclip::{Clipper, verify_blocking};
+    use gradclip::{Clipper, verify};
     use std::ops::Bound;
 
     fn norm() -> Clip {
-        Clip::norm(1.0).expect("good")
+        Clip::norm(1.0)
     }
 
     fn buffer_of(gpu: &GpuClipper, size: u64, usage: wgpu::BufferUsages) -> wgpu::Buffer {
@@ -103,7 +60,7 @@ mod on_gpu {
         let buffer = upload(gpu(), &[0; 40]);
         for (start, end) in [(0, 11), (10, 11), (11, 11), (0, u64::MAX), (u64::MAX, u64::MAX), (7, 3), (u64::MAX, 0)] {
             let error = GpuTensor::f32(&buffer, start..end).expect_err("past the end");
-            assert!(matches!(error, Error::OutOfBounds { capacity: 10, .. }), "{error}");
+            assert!(matches!(error, Error::Tensor { .. }), "{error}");
             assert_says(&error, &["float32", &format!("{start}..{end}"), "holds 10"]);
         }
         assert!(GpuTensor::f32(&buffer, 0..=10).is_err());
@@ -126,7 +83,7 @@ mod on_gpu {
     fn buffers_without_storage() {
         let buffer = buffer_of(gpu(), 16, wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC);
         let error = GpuTensor::f32(&buffer, ..).expect_err("not bindable");
-        assert!(matches!(error, Error::NotStorage { .. }));
+        assert!(matches!(error, Error::Tensor { .. }));
         assert_says(&error, &["STORAGE", "create it with"]);
     }
 
@@ -137,9 +94,9 @@ mod on_gpu {
         assert_says(&error, &["float64", "CPU"]);
         let values = [1.0f64];
         let (single, double) = (Tensor::new(&[1.0f32]), Tensor::new(&values).named("moment"));
-        let error = gpu().measure_blocking(&norm(), &[single, double]).expect_err("no float64 in WGSL");
+        let error = gpu().measure(&norm(), &[single, double]).wait().expect_err("no float64 in WGSL");
         assert_says(&error, &["moment", "float64", "CPU"]);
-        let error = verify_blocking(&norm(), &[double], gpu()).expect_err("no float64 in WGSL");
+        let error = verify(&norm(), &[double], gpu()).wait().expect_err("no float64 in WGSL");
         assert!(matches!(error, Error::UnsupportedDtype { .. }));
         let mut grads = [3.0f64, 4.0];
         let error = Clipper::gpu(gpu().clone()).apply(&norm(), &mut [TensorMut::new(&mut grads)]);
@@ -155,8 +112,7 @@ mod on_gpu {
         {
             let buffer = buffer_of(gpu(), size, wgpu::BufferUsages::STORAGE);
             let error = GpuTensor::new(&buffer, dtype, ..).expect_err("the tail");
-            assert!(matches!(error, Error::UnreachableTail { trailing, .. } if trailing == size % 4));
-            assert_says(&error, &["multiple of 4", "make the buffer larger"]);
+            assert_says(&error, &[&format!("last {} bytes", size % 4), "multiple of 4", "make the buffer larger"]);
             let tensor = GpuTensor::new(&buffer, dtype, ..reachable).expect("whole words");
             if reachable > 0 {
                 let report = clip_tensors(gpu(), &norm(), &[tensor]).expect("zeros");
@@ -181,7 +137,7 @@ mod on_gpu {
             [f32(0, 10).named("a"), f16(19, 20).named("b")],
         ] {
             let error = gpu().plan(&norm(), &tensors).expect_err("they overlap");
-            assert!(matches!(error, Error::Overlap { .. }));
+            assert!(matches!(error, Error::Tensor { .. }));
             assert_says(&error, &["\"a\"", "\"b\"", "overlap"]);
         }
         let error = gpu().plan(&norm(), &[f32(20, 30), f32(0, 10), f32(25, 35)]).expect_err("they overlap");
@@ -201,7 +157,7 @@ mod on_gpu {
         let buffer = upload(gpu(), &[0; 64]);
         let tensor = GpuTensor::f32(&buffer, ..).expect("it fits");
         buffer.destroy();
-        for clip in [norm(), Clip::value(1.0).expect("good")] {
+        for clip in [norm(), Clip::value(1.0)] {
             let error = gpu().plan(&clip, std::slice::from_ref(&tensor)).expect_err("destroyed");
             assert!(matches!(error, Error::Device(_)), "{error}");
             assert_says(&error, &["destroyed"]);
@@ -240,17 +196,17 @@ mod on_gpu {
     fn requests_for_too_much() {
         let buffer = upload(gpu(), &[0; 64]);
         for end in [1 << 40, u64::MAX / 4, u64::MAX / 2 + 1, u64::MAX - 1] {
-            assert!(matches!(GpuTensor::f32(&buffer, ..end), Err(Error::OutOfBounds { .. })));
-            assert!(matches!(GpuTensor::f16(&buffer, ..end), Err(Error::OutOfBounds { .. })));
+            assert!(matches!(GpuTensor::f32(&buffer, ..end), Err(Error::Tensor { .. })));
+            assert!(matches!(GpuTensor::f16(&buffer, ..end), Err(Error::Tensor { .. })));
         }
     }
 
     #[test]
     fn adapters_that_do_not_exist() {
-        let error = GpuClipper::open_named_blocking("no such adapter").expect_err("none");
+        let error = GpuClipper::open_named("no such adapter").wait().expect_err("none");
         assert_says(&error, &["no GPU adapter found", "\"no such adapter\"", "mesa-vulkan-drivers"]);
         let name = gpu().adapter_info().name;
-        let opened = GpuClipper::open_named_blocking(&name[..name.len() / 2].to_uppercase()).expect("part of a name");
+        let opened = GpuClipper::open_named(&name[..name.len() / 2].to_uppercase()).wait().expect("part of a name");
         assert!(opened.adapter_info().name.to_lowercase().contains(&name[..name.len() / 2].to_lowercase()));
     }
 
@@ -270,9 +226,9 @@ mod on_gpu {
         gpu.device().destroy();
         is_gone(gpu.plan(&norm(), &[GpuTensor::f32(&buffer, ..).expect("it fits")]), "plan");
         let mut grads = [3.0f32, 4.0];
-        is_gone(gpu.apply_blocking(&norm(), &mut [TensorMut::new(&mut grads)]), "apply");
-        is_gone(gpu.measure_blocking(&norm(), &[Tensor::new(&grads)]), "measure");
-        is_gone(verify_blocking(&norm(), &[Tensor::new(&grads)], &gpu), "verify");
+        is_gone(gpu.apply(&norm(), &mut [TensorMut::new(&mut grads)]).wait(), "apply");
+        is_gone(gpu.measure(&norm(), &[Tensor::new(&grads)]).wait(), "measure");
+        is_gone(verify(&norm(), &[Tensor::new(&grads)], &gpu).wait(), "verify");
         assert_eq!(grads, [3.0, 4.0]);
     }
 
@@ -286,7 +242,7 @@ mod on_gpu {
         // Whether it is known yet depends on who polled; what follows must not panic either way.
         let _ = plan.encode(&mut encoder);
         gpu.queue().submit([encoder.finish()]);
-        is_gone(plan.report_blocking(), "report");
+        is_gone(plan.report().wait(), "report");
         is_gone(crate::common::gpu::block_on(plan.report()), "awaited report");
     }
 
@@ -296,11 +252,11 @@ mod on_gpu {
         let buffer = upload(&gpu, &[1; 64]);
         let plan = gpu.plan(&norm(), &[GpuTensor::f32(&buffer, ..).expect("it fits")]).expect("good");
         step(&gpu, &plan);
-        plan.report_blocking().expect("it works so far");
+        plan.report().wait().expect("it works so far");
         step(&gpu, &plan);
         gpu.device().destroy();
         is_gone(crate::common::gpu::block_on(plan.report()), "awaited report");
-        is_gone(plan.report_blocking(), "report");
+        is_gone(plan.report().wait(), "report");
     }
 
     /// The caller's own device, whose errors the caller hears about.
@@ -315,7 +271,7 @@ mod on_gpu {
         let mut encoder = encoder(&gpu);
         let _ = plan.encode(&mut encoder);
         gpu.queue().submit([encoder.finish()]);
-        is_gone(plan.report_blocking(), "report");
+        is_gone(plan.report().wait(), "report");
         is_gone(gpu.plan(&norm(), &[GpuTensor::f32(&buffer, ..).expect("it fits")]), "plan");
     }
 
@@ -327,7 +283,7 @@ mod on_gpu {
         let plan = gpu.plan(&norm(), &[GpuTensor::f32(&buffer, ..).expect("it fits")]).expect("good");
         buffer.destroy();
         step(&gpu, &plan);
-        assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted | Error::Device(_))));
+        assert!(matches!(plan.report().wait(), Err(Error::NotSubmitted | Error::Device(_))));
         // The device works on.
         let buffer = upload(&gpu, bytemuck::cast_slice(&[3.0f32, 4.0]));
         clip_tensors(&gpu, &norm(), &[GpuTensor::f32(&buffer, ..).expect("it fits")]).expect("good");

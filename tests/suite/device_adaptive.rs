@@ -5,7 +5,7 @@
 use crate::common::gpu::{Interleaved, download, encoder, gpu, gpu_tensor, step, upload};
 use crate::common::numbers::Random;
 use crate::common::{Data, assert_norm, assert_same_bits, assert_says, assert_scaled};
-use gradclip::gpu::{DeviceThreshold, GpuPlan};
+use gradclip::gpu::{DeviceThreshold, GpuPlan, PlanOptions};
 use gradclip::{AdaGc, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, Scope, Threshold, ZClip};
 
 /// How far the device's norms, coefficients and states may be from the host's.
@@ -46,8 +46,8 @@ impl Run {
 
     fn clip(&self) -> Clip {
         let scope = if matches!(self.threshold, DeviceThreshold::ZClip(_)) { Scope::Global } else { Scope::Tensor };
-        let clip = Clip::norm(self.max_norm).and_then(|clip| clip.eps(0.0)?.grad_scale(self.grad_scale));
-        clip.expect("valid").scope(scope).non_finite(self.policy)
+        let clip = Clip::norm(self.max_norm).eps(0.0).grad_scale(self.grad_scale);
+        clip.scope(scope).non_finite(self.policy)
     }
 
     /// The gradients of a step: their norms wander, each by itself, and some steps spike or are bad.
@@ -69,7 +69,9 @@ impl Run {
 
     fn plan(&self, placed: &Interleaved) -> GpuPlan {
         let views = placed.views(&[self.gradients(0)]).remove(0);
-        gpu().plan_adaptive(&self.clip(), self.threshold.clone(), &views).expect("valid")
+        gpu()
+            .plan_with(&[(self.clip(), &views)], PlanOptions::default().threshold(self.threshold.clone()))
+            .expect("valid")
     }
 
     fn placed(&self) -> Interleaved {
@@ -102,7 +104,7 @@ impl Run {
             let before = bad.then(|| state(&plan));
             placed.write(std::slice::from_ref(&set));
             step(gpu(), &plan);
-            let report = plan.report_blocking().expect("the policy goes on");
+            let report = plan.report().wait().expect("the policy goes on");
             let on_host = self.on_host(&set);
             compare_reports(&report, &on_host, &what);
             // What became of the gradients follows from the coefficients.
@@ -135,7 +137,7 @@ impl Run {
 }
 
 fn state(plan: &GpuPlan) -> DeviceThreshold {
-    plan.threshold_blocking().expect("the device works").expect("it has one")
+    plan.threshold().wait().expect("the device works").expect("it has one")
 }
 
 /// That a device's state is nearly the host's. The fields are private, so by what is printed of them.
@@ -246,7 +248,7 @@ fn a_run_in_one_encoder() {
         gpu().queue().submit([encoder.finish()]);
         let last = (0..steps).map(|number| run.on_host(&run.gradients(number))).last();
         let on_host = last.expect("there are steps");
-        compare_reports(&plan.report_blocking().expect("finite"), &on_host, "the last step");
+        compare_reports(&plan.report().wait().expect("finite"), &on_host, "the last step");
         compare_states(&state(&plan), &run.threshold, "after the last step");
     }
 }
@@ -283,7 +285,7 @@ fn a_restored_run_goes_on_as_the_unbroken_one() {
                 placed.write(&set);
                 step(gpu(), plan);
             }
-            let report = |plan: &GpuPlan| format!("{:?}", plan.report_blocking());
+            let report = |plan: &GpuPlan| format!("{:?}", plan.report().wait());
             assert_eq!(report(&restored), report(&unbroken), "step {number}, some norms are NaN, so by text");
         }
         assert_eq!(state(&restored), state(&unbroken));
@@ -322,9 +324,11 @@ fn thresholds_that_do_not_fit() {
     let names = ["w", "b"].map(|name| Data::of(&[3.0f32, 4.0]).named(name));
     let buffer = upload(gpu(), &[0; 64]);
     let views: Vec<_> = names.iter().zip([0, 3]).map(|(t, at)| gpu_tensor(&buffer, t, at)).collect();
-    let norm = Clip::norm(1.0).expect("valid");
+    let norm = Clip::norm(1.0);
     let by_tensor = norm.scope(Scope::Tensor);
-    let plan = |clip: &Clip, threshold: &DeviceThreshold, views| gpu().plan_adaptive(clip, threshold.clone(), views);
+    let plan = |clip: &Clip, threshold: &DeviceThreshold, views| {
+        gpu().plan_with(&[(*clip, views)], PlanOptions::default().threshold(threshold.clone()))
+    };
     let zclip = DeviceThreshold::ZClip(ZClip::new());
     let mut started = AdaGc::new();
     started.bind(&[r#"tensor "w""#, r#"tensor "b""#].map(String::from)).expect("any will do");
@@ -347,14 +351,14 @@ fn thresholds_that_do_not_fit() {
         assert_says(&error, words);
     }
     for clip in [Clip::rms(1.0), Clip::average_norm(1.0), Clip::value(1.0)] {
-        let error = plan(&clip.expect("valid"), &zclip, &views).expect_err("no norm to follow");
-        assert!(matches!(error, Error::Unfit(_)), "{error}");
+        let error = plan(&clip, &zclip, &views).expect_err("no norm to follow");
+        assert!(matches!(error, Error::Usage(_)), "{error}");
     }
     let with_parameters: Vec<_> = views.iter().map(|view| view.clone().parameter(view.clone())).collect();
-    let error = plan(&Clip::agc(1.0).expect("valid"), &zclip, &with_parameters).expect_err("AGC has its own");
-    assert!(matches!(error, Error::Unfit(_)), "{error}");
+    let error = plan(&Clip::agc(1.0), &zclip, &with_parameters).expect_err("AGC has its own");
+    assert!(matches!(error, Error::Usage(_)), "{error}");
     let twice = [views[0].clone(), views[0].clone()];
-    assert!(matches!(plan(&norm, &zclip, &twice), Err(Error::Overlap { .. })));
+    assert!(matches!(plan(&norm, &zclip, &twice), Err(Error::Tensor { .. })));
     // Any other plan has none.
-    assert_eq!(gpu().plan(&norm, &views).expect("valid").threshold_blocking().expect("the device works"), None);
+    assert_eq!(gpu().plan(&norm, &views).expect("valid").threshold().wait().expect("the device works"), None);
 }

@@ -8,7 +8,7 @@ use crate::common::reference::{Asked, Mode, SCOPES, uneven};
 use crate::common::{
     Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, assert_scaled, numbers_of,
 };
-use gradclip::gpu::{GpuRunning, GpuRunningPlan, GpuTensor};
+use gradclip::gpu::{GpuAccumulatorPlan, GpuNormAccumulator, GpuTensor, PlanOptions};
 use gradclip::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope};
 
 const MODES: [(Mode, NormType); 4] = [
@@ -63,7 +63,8 @@ fn measuring_leaves_factors_and_writes_nothing() {
             let asked = asked.at_the_middle(&sets[0]);
             let placed = in_one_buffer(&sets);
             let views = &placed.views(&sets)[0];
-            let measuring = gpu().plan_measure(&asked.clip(), views).expect("valid");
+            let measuring =
+                gpu().plan_with(&[(asked.clip(), views)], PlanOptions::default().measure_only()).expect("valid");
             step(gpu(), &measuring);
             check_coefficients(measuring.coefficients(), &asked, &sets[0], "measured");
             assert_same_bits(&placed.read(&sets)[0], &sets[0], "measured only");
@@ -71,8 +72,8 @@ fn measuring_leaves_factors_and_writes_nothing() {
             let clipping = gpu().plan(&asked.clip(), views).expect("valid");
             step(gpu(), &clipping);
             check_coefficients(clipping.coefficients(), &asked, &sets[0], "clipped");
-            let report = measuring.report_blocking();
-            assert_eq!(clipping.report_blocking().expect("finite"), *report.as_ref().expect("finite"));
+            let report = measuring.report().wait();
+            assert_eq!(clipping.report().wait().expect("finite"), *report.as_ref().expect("finite"));
             asked.check_done(&Done { report, after: placed.read(&sets).remove(0) }, Path::GpuBuffers, &sets[0], "both");
         }
     }
@@ -88,7 +89,9 @@ fn factors_follow_the_policy() {
                     let asked = Asked { scope, axis, budget, policy, grad_scale, ..Asked::new(Mode::Norm, 1.0) };
                     let asked = asked.at_the_middle(&sets[0]);
                     let placed = in_one_buffer(&sets);
-                    let plan = gpu().plan_measure(&asked.clip(), &placed.views(&sets)[0]).expect("valid");
+                    let plan = gpu()
+                        .plan_with(&[(asked.clip(), &placed.views(&sets)[0])], PlanOptions::default().measure_only())
+                        .expect("valid");
                     // With a bad element, and then without: `skip` must not stay.
                     for turn in 0..2 {
                         sets[0][2].set(70, if turn == 0 { bad } else { 1.0 });
@@ -96,7 +99,7 @@ fn factors_follow_the_policy() {
                         step(gpu(), &plan);
                         check_coefficients(plan.coefficients(), &asked, &sets[0], &format!("{bad} {turn}"));
                         assert_same_bits(&placed.read(&sets)[0], &sets[0], "measured only");
-                        assert_eq!(plan.report_blocking().is_err(), turn == 0 && policy == NonFinite::Error);
+                        assert_eq!(plan.report().wait().is_err(), turn == 0 && policy == NonFinite::Error);
                     }
                 }
             }
@@ -109,8 +112,11 @@ fn factors_follow_the_policy() {
 fn factors_under_an_infinite_threshold() {
     let sets = [set(3)];
     let placed = in_one_buffer(&sets);
-    let clip = Clip::norm(f64::INFINITY).expect("valid").grad_scale(65536.0).expect("valid");
-    for plan in [gpu().plan_measure(&clip, &placed.views(&sets)[0]), gpu().plan(&clip, &placed.views(&sets)[0])] {
+    let clip = Clip::norm(f64::INFINITY).grad_scale(65536.0);
+    for plan in [
+        gpu().plan_with(&[(clip, &placed.views(&sets)[0])], PlanOptions::default().measure_only()),
+        gpu().plan(&clip, &placed.views(&sets)[0]),
+    ] {
         let plan = plan.expect("valid");
         step(gpu(), &plan);
         assert_eq!(coefficients(plan.coefficients(), 1), (0, vec![1.0 / 65536.0]));
@@ -128,8 +134,10 @@ fn factors_of_a_value_clip() {
                 sets[0][0].set(0, f64::NAN);
             }
             let placed = in_one_buffer(&sets);
-            let clip = Clip::value(0.1).expect("valid").non_finite(policy).grad_scale(4.0).expect("valid");
-            let plan = gpu().plan_measure(&clip, &placed.views(&sets)[0]).expect("valid");
+            let clip = Clip::value(0.1).non_finite(policy).grad_scale(4.0);
+            let plan = gpu()
+                .plan_with(&[(clip, &placed.views(&sets)[0])], PlanOptions::default().measure_only())
+                .expect("valid");
             step(gpu(), &plan);
             assert_same_bits(&placed.read(&sets)[0], &sets[0], "measured only");
             let refused = bad && matches!(policy, NonFinite::Error | NonFinite::Skip);
@@ -139,8 +147,8 @@ fn factors_of_a_value_clip() {
                 _ => 0.25,
             };
             assert_eq!(coefficients(plan.coefficients(), 1), (refused.into(), vec![factor]), "{policy:?} {bad}");
-            match plan.report_blocking() {
-                Ok(report) => assert!(report.clipped != refused && report.found_inf() == bad, "{policy:?}"),
+            match plan.report().wait() {
+                Ok(report) => assert!(report.clipped != refused && report.has_non_finite() == bad, "{policy:?}"),
                 Err(error) => assert!(refused && matches!(error, Error::NonFinite(_)), "{error}"),
             }
         }
@@ -160,7 +168,7 @@ fn factors_of_groups() {
     let placed = in_one_buffer(&sets);
     let views = placed.views(&sets);
     let groups: Vec<_> = asked.iter().zip(&views).map(|(asked, views)| (asked.clip(), &views[..])).collect();
-    let plan = gpu().plan_groups(&groups).expect("valid");
+    let plan = gpu().plan_with(&groups, PlanOptions::default()).expect("valid");
     step(gpu(), &plan);
     let want: Vec<_> = asked.iter().zip(&sets).flat_map(|(asked, set)| asked.expected(set).factors()).collect();
     let (skip, got) = coefficients(plan.coefficients(), want.len());
@@ -176,11 +184,11 @@ fn views_that_overlap_can_be_measured() {
     let data = Data::of(&[3.0f32, 4.0, 12.0]);
     let buffer = upload(gpu(), &data.bytes);
     let views = [GpuTensor::f32(&buffer, 0..2).expect("it fits"), GpuTensor::f32(&buffer, ..).expect("it fits")];
-    let clip = Clip::norm(1.0).expect("valid").scope(Scope::Tensor);
-    assert!(matches!(gpu().plan(&clip, &views), Err(Error::Overlap { .. })));
-    let plan = gpu().plan_measure(&clip, &views).expect("nothing is written");
+    let clip = Clip::norm(1.0).scope(Scope::Tensor);
+    assert!(matches!(gpu().plan(&clip, &views), Err(Error::Tensor { .. })));
+    let plan = gpu().plan_with(&[(clip, &views)], PlanOptions::default().measure_only()).expect("nothing is written");
     step(gpu(), &plan);
-    let norms: Vec<_> = plan.report_blocking().expect("finite").segments.iter().map(|s| s.norm).collect();
+    let norms: Vec<_> = plan.report().wait().expect("finite").segments.iter().map(|s| s.norm).collect();
     assert_eq!(norms, [5.0, 13.0]);
 }
 
@@ -234,7 +242,9 @@ fn norms_written_by_the_host() {
             let asked = asked.at_the_middle(&sets[0]);
             let placed = in_one_buffer(&sets);
             let given = Norms::new(asked.expected(&sets[0]).segments.len());
-            let plan = gpu().plan_scale(&asked.clip(), &given.view(), &placed.views(&sets)[0]).expect("valid");
+            let plan = gpu()
+                .plan_with(&[(asked.clip(), &placed.views(&sets)[0])], PlanOptions::default().norms(&given.view()))
+                .expect("valid");
             // The second time with other gradients and other norms.
             for _ in 0..2 {
                 let what = format!("{asked:?}");
@@ -243,7 +253,7 @@ fn norms_written_by_the_host() {
                 given.write(&norms);
                 placed.write(&sets);
                 step(gpu(), &plan);
-                let report = plan.report_blocking().expect("finite");
+                let report = plan.report().wait().expect("finite");
                 check_given(&report, &norms, &what);
                 assert_eq!(report.clipped, expected.clipped().contains(&true), "{what}");
                 let tolerance = asked.tolerance(Path::GpuBuffers);
@@ -273,7 +283,7 @@ fn norms_written_by_a_kernel() {
     let asked = Asked { scope: Scope::Tensor, norm_type: NormType::Inf, ..Asked::new(Mode::Norm, 1.0) };
     let asked = asked.at_the_middle(&both);
     let views = placed.views(&sets).concat();
-    let plan = gpu().plan_scale(&asked.clip(), &given.view(), &views).expect("valid");
+    let plan = gpu().plan_with(&[(asked.clip(), &views)], PlanOptions::default().norms(&given.view())).expect("valid");
     let mut encoder = encoder(gpu());
     kernel.encode(&mut encoder, 2);
     plan.encode(&mut encoder).expect("the device works");
@@ -282,7 +292,7 @@ fn norms_written_by_a_kernel() {
     assert!(expected.clipped().contains(&true));
     expected.check_elements(&both, &placed.read(&sets).concat(), 2e-7, "by a kernel");
     check_given(
-        &plan.report_blocking().expect("finite"),
+        &plan.report().wait().expect("finite"),
         &expected.segments.iter().map(|s| s.norm).collect::<Vec<_>>(),
         "by a kernel",
     );
@@ -294,8 +304,8 @@ fn norms_in_the_buffer_of_the_gradients() {
     let sets = [vec![Data::of(&[3.0f32, 4.0])], vec![Data::of(&[5.0f32])]];
     let placed = Interleaved::new(gpu(), &sets, |_| 0);
     let views = placed.views(&sets);
-    let clip = Clip::norm(1.0).expect("valid").eps(0.0).expect("valid");
-    let plan = gpu().plan_scale(&clip, &views[1][0], &views[0]).expect("valid");
+    let clip = Clip::norm(1.0).eps(0.0);
+    let plan = gpu().plan_with(&[(clip, &views[0])], PlanOptions::default().norms(&views[1][0])).expect("valid");
     step(gpu(), &plan);
     let after = placed.read(&sets);
     assert_scaled(&sets[0], &after[0], 0.2, 1e-7, "by a neighbour");
@@ -311,14 +321,16 @@ fn given_norms_that_are_not_finite_follow_the_policy() {
             // That the gradients are not finite either is found where they are written, and not counted.
             sets[0][4].set(44, f64::NAN);
             let before = &sets[0];
-            let clip = Clip::norm(1.0).expect("valid").eps(0.0).expect("valid").scope(Scope::Tensor).non_finite(policy);
+            let clip = Clip::norm(1.0).eps(0.0).scope(Scope::Tensor).non_finite(policy);
             let placed = in_one_buffer(&sets);
             let given = Norms::new(5);
-            let plan = gpu().plan_scale(&clip, &given.view(), &placed.views(&sets)[0]).expect("valid");
+            let plan = gpu()
+                .plan_with(&[(clip, &placed.views(&sets)[0])], PlanOptions::default().norms(&given.view()))
+                .expect("valid");
             given.write(&[2.0, 0.5, bad, 0.0, 4.0]);
             step(gpu(), &plan);
             let after = &placed.read(&sets)[0];
-            let report = plan.report_blocking();
+            let report = plan.report().wait();
             let (skip, factors) = coefficients(plan.coefficients(), 5);
             let refused = matches!(policy, NonFinite::Error | NonFinite::Skip);
             assert_eq!(skip, u32::from(refused), "{what}");
@@ -368,38 +380,46 @@ fn given_norms_that_do_not_fit() {
     let views = &placed.views(std::slice::from_ref(&data))[0];
     let norms = upload(gpu(), &[0; 64]);
     let f32 = |n: u64| GpuTensor::f32(&norms, ..n).expect("it fits");
-    let clip = Clip::norm(1.0).expect("valid");
+    let clip = Clip::norm(1.0);
     for (clip, count) in [(clip, 1), (clip.scope(Scope::Tensor), 5), (clip.scope(Scope::Example), 5)] {
         for wrong in [0, count - 1, count + 1] {
-            let error = gpu().plan_scale(&clip, &f32(wrong), views).expect_err("another number");
-            assert!(matches!(error, Error::Length { expected, found, .. } if (expected, found) == (count, wrong)));
+            let error = gpu()
+                .plan_with(&[(clip, views)], PlanOptions::default().norms(&f32(wrong)))
+                .expect_err("another number");
+            assert!(matches!(error, Error::Usage(_)), "{error}");
             assert_says(&error, &["norms by segment", &format!("{wrong} given, {count} needed")]);
         }
-        gpu().plan_scale(&clip, &f32(count), views).expect("as many");
+        gpu().plan_with(&[(clip, views)], PlanOptions::default().norms(&f32(count))).expect("as many");
     }
     for halves in [GpuTensor::f16(&norms, ..1), GpuTensor::bf16(&norms, ..1)] {
-        let error = gpu().plan_scale(&clip, &halves.expect("it fits"), views).expect_err("no float32");
-        assert!(matches!(error, Error::Unfit(_)), "{error}");
+        let error = gpu()
+            .plan_with(&[(clip, views)], PlanOptions::default().norms(&halves.expect("it fits")))
+            .expect_err("no float32");
+        assert!(matches!(error, Error::Usage(_)), "{error}");
         assert_says(&error, &["float32"]);
     }
     for unfit in [Clip::value(1.0), Clip::agc(1.0)] {
-        let error = gpu().plan_scale(&unfit.expect("valid"), &f32(1), views).expect_err("no norm decides");
-        assert!(matches!(error, Error::Unfit(_)), "{error}");
+        let error =
+            gpu().plan_with(&[(unfit, views)], PlanOptions::default().norms(&f32(1))).expect_err("no norm decides");
+        assert!(matches!(error, Error::Usage(_)), "{error}");
     }
     let twice = [views[0].clone(), views[0].clone()];
-    assert!(matches!(gpu().plan_scale(&clip, &f32(1), &twice), Err(Error::Overlap { .. })));
+    assert!(matches!(
+        gpu().plan_with(&[(clip, &twice)], PlanOptions::default().norms(&f32(1))),
+        Err(Error::Tensor { .. })
+    ));
 }
 
 /// Sets of one running norm, which lie between each other in one buffer.
 struct Running {
-    running: GpuRunning,
+    running: GpuNormAccumulator,
     placed: Interleaved,
-    plans: Vec<GpuRunningPlan>,
+    plans: Vec<GpuAccumulatorPlan>,
 }
 
 impl Running {
     fn new(clip: &Clip, sets: &[Vec<Data>]) -> Self {
-        let running = gpu().running(clip).expect("fit");
+        let running = gpu().accumulator(clip).expect("fit");
         let placed = in_one_buffer(sets);
         let plans = placed.views(sets).iter().map(|views| running.plan(views).expect("valid")).collect();
         Self { running, placed, plans }
@@ -426,7 +446,7 @@ impl Running {
             Self::submit(|encoder| self.plans[*set].accumulate(encoder));
         }
         self.finish();
-        Done { report: self.running.report_blocking(), after: self.placed.read(sets).concat() }
+        Done { report: self.running.report().wait(), after: self.placed.read(sets).concat() }
     }
 }
 
@@ -437,7 +457,7 @@ fn pieces(seed: u64) -> Vec<Vec<Data>> {
 
 #[test]
 fn sets_add_up_to_one_clip() {
-    for norm_type in [NormType::L2, NormType::L1, NormType::Inf, NormType::p(3.0).expect("valid")] {
+    for norm_type in [NormType::L2, NormType::L1, NormType::Inf, NormType::p(3.0)] {
         for grad_scale in [1.0, 4.0] {
             let first = pieces(41);
             let asked = Asked { norm_type, grad_scale, ..Asked::new(Mode::Norm, 1.0) };
@@ -458,7 +478,7 @@ fn sets_add_up_to_one_clip() {
                 let placed = in_one_buffer(&sets);
                 let plan = gpu().plan(&asked.clip(), &placed.views(&sets).concat()).expect("valid");
                 step(gpu(), &plan);
-                let (one, many) = (plan.report_blocking().expect("finite"), done.report.expect("finite"));
+                let (one, many) = (plan.report().wait().expect("finite"), done.report.expect("finite"));
                 assert_norm(many.total_norm, one.total_norm, 1e-6, "one plan of all");
                 assert_eq!((many.elements, many.clipped), (one.elements, one.clipped));
             }
@@ -479,7 +499,7 @@ fn sets_in_one_encoder() {
             running.running.finish(encoder)?;
             running.plans.iter().try_for_each(|plan| plan.scale(encoder))
         });
-        let done = Done { report: running.running.report_blocking(), after: running.placed.read(&sets).concat() };
+        let done = Done { report: running.running.report().wait(), after: running.placed.read(&sets).concat() };
         asked.check_done(&done, Path::GpuBuffers, &sets.concat(), "in one encoder");
     }
 }
@@ -497,7 +517,7 @@ fn micro_batches_in_the_same_buffer() {
             Running::submit(|encoder| running.plans[0].accumulate(encoder));
         }
         running.finish();
-        let report = running.running.report_blocking().expect("finite");
+        let report = running.running.report().wait().expect("finite");
         let norm = asked.expected(&batches.concat().concat()).total_norm;
         assert_norm(report.total_norm, norm, 1e-6, "of all batches");
         assert_eq!(report.elements, numbers_of(&batches[2][0]).count() as u64);
@@ -536,9 +556,9 @@ fn a_bad_element_in_one_set_decides_in_all() {
 #[test]
 fn nothing_to_report_before_the_first_finish() {
     let sets = pieces(81);
-    let running = Running::new(&Clip::norm(1.0).expect("valid"), &sets);
+    let running = Running::new(&Clip::norm(1.0), &sets);
     let not_yet = |when: &str| {
-        let report = running.running.report_blocking();
+        let report = running.running.report().wait();
         assert!(matches!(report, Err(Error::NotSubmitted)), "{when}: {report:?}");
     };
     not_yet("planned");
@@ -548,33 +568,33 @@ fn nothing_to_report_before_the_first_finish() {
     running.running.finish(&mut pending).expect("the device works");
     not_yet("not submitted");
     gpu().queue().submit([pending.finish()]);
-    assert!(running.running.report_blocking().expect("it ran").clipped);
+    assert!(running.running.report().wait().expect("it ran").clipped);
     // A finish of nothing is a norm of 0.
     running.finish();
-    let report = running.running.report_blocking().expect("it ran");
+    let report = running.running.report().wait().expect("it ran");
     assert_eq!((report.total_norm, report.clip_coef, report.clipped), (0.0, 1.0, false));
 }
 
 #[test]
 fn sets_and_clips_that_do_not_fit_a_running_norm() {
     let norm = Clip::norm(1.0);
-    let by_tensor = Clip::norm(1.0).map(|clip| clip.scope(Scope::Tensor));
+    let by_tensor = Clip::norm(1.0).scope(Scope::Tensor);
     for clip in [Clip::rms(1.0), Clip::average_norm(1.0), Clip::value(1.0), Clip::agc(1.0), by_tensor] {
-        let error = gpu().running(&clip.expect("valid")).expect_err("unfit");
-        assert!(matches!(error, Error::Unfit(_)), "{error}");
+        let error = gpu().accumulator(&clip).expect_err("unfit");
+        assert!(matches!(error, Error::Usage(_)), "{error}");
     }
-    let running = gpu().running(&norm.expect("valid")).expect("fit");
+    let running = gpu().accumulator(&norm).expect("fit");
     let data = Data::of(&[3.0f32, 4.0]);
     let buffer = upload(gpu(), &data.bytes);
     let view = gpu_tensor(&buffer, &data, 0);
-    assert!(matches!(running.plan(&[view.clone(), view.clone()]), Err(Error::Overlap { .. })));
+    assert!(matches!(running.plan(&[view.clone(), view.clone()]), Err(Error::Tensor { .. })));
     // What could not be planned leaves no trace.
     let plan = running.plan(&[view]).expect("valid");
     Running::submit(|encoder| {
         plan.accumulate(encoder)?;
         running.finish(encoder)
     });
-    let report = running.report_blocking().expect("finite");
+    let report = running.report().wait().expect("finite");
     assert_eq!((report.total_norm, report.elements), (5.0, 2));
     assert_same_bits(&[Data { bytes: download(gpu(), &buffer), ..data.clone() }], &[data], "nothing was scaled");
 }

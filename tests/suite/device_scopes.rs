@@ -6,7 +6,7 @@ use crate::common::gpu::{Interleaved, clip_tensors, gpu, shared, small_limits, s
 use crate::common::numbers::Random;
 use crate::common::reference::{Asked, Mode, uneven};
 use crate::common::{Data, Done, Path, assert_same_bits, numbers_of, unwritten_sums};
-use gradclip::gpu::GpuClipper;
+use gradclip::gpu::{GpuClipper, PlanOptions};
 use gradclip::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope, UnitAxis};
 
 const SCOPES: [(Scope, Option<UnitAxis>); 6] = [
@@ -131,13 +131,13 @@ fn check_sums(gpu: &GpuClipper, asked: &Asked, examples: &[Data], gap: impl Fn(u
     let sets = [bare, unwritten_sums(examples)];
     let placed = Interleaved::new(gpu, &sets, gap);
     let views = placed.views(&sets);
-    let plan = gpu.plan_sum(&asked.clip(), &views[0], &views[1]).expect("valid");
+    let plan = gpu.plan_with(&[(asked.clip(), &views[0])], PlanOptions::default().sums(&views[1])).expect("valid");
     // A second step must not add to the first.
     step(gpu, &plan);
     step(gpu, &plan);
     let [after, sums] = <[_; 2]>::try_from(placed.read(&sets)).expect("as many as there were");
     assert_same_bits(&after, &sets[0], "examples");
-    let done = Done { report: plan.report_blocking(), after: sums };
+    let done = Done { report: plan.report().wait(), after: sums };
     asked.expected(examples).check_sums(&done, examples, asked.tolerance(Path::GpuBuffers), &format!("{asked:?}"));
 }
 
@@ -200,7 +200,7 @@ fn steps_of_one_plan_know_nothing_of_each_other() {
                     }
                     placed.write(&sets);
                     step(gpu(), &plan);
-                    let report = plan.report_blocking();
+                    let report = plan.report().wait();
                     let done = Done { report, after: placed.read(&sets).remove(0) };
                     asked.check_done(&done, Path::GpuBuffers, &sets[0], &format!("step {turn}"));
                 }
@@ -232,8 +232,8 @@ const BY_VALUE: usize = 3;
 
 fn clips(asked: &[Asked]) -> Vec<Clip> {
     let mut clips: Vec<_> = asked.iter().map(Asked::clip).collect();
-    let value = Clip::range(-0.5, 0.25).expect("valid").non_finite(asked[0].policy);
-    clips.insert(BY_VALUE, value.grad_scale(asked[0].grad_scale).expect("valid"));
+    let value = Clip::range(-0.5, 0.25).non_finite(asked[0].policy);
+    clips.insert(BY_VALUE, value.grad_scale(asked[0].grad_scale));
     clips
 }
 
@@ -242,11 +242,11 @@ fn clip_together(clips: &[Clip], sets: &[Vec<Data>], first: usize) -> (Result<Ve
     let placed = Interleaved::new(gpu(), sets, |i| if i == 0 { first } else { 0 });
     let views = placed.views(sets);
     let groups: Vec<_> = clips.iter().zip(&views).map(|(clip, views)| (*clip, &views[..])).collect();
-    let plan = gpu().plan_groups(&groups).expect("valid");
+    let plan = gpu().plan_with(&groups, PlanOptions::default()).expect("valid");
     step(gpu(), &plan);
-    let reports = plan.reports_blocking();
+    let reports = plan.reports().wait();
     if let Ok(reports) = &reports {
-        let first = plan.report_blocking().expect("as before");
+        let first = plan.report().wait().expect("as before");
         assert_eq!(format!("{first:?}"), format!("{:?}", reports[0]), "some norms are NaN, so by text");
     }
     (reports, placed.read(sets))
@@ -304,7 +304,7 @@ fn a_bad_element_in_one_group_keeps_every_bit_of_all() {
                 Ok(mut reports) => {
                     assert!(reports.iter().all(|report| !report.clipped && report.clip_coef == 1.0));
                     let found = reports.remove(bad).non_finite.expect("it was met");
-                    assert!(policy == NonFinite::Skip && reports.iter().all(|report| !report.found_inf()));
+                    assert!(policy == NonFinite::Skip && reports.iter().all(|report| !report.has_non_finite()));
                     found
                 }
             };

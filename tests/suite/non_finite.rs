@@ -37,9 +37,9 @@ fn without_bad(set: &[Data]) -> Vec<Data> {
 #[track_caller]
 fn check(path: Path, set: &[Data], policy: NonFinite, by_norm: bool, what: &str) {
     let (clip, what) = if by_norm {
-        (Clip::norm(MAX_NORM).expect("valid"), format!("{what}: {path:?} norm {policy:?}"))
+        (Clip::norm(MAX_NORM), format!("{what}: {path:?} norm {policy:?}"))
     } else {
-        (Clip::value(BOUND).expect("valid"), format!("{what}: {path:?} value {policy:?}"))
+        (Clip::value(BOUND), format!("{what}: {path:?} value {policy:?}"))
     };
     let done = path.clip(&clip.non_finite(policy), set);
     let (count, tensor, index) = bad_elements(set).expect("a set with non-finite elements");
@@ -229,7 +229,7 @@ fn the_first_bad_element_is_the_first_in_the_list() {
         // The last of the list comes first in memory.
         let mut layout = Layout::with_gaps(&set, |_| 1);
         layout.starts.reverse();
-        let clip = Clip::norm(1.0).expect("valid");
+        let clip = Clip::norm(1.0);
         let done = clip_laid_out(gpu(), &clip, &set, &layout);
         let Err(Error::NonFinite(found)) = done.report else { panic!("{:?}", done.report) };
         assert_eq!((found.count, found.tensor, found.index), (3, 1, 9000));
@@ -243,7 +243,7 @@ fn the_first_bad_element_is_the_first_in_the_list() {
 fn unnamed_tensors_are_told_by_their_place() {
     for path in Path::ALL {
         let set = [Data::of(&[1.0f32]), Data::of(&[1.0f32, f32::NAN])];
-        let error = path.clip(&Clip::norm(1.0).expect("valid"), &set).report.expect_err("a NaN");
+        let error = path.clip(&Clip::norm(1.0), &set).report.expect_err("a NaN");
         assert!(error.to_string().contains("index 1 of tensor 1"), "{error}");
         assert!(error.to_string().contains("nothing was written"), "{error}");
     }
@@ -258,13 +258,13 @@ fn dropping_goes_with_a_loss_scale() {
             set[0].set(7, f64::INFINITY);
             set[2].set(514, f64::NAN);
             let rest = without_bad(&set);
-            let clip = Clip::norm(1e9).expect("valid").non_finite(NonFinite::Drop).grad_scale(8.0).expect("valid");
+            let clip = Clip::norm(1e9).non_finite(NonFinite::Drop).grad_scale(8.0);
             let (report, after) = path.clip(&clip, &set).ok();
             assert!(!report.clipped && report.clip_coef == 1.0);
             assert_same_bits(&after, &changed(&rest, |x| x / 8.0), &format!("{path:?} {dtype}"));
             for norm_type in [NormType::L1, NormType::L2, NormType::Inf] {
-                let clip = Clip::norm(0.1).expect("valid").norm_type(norm_type).non_finite(NonFinite::Drop);
-                let (report, after) = path.clip(&clip.grad_scale(8.0).expect("valid"), &set).ok();
+                let clip = Clip::norm(0.1).norm_type(norm_type).non_finite(NonFinite::Drop);
+                let (report, after) = path.clip(&clip.grad_scale(8.0), &set).ok();
                 let norm = exact_norm(norm_type, numbers_of(&rest)) / 8.0;
                 assert!(report.clipped);
                 assert_norm(report.total_norm, norm, path.norm_tolerance(), "the rest");
@@ -284,7 +284,7 @@ fn every_norm_type_finds_them() {
                     let mut set = set([*dtype; 3], 1.0);
                     set[0].set_bits(1000, bits);
                     set[2].set_bits(0, bits);
-                    let clip = Clip::norm(1.0).expect("valid").norm_type(norm_type);
+                    let clip = Clip::norm(1.0).norm_type(norm_type);
                     let done = path.clip(&clip, &set);
                     let Err(Error::NonFinite(found)) = done.report else {
                         panic!("{path:?} {dtype} {bits:#x}: missed")
@@ -310,7 +310,7 @@ fn what_is_dropped_is_0_outside_the_bounds_too() {
                 let numbers = [f64::INFINITY, f64::NAN, most, 0.25].into_iter().cycle().take(n);
                 let set = [Data::rounded(*dtype, numbers)];
                 for (grad_scale, last) in [(1.0, 0.5), (0.125, 2.0)] {
-                    let clip = Clip::range(0.5, 8.0).expect("valid").grad_scale(grad_scale).expect("valid");
+                    let clip = Clip::range(0.5, 8.0).grad_scale(grad_scale);
                     let (report, after) = path.clip(&clip.non_finite(NonFinite::Drop), &set).ok();
                     for (i, x) in after[0].numbers().enumerate() {
                         assert_eq!(x, [0.0, 0.0, 8.0, last][i % 4], "{path:?} {dtype}, element {i} of {n}");
@@ -330,7 +330,7 @@ fn infinities_go_to_the_bounds() {
     for path in Path::ALL {
         for dtype in path.dtypes() {
             let set = [Data::rounded(*dtype, [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 0.25])];
-            let (report, after) = path.clip(&Clip::range(-2.0, 0.5).expect("valid"), &set).ok();
+            let (report, after) = path.clip(&Clip::range(-2.0, 0.5), &set).ok();
             assert_eq!([after[0].get(0), after[0].get(1), after[0].get(3)], [0.5, -2.0, 0.25]);
             assert!(after[0].get(2).is_nan() && report.clipped);
             assert_eq!(report.non_finite.expect("three").count, 3);

@@ -4,7 +4,7 @@
 use crate::common::gpu::{block_on, clipper, device, download, gpu, gpu_tensor, shared, step, upload};
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled};
-use gradclip::gpu::{Clock, GpuClipper, GpuTensor, Pass, Profile};
+use gradclip::gpu::{Clock, GpuClipper, GpuTensor, Pass, PlanOptions, Profile};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType, Scope, wgpu};
 
 const N: usize = 300_001;
@@ -41,18 +41,18 @@ fn clocks() -> [(GpuClipper, Clock); 2] {
 fn a_profiled_step_is_a_step() {
     let set = normals(N);
     let norm = exact_norm(NormType::L2, set.numbers());
-    let clip = Clip::norm(2.0).expect("valid").eps(0.0).expect("valid");
+    let clip = Clip::norm(2.0).eps(0.0);
     for (gpu, clock) in clocks() {
         let normal = {
             let buffer = upload(&gpu, &set.bytes);
             let plan = gpu.plan(&clip, &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
             step(&gpu, &plan);
-            (plan.report_blocking().expect("finite"), download(&gpu, &buffer))
+            (plan.report().wait().expect("finite"), download(&gpu, &buffer))
         };
         for whole in [false, true] {
             let buffer = upload(&gpu, &set.bytes);
             let plan = gpu.plan(&clip, &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
-            let profile = if whole { plan.time_blocking() } else { plan.profile_blocking() }.expect("finite");
+            let profile = if whole { plan.time().wait() } else { plan.profile().wait() }.expect("finite");
             let names: &[&str] = if whole { &["step"] } else { &["measure", "merge", "decide", "apply"] };
             assert_ordered(&profile, names, clock);
             assert_eq!(profile.reports, std::slice::from_ref(&normal.0));
@@ -65,8 +65,8 @@ fn a_profiled_step_is_a_step() {
             );
             assert_scaled(std::slice::from_ref(&set), &[after], 2.0 / norm, 1e-6, "profiled");
             // A report on a step that ran, and a next step that finds what this one left.
-            assert_eq!(plan.report_blocking().expect("finite"), normal.0);
-            let again = plan.profile_blocking().expect("finite");
+            assert_eq!(plan.report().wait().expect("finite"), normal.0);
+            let again = plan.profile().wait().expect("finite");
             assert_norm(again.reports[0].total_norm, 2.0, 1e-5, "profiled again");
         }
     }
@@ -78,29 +78,29 @@ fn bytes_are_those_that_must_move() {
     let bytes = set.bytes.len() as u64;
     let of = |clip: &Clip| {
         let buffer = upload(gpu(), &set.bytes);
-        gpu().plan(clip, &[gpu_tensor(&buffer, &set, 0)]).expect("valid").profile_blocking().expect("finite")
+        gpu().plan(clip, &[gpu_tensor(&buffer, &set, 0)]).expect("valid").profile().wait().expect("finite")
     };
-    let clipped = of(&Clip::norm(1.0).expect("valid"));
+    let clipped = of(&Clip::norm(1.0));
     assert_eq!((pass(&clipped, "measure").bytes, pass(&clipped, "apply").bytes), (bytes, 2 * bytes));
     assert_eq!((pass(&clipped, "merge").bytes, pass(&clipped, "decide").bytes), (0, 0));
     assert_eq!((pass(&clipped, "measure").kernels[0], pass(&clipped, "apply").kernels[0]), ("norm", "scale"));
     assert!(pass(&clipped, "apply").bytes_per_second() > 0.0);
 
-    let unclipped = of(&Clip::norm(1e6).expect("valid"));
+    let unclipped = of(&Clip::norm(1e6));
     assert_eq!((pass(&unclipped, "measure").bytes, pass(&unclipped, "apply").bytes), (bytes, 0));
     assert_eq!(pass(&unclipped, "apply").bytes_per_second(), 0.0);
-    let unscaled = of(&Clip::norm(1e6).expect("valid").grad_scale(2.0).expect("valid"));
+    let unscaled = of(&Clip::norm(1e6).grad_scale(2.0));
     assert_eq!(pass(&unscaled, "apply").bytes, 2 * bytes);
 
-    let (inside, outside) = (Clip::value(1e6).expect("valid"), Clip::value(0.5).expect("valid"));
+    let (inside, outside) = (Clip::value(1e6), Clip::value(0.5));
     assert_eq!((pass(&of(&inside), "measure").bytes, pass(&of(&outside), "measure").bytes), (bytes, 2 * bytes));
     // A first look decides for all elements here.
     let looked = of(&outside.non_finite(NonFinite::Zero));
     assert_eq!((pass(&looked, "measure").bytes, pass(&looked, "apply").bytes), (bytes, 2 * bytes));
 
     let buffer = upload(gpu(), &set.bytes);
-    let plan = gpu().plan(&Clip::norm(1.0).expect("valid"), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
-    assert_eq!(pass(&plan.time_blocking().expect("finite"), "step").bytes, 3 * bytes);
+    let plan = gpu().plan(&Clip::norm(1.0), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
+    assert_eq!(pass(&plan.time().wait().expect("finite"), "step").bytes, 3 * bytes);
 }
 
 #[test]
@@ -109,41 +109,40 @@ fn bytes_of_scopes_dtypes_and_jobs() {
     let rows =
         Data::of(&(0..4000).map(|i| if i < 1000 { 1e-6f32 } else { 1.0 }).collect::<Vec<_>>()).shaped(&[4, 1000]);
     let buffer = upload(gpu(), &rows.bytes);
-    let clip = Clip::norm(1.0).expect("valid").scope(Scope::Unit);
+    let clip = Clip::norm(1.0).scope(Scope::Unit);
     let plan = gpu().plan(&clip, &[gpu_tensor(&buffer, &rows, 0)]).expect("valid");
-    let profile = plan.profile_blocking().expect("finite");
+    let profile = plan.profile().wait().expect("finite");
     assert_eq!((pass(&profile, "measure").bytes, pass(&profile, "apply").bytes), (16_000, 2 * 12_000));
 
     let half = Data::rounded(Dtype::BF16, (0..1001).map(f64::from));
     let halves = upload(gpu(), &half.bytes);
     let mixed = [gpu_tensor(&buffer, &rows, 0), gpu_tensor(&halves, &half, 0)];
-    let profile = gpu().plan(&Clip::norm(1.0).expect("valid"), &mixed).expect("valid").profile_blocking();
+    let profile = gpu().plan(&Clip::norm(1.0), &mixed).expect("valid").profile().wait();
     let profile = profile.expect("finite");
     assert_eq!((pass(&profile, "measure").bytes, pass(&profile, "apply").bytes), (18_002, 2 * 18_002));
 
-    let measured = gpu().plan_measure(&Clip::norm(1.0).expect("valid"), &mixed).expect("valid");
-    let profile = measured.profile_blocking().expect("finite");
+    let measured = gpu().plan_with(&[(Clip::norm(1.0), &mixed)], PlanOptions::default().measure_only()).expect("valid");
+    let profile = measured.profile().wait().expect("finite");
     assert!(profile.passes.iter().all(|pass| pass.name != "apply"), "{profile:?}");
     assert_eq!(pass(&profile, "measure").bytes, 18_002);
 
     let norms = upload(gpu(), &4f32.to_le_bytes());
     let norms = GpuTensor::f32(&norms, ..).expect("it fits");
-    let scaled = gpu().plan_scale(&Clip::norm(1.0).expect("valid"), &norms, &mixed).expect("valid");
-    let profile = scaled.profile_blocking().expect("finite");
+    let scaled = gpu().plan_with(&[(Clip::norm(1.0), &mixed)], PlanOptions::default().norms(&norms)).expect("valid");
+    let profile = scaled.profile().wait().expect("finite");
     assert_eq!((pass(&profile, "measure").bytes, pass(&profile, "apply").bytes), (0, 2 * 18_002));
 
     let sum = upload(gpu(), &[0; 4000]);
     let sum = GpuTensor::f32(&sum, ..).expect("it fits");
-    let examples = Clip::norm(1.0).expect("valid").scope(Scope::Example);
-    let summed = gpu().plan_sum(&examples, &mixed[..1], &[sum]).expect("valid");
-    assert_eq!(pass(&summed.profile_blocking().expect("finite"), "apply").bytes, 16_000 + 4000);
+    let examples = Clip::norm(1.0).scope(Scope::Example);
+    let summed = gpu().plan_with(&[(examples, &mixed[..1])], PlanOptions::default().sums(&[sum])).expect("valid");
+    assert_eq!(pass(&summed.profile().wait().expect("finite"), "apply").bytes, 16_000 + 4000);
 }
 
 #[test]
 fn nothing_to_clip_can_be_profiled() {
     for (gpu, clock) in clocks() {
-        let profile =
-            gpu.plan(&Clip::norm(1.0).expect("valid"), &[]).expect("valid").profile_blocking().expect("empty");
+        let profile = gpu.plan(&Clip::norm(1.0), &[]).expect("valid").profile().wait().expect("empty");
         assert_eq!((profile.clock, profile.reports[0].total_norm), (clock, 0.0));
         assert!(profile.passes.iter().all(|pass| pass.bytes == 0), "{profile:?}");
     }
@@ -154,20 +153,20 @@ fn errors_come_back_as_from_a_step() {
     let bad = Data::of(&[1.0f32, f32::NAN, 2.0]);
     for (gpu, _) in clocks() {
         let buffer = upload(&gpu, &bad.bytes);
-        let plan = gpu.plan(&Clip::norm(1.0).expect("valid"), &[gpu_tensor(&buffer, &bad, 0)]).expect("valid");
-        assert!(matches!(plan.profile_blocking(), Err(Error::NonFinite(found)) if found.index == 1));
+        let plan = gpu.plan(&Clip::norm(1.0), &[gpu_tensor(&buffer, &bad, 0)]).expect("valid");
+        assert!(matches!(plan.profile().wait(), Err(Error::NonFinite(found)) if found.index == 1));
         assert_eq!(download(&gpu, &buffer), bad.bytes);
 
         buffer.destroy();
-        let error = plan.profile_blocking().expect_err("the buffer is gone");
+        let error = plan.profile().wait().expect_err("the buffer is gone");
         assert!(matches!(error, Error::Device(_)), "{error:?}");
     }
     let (lost, queue) = device(wgpu::Limits::default());
     let gpu = GpuClipper::new(&lost, &queue).expect("default limits suffice");
     let buffer = upload(&gpu, &bad.bytes);
-    let plan = gpu.plan(&Clip::norm(1.0).expect("valid"), &[gpu_tensor(&buffer, &bad, 0)]).expect("valid");
+    let plan = gpu.plan(&Clip::norm(1.0), &[gpu_tensor(&buffer, &bad, 0)]).expect("valid");
     lost.destroy();
-    assert!(plan.profile_blocking().is_err() && plan.time_blocking().is_err() && gpu.speeds_blocking(1 << 20).is_err());
+    assert!(plan.profile().wait().is_err() && plan.time().wait().is_err() && gpu.speeds(1 << 20).wait().is_err());
 }
 
 #[test]
@@ -178,7 +177,7 @@ fn a_profile_can_be_awaited() {
     let set = normals(1000);
     for (gpu, clock) in clocks() {
         let buffer = upload(&gpu, &set.bytes);
-        let plan = gpu.plan(&Clip::norm(1.0).expect("valid"), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
+        let plan = gpu.plan(&Clip::norm(1.0), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
         assert_eq!(block_on(sendable(plan.profile())).expect("finite").clock, clock);
         assert!(block_on(sendable(plan.time())).expect("finite").seconds > 0.0);
         assert_eq!(block_on(sendable(gpu.speeds(1 << 16))).expect("the device works").clock, clock);
@@ -190,7 +189,7 @@ fn speeds_are_of_what_was_moved_and_bounded_by_what_can_be_bound() {
     for (gpu, clock) in clocks() {
         // Odd sizes end within a share; small ones leave most workgroups without one.
         for (asked, moved) in [(0, 16), (17, 16), (1 << 20, 1 << 20), ((1 << 22) + 48, (1 << 22) + 48)] {
-            let speeds = gpu.speeds_blocking(asked).expect("the device works");
+            let speeds = gpu.speeds(asked).wait().expect("the device works");
             assert_eq!((speeds.bytes, speeds.clock), (moved, clock));
             for speed in [speeds.copy, speeds.read] {
                 assert!(speed.median > 0.0 && speed.best >= speed.median && speed.runs > 2, "{speeds:?}");
@@ -198,5 +197,5 @@ fn speeds_are_of_what_was_moved_and_bounded_by_what_can_be_bound() {
         }
     }
     let small = wgpu::Limits { max_storage_buffer_binding_size: 1 << 20, ..wgpu::Limits::downlevel_defaults() };
-    assert_eq!(clipper(small).speeds_blocking(u64::MAX).expect("the device works").bytes, 1 << 20);
+    assert_eq!(clipper(small).speeds(u64::MAX).wait().expect("the device works").bytes, 1 << 20);
 }

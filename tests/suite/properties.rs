@@ -150,7 +150,7 @@ fn cases_drawn() -> impl Strategy<Value = Drawn> {
         2 => Just(Mode::Agc),
         2 => Just(Mode::Value),
     ];
-    let p = |p: f64| NormType::p(p).expect("above 0");
+    let p = |p: f64| NormType::p(p);
     let norm_types = prop_oneof![
         6 => Just(NormType::L2),
         2 => Just(NormType::L1),

@@ -17,8 +17,8 @@ fn set(path: Path) -> Vec<Data> {
 }
 
 fn clips() -> Vec<Clip> {
-    let norm = |norm_type| Clip::norm(0.3).expect("valid").norm_type(norm_type);
-    let value = Clip::value(0.4).expect("valid").grad_scale(1.7).expect("valid");
+    let norm = |norm_type| Clip::norm(0.3).norm_type(norm_type);
+    let value = Clip::value(0.4).grad_scale(1.7);
     vec![norm(NormType::L2), norm(NormType::L1), norm(NormType::Inf), value, value.non_finite(NonFinite::Error)]
 }
 
@@ -73,14 +73,14 @@ mod plans {
     use crate::common::gpu::{Layout, download, encoder, gpu, step, upload, write};
     use crate::common::numbers::exact_norm;
     use crate::common::numbers_of;
-    use gradclip::gpu::{GpuPlan, GpuTensor};
+    use gradclip::gpu::{GpuPlan, GpuTensor, PlanOptions};
     use gradclip::{Error, Scope};
 
     /// A plan that halves a tensor at each step, without ever clipping it.
     fn halving() -> (Data, wgpu::Buffer, GpuPlan) {
         let set = Data::of(&Random(1).normals(10_001, 1.0).iter().map(|x| *x as f32).collect::<Vec<_>>());
         let buffer = upload(gpu(), &set.bytes);
-        let clip = Clip::norm(f64::MAX).expect("valid").grad_scale(2.0).expect("valid");
+        let clip = Clip::norm(f64::MAX).grad_scale(2.0);
         let plan = gpu().plan(&clip, &[crate::common::gpu::gpu_tensor(&buffer, &set, 0)]).expect("valid");
         (set, buffer, plan)
     }
@@ -105,7 +105,7 @@ mod plans {
         }
         gpu().queue().submit([encoder.finish()]);
         assert_halved(&buffer, &set, 50);
-        let report = plan.report_blocking().expect("it ran");
+        let report = plan.report().wait().expect("it ran");
         let norm = exact_norm(NormType::L2, set.numbers()) * 2f64.powi(-50);
         assert_norm(report.total_norm, norm, 1e-6, "the last step's");
         assert!(!report.clipped);
@@ -118,7 +118,7 @@ mod plans {
         for i in 1..=50 {
             step(gpu(), &plan);
             if i % 7 == 0 {
-                let report = plan.report_blocking().expect("it ran");
+                let report = plan.report().wait().expect("it ran");
                 assert_norm(report.total_norm, norm * 2f64.powi(-i), 1e-6, "each step's");
             }
         }
@@ -131,7 +131,7 @@ mod plans {
         let mut set = set(Path::GpuBuffers);
         let layout = Layout::with_gaps(&set, |i| i % 2);
         let buffer = upload(gpu(), &layout.bytes(&set));
-        let clip = Clip::norm(30.0).expect("valid");
+        let clip = Clip::norm(30.0);
         let plan = gpu().plan(&clip, &layout.tensors(&buffer, &set)).expect("valid");
         let mut random = Random(6);
         for round in 0..12 {
@@ -148,7 +148,7 @@ mod plans {
             step(gpu(), &plan);
             let after = layout.taken_from(&download(gpu(), &buffer), &set);
             let norm = exact_norm(NormType::L2, numbers_of(&set));
-            match plan.report_blocking() {
+            match plan.report().wait() {
                 Err(Error::NonFinite(found)) => {
                     assert_eq!((round % 4, found.count, found.tensor, found.index), (2, 1, 2, 77));
                     assert_same_bits(&after, &set, "refused");
@@ -171,8 +171,8 @@ mod plans {
     fn a_report_can_be_asked_for_twice() {
         let (_, _, plan) = halving();
         step(gpu(), &plan);
-        let first = plan.report_blocking().expect("it ran");
-        assert_eq!(plan.report_blocking().expect("it is still there"), first);
+        let first = plan.report().wait().expect("it ran");
+        assert_eq!(plan.report().wait().expect("it is still there"), first);
     }
 
     /// Whatever groups there are: one without segments is no step of its own.
@@ -180,36 +180,38 @@ mod plans {
     fn a_step_counts_once() {
         let buffer = upload(gpu(), &[0; 16]);
         let tensors = [GpuTensor::f32(&buffer, ..).expect("fits")];
-        let by_tensor = Clip::norm(1.0).expect("valid").scope(Scope::Tensor);
-        let plan = gpu().plan_groups(&[(by_tensor, &[]), (by_tensor, &tensors), (by_tensor, &[])]).expect("valid");
+        let by_tensor = Clip::norm(1.0).scope(Scope::Tensor);
+        let plan = gpu()
+            .plan_with(&[(by_tensor, &[]), (by_tensor, &tensors), (by_tensor, &[])], PlanOptions::default())
+            .expect("valid");
         for _ in 0..2 {
             step(gpu(), &plan);
-            plan.report_blocking().expect("it ran");
+            plan.report().wait().expect("it ran");
             let mut pending = encoder(gpu());
             plan.encode(&mut pending).expect("the device works");
-            assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted)));
+            assert!(matches!(plan.report().wait(), Err(Error::NotSubmitted)));
         }
     }
 
     #[test]
     fn no_report_before_a_step_has_run() {
         let (set, buffer, plan) = halving();
-        assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted)), "never encoded");
+        assert!(matches!(plan.report().wait(), Err(Error::NotSubmitted)), "never encoded");
         let mut pending = encoder(gpu());
         plan.encode(&mut pending).expect("the device works");
-        let error = plan.report_blocking().expect_err("not submitted");
+        let error = plan.report().wait().expect_err("not submitted");
         assert!(matches!(error, Error::NotSubmitted));
         assert!(error.to_string().contains("submit"), "{error}");
         gpu().queue().submit([pending.finish()]);
-        plan.report_blocking().expect("it ran");
+        plan.report().wait().expect("it ran");
         // After a report: another step is encoded, and not submitted.
         let mut pending = encoder(gpu());
         plan.encode(&mut pending).expect("the device works");
-        assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted)));
-        assert!(matches!(plan.report_blocking(), Err(Error::NotSubmitted)), "asking does not change it");
+        assert!(matches!(plan.report().wait(), Err(Error::NotSubmitted)));
+        assert!(matches!(plan.report().wait(), Err(Error::NotSubmitted)), "asking does not change it");
         assert_halved(&buffer, &set, 1);
         gpu().queue().submit([pending.finish()]);
-        plan.report_blocking().expect("it ran");
+        plan.report().wait().expect("it ran");
         assert_halved(&buffer, &set, 2);
     }
 }

@@ -31,7 +31,7 @@ pub enum Failure {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         match error {
-            Error::BadParameter { .. } => Self::Threshold,
+            Error::Setting { .. } => Self::Threshold,
             Error::NonFinite { .. } => Self::NonFinite,
             _ => Self::Other,
         }
@@ -104,10 +104,10 @@ pub unsafe extern "C" fn peers_clip(
         let report = match mode {
             MEASURE => {
                 let tensors: Vec<Tensor<'_>> = tensors.iter().map(TensorMut::as_tensor).collect();
-                Clipper::cpu().measure(&Clip::norm(f64::INFINITY)?, &tensors)?
+                Clipper::cpu().measure(&Clip::norm(f64::INFINITY), &tensors)?
             }
-            CLIP_NORM => Clipper::cpu().apply(&Clip::norm(threshold)?, &mut tensors)?,
-            CLIP_VALUE => Clipper::cpu().apply(&Clip::value(threshold)?, &mut tensors)?,
+            CLIP_NORM => Clipper::cpu().apply(&Clip::norm(threshold), &mut tensors)?,
+            CLIP_VALUE => Clipper::cpu().apply(&Clip::value(threshold), &mut tensors)?,
             _ => return Err(Failure::Unknown),
         };
         let told = Answer { total_norm: report.total_norm, clipped: report.clipped.into() };

@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
-use gradclip::{AdaGc, AutoClip, Clip, ClipReport, Threshold, ZClip};
+use gradclip::{AdaGc, AutoClip, Clip, ClipReport, Threshold, Waiting, ZClip};
 
 use crate::gradients::{Taken, first_parameter};
 use crate::{Error, host};
@@ -68,7 +68,7 @@ impl From<AutoClip> for AdaptiveThreshold {
 /// # let device = Device::flex().autodiff();
 /// # let mut model: Linear = LinearConfig::new(8, 4).init(&device);
 /// # let mut optimizer = AdamConfig::new().init();
-/// let mut clipper = GradClipper::new(Clip::norm(1.0)?);
+/// let mut clipper = GradClipper::new(Clip::norm(1.0));
 /// for step in 0..3 {
 ///     # let input = Tensor::<2>::random([2, 8], Distribution::Default, &device);
 ///     let loss = model.forward(input).square().sum();
@@ -77,7 +77,7 @@ impl From<AutoClip> for AdaptiveThreshold {
 ///     model = optimizer.step(1e-3, model, grads);
 ///     if step % 2 == 0 {
 ///         // This is what waits for a GPU, so not at each step.
-///         println!("norm {}", clipper.report_blocking()?.total_norm);
+///         println!("norm {}", clipper.report().wait()?.total_norm);
 ///     }
 /// }
 /// # Ok(())
@@ -165,7 +165,7 @@ impl GradClipper {
             }
             #[cfg(not(target_arch = "wasm32"))]
             if self.report.is_none() && self.planned.is_some() {
-                self.threshold = self.threshold_blocking()?;
+                self.threshold = self.threshold().wait()?;
             }
         }
         #[cfg(not(feature = "wgpu"))]
@@ -183,25 +183,14 @@ impl GradClipper {
     /// # Errors
     /// [`Error::NotClipped`] before the first clip; [`Error::Clip`] with `NonFinite` under the policy `Error`, and the
     /// device's own errors.
-    pub async fn report(&self) -> Result<ClipReport, Error> {
-        #[cfg(feature = "wgpu")]
-        if let (None, Some(planned)) = (&self.report, &self.planned) {
-            return Ok(planned.plan.report().await?);
-        }
-        self.report.clone().ok_or(Error::NotClipped)
-    }
-
-    /// [`GradClipper::report`], waiting for the answer.
-    ///
-    /// # Errors
-    /// The same.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn report_blocking(&self) -> Result<ClipReport, Error> {
-        #[cfg(feature = "wgpu")]
-        if let (None, Some(planned)) = (&self.report, &self.planned) {
-            return Ok(planned.plan.report_blocking()?);
-        }
-        self.report.clone().ok_or(Error::NotClipped)
+    pub fn report(&self) -> Waiting<'_, Result<ClipReport, Error>> {
+        Waiting::new(async {
+            #[cfg(feature = "wgpu")]
+            if let (None, Some(planned)) = (&self.report, &self.planned) {
+                return Ok(planned.plan.report().await?);
+            }
+            self.report.clone().ok_or(Error::NotClipped)
+        })
     }
 
     /// The adaptive threshold with the state that the last clip left: what a checkpoint keeps, and
@@ -209,15 +198,16 @@ impl GradClipper {
     ///
     /// # Errors
     /// The device's own.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub fn threshold_blocking(&self) -> Result<Option<AdaptiveThreshold>, Error> {
-        #[cfg(feature = "wgpu")]
-        if let (None, Some(planned)) = (&self.report, &self.planned)
-            && let Some(threshold) = planned.threshold_blocking()?
-        {
-            return Ok(Some(threshold));
-        }
-        Ok(self.threshold.clone())
+    pub fn threshold(&self) -> Waiting<'_, Result<Option<AdaptiveThreshold>, Error>> {
+        Waiting::new(async {
+            #[cfg(feature = "wgpu")]
+            if let (None, Some(planned)) = (&self.report, &self.planned)
+                && let Some(threshold) = planned.threshold().await?
+            {
+                return Ok(Some(threshold));
+            }
+            Ok(self.threshold.clone())
+        })
     }
 }
 
@@ -234,7 +224,7 @@ const MOST_KEPT: usize = 8;
 /// # Errors
 /// Those of [`GradClipper::clip`], and [`Error::Clip`] if `max_norm` is negative or NaN.
 pub fn clip_grad_norm<M: Module>(grads: &mut GradientsParams, module: &M, max_norm: f64) -> Result<(), Error> {
-    clip_kept(Clip::norm(max_norm)?, grads, module)
+    clip_kept(Clip::norm(max_norm), grads, module)
 }
 
 /// Clips each element to `-clip_value..=clip_value`, as [`GradClipper::clip`] does with `Clip::value(clip_value)`.
@@ -242,7 +232,7 @@ pub fn clip_grad_norm<M: Module>(grads: &mut GradientsParams, module: &M, max_no
 /// # Errors
 /// Those of [`GradClipper::clip`], and [`Error::Clip`] if `clip_value` is negative or NaN.
 pub fn clip_grad_value<M: Module>(grads: &mut GradientsParams, module: &M, clip_value: f64) -> Result<(), Error> {
-    clip_kept(Clip::value(clip_value)?, grads, module)
+    clip_kept(Clip::value(clip_value), grads, module)
 }
 
 fn clip_kept<M: Module>(clip: Clip, grads: &mut GradientsParams, module: &M) -> Result<(), Error> {

@@ -18,7 +18,9 @@ use burn::tensor::Device;
 use burn::tensor::wgpu::{WgpuOptions, WgpuSetup};
 use burn_fusion::{FusionBackend, FusionRuntime, FusionTensor, NoOp, stream::StreamId};
 use burn_ir::{InitOperationIr, OperationIr};
-use gradclip::gpu::{DeviceThreshold, GpuClipper, GpuPlan, GpuTensor};
+#[cfg(not(target_arch = "wasm32"))]
+use gradclip::Waiting;
+use gradclip::gpu::{DeviceThreshold, GpuClipper, GpuPlan, GpuTensor, PlanOptions};
 use gradclip::{Clip, Dtype, UnitAxis, wgpu};
 
 use crate::Error;
@@ -199,9 +201,8 @@ struct Place {
 
 impl Planned {
     /// The adaptive threshold, if its state is on the device.
-    #[cfg(not(target_arch = "wasm32"))]
-    pub(crate) fn threshold_blocking(&self) -> Result<Option<AdaptiveThreshold>, Error> {
-        Ok(match self.plan.threshold_blocking()? {
+    pub(crate) async fn threshold(&self) -> Result<Option<AdaptiveThreshold>, Error> {
+        Ok(match self.plan.threshold().await? {
             Some(DeviceThreshold::ZClip(zclip)) => Some(AdaptiveThreshold::ZClip(zclip)),
             Some(DeviceThreshold::AdaGc(adagc)) => Some(AdaptiveThreshold::AdaGc(adagc)),
             _ => None,
@@ -217,13 +218,15 @@ impl Planned {
     ) -> Result<Self, Error> {
         let plan = match threshold {
             None => gpu.plan(clip, tensors)?,
-            Some(AdaptiveThreshold::ZClip(zclip)) => {
-                gpu.plan_adaptive(clip, DeviceThreshold::ZClip(zclip.clone()), tensors)?
-            }
-            Some(AdaptiveThreshold::AdaGc(adagc)) => {
-                gpu.plan_adaptive(clip, DeviceThreshold::AdaGc(adagc.clone()), tensors)?
-            }
-            Some(AdaptiveThreshold::AutoClip(_)) => gpu.plan_apart(clip, tensors)?,
+            Some(AdaptiveThreshold::ZClip(zclip)) => gpu.plan_with(
+                &[(*clip, tensors)],
+                PlanOptions::default().threshold(DeviceThreshold::ZClip(zclip.clone())),
+            )?,
+            Some(AdaptiveThreshold::AdaGc(adagc)) => gpu.plan_with(
+                &[(*clip, tensors)],
+                PlanOptions::default().threshold(DeviceThreshold::AdaGc(adagc.clone())),
+            )?,
+            Some(AdaptiveThreshold::AutoClip(_)) => gpu.plan(clip, tensors)?,
         };
         Ok(Self { plan, gpu: gpu.clone(), placed })
     }
@@ -332,7 +335,7 @@ fn submit(
             _ => {
                 #[cfg(not(target_arch = "wasm32"))]
                 if let Some(planned) = planned.as_ref()
-                    && let Some(followed) = planned.threshold_blocking()?
+                    && let Some(followed) = Waiting::new(planned.threshold()).wait()?
                 {
                     *threshold = Some(followed);
                 }
@@ -351,13 +354,13 @@ fn submit(
         #[cfg(not(target_arch = "wasm32"))]
         Some(AdaptiveThreshold::AutoClip(autoclip)) => {
             record(&|encoder| plan.encode_measure(encoder))?;
-            plan.adapt_blocking(autoclip)?;
+            plan.follow(autoclip).wait()?;
             record(&|encoder| plan.encode_scale(encoder))
         }
         #[cfg(target_arch = "wasm32")]
         Some(AdaptiveThreshold::AutoClip(_)) => {
             const WHY: &str = "AutoClip waits for the norm of each step, which nothing may in a browser; use ZClip";
-            Err(gradclip::Error::Unfit(WHY).into())
+            Err(gradclip::Error::Usage(WHY.into()).into())
         }
         _ => record(&|encoder| plan.encode(encoder)),
     }

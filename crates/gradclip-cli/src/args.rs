@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use gradclip::{Budget, NonFinite, NormType, Scope, UnitAxis};
+use gradclip::{Budget, Clip, NonFinite, NormType, Scope, UnitAxis};
 
 use crate::failure::Failure;
-use crate::spec::{AXES, BUDGETS, Mode, Names, POLICIES, SCOPES, Spec};
+use crate::names::{AXES, BUDGETS, Names, POLICIES, SCOPES, by_example, clamps};
 use crate::subject;
 
 #[derive(Debug, Parser)]
@@ -313,79 +313,76 @@ impl NormArgs {
 }
 
 impl MeasureArgs {
-    /// What is measured, or clipped by this mode; its numbers not yet checked.
-    pub(crate) fn spec(&self, mode: Mode) -> Result<Spec, Failure> {
-        let defaults = Spec::new(mode);
-        let spec = Spec {
-            norm_type: self.norm_type.map(NormType::p).transpose()?.unwrap_or_default(),
-            scope: self.scope.unwrap_or(defaults.scope),
-            unit_axis: self.unit_axis,
-            grad_scale: self.grad_scale.unwrap_or(defaults.grad_scale),
-            ..defaults
-        };
-        refuse(&[(spec.unit_axis.is_some() && spec.scope != Scope::Unit, "--unit-axis needs --scope unit")])?;
-        Ok(spec)
+    /// What is measured, or clipped by this mode.
+    pub(crate) fn clip(&self, mut clip: Clip) -> Result<Clip, Failure> {
+        if let Some(p) = self.norm_type {
+            clip = clip.norm_type(NormType::p(p));
+        }
+        clip.scope = self.scope.unwrap_or(clip.scope);
+        clip.unit_axis = self.unit_axis;
+        clip.grad_scale = self.grad_scale.unwrap_or(clip.grad_scale);
+        refuse(&[(self.unit_axis.is_some() && clip.scope != Scope::Unit, "--unit-axis needs --scope unit")])?;
+        Ok(clip)
     }
 }
 
 impl HowArgs {
-    /// The clip asked for, its numbers not yet checked; `None` if none is.
-    pub(crate) fn spec(&self) -> Result<Option<Spec>, Failure> {
+    /// The clip asked for; `None` if none is.
+    pub(crate) fn clip(&self) -> Result<Option<Clip>, Failure> {
         let ModeArgs { max_norm, max_rms, max_average_norm, agc, clip_value, clip_range } = self.mode;
         let modes = [
-            max_norm.map(Mode::Norm),
-            max_rms.map(Mode::Rms),
-            max_average_norm.map(Mode::AverageNorm),
-            agc.map(Mode::Agc),
-            clip_value.map(Mode::Value),
-            clip_range.map(Mode::Range),
+            max_norm.map(Clip::norm),
+            max_rms.map(Clip::rms),
+            max_average_norm.map(Clip::average_norm),
+            agc.map(Clip::agc),
+            clip_value.map(Clip::value),
+            clip_range.map(|(min, max)| Clip::range(min, max)),
         ];
         let Some(mode) = modes.into_iter().flatten().next() else {
             refuse(&[(*self != Self::default(), MODE_NEEDED)])?;
             return Ok(None);
         };
-        let spec = Spec {
-            budget: self.budget.unwrap_or_default(),
-            eps: self.eps,
-            agc_eps: self.agc_eps,
-            non_finite: self.non_finite,
-            ..self.measure.spec(mode)?
-        };
+        let mut clip = self.measure.clip(mode)?;
         let by_norm = max_norm.is_some();
         refuse(&[
             (self.measure.norm_type.is_some() && !by_norm, "--norm-type goes with --max-norm only"),
             (self.eps.is_some() && !by_norm, "--eps goes with --max-norm only"),
             (
-                self.measure.scope.is_some() && spec.clamps(),
+                self.measure.scope.is_some() && clamps(&clip),
                 "--scope says what shares a norm, and a clamp measures none",
             ),
-            (self.budget.is_some() && spec.scope != Scope::ExampleTensor, "--budget needs --scope example-tensor"),
+            (self.budget.is_some() && clip.scope != Scope::ExampleTensor, "--budget needs --scope example-tensor"),
             (
-                agc.is_some() && spec.by_example(),
+                agc.is_some() && by_example(&clip),
                 "parameters have no examples: --agc needs --scope unit, tensor or global",
             ),
             (agc.is_some() && self.params.is_none(), "--agc needs the parameters of the gradients: --params FILE"),
             (agc.is_none() && self.params.is_some(), "--params goes with --agc only"),
             (agc.is_none() && self.agc_eps.is_some(), "--agc-eps goes with --agc only"),
         ])?;
-        Ok(Some(spec))
+        clip.budget = self.budget.unwrap_or(clip.budget);
+        clip.eps = self.eps.or(clip.eps);
+        clip.agc_eps = self.agc_eps.or(clip.agc_eps);
+        clip.non_finite = self.non_finite.unwrap_or(clip.non_finite);
+        clip.check()?;
+        Ok(Some(clip))
     }
 }
 
 impl ClipArgs {
-    /// The clip asked for, its numbers not yet checked.
-    pub(crate) fn spec(&self) -> Result<Spec, Failure> {
-        let spec = self.how.spec()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
-        let skips = spec.non_finite == Some(NonFinite::Skip);
+    /// The clip asked for.
+    pub(crate) fn clip(&self) -> Result<Clip, Failure> {
+        let clip = self.how.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
+        let skips = clip.non_finite == NonFinite::Skip;
         refuse(&[
             (
-                self.sum && !spec.by_example(),
+                self.sum && !by_example(&clip),
                 "--sum adds up clipped examples: it needs --scope example or example-tensor",
             ),
             (self.sum && skips, "a sum cannot be left as it was: --sum needs another policy than --non-finite skip"),
             (self.sum && self.verify, "--verify compares clipped gradients, not their sums: leave it or --sum out"),
         ])?;
-        Ok(spec)
+        Ok(clip)
     }
 }
 

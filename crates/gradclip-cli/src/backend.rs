@@ -8,7 +8,7 @@ use gradclip::{Clip, ClipReport, Clipper, DecidedClip, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
     Dtype,
-    gpu::{GpuClipper, adapters_blocking},
+    gpu::{GpuClipper, adapters},
     wgpu,
 };
 use indicatif::ProgressBar;
@@ -65,7 +65,7 @@ impl Backend {
 
     /// Clips together with other processes.
     pub(crate) fn within(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
-        self.clipper = self.clipper.within(processes);
+        self.clipper = self.clipper.processes(processes);
         self
     }
 
@@ -123,8 +123,8 @@ impl Backend {
         if let Some(name) = float64(tensors) {
             return Err(Failure::Float64OnGpu(name));
         }
-        let gpu = self.adapter.as_ref().map_or_else(GpuClipper::open_blocking, |adapter| Ok(adapter.gpu.clone()))?;
-        Ok(self.pool.install(|| gradclip::verify_blocking(clip, tensors, &gpu))?)
+        let gpu = self.adapter.as_ref().map_or_else(|| GpuClipper::open().wait(), |adapter| Ok(adapter.gpu.clone()))?;
+        Ok(self.pool.install(|| gradclip::verify(clip, tensors, &gpu).wait())?)
     }
 }
 
@@ -158,7 +158,7 @@ fn open(named: Option<&str>, tensors: &[Tensor<'_>]) -> Result<Adapter, Failure>
 /// The named GPU, or the fastest.
 #[cfg(feature = "gpu")]
 pub(crate) fn open_gpu(named: Option<&str>) -> Result<GpuClipper, gradclip::Error> {
-    named.map_or_else(GpuClipper::open_blocking, GpuClipper::open_named_blocking)
+    named.map_or_else(|| GpuClipper::open().wait(), |name| GpuClipper::open_named(name).wait())
 }
 
 /// A GPU of hardware that can clip these tensors, or why there is none.
@@ -169,13 +169,13 @@ fn hardware(tensors: &[Tensor<'_>]) -> Result<Adapter, String> {
     }
     let software = |info: &wgpu::AdapterInfo| info.device_type == wgpu::DeviceType::Cpu;
     let only_software = |info: &wgpu::AdapterInfo| format!("no GPU found (only the software device {})", info.name);
-    let found: Vec<_> = adapters_blocking().iter().map(wgpu::Adapter::get_info).collect();
+    let found: Vec<_> = adapters().wait().iter().map(wgpu::Adapter::get_info).collect();
     let first = found.first().ok_or("no GPU found")?;
     // Listing is much quicker than opening a device to find that it is none.
     if found.iter().all(software) {
         return Err(only_software(first));
     }
-    let gpu = GpuClipper::open_blocking().map_err(|error| format!("the GPU cannot be used ({error})"))?;
+    let gpu = GpuClipper::open().wait().map_err(|error| format!("the GPU cannot be used ({error})"))?;
     let info = gpu.adapter_info();
     if software(&info) { Err(only_software(&info)) } else { Ok(Adapter::new(gpu)) }
 }

@@ -55,11 +55,11 @@ impl Case {
         matches!(self, Self::Clipped | Self::Value)
     }
 
-    fn clip(self, norm: f64) -> Result<Clip, gradclip::Error> {
+    fn clip(self, norm: f64) -> Clip {
         match self {
             Self::Norm => Clip::norm(f64::INFINITY),
             Self::Unclipped => Clip::norm(2.0 * norm),
-            Self::Clipped => Clip::norm(norm / 2.0)?.eps(0.0),
+            Self::Clipped => Clip::norm(norm / 2.0).eps(0.0),
             Self::Value => Clip::value(BOUND),
         }
     }
@@ -290,7 +290,7 @@ impl<'a> Machine<'a> {
         bar: &ProgressBar,
     ) -> Result<(Vec<Row>, Vec<Part>), Failure> {
         let norm = pattern.norm(set, false);
-        let clips = CASES.iter().map(|case| case.clip(norm)).collect::<Result<Vec<_>, _>>()?;
+        let clips: Vec<_> = CASES.iter().map(|case| case.clip(norm)).collect();
         #[cfg(feature = "gpu")]
         let mut contender: Box<dyn Contender + '_> = match self.backend.gpu() {
             Some(gpu) => Box::new(crate::contender::OnGpu::new(gpu, pattern, set, &clips, !self.device_clock)?),

@@ -3,27 +3,26 @@
 use std::iter::once;
 use std::time::Instant;
 
-use gradclip::{Clip, ClipReport, NonFinite, Scope, Tensor};
+use gradclip::{Clip, ClipReport, Mode, NonFinite, Scope, Tensor};
 use indicatif::HumanCount;
 
 use crate::args::ClipArgs;
 use crate::backend::Backend;
 use crate::failure::Failure;
 use crate::input::{Input, explain, unchanged, with_parameters};
+use crate::names::{clamps, norm_name};
 use crate::output::Output;
 use crate::progress;
 use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
-use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
-    let spec = args.spec()?;
-    let clip = spec.clip()?;
+    let clip = args.clip()?;
     let input = Input::open(&args.file)?;
     let params = args.how.params.as_deref().map(Input::open).transpose()?;
-    clip_file(args, &spec, &clip, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
+    clip_file(args, &clip, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
 }
 
-fn clip_file(args: &ClipArgs, spec: &Spec, clip: &Clip, input: &Input, params: Option<&Input>) -> Result<(), Failure> {
+fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
     let output = Output::new(input, params, &args.out, args.sum, args.force)?;
     let parameters = input.parameters(params)?;
@@ -34,7 +33,7 @@ fn clip_file(args: &ClipArgs, spec: &Spec, clip: &Clip, input: &Input, params: O
     }
     if args.verify {
         let spinner = progress::spinner("verifying", hidden);
-        verify(&backend, spec, clip, &tensors)?;
+        verify(&backend, clip, &tensors)?;
         drop(spinner);
     }
 
@@ -70,7 +69,7 @@ fn clip_file(args: &ClipArgs, spec: &Spec, clip: &Clip, input: &Input, params: O
             },
         )?
     };
-    let (scope, sum, time) = (spec.scope, args.sum, start.elapsed());
+    let (scope, sum, time) = (clip.scope, args.sum, start.elapsed());
     let (backend, tensors) = (&backend, &tensors[..]);
     let outcome = Outcome { report: &report, scope, tensors, sum, backend, time, file: None, ranks: None };
 
@@ -80,23 +79,23 @@ fn clip_file(args: &ClipArgs, spec: &Spec, clip: &Clip, input: &Input, params: O
     if args.quiet {
         return Ok(());
     }
-    let mut lines = lines(spec, &outcome);
+    let mut lines = lines(clip, &outcome);
     lines.extend(outcome.lines(input.others(), input.bytes()));
     lines.push(("written to", args.out.display().to_string()));
     print(&table(&lines))
 }
 
 /// What was measured, and what became of it.
-pub(crate) fn lines(spec: &Spec, outcome: &Outcome<'_>) -> Vec<(&'static str, String)> {
+pub(crate) fn lines(clip: &Clip, outcome: &Outcome<'_>) -> Vec<(&'static str, String)> {
     let Outcome { report, scope, .. } = *outcome;
     let mut lines = Vec::new();
-    if !spec.clamps() {
-        lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), spec.norm_name())));
+    if !clamps(clip) {
+        lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), norm_name(clip))));
         let least = if scope == Scope::Global { "" } else { " at the least" };
         lines.push(("coefficient", number(report.clip_coef, 9) + least));
     }
     lines.extend(outcome.non_finite().map(|found| ("non-finite", found)));
-    lines.push(("result", result(spec, report, outcome.sum)));
+    lines.push(("result", result(clip, report, outcome.sum)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
         lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
@@ -110,45 +109,41 @@ pub(crate) fn lines(spec: &Spec, outcome: &Outcome<'_>) -> Vec<(&'static str, St
 }
 
 /// What became of the gradients, in words.
-fn result(spec: &Spec, report: &ClipReport, sum: bool) -> String {
-    let mut words = match (spec.mode, report.clipped) {
+fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
+    let mut words = match (clip.mode, report.clipped) {
         (Mode::Norm(to) | Mode::Rms(to) | Mode::AverageNorm(to), true) => format!("clipped to {}", number(to, 9)),
         (Mode::Agc(factor), true) => format!("clipped to {} of the parameters' norms", number(factor, 9)),
-        (Mode::Value(bound), true) => format!("clipped to {} .. {}", number(-bound, 9), number(bound, 9)),
-        (Mode::Range((min, max)), true) => format!("clipped to {} .. {}", number(min, 9), number(max, 9)),
-        (_, false) if spec.grad_scale != 1.0 || sum => "not clipped".into(),
+        (Mode::Value { min, max }, true) => format!("clipped to {} .. {}", number(min, 9), number(max, 9)),
+        (_, true) => "clipped".into(),
+        (_, false) if clip.grad_scale != 1.0 || sum => "not clipped".into(),
         (_, false) => "unchanged".into(),
     };
-    if spec.grad_scale != 1.0 {
-        words += &format!(", divided by the scale {}", spec.grad_scale);
+    if clip.grad_scale != 1.0 {
+        words += &format!(", divided by the scale {}", clip.grad_scale);
     }
     if sum {
         words += ", summed over examples";
     }
-    match (&report.non_finite, spec.non_finite) {
-        (Some(_), Some(NonFinite::Skip)) => "unchanged, because not all are finite".into(),
-        (Some(_), Some(NonFinite::Zero)) if spec.scope == Scope::Global => {
-            "all set to 0, because not all are finite".into()
-        }
-        (Some(_), Some(NonFinite::Zero)) => words + ", what shares a norm with non-finite elements set to 0",
-        (Some(_), Some(NonFinite::Drop)) if !report.clipped => {
-            "non-finite elements set to 0, else ".to_owned() + &words
-        }
-        (Some(_), Some(NonFinite::Drop)) => words + ", non-finite elements set to 0",
+    match (&report.non_finite, clip.non_finite) {
+        (Some(_), NonFinite::Skip) => "unchanged, because not all are finite".into(),
+        (Some(_), NonFinite::Zero) if clip.scope == Scope::Global => "all set to 0, because not all are finite".into(),
+        (Some(_), NonFinite::Zero) => words + ", what shares a norm with non-finite elements set to 0",
+        (Some(_), NonFinite::Drop) if !report.clipped => "non-finite elements set to 0, else ".to_owned() + &words,
+        (Some(_), NonFinite::Drop) => words + ", non-finite elements set to 0",
         _ => words,
     }
 }
 
 #[cfg(feature = "gpu")]
-fn verify(backend: &Backend, spec: &Spec, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<(), Failure> {
+fn verify(backend: &Backend, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<(), Failure> {
     let verification = backend.verify(clip, tensors)?;
     match crate::verify::disagreement(&verification) {
         None => Ok(()),
-        Some(what) => Err(Failure::Mismatch(format!("GPU and CPU disagree ({spec}): {what}; OUT was not written"))),
+        Some(what) => Err(Failure::Mismatch(format!("GPU and CPU disagree ({clip:.2}): {what}; OUT was not written"))),
     }
 }
 
 #[cfg(not(feature = "gpu"))]
-fn verify(_: &Backend, _: &Spec, _: &Clip, _: &[Tensor<'_>]) -> Result<(), Failure> {
+fn verify(_: &Backend, _: &Clip, _: &[Tensor<'_>]) -> Result<(), Failure> {
     Err(Failure::BuiltWithoutGpu)
 }

@@ -153,7 +153,7 @@ pub(crate) use on_gpu::{OnGpu, gpu_limits};
 
 #[cfg(feature = "gpu")]
 mod on_gpu {
-    use gradclip::gpu::{Clock, GpuClipper, GpuPlan, GpuTensor, Pass};
+    use gradclip::gpu::{Clock, GpuClipper, GpuPlan, GpuTensor, Pass, PlanOptions};
     use gradclip::wgpu;
 
     use super::*;
@@ -162,7 +162,7 @@ mod on_gpu {
     pub(crate) fn gpu_limits(gpu: &GpuClipper) -> Result<(Limits, bool), Failure> {
         // A discrete GPU's last cache may hold 100 MB and more.
         let bytes = if gpu.adapter_info().device_type == wgpu::DeviceType::Cpu { 128 << 20 } else { 512 << 20 };
-        let speeds = gpu.speeds_blocking(bytes)?;
+        let speeds = gpu.speeds(bytes).wait()?;
         let clock = speeds.clock == Clock::Device;
         if !(speeds.copy.best.is_finite() && speeds.read.best.is_finite()) {
             return Err(Failure::Setup(
@@ -224,7 +224,7 @@ mod on_gpu {
             }
             let tensor = |range: &std::ops::Range<u64>| GpuTensor::new(&gradients, pattern.dtype, range.clone());
             let tensors = set.tensors.iter().map(tensor).collect::<Result<Vec<_>, _>>()?;
-            let measuring = gpu.plan_measure(&clips[0], &tensors)?;
+            let measuring = gpu.plan_with(&[(clips[0], &tensors)], PlanOptions::default().measure_only())?;
             let clipping = clips.iter().map(|clip| gpu.plan(clip, &tensors)).collect::<Result<_, _>>()?;
             Ok(Self { gpu, source, gradients, measuring, clipping, host_clock })
         }
@@ -236,7 +236,7 @@ mod on_gpu {
 
         fn step(&self, plan: &GpuPlan) -> Result<(f64, ClipReport), Failure> {
             if !self.host_clock {
-                let mut profile = plan.time_blocking()?;
+                let mut profile = plan.time().wait()?;
                 return Ok((profile.seconds, profile.reports.swap_remove(0)));
             }
             let start = Instant::now();
@@ -245,7 +245,7 @@ mod on_gpu {
             self.gpu.queue().submit([encoder.finish()]);
             self.wait()?;
             let seconds = start.elapsed().as_secs_f64();
-            Ok((seconds, plan.report_blocking()?))
+            Ok((seconds, plan.report().wait()?))
         }
     }
 
@@ -272,7 +272,7 @@ mod on_gpu {
             let mut profiles = Vec::new();
             for _ in 0..PROFILES {
                 self.restore()?;
-                profiles.push(self.clipping[clip].profile_blocking()?.passes);
+                profiles.push(self.clipping[clip].profile().wait()?.passes);
             }
             self.restore()?;
             let part = |(i, pass): (usize, &Pass)| {

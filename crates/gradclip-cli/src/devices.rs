@@ -34,7 +34,7 @@ struct Device {
 }
 
 pub(crate) fn run(args: &DevicesArgs) -> Result<(), Failure> {
-    let adapters: Vec<_> = gradclip::gpu::adapters_blocking().iter().map(Device::of).collect();
+    let adapters: Vec<_> = gradclip::gpu::adapters().wait().iter().map(Device::of).collect();
     if args.json {
         return print_json(&Devices { adapters });
     }

@@ -67,7 +67,7 @@ impl From<gradclip::Error> for Failure {
     fn from(error: gradclip::Error) -> Self {
         match error {
             gradclip::Error::NonFinite(found) => Self::NonFinite { found, place: String::new() },
-            gradclip::Error::BadParameter { .. } | gradclip::Error::BadRange { .. } => Self::Usage(error.to_string()),
+            gradclip::Error::Setting { .. } => Self::Usage(error.to_string()),
             other => Self::Library(other),
         }
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::{fs, str};
 
 use clap::Parser;
-use gradclip::{Clipper, TensorMut};
+use gradclip::{Clip, Clipper, Mode, TensorMut};
 use safetensors::SafeTensors;
 
 use crate::args::{Cli, Command};
@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::header::{self, Entry};
 use crate::input::Input;
 use crate::layout::Layout;
-use crate::spec::{Mode, Spec};
+use crate::names::{measuring, norm_name};
 
 /// A file: what is accepted is consistent, and read as the crate `safetensors` reads it.
 pub fn file(bytes: &[u8]) {
@@ -128,8 +128,7 @@ fn set(path: &Path, shards: &[&[u8]]) {
     }
     let tensors = input.tensors().expect("what is accepted can be viewed");
     assert_eq!(tensors.len(), input.gradients().count());
-    let spec = Spec::new(Mode::Norm(1.0)).measuring();
-    let measured = Clipper::cpu().measure(&spec.clip().expect("valid"), &tensors).expect("it can be measured");
+    let measured = Clipper::cpu().measure(&measuring(Clip::norm(1.0)), &tensors).expect("it can be measured");
     assert_eq!(measured.elements, tensors.iter().map(|t| t.len() as u64).sum::<u64>());
     // A set is a set of its own parameters.
     assert_eq!(input.parameters(Some(&input)).expect("they fit").len(), tensors.len());
@@ -145,31 +144,31 @@ pub fn arguments(data: &[u8]) {
             return;
         }
     };
-    let spec = match &cli.command {
-        Command::Norm(args) => args.measure.spec(Mode::Norm(f64::INFINITY)).map(Some),
-        Command::Clip(args) => args.spec().map(Some),
-        Command::Verify(args) => args.how.spec(),
+    let clip = match &cli.command {
+        Command::Norm(args) => args.measure.clip(Clip::norm(f64::INFINITY)).map(Some),
+        Command::Clip(args) => args.clip().map(Some),
+        Command::Verify(args) => args.how.clip(),
         _ => return,
     };
-    let clip = spec.and_then(|spec| spec.map(|spec| Ok((spec, spec.clip()?))).transpose());
-    match clip {
+    match clip.and_then(|clip| clip.map_or(Ok(None), |clip| Ok(clip.check().map(|()| Some(clip))?))) {
         Ok(None) => {}
-        Ok(Some((spec, clip))) => means(&spec, &clip),
+        Ok(Some(clip)) => means(&clip),
         Err(failure) => assert!(matches!(failure, Failure::Usage(_)) && failure.exit_code() == 2, "{failure}"),
     }
 }
 
 /// Checks that a clip which was accepted has parameters as documented, a text, and a meaning for gradients.
-fn means(spec: &Spec, clip: &gradclip::Clip) {
-    match spec.mode {
-        Mode::Norm(x) | Mode::Rms(x) | Mode::AverageNorm(x) | Mode::Value(x) => assert!(x >= 0.0),
+fn means(clip: &Clip) {
+    match clip.mode {
         Mode::Agc(x) => assert!(x >= 0.0 && x.is_finite()),
-        Mode::Range((min, max)) => assert!(min <= max),
+        Mode::Value { min, max } => assert!(min <= max),
+        Mode::Norm(x) | Mode::Rms(x) | Mode::AverageNorm(x) => assert!(x >= 0.0),
+        _ => panic!("{clip:?}"),
     }
-    assert!(spec.grad_scale > 0.0 && spec.grad_scale.is_finite() && spec.norm_type.power() > 0.0);
-    assert!([spec.eps, spec.agc_eps].iter().flatten().all(|eps| *eps >= 0.0 && eps.is_finite()));
-    assert!(!spec.to_string().is_empty() && !spec.norm_name().is_empty());
-    spec.measuring().clip().expect("what can be clipped can be measured");
+    assert!(clip.grad_scale > 0.0 && clip.grad_scale.is_finite() && clip.norm_type.power() > 0.0);
+    assert!([clip.eps, clip.agc_eps].iter().flatten().all(|eps| *eps >= 0.0 && eps.is_finite()));
+    assert!(!clip.to_string().is_empty() && !norm_name(clip).is_empty());
+    measuring(*clip).check().expect("what can be clipped can be measured");
 
     let mut a = [3.0f32, -4.0, 0.0, 1e30, 1e-30, 2.0];
     let mut b = [1.0f64, -1.0];
@@ -181,7 +180,7 @@ fn means(spec: &Spec, clip: &gradclip::Clip) {
     ];
     let report = Clipper::cpu().apply(clip, &mut tensors).expect("finite gradients can be clipped");
     assert!(report.elements == 8 && (0.0..=1.0).contains(&report.clip_coef));
-    if !report.clipped && spec.grad_scale == 1.0 {
+    if !report.clipped && clip.grad_scale == 1.0 {
         assert!(a == of_a && b == of_b);
     }
 }

@@ -4,7 +4,7 @@
 //! own, use the library `gradclip`.
 //!
 //! One file a command ([`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]), and what they share:
-//! [`args`] is the command line, [`spec`] a clip as it was asked for, [`input`], [`header`] and [`mapped`] read gradients,
+//! [`args`] is the command line, [`names`] what settings are called, [`input`], [`header`] and [`mapped`] read gradients,
 //! [`layout`], [`stream`] and [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws norms
 //! and [`throughput`] speeds, [`made`] and [`subject`] make gradients, [`contender`] times a step on them, [`failure`] holds the exit codes.
 //! [`processes`] is the program `gradclip-mpi`, whose ranks do the same together.
@@ -31,6 +31,7 @@ mod layout;
 mod made;
 mod man;
 mod mapped;
+mod names;
 mod norm;
 mod output;
 mod plot;
@@ -38,7 +39,6 @@ mod plot;
 pub mod processes;
 mod progress;
 mod report;
-mod spec;
 mod stream;
 mod subject;
 mod throughput;

@@ -1,12 +1,12 @@
 //! Made gradients for `gradclip verify`: sets of tensors with all that is awkward, from a seed.
 
 use gradclip::gpu::GpuClipper;
-use gradclip::{Budget, Clipper, Dtype, NonFinite, NormType, Scope, Tensor, UnitAxis, Verification};
+use gradclip::{Budget, Clip, Clipper, Dtype, Mode, NonFinite, NormType, Scope, Tensor, UnitAxis, Verification};
 use half::{bf16, f16};
 
 use crate::failure::Failure;
 use crate::input::with_parameters;
-use crate::spec::{Mode, Spec};
+use crate::names::{by_example, measuring};
 
 /// Lengths at which kernels change their ways, and a few that need many workgroups.
 const LENGTHS: [usize; 16] = [0, 1, 2, 3, 4, 5, 31, 255, 256, 257, 1023, 4096, 4097, 65_535, 65_537, 300_001];
@@ -20,7 +20,7 @@ pub(crate) struct Case {
     gradients: Vec<Made>,
     /// One for each gradient if the clip needs them.
     parameters: Vec<Made>,
-    pub(crate) spec: Spec,
+    pub(crate) clip: Clip,
 }
 
 /// One made tensor.
@@ -36,8 +36,8 @@ impl Case {
     /// The case of a number; the same for the same seed.
     pub(crate) fn new(seed: u64, number: u64) -> Result<Self, Failure> {
         let mut random = SplitMix64(seed.wrapping_mul(0x2545_f491_4f6c_dd1d).wrapping_add(number));
-        let mut spec = spec(&mut random)?;
-        let examples = spec.by_example().then(|| random.choose(&[1, 2, 7, 32]));
+        let mut clip = clip(&mut random);
+        let examples = by_example(&clip).then(|| random.choose(&[1, 2, 7, 32]));
         let non_finite = random.below(4) == 0;
         let shapes: Vec<_> = (0..random.below(9)).map(|_| shape(&mut random, examples)).collect();
         let mut made = |non_finite| -> Vec<_> {
@@ -45,16 +45,16 @@ impl Case {
             each.map(|(i, shape)| Made::new(&mut random, i, shape, non_finite)).collect()
         };
         let gradients = made(non_finite);
-        let parameters = if let Mode::Agc(_) = spec.mode { made(false) } else { Vec::new() };
-        spec.mode = threshold(&mut random, &spec, &views(&gradients)?, &views(&parameters)?)?;
-        Ok(Self { gradients, parameters, spec })
+        let parameters = if clip.needs_parameters() { made(false) } else { Vec::new() };
+        clip.mode = threshold(&mut random, &clip, &views(&gradients)?, &views(&parameters)?)?;
+        Ok(Self { gradients, parameters, clip })
     }
 
     /// Clips on both.
     pub(crate) fn verify(&self, gpu: &GpuClipper) -> Result<Verification, Failure> {
         let parameters = views(&self.parameters)?;
         let gradients = with_parameters(views(&self.gradients)?, &parameters);
-        Ok(gradclip::verify_blocking(&self.spec.clip()?, &gradients, gpu)?)
+        Ok(gradclip::verify(&self.clip, &gradients, gpu).wait()?)
     }
 }
 
@@ -98,22 +98,21 @@ impl Made {
 }
 
 /// A clip of any kind, but for its threshold.
-fn spec(random: &mut SplitMix64) -> Result<Spec, Failure> {
-    let norm = Mode::Norm(0.0);
+fn clip(random: &mut SplitMix64) -> Clip {
+    let norm = Clip::norm(0.0);
     let modes = [
         norm,
         norm,
         norm,
-        Mode::Rms(0.0),
-        Mode::AverageNorm(0.0),
-        Mode::Agc(0.0),
-        Mode::Value(0.0),
-        Mode::Range((0.0, 0.0)),
+        Clip::rms(0.0),
+        Clip::average_norm(0.0),
+        Clip::agc(0.0),
+        Clip::value(0.0),
+        Clip::range(-1.0, 0.0),
     ];
-    let mode = random.choose(&modes);
-    let mut spec = Spec::new(mode);
-    spec.scope = match mode {
-        Mode::Value(_) | Mode::Range(_) => Scope::Global,
+    let mut clip = random.choose(&modes);
+    clip.scope = match clip.mode {
+        Mode::Value { .. } => Scope::Global,
         Mode::Agc(_) => random.choose(&[Scope::Unit, Scope::Unit, Scope::Tensor, Scope::Global]),
         _ => random.choose(&[
             Scope::Global,
@@ -124,48 +123,47 @@ fn spec(random: &mut SplitMix64) -> Result<Spec, Failure> {
             Scope::ExampleTensor,
         ]),
     };
-    match spec.scope {
-        Scope::Unit => spec.unit_axis = Some(random.choose(&[UnitAxis::First, UnitAxis::Last])),
-        Scope::ExampleTensor => spec.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
+    match clip.scope {
+        Scope::Unit => clip.unit_axis = Some(random.choose(&[UnitAxis::First, UnitAxis::Last])),
+        Scope::ExampleTensor => clip.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
         _ => {}
     }
-    if let Mode::Norm(_) = mode {
+    if let Mode::Norm(_) = clip.mode {
         let (l2, l1) = (NormType::L2, NormType::L1);
-        spec.norm_type = random.choose(&[l2, l2, l1, NormType::Inf, NormType::p(1.5)?, NormType::p(3.0)?]);
-        spec.eps = (random.below(2) == 0).then_some(0.0);
+        clip.norm_type = random.choose(&[l2, l2, l1, NormType::Inf, NormType::p(1.5), NormType::p(3.0)]);
+        if random.below(2) == 0 {
+            clip = clip.eps(0.0);
+        }
     }
-    spec.grad_scale = random.choose(&[1.0, 1.0, 65_536.0, 3.0]);
     let policies = [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
-    spec.non_finite = Some(random.choose(&policies));
-    Ok(spec)
+    clip.grad_scale(random.choose(&[1.0, 1.0, 65_536.0, 3.0])).non_finite(random.choose(&policies))
 }
 
 /// The mode with a threshold that lies somewhere around what these tensors hold.
 fn threshold(
     random: &mut SplitMix64,
-    spec: &Spec,
+    clip: &Clip,
     gradients: &[Tensor<'_>],
     parameters: &[Tensor<'_>],
 ) -> Result<Mode, Failure> {
-    let largest = || size(gradients, Spec { norm_type: NormType::Inf, mode: Mode::Norm(0.0), ..*spec });
+    let largest = || size(gradients, Clip::norm(0.0).norm_type(NormType::Inf).grad_scale(clip.grad_scale));
     let part = random.choose(&[0.0, 1e-3, 0.1, 0.5, 0.9, 2.0]);
     // Of a norm of 0, infinity would be NaN.
-    let norm = || Ok::<_, Failure>(size(gradients, *spec)?.max(f64::MIN_POSITIVE));
+    let norm = || Ok::<_, Failure>(size(gradients, *clip)?.max(f64::MIN_POSITIVE));
     let part_or_all = if random.below(7) == 0 { f64::INFINITY } else { part };
-    Ok(match spec.mode {
-        Mode::Norm(_) => Mode::Norm(part_or_all * norm()?),
+    Ok(match clip.mode {
         Mode::Rms(_) => Mode::Rms(part_or_all * norm()?),
         Mode::AverageNorm(_) => Mode::AverageNorm(part_or_all * norm()?),
-        Mode::Agc(_) => Mode::Agc(part * norm()? / size(parameters, Spec { grad_scale: 1.0, ..*spec })?.max(1e-3)),
-        Mode::Value(_) => Mode::Value(part * largest()?),
-        Mode::Range(_) => Mode::Range((-part * largest()?, 0.1 * largest()?)),
+        Mode::Agc(_) => Mode::Agc(part * norm()? / size(parameters, clip.grad_scale(1.0))?.max(1e-3)),
+        Mode::Value { max: 0.0, min: -1.0 } => Mode::Value { min: -part * largest()?, max: 0.1 * largest()? },
+        Mode::Value { .. } => Mode::Value { min: -part * largest()?, max: part * largest()? },
+        _ => Mode::Norm(part_or_all * norm()?),
     })
 }
 
 /// The largest norm that the finite elements have in any segment, on the CPU.
-pub(crate) fn size(tensors: &[Tensor<'_>], spec: Spec) -> Result<f64, Failure> {
-    let spec = Spec { non_finite: Some(NonFinite::Drop), ..spec.measuring() };
-    let report = Clipper::cpu().measure(&spec.clip()?, tensors)?;
+pub(crate) fn size(tensors: &[Tensor<'_>], clip: Clip) -> Result<f64, Failure> {
+    let report = Clipper::cpu().measure(&measuring(clip).non_finite(NonFinite::Drop), tensors)?;
     let norms = report.segments.iter().map(|segment| segment.norm);
     Ok(if report.segments.is_empty() { report.total_norm } else { norms.fold(0.0, f64::max) })
 }

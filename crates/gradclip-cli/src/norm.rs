@@ -9,25 +9,25 @@ use crate::backend::Backend;
 use crate::failure::Failure;
 use crate::header::Entry;
 use crate::input::{Input, explain, unchanged};
+use crate::names::{measuring, norm_name};
 use crate::output;
 use crate::plot::{self, Row};
 use crate::progress;
 use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
-use crate::spec::{Mode, Spec};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
-    let spec = args.measure.spec(Mode::Norm(f64::INFINITY))?.measuring();
-    let by_tensor = matches!(spec.scope, Scope::Global | Scope::Tensor);
+    let asked = measuring(args.measure.clip(Clip::norm(f64::INFINITY))?);
+    asked.check()?;
+    let by_tensor = matches!(asked.scope, Scope::Global | Scope::Tensor);
     refuse(&[(args.plot.out.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
     // Measured by tensor, everything has the same norm.
     let parts = args.plot.out.is_some() || (args.top > 0 && !args.hidden());
-    let measured = if by_tensor && parts { Spec { scope: Scope::Tensor, ..spec } } else { spec };
-    let clip = measured.clip()?;
+    let clip = if by_tensor && parts { asked.scope(Scope::Tensor) } else { asked };
     let inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
-    measure(args, &spec, &clip, &inputs).map_err(explain(&inputs))
+    measure(args, &asked, &clip, &inputs).map_err(explain(&inputs))
 }
 
-fn measure(args: &NormArgs, spec: &Spec, clip: &Clip, inputs: &[Input]) -> Result<(), Failure> {
+fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Result<(), Failure> {
     if let Some(plot) = &args.plot.out {
         output::check(std::slice::from_ref(plot), inputs.iter(), args.plot.force)?;
     }
@@ -43,7 +43,7 @@ fn measure(args: &NormArgs, spec: &Spec, clip: &Clip, inputs: &[Input]) -> Resul
     let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", args.hidden()));
     backend.show_progress(&bar);
     let report = backend.measure(clip, &tensors)?;
-    let (scope, time) = (spec.scope, start.elapsed());
+    let (scope, time) = (asked.scope, start.elapsed());
     // With several files a name may not tell which.
     let holder =
         |found: &NonFiniteElements| file_of(found.tensor, tensors_of.iter().copied()).map(|i| args.files[i].as_path());
@@ -52,8 +52,8 @@ fn measure(args: &NormArgs, spec: &Spec, clip: &Clip, inputs: &[Input]) -> Resul
     let outcome = Outcome { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
-    let largest = if args.hidden() { String::new() } else { largest(&outcome, &entries, spec, args.top) };
-    let drawing = args.plot.out.as_ref().map(|path| (path, draw(&outcome, &title(args, spec))));
+    let largest = if args.hidden() { String::new() } else { largest(&outcome, &entries, asked, args.top) };
+    let drawing = args.plot.out.as_ref().map(|path| (path, draw(&outcome, &title(args, asked))));
 
     // Nothing is read any more.
     unchanged(inputs)?;
@@ -66,7 +66,7 @@ fn measure(args: &NormArgs, spec: &Spec, clip: &Clip, inputs: &[Input]) -> Resul
     if args.quiet {
         return print(&format!("{}\n", report.total_norm));
     }
-    let mut lines = outcome.measured(spec);
+    let mut lines = outcome.measured(asked);
     lines.extend(outcome.lines(inputs.iter().map(Input::others).sum(), bytes));
     if let Some(path) = &args.plot.out {
         lines.push(("plot", path.display().to_string()));
@@ -87,8 +87,8 @@ pub(crate) fn file_of(tensor: usize, tensors_of: impl IntoIterator<Item = usize>
 fn draw(outcome: &Outcome<'_>, title: &str) -> String {
     let row = |segment: &SegmentReport| {
         let tensor = &outcome.tensors[segment.tensor.unwrap_or_default()];
-        let census = || outcome.backend.install(|| tensor.census());
-        let non_finite = if segment.norm.is_finite() { 0 } else { census().non_finite };
+        let counts = || outcome.backend.install(|| tensor.counts());
+        let non_finite = if segment.norm.is_finite() { 0 } else { counts().non_finite };
         Row { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
     };
     let rows: Vec<_> = outcome.report.segments.iter().map(row).collect();
@@ -96,25 +96,25 @@ fn draw(outcome: &Outcome<'_>, title: &str) -> String {
 }
 
 /// The largest norms, one a line.
-fn largest(outcome: &Outcome<'_>, entries: &[&Entry], spec: &Spec, top: usize) -> String {
+fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) -> String {
     let (found, all) = (outcome.largest(top), outcome.report.segments.len());
     if found.is_empty() {
         return String::new();
     }
-    let by_tensor = matches!(spec.scope, Scope::Global | Scope::Tensor);
-    let share = if spec.norm_type == NormType::Inf { "of max" } else { "share" };
+    let by_tensor = matches!(asked.scope, Scope::Global | Scope::Tensor);
+    let share = if asked.norm_type == NormType::Inf { "of max" } else { "share" };
     let counts = if by_tensor { format!("{:>10} {:>8}  ", "non-finite", "zeros") } else { String::new() };
-    let what = format!("largest {} of {}", found.len(), segments(spec.scope, all));
+    let what = format!("largest {} of {}", found.len(), segments(asked.scope, all));
     let mut text = format!("\n{:>12} {share:>8}  {counts}{what}\n", "norm");
     for segment in found {
-        let share = percent(share_of(segment.norm, outcome.report.total_norm, spec.norm_type));
+        let share = percent(share_of(segment.norm, outcome.report.total_norm, asked.norm_type));
         text += &format!("{:>12} {share:>8}  ", number(segment.norm, 6));
         let name = shown(&outcome.name(segment));
         match segment.tensor.filter(|_| by_tensor) {
             Some(i) => {
                 let tensor = &outcome.tensors[i];
-                let census = outcome.backend.install(|| tensor.census());
-                let (non_finite, zeros) = (census.non_finite, percent(census.zeros as f64 / tensor.len() as f64));
+                let counts = outcome.backend.install(|| tensor.counts());
+                let (non_finite, zeros) = (counts.non_finite, percent(counts.zeros as f64 / tensor.len() as f64));
                 let shape = &entries[i].shape;
                 text += &format!("{non_finite:>10} {zeros:>8}  {name} {shape:?} {}\n", tensor.dtype());
             }
@@ -135,11 +135,11 @@ fn percent(part: f64) -> String {
 }
 
 /// What a plot shows.
-fn title(args: &NormArgs, spec: &Spec) -> String {
+fn title(args: &NormArgs, asked: &Clip) -> String {
     let first = args.files.first().and_then(|file| file.file_name()).unwrap_or_default();
     let more = match args.files.len() {
         0 | 1 => String::new(),
         count => format!(" and {} more", count - 1),
     };
-    format!("{} norms in {}{more}", spec.norm_name(), shown(&first.to_string_lossy()))
+    format!("{} norms in {}{more}", norm_name(asked), shown(&first.to_string_lossy()))
 }

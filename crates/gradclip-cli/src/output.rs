@@ -178,7 +178,7 @@ impl Copies<'_, '_> {
         let mut parameters = parameters.iter();
         let mut described = Vec::new();
         for (i, tensor) in tensors.into_iter().enumerate() {
-            let tensor = tensor.counted(counted(i));
+            let tensor = tensor.replica(!counted(i));
             described.push(match parameters.next() {
                 Some(parameter) => tensor.parameter(parameter),
                 None => tensor,

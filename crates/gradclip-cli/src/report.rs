@@ -4,14 +4,14 @@ use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use gradclip::{ClipReport, NonFiniteElements, Scope, SegmentReport, Tensor};
+use gradclip::{Clip, ClipReport, NonFiniteElements, Scope, SegmentReport, Tensor};
 use indicatif::HumanCount;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::backend::Backend;
 use crate::failure::Failure;
-use crate::spec::Spec;
+use crate::names::norm_name;
 
 /// Prints to stdout.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
@@ -150,8 +150,8 @@ impl<'a> Outcome<'a> {
     }
 
     /// The lines of a norm.
-    pub(crate) fn measured(&self, spec: &Spec) -> Vec<(&'static str, String)> {
-        let norm = format!("{} ({})", number(self.report.total_norm, 9), spec.norm_name());
+    pub(crate) fn measured(&self, clip: &Clip) -> Vec<(&'static str, String)> {
+        let norm = format!("{} ({})", number(self.report.total_norm, 9), norm_name(clip));
         [("total norm", norm)].into_iter().chain(self.non_finite().map(|found| ("non-finite", found))).collect()
     }
 

@@ -47,7 +47,7 @@ pub(crate) fn write<'a>(
             let mut clipped = bytes;
             if let Some((number, dtype, first)) = gradient {
                 let (tensor, end) = (before + number, first + (bytes.len() / dtype.size()) as u64);
-                if !decided.leaves(tensor, first..end)? {
+                if !decided.is_unchanged(tensor, first..end)? {
                     buffer.clear();
                     buffer.extend_from_slice(bytes);
                     decided.apply(tensor, first, &mut TensorMut::from_bytes(dtype, buffer)?)?;

@@ -4,7 +4,7 @@ use std::iter::once;
 use std::path::PathBuf;
 
 use gradclip::gpu::GpuClipper;
-use gradclip::{ClipReport, NonFinite, NonFiniteElements, NormType, Scope, Tensor, Verification};
+use gradclip::{Clip, ClipReport, Mode, NonFinite, NonFiniteElements, NormType, Scope, Tensor, Verification};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -15,7 +15,6 @@ use crate::input::{Input, unchanged, with_parameters};
 use crate::made::{self, Case};
 use crate::progress;
 use crate::report::{number, plural, print, print_json};
-use crate::spec::{Mode, Spec};
 
 /// The outcome of one clip.
 struct Compared {
@@ -32,8 +31,8 @@ struct Json<'a> {
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
-    let spec = args.how.spec()?;
-    let without_file = spec.is_some() && args.file.is_none();
+    let clip = args.how.clip()?;
+    let without_file = clip.is_some() && args.file.is_none();
     refuse(&[(without_file, "made gradients come with clips of their own: name a FILE, or leave the mode out")])?;
     let open = |path: &Option<PathBuf>| path.as_deref().map(Input::open).transpose();
     let (input, params) = (open(&args.file)?, open(&args.how.params)?);
@@ -42,8 +41,8 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
         Some(input) => {
             let parameters = input.parameters(params.as_ref())?;
             let tensors = with_parameters(input.tensors()?, &parameters);
-            let specs = spec.map_or_else(|| specs_for(&tensors), |spec| Ok(vec![spec]));
-            let compared = specs.and_then(|specs| of_file(&tensors, &specs, &gpu, hidden));
+            let clips = clip.map_or_else(|| clips_for(&tensors), |clip| Ok(vec![clip]));
+            let compared = clips.and_then(|clips| of_file(&tensors, &clips, &gpu, hidden));
             // Both sides measured the same only if nobody wrote meanwhile.
             unchanged(once(input).chain(&params))?;
             compared?
@@ -80,39 +79,45 @@ fn tell(compared: &[Compared], adapter: &str, json: bool, quiet: bool) -> Result
 }
 
 /// Clips of every kind, with thresholds that suit the gradients.
-fn specs_for(tensors: &[Tensor<'_>]) -> Result<Vec<Spec>, Failure> {
-    let size = |spec: Spec| made::size(tensors, spec);
+fn clips_for(tensors: &[Tensor<'_>]) -> Result<Vec<Clip>, Failure> {
+    let size = |clip: Clip| made::size(tensors, clip);
     // Half of the largest norm is exceeded by at least one segment.
-    let half = |to: fn(f64) -> Mode, norm_type, scope| {
-        let spec = Spec { norm_type, scope, ..Spec::new(to(0.0)) };
-        Ok::<_, Failure>(Spec { mode: to(0.5 * size(spec)?), ..spec })
+    let half = |norm_type, scope| {
+        let clip = Clip::norm(0.0).norm_type(norm_type).scope(scope);
+        Ok::<_, Failure>(with_mode(clip, Mode::Norm(0.5 * size(clip)?)))
     };
-    let l2 = half(Mode::Norm, NormType::L2, Scope::Global)?;
+    let rms = Clip::rms(0.0).scope(Scope::Tensor);
+    let l2 = half(NormType::L2, Scope::Global)?;
     Ok(vec![
         l2,
-        half(Mode::Norm, NormType::L1, Scope::Global)?,
-        half(Mode::Norm, NormType::Inf, Scope::Global)?,
-        half(Mode::Norm, NormType::p(3.0)?, Scope::Global)?,
-        half(Mode::Norm, NormType::L2, Scope::Tensor)?,
-        half(Mode::Norm, NormType::L2, Scope::Unit)?,
-        half(Mode::Rms, NormType::L2, Scope::Tensor)?,
+        half(NormType::L1, Scope::Global)?,
+        half(NormType::Inf, Scope::Global)?,
+        half(NormType::p(3.0), Scope::Global)?,
+        half(NormType::L2, Scope::Tensor)?,
+        half(NormType::L2, Scope::Unit)?,
+        with_mode(rms, Mode::Rms(0.5 * size(rms)?)),
         // A third of normally distributed elements lie beyond the root of their mean square.
-        Spec::new(Mode::Value(size(Spec::new(Mode::Rms(0.0)))?)),
-        Spec::new(Mode::Norm(2.0 * size(l2)?)),
+        Clip::value(size(Clip::rms(0.0))?),
+        Clip::norm(2.0 * size(l2)?),
         // If there are non-finite elements, the norms above are refused on both sides; these are not.
-        Spec { non_finite: Some(NonFinite::Propagate), ..l2 },
-        Spec { non_finite: Some(NonFinite::Drop), ..l2 },
+        l2.non_finite(NonFinite::Propagate),
+        l2.non_finite(NonFinite::Drop),
     ])
 }
 
-fn of_file(tensors: &[Tensor<'_>], specs: &[Spec], gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
-    let bar = progress::count(specs.len() as u64, "verifying", hidden);
-    let one = |spec: &Spec| {
-        let verification = gradclip::verify_blocking(&spec.clip()?, tensors, gpu)?;
+fn with_mode(mut clip: Clip, mode: Mode) -> Clip {
+    clip.mode = mode;
+    clip
+}
+
+fn of_file(tensors: &[Tensor<'_>], clips: &[Clip], gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
+    let bar = progress::count(clips.len() as u64, "verifying", hidden);
+    let one = |clip: &Clip| {
+        let verification = gradclip::verify(clip, tensors, gpu).wait()?;
         bar.inc(1);
-        Ok(Compared { clip: spec.to_string(), verification })
+        Ok(Compared { clip: format!("{clip:.2}"), verification })
     };
-    specs.iter().map(one).collect()
+    clips.iter().map(one).collect()
 }
 
 fn of_made(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
@@ -122,7 +127,7 @@ fn of_made(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result<Vec<Comp
         let case = Case::new(args.seed, number)?;
         let verification = case.verify(gpu)?;
         bar.inc(1);
-        Ok(Compared { clip: format!("{number}: {}", case.spec), verification })
+        Ok(Compared { clip: format!("{number}: {:.2}", case.clip), verification })
     };
     (0..cases).map(one).collect()
 }
@@ -199,7 +204,7 @@ mod tests {
     fn a_mismatch_is_told_and_ends_with_4() {
         let gpu = backend::open_gpu(None).expect("a Vulkan device: apt-get install mesa-vulkan-drivers libvulkan1");
         let tensors = [Tensor::new(&[3.0f32, 4.0]).named("w")];
-        let mut compared = of_file(&tensors, &specs_for(&tensors).unwrap(), &gpu, true).unwrap();
+        let mut compared = of_file(&tensors, &clips_for(&tensors).unwrap(), &gpu, true).unwrap();
         assert!(tell(&compared, "card", false, true).is_ok());
         assert_eq!(disagreement(&compared[0].verification), None);
 
@@ -219,7 +224,7 @@ mod tests {
     }
 
     fn gpu_found(gpu: &GpuClipper) -> Option<NonFiniteElements> {
-        let clip = Spec::new(Mode::Norm(1.0)).measuring().clip().unwrap();
-        gradclip::verify_blocking(&clip, &[Tensor::new(&[f32::NAN])], gpu).unwrap().gpu.unwrap().non_finite
+        let clip = crate::names::measuring(Clip::norm(1.0));
+        gradclip::verify(&clip, &[Tensor::new(&[f32::NAN])], gpu).wait().unwrap().gpu.unwrap().non_finite
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use gradclip_mpi::MpiGroup;
-use gradclip_mpi::gradclip::{Clip, Clipper, Error, RunningPartial, Scope, Tensor};
+use gradclip_mpi::gradclip::{Clip, Clipper, Error, NormAccumulator, Scope, Tensor};
 use mpi::Threading;
 use mpi::collective::SystemOperation;
 use mpi::traits::{Communicator, CommunicatorCollectives};
@@ -64,12 +64,12 @@ fn rank() -> Result<(), Error> {
     let (universe, _) = mpi::initialize_with_threading(Threading::Serialized).expect("the first call of MPI");
     let world = universe.world();
     let group = Arc::new(MpiGroup::new(&world)?);
-    let clipper = Clipper::cpu().within(Arc::clone(&group) as _);
-    let clip = Clip::norm(1.0)?;
+    let clipper = Clipper::cpu().processes(Arc::clone(&group) as _);
+    let clip = Clip::norm(1.0);
     // The machine is shared by the ranks.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
 
-    let merge = || RunningPartial::new(&clip)?.merge_across_blocking(&*group);
+    let merge = || NormAccumulator::new(&clip)?.merge_across(&*group).wait();
     let each = [1.0f32; SEGMENTS];
     let tensors: Vec<_> = each.iter().map(|x| Tensor::new(std::slice::from_ref(x))).collect();
     let per_tensor = clip.scope(Scope::Tensor);

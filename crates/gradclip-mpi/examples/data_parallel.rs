@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (universe, _) = mpi::initialize_with_threading(Threading::Serialized).ok_or("MPI is initialised already")?;
     let world = universe.world();
     let (rank, ranks) = (world.rank() as usize, world.size() as usize);
-    let clip = Clip::norm(MAX_NORM)?;
+    let clip = Clip::norm(MAX_NORM);
     let mut params = vec![0.0f32; WEIGHTS + 1];
     let mut norms = Vec::new();
     for step in 0..STEPS {

@@ -14,7 +14,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use gradclip_mpi::MpiGroup;
-use gradclip_mpi::gradclip::processes::{ProcessGroup, check_counted_once};
+use gradclip_mpi::gradclip::processes::{ProcessGroup, check_replicas};
 use gradclip_mpi::gradclip::{Clip, Clipper, Tensor, TensorMut};
 use mpi::Threading;
 use mpi::collective::SystemOperation;
@@ -26,15 +26,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let world = universe.world();
     let (rank, ranks) = (world.rank() as usize, world.size() as usize);
     let group = Arc::new(MpiGroup::new(&world)?);
-    let clipper = Clipper::auto().within(Arc::clone(&group) as Arc<dyn ProcessGroup>);
-    let clip = Clip::norm(MAX_NORM)?;
+    let clipper = Clipper::auto().processes(Arc::clone(&group) as Arc<dyn ProcessGroup>);
+    let clip = Clip::norm(MAX_NORM);
 
     let slice = share(WEIGHTS, rank, ranks);
     let (mut weights, mut bias) = (vec![0.0f32; slice.len()], [0.0f32]);
     let name = format!("weights, slice {rank}");
     // Once, while the code is new: it sends every name.
-    let tensors = [Tensor::new(&weights).named(&name), Tensor::new(&bias).named("bias").counted(rank == 0)];
-    check_counted_once(&*group, &tensors)?;
+    let tensors = [Tensor::new(&weights).named(&name), Tensor::new(&bias).named("bias").replica(rank != 0)];
+    check_replicas(&*group, &tensors)?;
 
     let mut norms = Vec::new();
     for step in 0..STEPS {
@@ -49,7 +49,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let before = group.sent();
         let mut grads = [
             TensorMut::new(&mut of_weights).named(&name),
-            TensorMut::new(&mut of_bias).named("bias").counted(rank == 0),
+            TensorMut::new(&mut of_bias).named("bias").replica(rank != 0),
         ];
         let report = clipper.apply(&clip, &mut grads)?;
         let sent = group.sent();

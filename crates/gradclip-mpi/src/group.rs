@@ -72,7 +72,7 @@ impl MpiGroup {
     /// let (universe, _) = mpi::initialize_with_threading(mpi::Threading::Serialized).ok_or("initialised twice")?;
     /// let group = Arc::new(MpiGroup::new(&universe.world())?);
     /// let mut my_slice = vec![1.0f32; 1 << 20];
-    /// let report = Clipper::auto().within(group).apply(&Clip::norm(1.0)?, &mut [TensorMut::new(&mut my_slice)])?;
+    /// let report = Clipper::auto().processes(group).apply(&Clip::norm(1.0), &mut [TensorMut::new(&mut my_slice)])?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///

@@ -7,10 +7,10 @@
 //!
 //! let (universe, _) = mpi::initialize_with_threading(mpi::Threading::Serialized).ok_or("initialised already")?;
 //! let group = Arc::new(MpiGroup::new(&universe.world())?);
-//! let clipper = Clipper::auto().within(group);
+//! let clipper = Clipper::auto().processes(group);
 //! // Each step: this rank's slice.
 //! let mut slice = vec![0.1f32; 1 << 20];
-//! let report = clipper.apply(&Clip::norm(1.0)?, &mut [TensorMut::new(&mut slice)])?;
+//! let report = clipper.apply(&Clip::norm(1.0), &mut [TensorMut::new(&mut slice)])?;
 //! println!("norm of all slices: {}", report.total_norm);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -38,8 +38,8 @@
 //! | mixture of experts | its experts' gradients, and whole the others' | all ranks that hold different experts | experts on all (where an expert has replicas, on one); the others on one |
 //! | several of these at once | parts of parts | all ranks of one copy of the model: the product of the sharded, pipelined and tensor-parallel ones | each element on one rank |
 //!
-//! A tensor that does not count ([`counted(false)`](gradclip::TensorMut::counted)) is scaled all the same, by the
-//! coefficient of its replicas. [`check_counted_once`](gradclip::processes::check_counted_once) finds what counts twice
+//! A replica ([`replica(true)`](gradclip::TensorMut::replica)) is scaled all the same, by the
+//! coefficient of its replicas. [`check_replicas`](gradclip::processes::check_replicas) finds what counts twice
 //! or never: call it once, with names, before the first step. A group over a part of the ranks comes from a split
 //! communicator: `MpiGroup::new(&world.split_by_color(..)?)`.
 //!
@@ -51,12 +51,12 @@
 //! - **Local norms only.** Each rank clips by the norm of what it holds: PyTorch's `clip_grad_norm_` on a shard's plain
 //!   tensors does. With s shards of about the same size, each norm is too small by a factor of about √s, so little is
 //!   clipped, and what is clipped is clipped by a coefficient of its own on each rank: replicas drift apart, and the
-//!   direction of the gradient changes. Here: clip [within](gradclip::Clipper::within) the group.
+//!   direction of the gradient changes. Here: clip [within](gradclip::Clipper::processes) the group.
 //! - **Clipped before the all-reduce.** The mean of gradients that were clipped each for itself is not the clipped
 //!   mean; a rank whose samples are harmless is scaled differently from one whose are not. Reduce first, then clip.
 //! - **Replicas counted twice.** The squares of layer norms, biases and tied embeddings go into the sum once for each
 //!   rank that holds them: the norm is too large, by up to √s, and grows with the number of ranks, so that the same run
-//!   clips more on more machines. Here: `counted(false)` on all but one, and `check_counted_once`.
+//!   clips more on more machines. Here: `replica(true)` on all but one, and `check_replicas`.
 //! - **Norms that are added, averaged or maximised.** Norms do not add; their p-th powers do. Here partials merge, of
 //!   any norm type.
 //! - **Sums all-reduced in bfloat16.** With 8 significant bits every addition is off by up to 0.2%, and what is less

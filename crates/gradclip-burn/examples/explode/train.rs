@@ -128,13 +128,13 @@ impl Run {
 
         // Training needs no reports, for which it waits on a GPU; the picture does.
         self.figures.loss.push(value);
-        self.figures.norm.push(finite(self.measure.report_blocking()?.total_norm as f32));
-        self.figures.clipped += usize::from(self.clipper.report_blocking()?.clipped);
+        self.figures.norm.push(finite(self.measure.report().wait()?.total_norm as f32));
+        self.figures.clipped += usize::from(self.clipper.report().wait()?.clipped);
         Ok(())
     }
 
     fn save(&self) -> Result<()> {
-        let threshold = match self.clipper.threshold_blocking()? {
+        let threshold = match self.clipper.threshold().wait()? {
             Some(AdaptiveThreshold::ZClip(threshold)) => Some(threshold),
             _ => None,
         };
@@ -166,8 +166,8 @@ impl Run {
 fn clipper(clipping: Clipping, settings: &Settings, saved: Option<ZClip>) -> Result<GradClipper> {
     Ok(match clipping {
         Clipping::None => GradClipper::new(only_measure()?),
-        Clipping::Value => GradClipper::new(Clip::value(settings.clip_value)?),
-        Clipping::Norm => GradClipper::new(Clip::norm(settings.max_norm)?.non_finite(NonFinite::Propagate)),
+        Clipping::Value => GradClipper::new(Clip::value(settings.clip_value)),
+        Clipping::Norm => GradClipper::new(Clip::norm(settings.max_norm).non_finite(NonFinite::Propagate)),
         Clipping::Zclip => {
             let new = ZClip::new().z_threshold(settings.z_threshold)?.warm_up(settings.z_warm_up)?;
             GradClipper::adaptive(only_measure()?, saved.unwrap_or(new))
@@ -177,7 +177,7 @@ fn clipper(clipping: Clipping, settings: &Settings, saved: Option<ZClip>) -> Res
 
 /// Gradients that are not finite go through here and above, so that a run ends as it would without a check.
 fn only_measure() -> Result<Clip> {
-    Ok(Clip::norm(f64::INFINITY)?.non_finite(NonFinite::Propagate))
+    Ok(Clip::norm(f64::INFINITY).non_finite(NonFinite::Propagate))
 }
 
 fn finite(number: f32) -> Option<f32> {

@@ -22,9 +22,9 @@ fn halves_are_measured_in_more_and_rounded_once() {
             let mut grads = gradients(&net, &device, dtype, fill);
             let before = all_numbers(&net, &grads);
             let total = norm(&before.concat());
-            let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
+            let mut clipper = GradClipper::new(Clip::norm(1.0).eps(0.0));
             clipper.clip(&mut grads, &net).expect("finite");
-            let report = clipper.report_blocking().expect("clipped");
+            let report = clipper.report().wait().expect("clipped");
             assert_close(&[report.total_norm], &[total], 1e-6, name);
             for (found, before) in all_numbers(&net, &grads).iter().zip(&before) {
                 for (found, x) in found.iter().zip(before) {
@@ -50,9 +50,9 @@ fn dtypes_may_be_mixed() {
         let kept = halves.remove::<2>(net.embedding_id()).expect("there");
         floats.register(net.embedding_id(), kept);
         let count: usize = all_numbers(&net, &floats).iter().map(Vec::len).sum();
-        let mut clipper = GradClipper::new(Clip::norm(1.0).expect("valid"));
+        let mut clipper = GradClipper::new(Clip::norm(1.0));
         clipper.clip(&mut floats, &net).expect("finite");
-        let total = clipper.report_blocking().expect("clipped").total_norm;
+        let total = clipper.report().wait().expect("clipped").total_norm;
         assert_close(&[total], &[(count as f64).sqrt() / 2.0], 1e-6, name);
         assert_eq!(floats.get::<2>(net.embedding_id()).expect("there").dtype(), DType::F16, "{name}");
     }
@@ -66,9 +66,9 @@ fn doubles_are_clipped_where_there_are_any() {
     let mut grads = gradients(&net, &device, DType::F64, |_, n| random.normals(n).iter().map(|x| x * 1e200).collect());
     let before = all_numbers(&net, &grads).concat();
     let scaled: Vec<_> = before.iter().map(|x| x / 1e200).collect();
-    let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
+    let mut clipper = GradClipper::new(Clip::norm(1.0).eps(0.0));
     clipper.clip(&mut grads, &net).expect("finite");
-    assert_close(&[clipper.report_blocking().expect("clipped").total_norm / 1e200], &[norm(&scaled)], 1e-7, "norm");
+    assert_close(&[clipper.report().wait().expect("clipped").total_norm / 1e200], &[norm(&scaled)], 1e-7, "norm");
     let expected: Vec<_> = scaled.iter().map(|x| x / norm(&scaled)).collect();
     assert_close(&all_numbers(&net, &grads).concat(), &expected, 1e-7, "clipped");
 }

@@ -21,14 +21,14 @@ fn a_device_that_was_lost() {
     let net = Net::new(&device);
     let make = || gradients(&net, &device, DType::F32, |_, n| vec![1.0; n]);
     let (mut before, mut after) = (make(), make());
-    let mut clipper = GradClipper::new(Clip::norm(1.0).expect("valid"));
+    let mut clipper = GradClipper::new(Clip::norm(1.0));
     clipper.clip(&mut before, &net).expect("the device works");
-    clipper.report_blocking().expect("clipped");
+    clipper.report().wait().expect("clipped");
     setup.device.destroy();
-    let told = clipper.clip(&mut after, &net).and_then(|()| clipper.report_blocking());
+    let told = clipper.clip(&mut after, &net).and_then(|()| clipper.report().wait());
     let error = told.expect_err("the device is gone").to_string();
     assert!(error.contains("lost") || error.contains("destroyed") || error.contains("poisoned"), "{error}");
     // And again, with a plan anew.
-    let mut clipper = GradClipper::new(Clip::norm(1.0).expect("valid"));
-    clipper.clip(&mut after, &net).and_then(|()| clipper.report_blocking()).expect_err("the device is gone");
+    let mut clipper = GradClipper::new(Clip::norm(1.0));
+    clipper.clip(&mut after, &net).and_then(|()| clipper.report().wait()).expect_err("the device is gone");
 }

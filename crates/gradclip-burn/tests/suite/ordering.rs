@@ -28,7 +28,7 @@ impl Two {
 fn a_thousand_steps_in_order() {
     let device = wgpu();
     let two = Two::new([64, 256], 3, &device);
-    let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
+    let mut clipper = GradClipper::new(Clip::norm(1.0).eps(0.0));
     let chain = |scale: f32| {
         let mut x = Tensor::<2>::full([64, 256], scale / 1.1f32.powi(8), &device);
         for _ in 0..8 {
@@ -47,7 +47,7 @@ fn a_thousand_steps_in_order() {
         let clipped: Tensor<2> = grads.remove(two.first.id).expect("there");
         sums.push(clipped.square().sum());
         if step % 50 == 0 {
-            let norm = clipper.report_blocking().expect("clipped").total_norm;
+            let norm = clipper.report().wait().expect("clipped").total_norm;
             let expected = f64::from(scale) * f64::from(64 * 256).sqrt();
             assert!((norm / expected - 1.0).abs() < 1e-5, "step {step}: the norm is {norm}, not {expected}");
         }
@@ -65,13 +65,13 @@ fn several_threads_on_one_device() {
             scope.spawn(move || {
                 let device: Device = wgpu();
                 let module = Two::new([8, 8], 2, &device);
-                let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
+                let mut clipper = GradClipper::new(Clip::norm(1.0).eps(0.0));
                 for step in 0..30 {
                     let size = (1 + thread * 30 + step) as f32;
                     let mut grads = GradientsParams::new();
                     grads.register(module.first.id, Tensor::<2>::full([8, 8], size, &device).mul_scalar(2.0));
                     clipper.clip(&mut grads, &module).expect("finite");
-                    let norm = clipper.report_blocking().expect("clipped").total_norm;
+                    let norm = clipper.report().wait().expect("clipped").total_norm;
                     assert!((norm / f64::from(size * 16.0) - 1.0).abs() < 1e-5, "thread {thread}, step {step}: {norm}");
                     let clipped: Tensor<2> = grads.remove(module.first.id).expect("there");
                     let sum: f64 = clipped.square().sum().into_scalar();
@@ -87,7 +87,7 @@ fn several_threads_on_one_device() {
 fn gradients_made_by_another_thread() {
     let device = wgpu();
     let two = Two::new([64, 256], 3, &device);
-    let mut clipper = GradClipper::new(Clip::norm(1.0).and_then(|clip| clip.eps(0.0)).expect("valid"));
+    let mut clipper = GradClipper::new(Clip::norm(1.0).eps(0.0));
     for step in 1..40 {
         let (first, second) = (two.first.id, two.second.id);
         let device = device.clone();
@@ -103,7 +103,7 @@ fn gradients_made_by_another_thread() {
         };
         let mut grads = std::thread::spawn(make).join().expect("made");
         clipper.clip(&mut grads, &two).expect("finite");
-        let norm = clipper.report_blocking().expect("clipped").total_norm;
+        let norm = clipper.report().wait().expect("clipped").total_norm;
         let expected = f64::from(step) * 128.0;
         assert!((norm / expected - 1.0).abs() < 1e-5, "step {step}: the norm is {norm}, not {expected}");
     }

@@ -16,15 +16,14 @@ use crate::backend::Backend;
 use crate::clip;
 use crate::failure::Failure;
 use crate::input::{Input, explain, is_index, unchanged};
+use crate::names::{clamps, measuring};
 use crate::output::{Copies, Output};
 use crate::progress;
 use crate::report::{Outcome, Ranks, plural, printed, remark, table};
-use crate::spec::{Mode, Spec};
 
 /// What all ranks were asked for.
 #[derive(Debug)]
 pub(super) struct Job {
-    spec: Spec,
     clip: Clip,
     args: SharedArgs,
     /// OUT, and whether it may be replaced; nothing if the gradients are only measured.
@@ -51,23 +50,23 @@ struct Ready<'o, 'a> {
 
 impl Job {
     pub(super) fn new(cli: Cli) -> Result<Self, Failure> {
-        let (spec, args, out) = match cli.command {
+        let (clip, args, out) = match cli.command {
             Command::Norm(NormArgs { measure, shared }) => {
-                (measure.spec(Mode::Norm(f64::INFINITY))?.measuring(), shared, None)
+                (measuring(measure.clip(Clip::norm(f64::INFINITY))?), shared, None)
             }
             Command::Clip(ClipArgs { out, force, how, shared }) => {
-                let spec = how.spec()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
-                (spec, shared, Some((out, force)))
+                let clip = how.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
+                (clip, shared, Some((out, force)))
             }
         };
         refuse(&[
             (
-                spec.scope != Scope::Global || matches!(spec.mode, Mode::Agc(_)),
+                clip.scope != Scope::Global || clip.needs_parameters(),
                 "ranks share the one norm of all gradients; what has a norm of its own needs no other file: use gradclip \
                  for each file",
             ),
             (
-                spec.clamps() && !args.replicated.is_empty(),
+                clamps(&clip) && !args.replicated.is_empty(),
                 "--replicated says what a norm counts once, and a clamp measures none",
             ),
         ])?;
@@ -80,7 +79,8 @@ impl Job {
         if let Some(name) = names.windows(2).find(|pair| pair[0] == pair[1]).filter(|_| out.is_some()) {
             return Err(Failure::Usage(format!("two files are called {:?}, and OUT can hold only one", name[0])));
         }
-        Ok(Self { clip: spec.clip()?, spec, args, out })
+        clip.check()?;
+        Ok(Self { clip, args, out })
     }
 
     pub(super) fn run(&self, together: &Together, stdout: &mut dyn Write) -> Result<(), Stopped> {
@@ -180,7 +180,7 @@ impl Job {
             counted.extend(input.gradients().map(|entry| whole.counts(&entry.name, place)));
             tensors.append(&mut input.tensors()?);
         }
-        tensors = tensors.into_iter().zip(&counted).map(|(tensor, &counted)| tensor.counted(counted)).collect();
+        tensors = tensors.into_iter().zip(&counted).map(|(tensor, &counted)| tensor.replica(!counted)).collect();
         let backend = Backend::choose(&self.args.backend, &tensors)?.within(together.group.clone());
         let copies = output.filter(|_| !backend.streams()).map(|output| {
             let bar = progress::bytes(output.bytes(), "copying", self.hidden(together));
@@ -234,8 +234,8 @@ impl Job {
         let mut lines = match (&self.out, self.args.quiet) {
             (None, true) => return Ok(format!("{}\n", report.total_norm)),
             (Some(_), true) => return Ok(String::new()),
-            (None, false) => outcome.measured(&self.spec),
-            (Some(_), false) => clip::lines(&self.spec, &outcome),
+            (None, false) => outcome.measured(&self.clip),
+            (Some(_), false) => clip::lines(&self.clip, &outcome),
         };
         if whole.uncounted() > 0 {
             lines.push(("replicas", format!("{} not counted", plural(whole.uncounted() as u64, "tensor"))));

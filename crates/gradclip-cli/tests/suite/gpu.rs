@@ -154,7 +154,7 @@ fn verify_the_clip_that_is_asked_for() {
     let columns = ["--max-norm", "0.01", "--norm-type", "3", "--scope", "unit", "--unit-axis", "last"];
     assert_eq!(of(&columns), ["L3 norm to 0.01 per unit (last)"]);
     let agc = ["--agc", "0.5", "--params", EXAMPLE, "--agc-eps", "0.1", "--non-finite", "drop"];
-    assert_eq!(of(&agc), ["AGC by 0.5 per unit, agc-eps 0.1, drop"]);
+    assert_eq!(of(&agc), ["AGC 0.5, per unit, agc_eps 0.1, non-finite: drop"]);
     gradclip(["verify", "--max-norm", "1"]).failed(2, &["name a FILE"]);
     gradclip(["verify", EXAMPLE, "--scope", "tensor"]).failed(2, &["a mode is required"]);
 }

@@ -47,7 +47,7 @@ pub(crate) fn descend(params: &mut [f32], gradient: &[f32]) {
 
 /// What one process comes to that takes every sample itself: each step's norm, and the parameters.
 pub(crate) fn by_one_process() -> Result<(Vec<f64>, Vec<f32>), Error> {
-    let clip = Clip::norm(MAX_NORM)?;
+    let clip = Clip::norm(MAX_NORM);
     let (mut norms, mut params) = (Vec::new(), vec![0.0; WEIGHTS + 1]);
     for step in 0..STEPS {
         let (mut all, _) = gradient(step, 0..BATCH, &params);

@@ -30,14 +30,14 @@ fn close(mine: &[Gradient], expected: &[Gradient]) {
 }
 
 fn open() -> GpuClipper {
-    GpuClipper::open_blocking().unwrap_or_else(|error| {
+    GpuClipper::open().wait().unwrap_or_else(|error| {
         panic!("{error}. This needs a Vulkan device, which may be a software one (Debian: mesa-vulkan-drivers)")
     })
 }
 
 pub(crate) fn host_tensors_through_a_gpu_and_not(group: &Arc<MpiGroup>) {
     let gpu = open();
-    for clip in [Clip::norm(1.0).expect("valid"), Clip::norm(0.5).expect("valid").scope(Scope::Tensor)] {
+    for clip in [Clip::norm(1.0), Clip::norm(0.5).scope(Scope::Tensor)] {
         let mut whole = model();
         let alone = Clipper::cpu().apply(&clip, &mut views_mut(&mut whole)).expect("finite");
         let expected = slices(&whole, group.rank(), group.size());
@@ -45,7 +45,7 @@ pub(crate) fn host_tensors_through_a_gpu_and_not(group: &Arc<MpiGroup>) {
             let mut mine = slices(&model(), group.rank(), group.size());
             let clipper = if gpus(group.rank()) { Clipper::gpu(gpu.clone()) } else { Clipper::cpu() };
             let report =
-                clipper.within(Arc::clone(group) as _).apply(&clip, &mut views_mut(&mut mine)).expect("finite");
+                clipper.processes(Arc::clone(group) as _).apply(&clip, &mut views_mut(&mut mine)).expect("finite");
             assert!((report.total_norm / alone.total_norm - 1.0).abs() <= 1e-6, "{report:?} and {alone:?}");
             assert!(report.clipped && report.elements == alone.elements, "{report:?} and {alone:?}");
             same_on_all(group, report.total_norm.to_bits());
@@ -60,7 +60,7 @@ pub(crate) fn plans_on_a_gpu(group: &Arc<MpiGroup>) {
     let bad_rank = group.size() - 1;
     for policy in [NonFinite::Error, NonFinite::Skip, NonFinite::Drop] {
         for is_bad in [false, true] {
-            let clip = Clip::norm(1.0).expect("valid").non_finite(policy);
+            let clip = Clip::norm(1.0).non_finite(policy);
             let mut mine = slices(&model(), group.rank(), group.size());
             if is_bad && group.rank() == bad_rank {
                 mine[1].set(3, f32::NAN);
@@ -84,9 +84,9 @@ pub(crate) fn plans_on_a_gpu(group: &Arc<MpiGroup>) {
                 queue.submit([encoder.finish()]);
             };
             submit(&|encoder| plan.encode_measure(encoder).expect("recorded"));
-            plan.merge_across_blocking(&**group).expect("the others answer");
+            plan.merge_across(&**group).wait().expect("the others answer");
             submit(&|encoder| plan.encode_scale(encoder).expect("recorded"));
-            let result = plan.report_blocking();
+            let result = plan.report().wait();
 
             let mut after = mine.clone();
             for (gradient, buffer) in after.iter_mut().zip(&buffers) {
@@ -115,7 +115,7 @@ pub(crate) fn plans_on_a_gpu(group: &Arc<MpiGroup>) {
                 let begin = crate::gradients::share(whole[1].len(), bad_rank, group.size()).start;
                 whole[1].set(begin + 3, 0.0);
             }
-            Clipper::cpu().apply(&Clip::norm(1.0).expect("valid"), &mut views_mut(&mut whole)).expect("finite");
+            Clipper::cpu().apply(&Clip::norm(1.0), &mut views_mut(&mut whole)).expect("finite");
             close(&after, &slices(&whole, group.rank(), group.size()));
         }
     }

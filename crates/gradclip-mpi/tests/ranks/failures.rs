@@ -17,13 +17,13 @@ use crate::norms::same_on_all;
 use crate::transport::barrier;
 
 fn norm() -> Clip {
-    Clip::norm(0.1).expect("valid")
+    Clip::norm(0.1)
 }
 
 /// Clips, and finds what was refused untouched.
 fn clip(group: &Arc<MpiGroup>, clip: &Clip, gradients: &[Gradient]) -> Result<ClipReport, Error> {
     let mut mine = gradients.to_vec();
-    let within = Clipper::cpu().within(Arc::clone(group) as Arc<dyn ProcessGroup>);
+    let within = Clipper::cpu().processes(Arc::clone(group) as Arc<dyn ProcessGroup>);
     let result = within.apply(clip, &mut views_mut(&mut mine));
     assert!(result.is_ok() || mine == gradients, "an error leaves every bit");
     result
@@ -41,7 +41,7 @@ pub(crate) fn another_clip(group: &Arc<MpiGroup>) {
     let mine = slices(&model(), group.rank(), group.size());
     for odd in [0, group.size() - 1] {
         for other in [Clip::norm(0.2), Clip::rms(0.1), norm().eps(0.0), norm().grad_scale(2.0)] {
-            let wanted = if group.rank() == odd { other.expect("valid") } else { norm() };
+            let wanted = if group.rank() == odd { other } else { norm() };
             let error = clip(group, &wanted, &mine).expect_err("ranks disagree");
             let Error::Disagreement { rank, reason } = &error else { panic!("{error:?}") };
             assert!(reason.contains("another clip"), "{error}");
@@ -74,7 +74,7 @@ pub(crate) fn another_number_of_segments(group: &Arc<MpiGroup>) {
 pub(crate) fn a_rank_that_fails_before_it_measures(group: &Arc<MpiGroup>) {
     let (rank, bad_rank) = (group.rank(), group.size() - 1);
     // It has no parameters, by which it was to clip.
-    let wanted = if rank == bad_rank { Clip::agc(0.01).expect("valid") } else { norm() };
+    let wanted = if rank == bad_rank { Clip::agc(0.01) } else { norm() };
     let error = clip(group, &wanted, &slices(&model(), rank, group.size())).expect_err("one has failed");
     match error {
         Error::PeerFailed { rank: told } => assert!(rank != bad_rank && told == bad_rank),

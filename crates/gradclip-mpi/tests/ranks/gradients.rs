@@ -37,12 +37,12 @@ impl Gradient {
 
     pub(crate) fn view(&self) -> Tensor<'_> {
         let tensor = Tensor::from_bytes(self.dtype, &self.bytes).expect("whole elements");
-        tensor.named(&self.name).counted(self.counted).shape(&self.shape).expect("the shape fits")
+        tensor.named(&self.name).replica(!self.counted).shape(&self.shape).expect("the shape fits")
     }
 
     pub(crate) fn view_mut(&mut self) -> TensorMut<'_> {
         let tensor = TensorMut::from_bytes(self.dtype, &mut self.bytes).expect("whole elements");
-        tensor.named(&self.name).counted(self.counted).shape(&self.shape).expect("the shape fits")
+        tensor.named(&self.name).replica(!self.counted).shape(&self.shape).expect("the shape fits")
     }
 
     /// Its elements.

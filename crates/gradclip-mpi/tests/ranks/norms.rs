@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gradclip_mpi::MpiGroup;
-use gradclip_mpi::gradclip::processes::{ProcessGroup, check_counted_once};
+use gradclip_mpi::gradclip::processes::{ProcessGroup, check_replicas};
 use gradclip_mpi::gradclip::{
-    Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType, RunningPartial, Scope, Tensor, UnitAxis,
+    Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormAccumulator, NormType, Scope, Tensor, UnitAxis,
 };
 use gradclip_mpi::mpi::topology::SimpleCommunicator;
 use gradclip_mpi::mpi::traits::CommunicatorCollectives;
@@ -16,17 +16,17 @@ use crate::transport::barrier;
 
 /// Clips by one norm, of which some clip and some do not.
 fn global_clips() -> Vec<Clip> {
-    let norm = |max_norm| Clip::norm(max_norm).expect("valid");
+    let norm = |max_norm| Clip::norm(max_norm);
     vec![
         norm(1.0),
         norm(1e9),
         norm(0.5).norm_type(NormType::L1),
         norm(0.5).norm_type(NormType::Inf),
-        norm(0.5).norm_type(NormType::p(3.0).expect("valid")),
-        norm(1e-3).grad_scale(1024.0).expect("valid"),
-        Clip::rms(0.01).expect("valid"),
-        Clip::average_norm(1e-5).expect("valid"),
-        Clip::value(0.25).expect("valid"),
+        norm(0.5).norm_type(NormType::p(3.0)),
+        norm(1e-3).grad_scale(1024.0),
+        Clip::rms(0.01),
+        Clip::average_norm(1e-5),
+        Clip::value(0.25),
     ]
 }
 
@@ -82,7 +82,7 @@ fn as_one_process(
     let mut expected = whole.to_vec();
     let alone = Clipper::cpu().apply(clip, &mut views_mut(&mut expected)).expect("finite");
     let mut mine = part(whole);
-    let within = Clipper::cpu().within(Arc::clone(group) as _);
+    let within = Clipper::cpu().processes(Arc::clone(group) as _);
     let measured = within.measure(clip, &views(&mine)).expect("finite");
     let report = within.apply(clip, &mut views_mut(&mut mine)).expect("finite");
     same_report(&report, &alone, error);
@@ -108,7 +108,7 @@ pub(crate) fn slices_clip_as_the_whole(group: &Arc<MpiGroup>) {
 }
 
 pub(crate) fn ranks_without_anything(group: &Arc<MpiGroup>) {
-    let clip = Clip::norm(1.0).expect("valid");
+    let clip = Clip::norm(1.0);
     for holder in [0, group.size() - 1] {
         let part = |whole: &[Gradient]| if group.rank() == holder { whole.to_vec() } else { Vec::new() };
         as_one_process(group, &clip, &model(), EXACT, part);
@@ -132,26 +132,26 @@ pub(crate) fn replicas_count_once(group: &Arc<MpiGroup>) {
     for clip in global_clips().into_iter().take(8) {
         as_one_process(group, &clip, &model(), HALF, part);
     }
-    check_counted_once(&**group, &views(&part(&model()))).expect("counted once");
+    check_replicas(&**group, &views(&part(&model()))).expect("counted once");
     // By every rank, and by none.
     for counted in [true, false] {
         let mut mine = part(&model());
         mine.last_mut().expect("the bias").counted = counted;
-        let error = check_counted_once(&**group, &views(&mine)).expect_err("wrong");
-        let Error::Counted { tensor, reason } = &error else { panic!("{error:?}") };
+        let error = check_replicas(&**group, &views(&mine)).expect_err("wrong");
+        let Error::Tensor { tensor, reason } = &error else { panic!("{error:?}") };
         assert!(tensor.contains("bias") && reason.contains(if counted { "times" } else { "no rank" }), "{error}");
     }
 }
 
 pub(crate) fn pieces_as_they_come(group: &Arc<MpiGroup>) {
-    let clip = Clip::norm(1.0).expect("valid");
+    let clip = Clip::norm(1.0);
     let expected = Clipper::cpu().measure(&clip, &views(&model())).expect("finite");
     let mine = slices(&model(), group.rank(), group.size());
-    let mut running = RunningPartial::new(&clip).expect("valid");
+    let mut running = NormAccumulator::new(&clip).expect("valid");
     for gradient in &mine {
         Clipper::cpu().accumulate(&mut running, &[gradient.view()]).expect("fits");
     }
-    running.merge_across_blocking(&**group).expect("the others answer");
+    running.merge_across(&**group).wait().expect("the others answer");
     let report = running.report().expect("finite");
     same_report(&report, &expected, HALF);
     same_on_all(group, report.total_norm.to_bits());
@@ -161,10 +161,10 @@ pub(crate) fn any_number_of_threads(group: &Arc<MpiGroup>) {
     // Large enough to be measured by several.
     let large = vec![Gradient::made("large", Dtype::F32, &[3 << 20], 0.1, 7)];
     let mine = slices(&large, group.rank(), group.size());
-    let clip = Clip::norm(1.0).expect("valid");
+    let clip = Clip::norm(1.0);
     let measure = |threads: u32| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize).build().expect("threads");
-        let within = Clipper::cpu().within(Arc::clone(group) as _);
+        let within = Clipper::cpu().processes(Arc::clone(group) as _);
         pool.install(|| within.measure(&clip, &views(&mine)).expect("finite").total_norm.to_bits())
     };
     let bits = [measure(1), measure(1 + group.rank() % 3), measure(3 - group.rank() % 3)];
@@ -177,10 +177,10 @@ pub(crate) fn many_norms_are_one_message(group: &Arc<MpiGroup>) {
     let many: Vec<_> =
         (0..1000).map(|i| Gradient::made(&i.to_string(), Dtype::F32, &[5 + i % 7], 1.0, i as u64)).collect();
     let matrix = vec![Gradient::made("matrix", Dtype::F32, &[300, 64], 1.0, 8)];
-    let per_tensor = Clip::norm(0.9).expect("valid").scope(Scope::Tensor);
+    let per_tensor = Clip::norm(0.9).scope(Scope::Tensor);
     as_one_process(group, &per_tensor, &many, EXACT, |whole| slices(whole, rank, size));
     // Every rank has some columns of each row.
-    let per_unit = Clip::norm(0.9).expect("valid").scope(Scope::Unit).unit_axis(UnitAxis::First);
+    let per_unit = Clip::norm(0.9).scope(Scope::Unit).unit_axis(UnitAxis::First);
     as_one_process(group, &per_unit, &matrix, EXACT, |whole| {
         let begin = |rank: u32| if rank == 0 { 0 } else { 1 + share(63, rank, size).start };
         vec![whole[0].columns(begin(rank)..if rank + 1 == size { 64 } else { begin(rank + 1) })]
@@ -188,7 +188,7 @@ pub(crate) fn many_norms_are_one_message(group: &Arc<MpiGroup>) {
 
     let (mine, segments) = (slices(&many, rank, size), 1000);
     let before = group.sent();
-    Clipper::cpu().within(Arc::clone(group) as _).measure(&per_tensor, &views(&mine)).expect("finite");
+    Clipper::cpu().processes(Arc::clone(group) as _).measure(&per_tensor, &views(&mine)).expect("finite");
     let (messages, bytes) = (group.sent().messages - before.messages, group.sent().bytes - before.bytes);
     let rounds = u64::from(size.ilog2()) + u64::from(!size.is_power_of_two());
     assert!((1..=rounds).contains(&messages), "{messages} messages among {size} ranks");
@@ -201,7 +201,7 @@ pub(crate) fn one_nan_is_known_to_all(group: &Arc<MpiGroup>) {
     let bad_rank = size / 2;
     let policies = [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
     for (policy, is_late) in policies.into_iter().flat_map(|policy| [(policy, false), (policy, true)]) {
-        let clip = Clip::norm(1.0).expect("valid").non_finite(policy);
+        let clip = Clip::norm(1.0).non_finite(policy);
         let sound = slices(&[Gradient::made("w", Dtype::F32, &[4000], 1.0, 9)], rank, size);
         let mut mine = vec![Gradient::made("own", Dtype::F32, &[8], 1.0, u64::from(rank)), sound[0].clone()];
         if rank == bad_rank {
@@ -212,7 +212,7 @@ pub(crate) fn one_nan_is_known_to_all(group: &Arc<MpiGroup>) {
             mine[0].set(0, f32::INFINITY);
         }
         let before = mine.clone();
-        let within = Clipper::cpu().within(Arc::clone(group) as _);
+        let within = Clipper::cpu().processes(Arc::clone(group) as _);
         let result = within.apply(&clip, &mut views_mut(&mut mine));
         let count = if is_late { u64::from(size - bad_rank) } else { 1 };
         let non_finite = match &result {
@@ -251,8 +251,8 @@ pub(crate) fn only_the_description_must_agree(group: &Arc<MpiGroup>) {
     let rank = group.rank();
     let mine = vec![rank as f32 + 1.0; rank as usize * 100 + 1];
     let name = format!("of rank {rank}");
-    let within = Clipper::cpu().within(Arc::clone(group) as _);
-    let report = within.measure(&Clip::norm(1.0).expect("valid"), &[Tensor::new(&mine).named(&name)]).expect("finite");
+    let within = Clipper::cpu().processes(Arc::clone(group) as _);
+    let report = within.measure(&Clip::norm(1.0), &[Tensor::new(&mine).named(&name)]).expect("finite");
     let sum: f64 = (0..group.size()).map(|r| f64::from((r + 1) * (r + 1)) * f64::from(r * 100 + 1)).sum();
     assert!((report.total_norm - sum.sqrt()).abs() <= 1e-12 * sum.sqrt());
 }
@@ -263,8 +263,8 @@ pub(crate) fn nobody_waits_for_who_is_done(group: &Arc<MpiGroup>) {
     // So much that MPI does not copy it before the receiver has asked.
     let many: Vec<_> = (0..4000).map(|i| Gradient::made(&i.to_string(), Dtype::F32, &[8], 1.0, i)).collect();
     let mine = slices(&many, group.rank(), group.size());
-    let per_tensor = Clip::norm(0.9).expect("valid").scope(Scope::Tensor);
-    let within = Clipper::cpu().within(Arc::clone(group) as _);
+    let per_tensor = Clip::norm(0.9).scope(Scope::Tensor);
+    let within = Clipper::cpu().processes(Arc::clone(group) as _);
     for busy in [0, group.size() - 1] {
         barrier();
         let begin = Instant::now();

@@ -8,7 +8,7 @@ use super::pool::in_parallel;
 use super::tuning::{BLOCK, CHUNK};
 use super::with_element;
 use crate::partial::{Location, Partial};
-use crate::{Census, Dtype, Tensor};
+use crate::{Dtype, Tensor, TensorCounts};
 
 /// What was counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,14 +27,14 @@ impl Counts {
 }
 
 /// Of a whole tensor, in parallel.
-pub(crate) fn census(tensor: &Tensor<'_>) -> Census {
+pub(crate) fn counts(tensor: &Tensor<'_>) -> TensorCounts {
     let mut counts = vec![Counts::default(); tensor.len().div_ceil(CHUNK)];
     let pieces = counts.len();
     let chunks = tensor.data.chunks(CHUNK * tensor.dtype.size()).zip(&mut counts);
     in_parallel(chunks, pieces, tensor.data.len(), |(chunk, counts)| {
         with_element!(tensor.dtype, T => *counts = count::<T>(chunk));
     });
-    counts.iter().enumerate().fold(Census::default(), |all, (i, chunk)| Census {
+    counts.iter().enumerate().fold(TensorCounts::default(), |all, (i, chunk)| TensorCounts {
         zeros: all.zeros + chunk.zeros,
         non_finite: all.non_finite + chunk.non_finite,
         first_non_finite: all.first_non_finite.or(chunk.first.map(|k| (i * CHUNK + k) as u64)),
