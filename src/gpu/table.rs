@@ -13,6 +13,22 @@
 //!   they count elements: a binding is at most 2^31 - 1 bytes, so fewer than 2^30 elements. A *batch* is as many windows
 //!   as are bound at once.
 //! - An *origin* is where counting the elements of a tensor begins, so that 32 bits suffice to say where one is.
+//!
+//! Why it is so:
+//!
+//! 1. Slots. The partials of a segment must be consecutive to merge, and its chunks may lie in many tensors. So the host counts how
+//!    many each segment gets and numbers them in the caller's order. Merging is then a few rows of a table, whatever the scope.
+//! 2. Windows. Tensors lie at any offset in any number of buffers. Chunks are gathered by address into windows as large as a binding
+//!    may be, so that many tensors in one buffer are one dispatch, and a tensor larger than a binding is several.
+//! 3. Tasks. A workgroup costs something by itself, its merge most of all. With tasks, 2,000 tensors of 2,100 elements take 1.2 times as
+//!    long as one of 4.2 million on llvmpipe; without, 6 times. Where buffers lie decides what shares a task, and so the last bits of a
+//!    norm, but no more.
+//! 4. Heads and tails. Between its first and its last whole quad a chunk is read and written 16 bytes at a time, wherever it begins. Up
+//!    to 4 words on either side are taken one by one, by the first invocations.
+//! 5. Edges. Kernels write 32-bit words. A half-precision tensor that begins or ends within a word shares it, perhaps with a tensor of
+//!    another dtype and segment. Two invocations that each wrote the whole word would undo each other. So chunks write the words that
+//!    are theirs alone, and the edge table lists every other word once.
+//! 6. Order. Scaling walks its tasks from the last to the first, because what was measured last may still be in a cache.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
