@@ -1,7 +1,7 @@
 //! Guards against panics, hangs and silence where a caller gives what cannot be clipped: one error that says what to do.
 
 use crate::common::{Data, Path, assert_says};
-use gradclip::{Clip, Dtype, Error, Tensor, TensorMut};
+use gradclip::{Clip, Dtype, Tensor, TensorMut};
 
 /// The least and the most that is accepted does what it says, or at least does no harm.
 #[test]
@@ -44,7 +44,7 @@ mod on_gpu {
     use super::*;
     use crate::common::gpu::{clip_tensors, download, encoder, gpu, open, step, upload};
     use gradclip::gpu::{GpuClipper, GpuTensor};
-    use gradclip::{Clipper, verify};
+    use gradclip::{Clipper, Error, verify};
     use std::ops::Bound;
 
     fn norm() -> Clip {
