@@ -2,10 +2,8 @@
 
 use std::cell::Cell;
 use std::fmt;
-use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::task::{Context, Poll, Wake};
-use std::thread::Thread;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 #[cfg(not(target_arch = "wasm32"))]
 type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -64,12 +62,6 @@ pub(crate) fn may_sleep() -> bool {
 
 /// The outcome of a future, which may sleep when it is polled.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
-    struct Unpark(Thread);
-    impl Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
@@ -77,12 +69,5 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
         }
     }
     let _restore = Restore(MAY_SLEEP.replace(true));
-    let waker = Arc::new(Unpark(std::thread::current())).into();
-    let (mut future, mut context) = (pin!(future), Context::from_waker(&waker));
-    loop {
-        match future.as_mut().poll(&mut context) {
-            Poll::Ready(outcome) => return outcome,
-            Poll::Pending => std::thread::park(),
-        }
-    }
+    pollster::block_on(future)
 }
