@@ -12,10 +12,15 @@ if ! command -v cargo-deny >/dev/null; then
 fi
 deny=(cargo deny --workspace --all-features)
 "${deny[@]}" check --hide-inclusion-graph licenses bans sources
-if [ "${1:-}" != --offline ]; then
-    "${deny[@]}" check advisories
-elif compgen -G "${CARGO_HOME:-$HOME/.cargo}/advisory-dbs/advisory-db-*" >/dev/null; then
-    "${deny[@]}" --offline check advisories
+advisories="no known advisory"
+if [ "${1:-}" = --offline ] || ! "${deny[@]}" fetch db; then
+    if compgen -G "${CARGO_HOME:-$HOME/.cargo}/advisory-dbs/advisory-db-*/*" >/dev/null; then
+        "${deny[@]}" --offline check advisories
+        advisories+=" by the database that was fetched last"
+    else
+        advisories="advisories not checked, because no database could be fetched"
+    fi
 else
-    echo "advisories: not checked, for no database was fetched yet" >&2
+    "${deny[@]}" check advisories
 fi
+echo "deny: licences, bans and sources ok; $advisories"

@@ -42,7 +42,7 @@ figures() {
     echo "${found:-passed}"
 }
 counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|inventory'
-counted+='|licences|packages|public API|portability|aarch64'
+counted+='|licences|packages|public API|aarch64|deny'
 
 [ $# -gt 0 ] || set -- "${parts[@]}"
 for part in "$@"; do
