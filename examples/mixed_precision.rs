@@ -1,0 +1,31 @@
+//! A step of mixed precision: gradients come times a loss scale, and a step whose gradients overflowed is skipped.
+//! `cargo run --example mixed_precision`
+
+use gradclip::{Clip, Clipper, NonFinite, TensorMut};
+use half::f16;
+
+fn main() -> Result<(), gradclip::Error> {
+    let (mut loss_scale, mut good_steps) = (65536.0, 0);
+    for step in 0..4 {
+        // As a backward pass makes them: of the scaled loss, and too large for float16 once.
+        let size = if step == 1 { f32::INFINITY } else { 1.0 + step as f32 };
+        let mut w = vec![f16::from_f32(size * 16.0); 1024];
+        let mut b = vec![size * loss_scale as f32 / 4096.0; 32];
+
+        // Divided by the scale, clipped to norm 1, or left alone if anything is not finite: one call for both dtypes.
+        let clip = Clip::norm(1.0).grad_scale(loss_scale).non_finite(NonFinite::Skip);
+        let report = Clipper::cpu().apply(&clip, &mut [TensorMut::new(&mut w), TensorMut::new(&mut b)])?;
+        if report.has_non_finite() {
+            loss_scale /= 2.0;
+            println!("step {step}: skipped, the loss scale is {loss_scale} now");
+        } else {
+            good_steps += 1;
+            println!(
+                "step {step}: norm {}, scaled by {}; here the optimizer steps",
+                report.total_norm, report.clip_coef
+            );
+        }
+    }
+    assert_eq!(good_steps, 3);
+    Ok(())
+}
