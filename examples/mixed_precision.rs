@@ -9,8 +9,8 @@ fn main() -> Result<(), gradclip::Error> {
     for step in 0..4 {
         // As a backward pass makes them: of the scaled loss, and too large for float16 once.
         let size = if step == 1 { f32::INFINITY } else { 1.0 + step as f32 };
-        let mut w = vec![f16::from_f32(size * 16.0); 1024];
-        let mut b = vec![size * loss_scale as f32 / 4096.0; 32];
+        let mut w = vec![f16::from_f32(size * loss_scale as f32 / 16.0); 1024];
+        let mut b = vec![size * loss_scale as f32 / 4.0; 32];
 
         // Divided by the scale, clipped to norm 1, or left alone if anything is not finite: one call for both dtypes.
         let clip = Clip::norm(1.0).grad_scale(loss_scale).non_finite(NonFinite::Skip);
