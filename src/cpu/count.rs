@@ -1,5 +1,7 @@
 //! Counts what is not finite and what is zero, in one sweep.
 
+use std::marker::PhantomData;
+
 use half::{bf16, f16};
 
 use super::element::{Bits, Widen, elements};
@@ -44,7 +46,7 @@ pub(crate) fn counts(tensor: &Tensor<'_>) -> TensorCounts {
 pub(super) fn count<T: Widen>(data: &[u8]) -> Counts {
     let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
     blocks.fold(Counts::default(), |all, (i, block)| {
-        let [zeros, non_finite, nans] = run(Count { block, infinity: T::INFINITY });
+        let [zeros, non_finite, nans] = run(Count::<T> { block, of: PhantomData });
         let first = || elements::<T>(block).position(|x| x.bits().magnitude() >= T::INFINITY);
         Counts {
             zeros: all.zeros + zeros,
@@ -56,21 +58,21 @@ pub(super) fn count<T: Widen>(data: &[u8]) -> Counts {
 }
 
 /// How many elements of a block are zero, not finite, NaN. A block has so few that integers of an element's size suffice.
-struct Count<'a, B> {
+struct Count<'a, T> {
     block: &'a [u8],
-    infinity: B,
+    of: PhantomData<T>,
 }
 
-impl<B: Bits> Kernel for Count<'_, B> {
+impl<T: Widen> Kernel for Count<'_, T> {
     type Output = [u64; 3];
     #[inline(always)]
     fn on<I: Isa>(self, _: I) -> [u64; 3] {
-        let (mut zeros, mut non_finite, mut nans) = (B::ZERO, B::ZERO, B::ZERO);
-        for x in elements::<B>(self.block) {
-            let magnitude = x.magnitude();
-            zeros = zeros.plus(B::count(magnitude == B::ZERO));
-            non_finite = non_finite.plus(B::count(magnitude >= self.infinity));
-            nans = nans.plus(B::count(magnitude > self.infinity));
+        let (mut zeros, mut non_finite, mut nans) = (T::Bits::ZERO, T::Bits::ZERO, T::Bits::ZERO);
+        for x in elements::<T>(self.block) {
+            let magnitude = x.bits().magnitude();
+            zeros = zeros.plus(T::Bits::count(magnitude == T::Bits::ZERO));
+            non_finite = non_finite.plus(T::Bits::count(magnitude >= T::INFINITY));
+            nans = nans.plus(T::Bits::count(magnitude > T::INFINITY));
         }
         [zeros, non_finite, nans].map(Bits::to_u64)
     }
