@@ -337,6 +337,11 @@ impl Clip {
             Mode::Rms(max_rms) => at_least_0("max_rms", max_rms)?,
             Mode::AverageNorm(max_average_norm) => at_least_0("max_average_norm", max_average_norm)?,
             Mode::Agc(clip_factor) => finite("clip_factor", clip_factor)?,
+            // A negative clip_value is a range that ends before it begins, and may have been given as one.
+            Mode::Value { min, max } if min > max && -min == max => {
+                let value = format!("{}, a range of {} to {}", number(max), number(min), number(max));
+                setting(false, "clip_value", value, "it must be 0 or more")?;
+            }
             Mode::Value { min, max } if -min == max || (min.is_nan() && max.is_nan()) => at_least_0("clip_value", max)?,
             Mode::Value { min, max } => {
                 let range = format!("{} to {}", number(min), number(max));

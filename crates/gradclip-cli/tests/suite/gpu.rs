@@ -152,7 +152,7 @@ fn verify_the_clip_that_is_asked_for() {
         object["cases"].as_array().unwrap().iter().map(|case| case["clip"].clone()).collect::<Vec<_>>()
     };
     let columns = ["--max-norm", "0.01", "--norm-type", "3", "--scope", "unit", "--unit-axis", "last"];
-    assert_eq!(of(&columns), ["L3 norm to 0.01 per unit (last)"]);
+    assert_eq!(of(&columns), ["norm 0.01 (L3), per unit, unit_axis last"]);
     let agc = ["--agc", "0.5", "--params", EXAMPLE, "--agc-eps", "0.1", "--non-finite", "drop"];
     assert_eq!(of(&agc), ["AGC 0.5, per unit, agc_eps 0.1, non-finite: drop"]);
     gradclip(["verify", "--max-norm", "1"]).failed(2, &["name a FILE"]);
