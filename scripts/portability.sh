@@ -3,7 +3,7 @@
 # Linux, Windows and macOS; and the library on the web. Nothing is linked or run. Everything is compiled by that one version, so
 # that macros and build scripts are built once, in the release profile, which is what the README's first command builds.
 #
-# Installs that toolchain and its targets by rustup where they are missing. From an empty folder it takes some three minutes on two cores.
+# Installs that toolchain and its targets by rustup where they are missing. From an empty folder it takes some two and a half minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
