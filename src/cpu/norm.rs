@@ -147,7 +147,8 @@ fn sum_of_powers<T: Widen>(power: Power, data: &[u8]) -> f64 {
     total(lanes[0])
 }
 
-/// Adds the powers of float64 to the lanes.
+/// Adds the powers of float64 to the lanes. A loop of its own: within that of [`terms`] over columns, an element takes a sixth more
+/// instructions on AVX-512.
 struct Powers<'a> {
     data: &'a [u8],
     lanes: &'a mut [[f64; LANES]],

@@ -106,8 +106,8 @@ fn long_sums_of_every_dtype() {
     }
 }
 
-/// 2^25 elements, more than a float32 counts, or by night 2^27, against sums that lose nothing: normals, sizes over many orders of magnitude, and a
-/// constant.
+/// 2^25 elements, more than a float32 counts, or by night 2^27, against sums that lose nothing: normals, sizes over many
+/// orders of magnitude, and a constant.
 #[test]
 fn many_million_elements_on_the_cpu() {
     const BLOCK: usize = 1 << 20;
