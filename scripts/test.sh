@@ -33,7 +33,7 @@ all=(--workspace --exclude gradclip-burn --exclude gradclip-candle --all-feature
 burn=(-p gradclip-burn --features wgpu --profile quick)
 candle=(-p gradclip-candle --profile quick)
 # Only optimised kernels are vectors, and only without checks of overflow.
-instructions=(--profile vectors -p gradclip --no-default-features --lib cpu::instructions)
+instructions=(--profile vectors -p gradclip --no-default-features --lib cpu::tests::instructions)
 
 each_change=(lavapipe burn candle instructions small swiftshader)
 by_night=(burn-fusion swiftshader-small gl mpich)

@@ -35,8 +35,7 @@ fn factor_of(exact: Number) -> Factor {
     return Factor(0u, 0u, exact);
 }
 
-// What elements are to be multiplied by, as well as a float32 can say it. A clip that only measures writes nothing itself,
-// but whoever folds this in has gradients to unscale.
+// What elements are to be multiplied by, as well as a float32 can say it.
 fn coefficient_of(action: u32, factor: Factor, refused: bool) -> u32 {
     if refused {
         return ONE;
@@ -75,9 +74,12 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     }
     var norm = ZERO_NUMBER;
     var clipped = false;
+    // No norm exceeds an infinite threshold; but an infinity divided by it is NaN, as in PyTorch.
+    var unbounded = false;
     var factor = unscale();
     if !VALUE {
         let max_norm = number(thresholds[segment]);
+        unbounded = !is_bounded(max_norm);
         norm = measured_norm(own);
         if GIVEN {
             norm = multiply(norm, number(params.grad_scale));
@@ -93,11 +95,11 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
         }
     }
     var action = APPLY;
-    if params.only_measures != 0u || refused || (GIVEN && drops && kind != NORM_FINITE) {
+    if refused || (GIVEN && drops && kind != NORM_FINITE) {
         action = LEAVE;
     } else if bad && params.policy == POLICY_ZERO {
         action = ZERO;
-    } else if !VALUE && kind == NORM_NAN {
+    } else if !VALUE && (kind == NORM_NAN || (kind == NORM_INFINITE && unbounded)) {
         action = ALL_NAN;
     } else if !VALUE && kind == NORM_INFINITE {
         action = ZERO_OR_NAN;

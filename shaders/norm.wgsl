@@ -1,4 +1,4 @@
-// norm: the partial of each task whose chunks are runs of one segment, one workgroup a task. Host side: src/gpu/table.rs;
+// norm: the partial of each task whose chunks are runs of one segment, one workgroup a task. Host side: src/gpu/table/;
 // twin: src/cpu/norm.rs. An invocation takes blocks of 4 quads.
 
 #import constants

@@ -1,5 +1,5 @@
 // norm_each: the partial of each of a chunk's segments, one invocation a segment: of columns, which lie side by side, and
-// of short rows. Host side: src/gpu/table.rs; twin: src/cpu/columns.rs.
+// of short rows. Host side: src/gpu/table/; twin: src/cpu/columns.rs.
 
 #import constants
 #import number

@@ -1,5 +1,5 @@
 // sum: adds up the scaled rows of a matrix, one for each example, an invocation a column. Twin: src/cpu/sum.rs. Host side:
-// src/gpu/table.rs. Products are summed in float32, 16 of them, then 16 of those sums, then these: the sum is off by at
+// src/gpu/table/sums.rs. Products are summed in float32, 16 of them, then 16 of those sums, then these: the sum is off by at
 // most 32 + rows / 256 units of 2^-24 of the sum of their sizes.
 
 #import constants

@@ -26,13 +26,6 @@ struct State {
 }
 @group(1) @binding(1) var<storage, read_write> states: array<State>;
 
-// Above every norm: the exponent leaves room for products.
-const UNBOUNDED = Number(0xffffffffu, 0x20000000);
-
-fn is_bounded(a: Number) -> bool {
-    return a.mantissa == 0u || a.exponent < UNBOUNDED.exponent / 2;
-}
-
 fn smaller(a: Number, b: Number) -> Number {
     if less(b, a) {
         return b;

@@ -212,7 +212,8 @@ pub struct Clip {
 }
 
 impl Clip {
-    /// Clips by norm. `max_norm`, 0 or more: 0 sets every gradient to 0; infinity only measures and writes nothing at all.
+    /// Clips by norm. `max_norm`, 0 or more: 0 sets every gradient to 0; infinity clips
+    /// nothing, and all else that the description asks for still happens.
     #[must_use]
     pub fn norm(max_norm: f64) -> Self {
         Self { eps: Some(EPS), ..Self::new(Mode::Norm(max_norm), NonFinite::Error) }
@@ -473,11 +474,6 @@ impl Clip {
     #[must_use]
     pub fn needs_parameters(&self) -> bool {
         matches!(self.mode, Mode::Agc(_))
-    }
-
-    /// Whether nothing is ever written: no norm exceeds an infinite threshold.
-    pub(crate) fn only_measures(&self) -> bool {
-        matches!(self.mode, Mode::Norm(f64::INFINITY) | Mode::Rms(f64::INFINITY) | Mode::AverageNorm(f64::INFINITY))
     }
 
     /// Whether gradients must be read before the first may be written: always for a norm; for a value clip only if

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::cpu::{self, Around, Given};
+use crate::context::{Context, Progress};
+use crate::cpu::decide::{self as cpu, Given};
 use crate::processes::{ProcessGroup, SingleProcess};
-use crate::progress::Progress;
 use crate::{Clip, ClipReport, DecidedClip, Element, Error, NormAccumulator, Tensor, TensorMut, Threshold};
 
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
@@ -67,8 +67,8 @@ impl Clipper {
         self
     }
 
-    fn around(&self) -> Around<'_> {
-        Around { progress: &self.progress, processes: &*self.processes }
+    fn context(&self) -> Context<'_> {
+        Context { progress: &self.progress, processes: &*self.processes }
     }
 
     /// Clips together with the other processes of a group, each of which holds a part of the gradients: every norm is that of
@@ -123,9 +123,9 @@ impl Clipper {
     /// [`Error::Usage`] if the clips disagree, and those of [`Clipper::apply`].
     pub fn apply_groups(&self, groups: &mut [(Clip, &mut [TensorMut<'_>])]) -> Result<Vec<ClipReport>, Error> {
         match &self.backend {
-            Backend::Cpu => cpu::apply(groups, None, self.around()),
+            Backend::Cpu => cpu::apply(groups, None, self.context()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => block_on(gpu.applied(groups, self.around())),
+            Backend::Gpu(gpu) => block_on(gpu.applied(groups, self.context())),
         }
     }
 
@@ -143,9 +143,9 @@ impl Clipper {
         tensors: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
         match &self.backend {
-            Backend::Cpu => Ok(cpu::apply(&mut [(*clip, tensors)], Some(threshold), self.around())?.swap_remove(0)),
+            Backend::Cpu => Ok(cpu::apply(&mut [(*clip, tensors)], Some(threshold), self.context())?.swap_remove(0)),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => block_on(gpu.adapted(clip, threshold, tensors, self.around())),
+            Backend::Gpu(gpu) => block_on(gpu.adapted(clip, threshold, tensors, self.context())),
         }
     }
 
@@ -155,9 +155,9 @@ impl Clipper {
     /// The same.
     pub fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Error> {
         match &self.backend {
-            Backend::Cpu => cpu::measure(clip, tensors, self.around()),
+            Backend::Cpu => cpu::measure(clip, tensors, self.context()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => block_on(gpu.measured(clip, tensors, self.around())),
+            Backend::Gpu(gpu) => block_on(gpu.measured(clip, tensors, self.context())),
         }
     }
 
@@ -170,8 +170,8 @@ impl Clipper {
     /// # Errors
     /// Those of [`Clipper::apply`].
     pub fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
-        let decided = cpu::decide(clip, tensors, None, self.around())?;
-        Ok(DecidedClip::new(clip, tensors, decided))
+        let decided = cpu::decide(&[(*clip, tensors.to_vec())], None, self.context())?.swap_remove(0);
+        Ok(DecidedClip::new(decided, tensors))
     }
 
     /// Measures and decides what [`Clipper::apply_adaptive`] would do, on the CPU, as [`Clipper::decide`] does. The threshold
@@ -185,8 +185,8 @@ impl Clipper {
         threshold: &mut dyn Threshold,
         tensors: &[Tensor<'_>],
     ) -> Result<DecidedClip, Error> {
-        let decided = cpu::decide(clip, tensors, Some(threshold), self.around())?;
-        Ok(DecidedClip::new(clip, tensors, decided))
+        let decided = cpu::decide(&[(*clip, tensors.to_vec())], Some(threshold), self.context())?.swap_remove(0);
+        Ok(DecidedClip::new(decided, tensors))
     }
 
     /// Clips in place by norms that were measured elsewhere: one N for each segment, in the order of
@@ -270,9 +270,9 @@ impl Clipper {
         sums: &mut [TensorMut<'_>],
     ) -> Result<ClipReport, Error> {
         match &self.backend {
-            Backend::Cpu => cpu::sum_examples(clip, tensors, sums, self.around()),
+            Backend::Cpu => cpu::sum_examples(clip, tensors, sums, self.context()),
             #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
-            Backend::Gpu(gpu) => block_on(gpu.summed(clip, tensors, sums, self.around())),
+            Backend::Gpu(gpu) => block_on(gpu.summed(clip, tensors, sums, self.context())),
         }
     }
 }

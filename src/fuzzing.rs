@@ -6,7 +6,7 @@ use arbitrary::{Result, Unstructured};
 use crate::{Budget, Clip, Clipper, Dtype, Error, Mode, NonFinite, NormType, Scope, Tensor, TensorMut, UnitAxis};
 
 #[cfg(feature = "gpu")]
-pub use crate::gpu::tables_hold::fuzz as tables;
+pub use crate::gpu::tests::tables_hold::fuzz as tables;
 
 /// The library's builder and CPU path: any parameters, on any tensors.
 pub fn builder(data: &[u8]) {

@@ -94,6 +94,7 @@
 
 mod clip;
 mod clipper;
+mod context;
 mod cpu;
 mod error;
 #[cfg(any(test, fuzzing))]
@@ -104,7 +105,6 @@ pub mod gpu;
 mod partial;
 mod pieces;
 pub mod processes;
-mod progress;
 mod report;
 mod running;
 mod segment;

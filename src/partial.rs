@@ -184,8 +184,12 @@ impl Clip {
     /// N, and whether non-finite elements anywhere forbid to write.
     pub(crate) fn outcome(&self, known: Known, max_norm: f64, weight: f64, refused: bool) -> Outcome {
         let Known { norm, bad } = known;
-        let wanted_coef =
-            if self.measured().is_some() { coefficient(norm, max_norm, self.eps_and_floor()) } else { 1.0 };
+        let wanted_coef = match self.measured() {
+            None => 1.0,
+            // Infinity divided by infinity, as in PyTorch.
+            Some(_) if bad && max_norm == f64::INFINITY && !norm.is_finite() => f64::NAN,
+            Some(_) => coefficient(norm, max_norm, self.eps_and_floor()),
+        };
         let action = if refused {
             Action::Leave
         } else if bad && self.non_finite == NonFinite::Zero {

@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::cpu::decide::Decision;
+use crate::cpu::write::write_piece;
 use crate::error::tensor_label;
-use crate::partial::{Action, Location, Outcome, Partial};
-use crate::segment::Segments;
-use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, cpu};
+use crate::partial::{Action, Location, Partial};
+use crate::{ClipReport, Dtype, Error, Tensor, TensorMut};
 
 /// A clip of some tensors that has been decided and is yet to be applied, piece by piece: in any order, from any thread,
 /// on any copy of the elements. Made by [`Clipper::decide`](crate::Clipper::decide) and
@@ -34,14 +35,9 @@ use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, cpu};
 /// ```
 #[derive(Debug)]
 pub struct DecidedClip {
-    clip: Clip,
+    decision: Decision,
     tensors: Vec<Described>,
-    segments: Segments,
-    outcomes: Vec<Outcome>,
-    report: ClipReport,
-    /// Whether the elements were read before any piece.
-    read_first: bool,
-    /// What the pieces held, where they were not.
+    /// What clamped pieces held.
     met: Mutex<Partial>,
 }
 
@@ -55,17 +51,13 @@ struct Described {
 }
 
 impl DecidedClip {
-    pub(crate) fn new(
-        clip: &Clip,
-        tensors: &[Tensor<'_>],
-        (segments, outcomes, report, read_first): (Segments, Vec<Outcome>, ClipReport, bool),
-    ) -> Self {
+    pub(crate) fn new(decision: Decision, tensors: &[Tensor<'_>]) -> Self {
         let described = |t: &Tensor<'_>| {
             let (name, len) = (t.name.map(str::to_owned), t.len() as u64);
             Described { name, dtype: t.dtype, len, counted: t.counted }
         };
         let tensors = tensors.iter().map(described).collect();
-        Self { clip: *clip, tensors, segments, outcomes, report, read_first, met: Mutex::new(Partial::EMPTY) }
+        Self { decision, tensors, met: Mutex::new(Partial::EMPTY) }
     }
 
     /// Clips a piece in place, on the calling thread: the elements of tensor number `tensor` from number `first` on, of its
@@ -82,12 +74,13 @@ impl DecidedClip {
         if piece.is_empty() {
             return Ok(());
         }
-        let layout = self.segments.layouts[tensor];
-        let own = (layout.numbered_from_zero(), layout.own(&self.outcomes, described.len));
+        let Decision { clip, segments, outcomes, .. } = &self.decision;
+        let layout = segments.layouts[tensor];
+        let own = (layout.numbered_from_zero(), layout.own(outcomes, described.len));
         let at = Location { tensor, index: first };
         if own.1.iter().any(|outcome| outcome.action != Action::Leave) {
-            let met = cpu::write_piece(&self.clip, at, piece.dtype, own, piece.data);
-            if !self.read_first && described.counted {
+            let met = write_piece(clip, at, piece.dtype, own, piece.data);
+            if described.counted {
                 let mut all = self.met();
                 *all = all.merge(met);
             }
@@ -103,7 +96,7 @@ impl DecidedClip {
     pub fn is_unchanged(&self, tensor: usize, elements: Range<u64>) -> Result<bool, Error> {
         let Range { start, end } = elements;
         self.find(tensor, start, end)?;
-        Ok(self.segments.layouts[tensor].leaves(&self.outcomes, start..end))
+        Ok(self.decision.segments.layouts[tensor].leaves(&self.decision.outcomes, start..end))
     }
 
     /// What [`Clipper::apply`](crate::Clipper::apply) would report. For a clip that needed no first look
@@ -111,13 +104,7 @@ impl DecidedClip {
     /// was applied twice, twice.
     #[must_use]
     pub fn report(&self) -> ClipReport {
-        let mut report = self.report.clone();
-        if !self.read_first {
-            let met = self.met();
-            report.clipped = met.outside;
-            report.non_finite = met.non_finite_elements(|i| self.tensors[i].name.as_deref());
-        }
-        report
+        self.decision.report(&self.met(), |i| self.tensors[i].name.as_deref())
     }
 
     fn met(&self) -> MutexGuard<'_, Partial> {

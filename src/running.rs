@@ -1,6 +1,6 @@
 //! [`NormAccumulator`]: a norm that is measured piece by piece.
 
-use crate::cpu::Given;
+use crate::cpu::decide::Given;
 use crate::partial::{Location, Partial};
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
@@ -127,7 +127,7 @@ impl NormAccumulator {
         let clip = &self.clip;
         let known = clip.known(&self.partial);
         let (weight, max_norm) = (clip.weight(self.elements), clip.max_norm(self.elements, 1.0, 0.0));
-        let refused = (known.bad && clip.refuses_non_finite()) || clip.only_measures();
+        let refused = known.bad && clip.refuses_non_finite();
         let outcomes = [clip.outcome(known, max_norm, weight, refused)];
         let segments = Segments::new(clip, &[], |_| None)?;
         let totals = (known.norm * weight, self.partial.outside);

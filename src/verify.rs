@@ -2,9 +2,10 @@
 
 use half::{bf16, f16};
 
-use crate::cpu::Around;
+use crate::context::Context;
+use crate::cpu::decide as cpu;
 use crate::gpu::GpuClipper;
-use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, Waiting, cpu};
+use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, Waiting};
 
 /// How far the norms may be apart, relatively: what GPU and CPU promise together, as [`NormType::p`](crate::NormType::p)
 /// tells it.
@@ -98,8 +99,8 @@ pub fn verify<'a>(
 async fn verified(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Result<Verification, Error> {
     let copies = || tensors.iter().map(|t| t.data.to_vec()).collect::<Vec<_>>();
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
-    let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, Around::alone()))?;
-    let gpu = found(gpu.applied(&mut [(*clip, &mut views(&mut on_gpu, tensors))], Around::alone()).await)?;
+    let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, Context::alone()))?;
+    let gpu = found(gpu.applied(&mut [(*clip, &mut views(&mut on_gpu, tensors))], Context::alone()).await)?;
     // Where a parameter's norm is the threshold, the coefficient has the error of both.
     let coef_tolerance = norm_tolerance(clip) * if clip.needs_parameters() { 2.0 } else { 1.0 };
     let (norm_error, same_decision) = match (&cpu, &gpu) {

@@ -1,5 +1,5 @@
 // Chunk: part of one tensor in a window that is bound, a run of elements or evenly spaced ones of many segments. Twin of
-// `ChunkRow` in src/gpu/table.rs. Elements are counted from the start of the window.
+// `ChunkRow` in src/gpu/table/rows.rs. Elements are counted from the start of the window.
 
 #import constants
 #import windows

@@ -9,7 +9,7 @@ const APART: u32 = select(WORKGROUP, 1u, CONTIGUOUS);
 // How many windows an array of them binds.
 const WINDOWS: u32 = {windows}u;
 
-// The dtype of the gradients. Twin of `dtype_code` in src/gpu/table.rs.
+// The dtype of the gradients. Twin of `dtype_code` in src/gpu/table/rows.rs.
 const DTYPE: u32 = {dtype}u;
 const DTYPE_F32: u32 = 0u;
 const DTYPE_F16: u32 = 1u;

@@ -209,3 +209,10 @@ fn exact_product(magnitude: u32, factor: Number) -> u32 {
     }
     return rounded(product.y, exponent, product.x != 0u);
 }
+
+// Above every norm: the exponent leaves room for products.
+const UNBOUNDED = Number(0xffffffffu, 0x20000000);
+
+fn is_bounded(a: Number) -> bool {
+    return a.mantissa == 0u || a.exponent < UNBOUNDED.exponent / 2;
+}

@@ -1,5 +1,5 @@
 // What a clip does with each segment, and the parameters it follows. Twins: `Params` in
-// src/gpu/plan.rs, `Results` in src/gpu/readback.rs.
+// src/gpu/params.rs, `Results` in src/gpu/readback.rs.
 
 #import number
 
@@ -65,7 +65,6 @@ struct Params {
     unscale_value: u32,
     unscale_is_float: u32,
     policy: u32,
-    only_measures: u32,
     // The group's segments, and where their partials start.
     first_segment: u32,
     segments: u32,
@@ -77,7 +76,8 @@ struct Params {
     parameter_partials: u32,
     // What a kernel of `threshold.wgsl` goes by.
     warm_up: u32,
-    padding: u32,
+    padding_0: u32,
+    padding_1: u32,
     threshold_a: vec2<u32>,
     threshold_b: vec2<u32>,
     threshold_c: vec2<u32>,

@@ -2,15 +2,13 @@
 
 use std::marker::PhantomData;
 
-use half::{bf16, f16};
-
 use super::element::{Bits, Widen, elements};
 use super::isa::{Isa, Kernel, run};
 use super::pool::in_parallel;
 use super::tuning::{BLOCK, CHUNK};
 use super::with_element;
 use crate::partial::{Location, Partial};
-use crate::{Dtype, Tensor, TensorCounts};
+use crate::{Tensor, TensorCounts};
 
 /// What was counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,7 +1,5 @@
 //! Tasks: what is measured in parallel, and how their partials merge.
 
-use half::{bf16, f16};
-
 use super::pool::in_parallel;
 use super::tuning::{CHUNK, COLUMNS};
 use super::{columns, norm, with_element};

@@ -20,22 +20,24 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::GpuClipper;
-use super::build::{Follows, GroupParts, Job, Parts, Phase};
+use super::clipper::GpuClipper;
 use super::device::{DOWNLOAD, GpuDevice, Mapping, UPLOAD};
+use super::dispatch::Phase;
+use super::gather::{Gathered, Group, Job};
 use super::plan::GpuPlan;
 use super::table::{Piece, dtype_code};
 use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BUFFERS, STAGING_BYTES};
+use crate::context::{Context, Progress};
+use crate::cpu::decide::{segments_of, views};
 use crate::cpu::pool::in_parallel;
-use crate::cpu::{self, Around, views};
+use crate::cpu::write::write_piece;
 use crate::error::tensor_label;
 use crate::partial::{Location, Outcome};
 use crate::processes::{Turn, merge};
-use crate::progress::Progress;
 use crate::segment::{Layout, check_groups};
-use crate::tensor::check_summed;
+use crate::tensor::{GpuTensor, check_summed};
 use crate::threshold::Threshold;
-use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, Waiting};
+use crate::{Clip, ClipReport, Error, Tensor, TensorMut, Waiting};
 
 /// A run of bytes of a host tensor, and where it lies in its load.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,7 +109,7 @@ impl GpuClipper {
     {
         Waiting::new(async move {
             let groups = &mut [(*clip, tensors)];
-            Ok(self.applied(groups, Around::alone()).await?.swap_remove(0))
+            Ok(self.applied(groups, Context::alone()).await?.swap_remove(0))
         })
     }
 
@@ -123,7 +125,7 @@ impl GpuClipper {
         't: 'g,
         'g: 'a,
     {
-        Waiting::new(self.applied(groups, Around::alone()))
+        Waiting::new(self.applied(groups, Context::alone()))
     }
 
     /// Clips host tensors by a threshold that follows their norms: see
@@ -141,7 +143,7 @@ impl GpuClipper {
     where
         't: 'a,
     {
-        Waiting::new(self.adapted(clip, threshold, tensors, Around::alone()))
+        Waiting::new(self.adapted(clip, threshold, tensors, Context::alone()))
     }
 
     /// Clips each example by itself and sums the clipped ones: see
@@ -159,24 +161,24 @@ impl GpuClipper {
     where
         't: 'a,
     {
-        Waiting::new(self.summed(clip, tensors, sums, Around::alone()))
+        Waiting::new(self.summed(clip, tensors, sums, Context::alone()))
     }
 
     pub(crate) async fn applied(
         &self,
         groups: &mut [(Clip, &mut [TensorMut<'_>])],
-        around: Around<'_>,
+        context: Context<'_>,
     ) -> Result<Vec<ClipReport>, Error> {
-        let turn = Turn::begin(around.processes);
+        let turn = Turn::begin(context.processes);
         check_groups(groups.iter().map(|(clip, _)| clip))?;
         if groups.is_empty() {
             merge(turn, &mut [], |_, _| None).await?;
             return Ok(Vec::new());
         }
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
-        let mut passage = Passage::new(self, around.progress, &views, |_, _| Job::Clip, Follows::Clip)?;
+        let mut passage = Passage::new(self, context.progress, &views, Job::Clip)?;
         passage.measure(&views, turn).await?;
-        let (reports, outcomes) = passage.plan.told().await?;
+        let (reports, outcomes) = passage.plan.reports_and_outcomes().await?;
         passage.write_back(groups, outcomes).await;
         Ok(reports)
     }
@@ -186,17 +188,17 @@ impl GpuClipper {
         clip: &Clip,
         threshold: &mut dyn Threshold,
         tensors: &mut [TensorMut<'_>],
-        around: Around<'_>,
+        context: Context<'_>,
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(around.processes);
+        let turn = Turn::begin(context.processes);
         clip.check_adaptive()?;
         let views = [(*clip, views(tensors))];
-        let mut passage = Passage::new(self, around.progress, &views, |_, _| Job::Clip, Follows::Host)?;
+        let mut passage = Passage::new(self, context.progress, &views, Job::Clip)?;
         passage.plan.bind(threshold)?;
         passage.measure(&views, turn).await?;
-        passage.plan.adapted(threshold).await?;
+        passage.plan.follow_norms(threshold).await?;
         passage.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
-        let (mut reports, outcomes) = passage.plan.told().await?;
+        let (mut reports, outcomes) = passage.plan.reports_and_outcomes().await?;
         passage.write_back(&mut [(*clip, tensors)], outcomes).await;
         Ok(reports.swap_remove(0))
     }
@@ -206,20 +208,20 @@ impl GpuClipper {
     /// # Errors
     /// The same.
     pub fn measure<'a>(&'a self, clip: &'a Clip, tensors: &'a [Tensor<'a>]) -> Waiting<'a, Result<ClipReport, Error>> {
-        Waiting::new(self.measured(clip, tensors, Around::alone()))
+        Waiting::new(self.measured(clip, tensors, Context::alone()))
     }
 
     pub(crate) async fn measured(
         &self,
         clip: &Clip,
         tensors: &[Tensor<'_>],
-        around: Around<'_>,
+        context: Context<'_>,
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(around.processes);
+        let turn = Turn::begin(context.processes);
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, around.progress, &views, |_, _| Job::Measure, Follows::Clip)?;
+        let mut passage = Passage::new(self, context.progress, &views, Job::Measure)?;
         passage.measure(&views, turn).await?;
-        Ok(passage.plan.told().await?.0.swap_remove(0))
+        Ok(passage.plan.reports_and_outcomes().await?.0.swap_remove(0))
     }
 
     /// The sums stay on the device until all examples have passed.
@@ -228,33 +230,25 @@ impl GpuClipper {
         clip: &Clip,
         tensors: &[Tensor<'_>],
         sums: &mut [TensorMut<'_>],
-        around: Around<'_>,
+        context: Context<'_>,
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(around.processes);
+        let turn = Turn::begin(context.processes);
         check_summed(clip, tensors, sums)?;
         let mut into = Vec::new();
         for sum in sums.iter() {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-            into.push(self.device.storage("gradclip sums", (sum.data.len() as u64).max(4), usage)?);
+            let buffer = self.device.storage("gradclip sums", (sum.data.len() as u64).max(4), usage)?;
+            into.push(GpuTensor::f32(&buffer, 0..sum.len() as u64)?);
         }
-        let job = |buffers: &mut Vec<wgpu::Buffer>, pieces: &[Piece]| {
-            let mut pairs = Vec::new();
-            for piece in pieces {
-                let (buffer, len) = (buffers.len() + piece.tensor, sums[piece.tensor].len() as u64);
-                pairs.push((*piece, Piece { buffer, dtype: Dtype::F32, start: 0, len, first_element: 0, ..*piece }));
-            }
-            buffers.extend(into.iter().cloned());
-            Job::Sum(pairs)
-        };
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, around.progress, &views, job, Follows::Clip)?;
+        let mut passage = Passage::new(self, context.progress, &views, Job::Sum(into.clone()))?;
         passage.measure(&views, turn).await?;
-        let report = passage.plan.told().await?.0.swap_remove(0);
+        let report = passage.plan.reports_and_outcomes().await?.0.swap_remove(0);
         if !(report.has_non_finite() && clip.refuses_non_finite()) {
             passage.sum(tensors).await?;
             let mut read = Vec::new();
-            for (buffer, sum) in into.iter().zip(sums.iter()) {
-                read.push(self.read_all(buffer, sum.data.len() as u64).await?);
+            for (of, sum) in into.iter().zip(sums.iter()) {
+                read.push(self.read_all(&of.buffer, sum.data.len() as u64).await?);
             }
             for (sum, bytes) in sums.iter_mut().zip(read) {
                 sum.data.copy_from_slice(&bytes);
@@ -288,23 +282,22 @@ impl GpuClipper {
 const LOAD_ALIGNMENT: u64 = 16;
 
 impl<'a> Passage<'a> {
-    /// Plans what is to be done with the tensors of groups. `job` gets the buffers of the plan, to add its own, and the
-    /// pieces of the first group.
+    /// Plans what is to be done with the tensors of groups.
     fn new(
         gpu: &'a GpuClipper,
         progress: &'a Progress,
         groups: &[(Clip, Vec<Tensor<'_>>)],
-        job: impl FnOnce(&mut Vec<wgpu::Buffer>, &[Piece]) -> Job,
-        follows: Follows,
+        job: Job,
     ) -> Result<Self, Error> {
         let mut parts = Vec::new();
         let mut owners = Vec::new();
         for (group, (clip, tensors)) in groups.iter().enumerate() {
-            let segments = cpu::segments_of(clip, tensors)?;
-            let names = tensors.iter().map(|t| t.name.map(Arc::from)).collect();
-            let counted = tensors.iter().map(|t| t.counted).collect();
-            let (pieces, parameters) = (Vec::new(), Vec::new());
-            parts.push(GroupParts { clip: *clip, segments, names, counted, pieces, parameters });
+            let segments = segments_of(clip, tensors)?;
+            parts.push(Group::new(
+                clip,
+                segments,
+                tensors.iter().map(|t| (t.name.map(Arc::from), t.counted)).collect(),
+            ));
             owners.extend((0..tensors.len()).map(|tensor| Owner { group, tensor, is_parameter: false }));
         }
         for (group, (_, tensors)) in groups.iter().enumerate().filter(|(_, (clip, _))| clip.needs_parameters()) {
@@ -342,9 +335,17 @@ impl<'a> Passage<'a> {
         let buffers = as_many_as(loads.len().min(most), || gpu.device.storage("gradclip load", largest, usage))?;
         let staging = as_many_as(loads.len().min(STAGING_BUFFERS), || gpu.device.mapped_at_creation(largest, UPLOAD))?;
         let mut bound: Vec<_> = (0..loads.len()).map(|load| buffers[load % buffers.len()].clone()).collect();
-        let job = job(&mut bound, &parts[0].pieces);
         let clips = matches!(job, Job::Clip);
-        let plan = GpuPlan::new(gpu, Parts { buffers: bound, groups: parts, job, follows, in_turn: true }, None)?;
+        let mut job_pieces = Vec::new();
+        if let Job::Sum(sums) = &job {
+            for (tensor, (sum, layout)) in sums.iter().zip(&parts[0].segments.layouts).enumerate() {
+                let (buffer, dtype, len) = (bound.len(), sum.dtype, sum.len());
+                job_pieces.push(Piece { buffer, dtype, start: 0, len, tensor, first_element: 0, layout: *layout });
+                bound.push(sum.buffer.clone());
+            }
+        }
+        let plan = Gathered { buffers: bound, groups: parts, job, job_pieces, threshold: None, in_turn: true };
+        let plan = GpuPlan::new(gpu, plan)?;
         let writes_at_once = plan.built.groups.iter().any(|group| !group.reads_first());
         Ok(Self {
             gpu,
@@ -621,7 +622,7 @@ impl WriteBack<'_, '_> {
             let chunks = data.chunks_mut(COPIED_AT_ONCE).enumerate();
             in_parallel(chunks, bytes.div_ceil(COPIED_AT_ONCE), bytes, |(i, data)| {
                 let index = ((run.bytes.start + i * COPIED_AT_ONCE) / dtype.size()) as u64;
-                cpu::write_piece(clip, Location { tensor, index }, *dtype, own, data);
+                write_piece(clip, Location { tensor, index }, *dtype, own, data);
             });
         }
     }

@@ -415,7 +415,7 @@ fn entry(binding: u32, ty: wgpu::BufferBindingType, count: Option<NonZeroU32>) -
 fn trusted(device: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
     // SAFETY: no kernel reads or writes outside what is bound, and every loop ends. Nothing that indexes or bounds comes
     // from the caller's data, all of it from the tables of a plan, and those are tested without a device
-    // (`src/gpu/tables_hold.rs`, by unit tests and fuzzing) against any limits:
+    // (`src/gpu/tests/tables_hold.rs`, by unit tests and fuzzing) against any limits:
     // - A workgroup or invocation beyond the table returns first (`table.tasks`, `arrayLength`, `params.segments`).
     // - Words and quads: every chunk lies in its window (`check_tables` there asserts it), a word or quad of a run in its chunk
     //   (`run_of`), and an edge in its window. Where a block of quads is not whole, indices are limited to the last quad.

@@ -117,7 +117,7 @@ impl MergeTree {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tables_hold::check_merge;
+    use super::super::tests::tables_hold::check_merge;
     use super::*;
 
     #[test]

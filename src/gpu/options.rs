@@ -1,7 +1,9 @@
 //! [`PlanOptions`]: what a plan does beside clipping as its description says.
 
-use super::{DeviceThreshold, GpuTensor, Recipe};
+use super::gather::Job;
+use super::threshold::DeviceThreshold;
 use crate::Error;
+use crate::tensor::GpuTensor;
 
 /// What a plan does beside clipping as its description says: for [`GpuClipper::plan_with`](super::GpuClipper::plan_with).
 ///
@@ -76,24 +78,24 @@ impl PlanOptions {
     ///
     /// # Errors
     /// [`Error::Usage`] if these options do not go together.
-    pub(super) fn recipe(&self, groups: usize) -> Result<Recipe, Error> {
+    pub(super) fn job(&self, groups: usize) -> Result<Job, Error> {
         let Self { threshold, measure_only, norms, sums } = self;
-        let recipe = match (measure_only, norms, sums) {
-            (false, None, None) => Recipe::Clip,
-            (true, None, None) => Recipe::Measure,
-            (false, Some(norms), None) => Recipe::Scale(norms.clone()),
-            (false, None, Some(sums)) => Recipe::Sum(sums.clone()),
+        let job = match (measure_only, norms, sums) {
+            (false, None, None) => Job::Clip,
+            (true, None, None) => Job::Measure,
+            (false, Some(norms), None) => Job::Scale(norms.clone()),
+            (false, None, Some(sums)) => Job::Sum(sums.clone()),
             _ => {
                 return Err(Error::usage("a plan measures only, or goes by given norms, or sums examples: choose one"));
             }
         };
-        let measures = matches!(recipe, Recipe::Clip | Recipe::Measure);
+        let measures = matches!(job, Job::Clip | Job::Measure);
         if threshold.is_some() && !measures {
             return Err(Error::usage("a threshold follows norms that the plan measures: leave norms and sums out"));
         }
         if groups != 1 && (threshold.is_some() || !measures) {
             return Err(Error::usage("a threshold, given norms and sums are for one group of tensors"));
         }
-        Ok(recipe)
+        Ok(job)
     }
 }

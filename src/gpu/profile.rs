@@ -7,11 +7,13 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use super::GpuClipper;
-use super::build::{Dispatch, Group};
+use super::clipper::GpuClipper;
 use super::device::GpuDevice;
+use super::dispatch::Dispatch;
+use super::gather::{Group, Job};
 use super::kernels::{Access, Constants, Kernel, Shape, module};
 use super::plan::GpuPlan;
+use super::table::Piece;
 use super::tuning::{SPEED_RUNS, Sweep};
 use crate::partial::Action;
 use crate::{ClipReport, Error, Waiting};
@@ -146,7 +148,7 @@ impl GpuPlan {
             parts[i].1.iter().for_each(|dispatch| dispatch.record(&mut pass));
         })
         .await?;
-        let (reports, outcomes) = self.told().await?;
+        let (reports, outcomes) = self.reports_and_outcomes().await?;
         let wrote = outcomes.iter().flatten().any(|outcome| outcome.action != Action::Leave);
         let passes = parts.iter().zip(&spans).map(|((name, dispatches), span)| {
             let mut kernels: Vec<_> = dispatches.iter().map(|d| d.kernel.name()).collect();
@@ -176,12 +178,15 @@ impl GpuPlan {
             _ => false,
         });
         let sums = any(|k| matches!(k, Kernel::Sum { .. }));
+        let sums_bytes =
+            if let Job::Sum(into) = &self.built.job { into.iter().map(|sum| 4 * sum.len()).sum() } else { 0 };
         let of_group = |(group, report): (&Group, &ClipReport)| {
             let by_value = group.clip.measured().is_none();
             let changed = if wrote { group.changed(report) } else { 0 };
             let mut bytes = 0;
             if if by_value { looks || clamps } else { measures && !group.given } {
-                bytes += group.bytes.counted + group.bytes.parameters;
+                let measured = group.pieces.iter().chain(&group.parameters);
+                bytes += bytes_of(measured.filter(|piece| group.counted[piece.tensor]));
             }
             if by_value && clamps {
                 bytes += changed;
@@ -190,7 +195,7 @@ impl GpuPlan {
                 bytes += 2 * changed;
             }
             if sums {
-                bytes += group.bytes.elements + group.bytes.sums;
+                bytes += bytes_of(&group.pieces) + sums_bytes;
             }
             bytes
         };
@@ -198,10 +203,14 @@ impl GpuPlan {
     }
 }
 
+fn bytes_of<'p>(pieces: impl IntoIterator<Item = &'p Piece>) -> u64 {
+    pieces.into_iter().map(|piece| piece.len * piece.dtype.size() as u64).sum()
+}
+
 impl Group {
     /// The bytes of the elements that a step had to write, if it wrote any.
     fn changed(&self, report: &ClipReport) -> u64 {
-        let all = self.bytes.elements;
+        let all = bytes_of(&self.pieces);
         if self.clip.measured().is_none() {
             return if report.clipped || report.has_non_finite() || self.clip.grad_scale != 1.0 { all } else { 0 };
         }

@@ -39,6 +39,9 @@ pub(super) struct OutcomeRow {
     factor_exact: Number,
 }
 
+/// The size of a `Partial` in `shaders/shared/partial.wgsl`.
+pub(super) const PARTIAL_BYTES: u64 = size_of::<PartialRow>() as u64;
+
 impl PartialRow {
     /// `EMPTY_PARTIAL`.
     pub(super) const EMPTY: Self = Self {

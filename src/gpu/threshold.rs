@@ -67,11 +67,19 @@ pub(super) struct Rule {
 }
 
 impl Rule {
-    /// What a clip needs by itself: nothing, unless it goes by parameters.
-    pub(super) fn of(clip: &Clip) -> Option<Self> {
-        let Mode::Agc(clip_factor) = clip.mode else { return None };
-        let numbers = [clip_factor, clip.agc_eps.unwrap_or(AGC_EPS), 0.0, 0.0].map(threshold_number);
-        Some(Self { formula: Formula::Agc, warm_up: 0, numbers })
+    /// What a clip needs by itself, or by a threshold on the device: nothing, unless it goes by parameters or norms.
+    pub(super) fn of(clip: &Clip, threshold: Option<&DeviceThreshold>) -> Option<Self> {
+        let (formula, warm_up, numbers) = match (clip.mode, threshold) {
+            (Mode::Agc(clip_factor), _) => (Formula::Agc, 0, [clip_factor, clip.agc_eps.unwrap_or(AGC_EPS), 0.0, 0.0]),
+            (Mode::Norm(max_norm), Some(DeviceThreshold::ZClip(z))) => {
+                (Formula::ZClip, z.warm_up, [1.0 - z.alpha, z.alpha, z.z_threshold, max_norm])
+            }
+            (Mode::Norm(max_norm), Some(DeviceThreshold::AdaGc(a))) => {
+                (Formula::AdaGc, a.warm_up, [1.0 - a.beta, a.lambda_rel, a.lambda_abs, max_norm])
+            }
+            _ => return None,
+        };
+        Some(Self { formula, warm_up, numbers: numbers.map(threshold_number) })
     }
 }
 
@@ -83,11 +91,11 @@ impl DeviceThreshold {
         }
     }
 
-    /// Ties the state to its segments, and takes it to the device's form: the rule, and a row for each segment.
-    pub(super) fn start(&mut self, clip: &Clip, labels: &[String]) -> Result<(Rule, Vec<StateRow>), Error> {
-        let Mode::Norm(max_norm) = clip.mode else {
+    /// Ties the state to its segments, and takes it to the device's form: a row for each segment.
+    pub(super) fn start(&mut self, clip: &Clip, labels: &[String]) -> Result<Vec<StateRow>, Error> {
+        if !matches!(clip.mode, Mode::Norm(_)) {
             return Err(Error::usage("a threshold on the device follows a clip by norm"));
-        };
+        }
         self.as_threshold().bind(labels)?;
         let row = |mean: f64, variance: f64, steps: u64| StateRow {
             mean: threshold_number(mean),
@@ -96,16 +104,10 @@ impl DeviceThreshold {
             padding: [0; 3],
         };
         Ok(match self {
-            Self::ZClip(z) => {
-                let numbers = [1.0 - z.alpha, z.alpha, z.z_threshold, max_norm].map(threshold_number);
-                let rule = Rule { formula: Formula::ZClip, warm_up: z.warm_up, numbers };
-                (rule, vec![row(z.mean, z.variance, z.steps)])
-            }
+            Self::ZClip(z) => vec![row(z.mean, z.variance, z.steps)],
             Self::AdaGc(a) => {
-                let numbers = [1.0 - a.beta, a.lambda_rel, a.lambda_abs, max_norm].map(threshold_number);
-                let rule = Rule { formula: Formula::AdaGc, warm_up: a.warm_up, numbers };
                 let gamma = |i| a.gammas.get(i).copied().unwrap_or(f64::INFINITY);
-                (rule, (0..labels.len()).map(|i| row(gamma(i), 0.0, a.steps)).collect())
+                (0..labels.len()).map(|i| row(gamma(i), 0.0, a.steps)).collect()
             }
         })
     }

@@ -338,9 +338,11 @@ impl Asked {
                 Mode::Agc if norm > limit => limit / norm.max(1e-6),
                 Mode::Agc | Mode::Value => 1.0,
             };
+            let is_bad = members.iter().any(|x| !x.is_finite());
             let wanted = match (norm.is_nan(), ratio.is_nan()) {
                 _ if self.mode == Mode::Value => 1.0,
                 (true, _) => f64::NAN,
+                _ if is_bad && norm == f64::INFINITY && limit == f64::INFINITY => f64::NAN,
                 // 0 / 0: nothing is above the threshold.
                 (false, true) => 1.0,
                 (false, false) => ratio.min(1.0),
@@ -350,9 +352,7 @@ impl Asked {
                 Mode::Agc => !is_tie(norm, limit),
                 _ => !is_tie(ratio, 1.0),
             };
-            let is_bad = members.iter().any(|x| !x.is_finite());
-            let measures = self.threshold == f64::INFINITY && !matches!(self.mode, Mode::Agc | Mode::Value);
-            let fate = if refused || measures {
+            let fate = if refused {
                 Fate::Left
             } else if is_bad && self.policy == NonFinite::Zero {
                 Fate::Zeroed

@@ -107,20 +107,30 @@ fn factors_follow_the_policy() {
     }
 }
 
-/// A clip that only measures scales nothing, but whoever folds its factors in has gradients to unscale.
+/// Nothing is clipped, but there is a loss scale to take out: for the plan, or for whoever folds its factors in.
 #[test]
 fn factors_under_an_infinite_threshold() {
     let sets = [set(3)];
     let placed = in_one_buffer(&sets);
     let clip = Clip::norm(f64::INFINITY).grad_scale(65536.0);
-    for plan in [
-        gpu().plan_with(&[(clip, &placed.views(&sets)[0])], PlanOptions::default().measure_only()),
-        gpu().plan(&clip, &placed.views(&sets)[0]),
-    ] {
-        let plan = plan.expect("valid");
+    for (options, factor) in [(PlanOptions::default().measure_only(), 1.0), (PlanOptions::default(), 1.0 / 65536.0)] {
+        let plan = gpu().plan_with(&[(clip, &placed.views(&sets)[0])], options).expect("valid");
         step(gpu(), &plan);
         assert_eq!(coefficients(plan.coefficients(), 1), (0, vec![1.0 / 65536.0]));
-        assert_same_bits(&placed.read(&sets)[0], &sets[0], "measured only");
+        assert_scaled(&sets[0], &placed.read(&sets)[0], factor, 1e-7, "an infinite threshold");
+    }
+}
+
+#[test]
+fn an_infinite_threshold_of_one_group_unscales_it_on_the_device() {
+    let sets = [set(3), set(4)];
+    let placed = in_one_buffer(&sets);
+    let views = placed.views(&sets);
+    let groups = [(Clip::norm(1e9), &views[0][..]), (Clip::norm(f64::INFINITY), &views[1][..])];
+    let groups = groups.map(|(clip, views)| (clip.grad_scale(65536.0), views));
+    step(gpu(), &gpu().plan_with(&groups, PlanOptions::default()).expect("valid"));
+    for (after, before) in placed.read(&sets).iter().zip(&sets) {
+        assert_scaled(before, after, 1.0 / 65536.0, 1e-7, "groups");
     }
 }
 

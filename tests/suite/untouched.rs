@@ -2,7 +2,7 @@
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, POLICIES, Path, assert_same_bits, numbers_of};
-use gradclip::{Clip, Dtype, Error, NonFinite, NormType};
+use gradclip::{Clip, Dtype, Error, NonFinite, NormType, Scope, TensorMut};
 
 /// (sign bit, bits of infinity)
 fn format(dtype: Dtype) -> (u64, u64) {
@@ -63,28 +63,46 @@ fn unclipped_norms_change_no_byte() {
 }
 
 #[test]
-fn an_infinite_threshold_only_measures() {
+fn an_infinite_threshold_clips_nothing_and_does_all_else() {
+    let clips = [Clip::norm(f64::INFINITY), Clip::rms(f64::INFINITY), Clip::average_norm(f64::INFINITY)];
     for path in Path::ALL {
         for dtype in path.dtypes() {
-            for (set, bad) in [(finite_set(*dtype), false), (bad_set(*dtype), true)] {
+            for clip in clips.into_iter().flat_map(|clip| [clip, clip.scope(Scope::Tensor)]) {
+                let what = format!("{path:?} {dtype} {clip}");
+                let run = |clip: &Clip, numbers: &[f64]| path.clip(clip, &[Data::rounded(*dtype, numbers.to_vec())]).ok();
+                let numbers = |after: &[Data]| -> Vec<_> { after[0].numbers().collect() };
                 for policy in POLICIES {
-                    for grad_scale in [1.0, 65536.0, 0.3, 2f64.powi(-140)] {
-                        let clip = Clip::norm(f64::INFINITY).non_finite(policy);
-                        let done = path.clip(&clip.grad_scale(grad_scale), &set);
-                        let what = format!("{path:?} {dtype} {policy:?} grad_scale {grad_scale}");
-                        assert_same_bits(&done.after, &set, &what);
-                        match done.report {
-                            Ok(report) => {
-                                assert!(!report.clipped, "{what}");
-                                assert_eq!(report.clip_coef, 1.0, "{what}");
-                                assert_eq!(report.non_finite.is_some(), bad, "{what}");
-                            }
-                            Err(error) => assert!(bad && matches!(error, Error::NonFinite(_)), "{what}: {error}"),
-                        }
-                    }
+                    let set = finite_set(*dtype);
+                    let (report, after) = path.clip(&clip.non_finite(policy), &set).ok();
+                    assert!(!report.clipped && report.clip_coef == 1.0, "{what}");
+                    assert_same_bits(&after, &set, &what);
+                    let (report, after) = run(&clip.non_finite(policy).grad_scale(8.0), &[3.0, 4.0]);
+                    assert!(!report.clipped && report.clip_coef == 1.0, "{what}");
+                    assert_eq!(numbers(&after), [0.375, 0.5], "{what} {policy}");
                 }
+                let bad = [1.0, f64::NAN, f64::INFINITY, 2.0];
+                let (report, after) = run(&clip.non_finite(NonFinite::Drop), &bad);
+                assert!(!report.clipped, "{what}");
+                assert_eq!(numbers(&after), [1.0, 0.0, 0.0, 2.0], "{what}");
+                let (report, after) = run(&clip.non_finite(NonFinite::Zero).grad_scale(8.0), &bad);
+                assert!(report.clipped && report.clip_coef == 0.0, "{what}");
+                assert_eq!(numbers(&after), [0.0; 4], "{what}");
             }
         }
+    }
+}
+
+/// Among groups, the infinite threshold of one takes no loss scale from it.
+#[test]
+fn an_infinite_threshold_of_one_group_unscales_it() {
+    for path in Path::HOST {
+        let (mut first, mut second) = ([32768.0f32], [32768.0f32]);
+        let groups = &mut [
+            (Clip::norm(1.0).grad_scale(65536.0), &mut [TensorMut::new(&mut first)][..]),
+            (Clip::norm(f64::INFINITY).grad_scale(65536.0), &mut [TensorMut::new(&mut second)][..]),
+        ];
+        path.clipper().apply_groups(groups).expect("finite");
+        assert_eq!((first, second), ([0.5], [0.5]), "{path:?}");
     }
 }
 

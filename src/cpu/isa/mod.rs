@@ -11,7 +11,7 @@
 //! 2. Sums and products of floats are written in operations of [`Isa`], each an intrinsic or two: their order is given, so
 //!    that the compiler may not choose it, and does not always find the vectors in loops. Comparisons of integers are plain
 //!    loops over elements, which it turns into vectors reliably.
-//! 3. What became of either is held by a test that counts the instructions an element takes (`instructions.rs`).
+//! 3. What became of either is held by a test that counts the instructions an element takes (`tests/instructions.rs`).
 //!
 //! On other CPUs than x86-64 it is the portable set, compiled for what each of them has; on aarch64 that is NEON.
 

@@ -1,21 +1,24 @@
 //! A norm that is measured set by set on the device. Host side of `shaders/accumulate.wgsl`; twin: `src/running.rs`.
 
-use bytemuck::Zeroable;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::build::{
-    Dispatch, Follows, Kept, Memory, PARTIAL_BYTES, POWERS, Params, Phase, RunningMemory, clip_group, dispatch,
-};
+use bytemuck::Zeroable;
+
+use super::clipper::GpuClipper;
+use super::dispatch::{Dispatch, Phase, clip_group, whole};
+use super::gather::{AccumulatorMemory, Gathered, Group, Job};
 use super::kernels::{Access, Kernel, Norm};
+use super::memory::{Kept, Memory};
+use super::params::Params;
 use super::plan::{GpuPlan, MERGED_ALREADY, locked};
-use super::readback::{OutcomeRow, PartialRow, ResultsHead, Stamped};
+use super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead, Stamped};
 use super::table::Origin;
 use super::threshold::StateRow;
-use super::{GpuClipper, GpuTensor, Recipe};
 use crate::clip::Mode;
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
+use crate::tensor::GpuTensor;
 use crate::{Clip, ClipReport, Error, Scope, Waiting};
 
 /// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
@@ -52,8 +55,8 @@ use crate::{Clip, ClipReport, Error, Scope, Waiting};
 #[derive(Debug)]
 pub struct GpuNormAccumulator {
     gpu: GpuClipper,
-    clip: Clip,
-    segments: Segments,
+    /// The clip and its one segment.
+    group: Group,
     /// The one partial of it is the last finished one, for the report.
     memory: Memory,
     /// What is being accumulated.
@@ -71,11 +74,11 @@ struct Sets {
     names: Vec<Option<Arc<str>>>,
     elements: u64,
     /// What the processes of a group have accumulated together.
-    across: Stamped<Across>,
+    across: Stamped<MergedTotal>,
 }
 
 /// The total, and of how many elements it is.
-type Across = (Total, u64);
+type MergedTotal = (Total, u64);
 
 /// A set of tensors that belongs to a [`GpuNormAccumulator`].
 #[derive(Debug)]
@@ -85,33 +88,31 @@ pub struct GpuAccumulatorPlan {
 }
 
 impl GpuClipper {
-    /// Begins a running norm.
+    /// Begins to accumulate a norm.
     ///
     /// # Errors
     /// [`Error::Usage`] unless the clip is one by norm with [`Scope::Global`]; the device's own.
     pub fn accumulator(&self, clip: &Clip) -> Result<GpuNormAccumulator, Error> {
         clip.check()?;
         let (Mode::Norm(_), Scope::Global, Some(norm_type)) = (clip.mode, clip.scope, clip.measured()) else {
-            return Err(Error::usage("a running partial on the device needs a clip by norm with Scope::Global"));
+            return Err(Error::usage("an accumulator on the device needs a clip by norm with Scope::Global"));
         };
-        let clip = &clip.with_power_in(POWERS);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-        let partial = self.device.filled("gradclip running partial", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
-        let segments = Segments::new(clip, &[], |_| None)?;
-        let memory =
-            Memory::new(self, [(clip, &segments, false)].into_iter(), 1, &[StateRow::zeroed()], Kept::Nothing)?;
-        let params = Params::new(clip, clip.only_measures());
-        let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params.upload(self)?)?;
-        let whole = |buffer: &wgpu::Buffer| vec![(buffer.clone(), 0, buffer.size())];
-        let one = |kernel, parts: &[_]| dispatch(self, (kernel, Access::None), clips.of(kernel), parts, 1);
+        let partial = self.device.filled("gradclip accumulator", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
+        let group = Group::new(clip, Segments::new(clip, &[], |_| None)?, Vec::new());
+        let groups = std::slice::from_ref(&group);
+        let memory = Memory::new(&self.device, groups, 1, &[StateRow::zeroed()], Kept::Nothing)?;
+        let params = Params::new(&group, &group.clip, 0, None);
+        let params = self.device.filled("gradclip params", bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM)?;
+        let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params)?;
+        let one = |kernel, bindings: &[_]| Dispatch::new(self, (kernel, Access::None), clips.of(kernel), bindings, 1);
         let finalise = Kernel::Finalise { norm: Some(Norm::from(norm_type)), given: false };
         let finish = [
             one(finalise, &[whole(&memory.thresholds), whole(&memory.coefficients)])?,
             one(Kernel::Accumulate { moves: true }, &[whole(&memory.partials)])?,
         ];
-        let gpu = self.clone();
-        let (sets, is_merged) = (Mutex::default(), Arc::default());
-        Ok(GpuNormAccumulator { gpu, clip: *clip, segments, memory, partial, finish, sets, is_merged })
+        let (gpu, sets, is_merged) = (self.clone(), Mutex::default(), Arc::default());
+        Ok(GpuNormAccumulator { gpu, group, memory, partial, finish, sets, is_merged })
     }
 }
 
@@ -123,16 +124,17 @@ impl GpuNormAccumulator {
     pub fn plan(&self, tensors: &[GpuTensor]) -> Result<GpuAccumulatorPlan, Error> {
         let mut sets = self.sets();
         let first_tensor = sets.names.len();
-        let memory = RunningMemory {
+        let memory = AccumulatorMemory {
             partial: self.partial.clone(),
             results: self.memory.results.clone(),
             origins: u32::try_from(sets.origins.len()).unwrap_or(u32::MAX),
         };
-        let plan = self.gpu.make(Recipe::Running(memory), &[(self.clip, tensors)], Follows::Clip)?;
+        let gathered = Gathered::new(&[(self.group.clip, tensors)], Job::Accumulate(memory), None)?;
+        let plan = GpuPlan::new(&self.gpu, gathered)?;
         let moved = |origin: &Origin| Origin { tensor: origin.tensor + first_tensor, ..*origin };
-        sets.origins.extend(plan.origins().iter().map(moved));
+        sets.origins.extend(plan.built.origins.iter().map(moved));
         sets.names.extend(tensors.iter().map(|t| t.name.clone()));
-        sets.elements += plan.elements();
+        sets.elements += plan.built.groups.iter().map(|group| group.segments.elements()).sum::<u64>();
         Ok(GpuAccumulatorPlan { plan, is_merged: self.is_merged.clone() })
     }
 
@@ -172,7 +174,7 @@ impl GpuNormAccumulator {
             let own = row.to_partial(|i| sets.origins[i]);
             (own, sets.elements, own.first.and_then(|first| sets.names[first.tensor].clone()))
         };
-        let mut part = [Part::of_one(&self.clip, self.segments.clone(), own, elements)];
+        let mut part = [Part::of_one(&self.group.clip, self.group.segments.clone(), own, elements)];
         let total = merge(turn, &mut part, |_, _| name.as_deref()).await?.swap_remove(0);
         let partial = total.partial;
         let stamp = self.sets().across.keep((total, part[0].segments.elements()));
@@ -214,9 +216,10 @@ impl GpuNormAccumulator {
             let non_finite = partial.non_finite_elements(|i| sets.names[i].as_deref());
             (Total { partial, non_finite }, sets.elements)
         });
-        let totals = (self.clip.known(&partial).norm, partial.outside);
-        let outcomes = [outcome.to_outcome(&self.clip, 1.0)];
-        self.clip.report((&self.segments, &outcomes), totals, elements, non_finite)
+        let Group { clip, segments, .. } = &self.group;
+        let totals = (clip.known(&partial).norm, partial.outside);
+        let outcomes = [outcome.to_outcome(clip, 1.0)];
+        clip.report((segments, &outcomes), totals, elements, non_finite)
     }
 
     fn sets(&self) -> MutexGuard<'_, Sets> {
@@ -234,7 +237,7 @@ impl GpuAccumulatorPlan {
     pub fn accumulate(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
         if self.is_merged.load(Ordering::Relaxed) {
             return Err(Error::usage(
-                "a running norm that was merged across processes takes in no more before its finish",
+                "an accumulator that was merged across processes takes in no more before its finish",
             ));
         }
         self.plan.encode_measure(encoder)

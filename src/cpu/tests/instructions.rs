@@ -12,8 +12,8 @@ use nix::sys::signal::{Signal, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use super::isa::{self, Set};
-use super::{clamp, columns, count, norm, scale, with_element};
+use super::super::isa::{self, Set};
+use super::super::{clamp, columns, count, norm, scale, with_element};
 use crate::partial::{Location, Outcome, Partial};
 use crate::segment::{By, Layout};
 use crate::{Clip, Dtype, NormType};
@@ -170,7 +170,7 @@ fn kernels_are_vectors() {
     one.set((0..CpuSet::count()).find(|core| cores.is_set(*core) == Ok(true)).expect("one at least")).expect("valid");
     sched_setaffinity(this, &one).expect("allowed");
     let mut child = Command::new(std::env::current_exe().expect("it runs"))
-        .args(["--exact", "cpu::instructions::kernels_are_vectors", "--test-threads", "1"])
+        .args(["--exact", "cpu::tests::instructions::kernels_are_vectors", "--test-threads", "1"])
         .env(CHILD, "1")
         .stdout(std::process::Stdio::null())
         .spawn()

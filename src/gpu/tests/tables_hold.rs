@@ -3,11 +3,11 @@
 
 use arbitrary::{Result, Unstructured};
 
-use super::merge::MergeTree;
-use super::table::{
+use super::super::merge::MergeTree;
+use super::super::table::{
     ChunkRow, Limits, NOWHERE, Origin, Piece, SUMMED_ROWS, TASK_CHUNKS, Table, Tables, Use, Window, grid, sum_windows,
 };
-use super::tuning::{HARDWARE, LANE_PARTIALS, SMALLEST_WORKGROUP, SOFTWARE};
+use super::super::tuning::{HARDWARE, LANE_PARTIALS, SMALLEST_WORKGROUP, SOFTWARE};
 use crate::segment::{By, Layout, Segments};
 use crate::tensor::Dims;
 use crate::{Clip, Dtype, Scope, UnitAxis};
@@ -21,7 +21,7 @@ const FIRST_SLOT: u32 = 3;
 /// Makes the tables of pieces and checks them. Every element is measured once, into a slot of its segment that no other task
 /// has, and found by its origin; every word has at most one writer, which knows the segment of each of its elements; nothing
 /// leaves its window; no loop is too long.
-pub(super) fn check_tables(pieces: &[Piece], segments: u32, measures_only: bool, limits: Limits) -> Tables {
+pub(crate) fn check_tables(pieces: &[Piece], segments: u32, measures_only: bool, limits: Limits) -> Tables {
     let tables = Tables::new(pieces, 0..segments, (FIRST_SLOT, 0), measures_only, limits).expect("fits");
     let mut starts = vec![FIRST_SLOT];
     starts.extend(tables.slots.iter().scan(FIRST_SLOT, |sum, n| {
@@ -65,7 +65,7 @@ pub(super) fn check_tables(pieces: &[Piece], segments: u32, measures_only: bool,
     let Checker { measured, written, .. } = checker;
     assert_eq!(united(measured), united(pieces.iter().map(bytes).collect()), "what is measured");
     if measures_only {
-        let writes = |batch: &super::table::Batch| {
+        let writes = |batch: &super::super::table::Batch| {
             !batch.edges.is_empty() || batch.tables.iter().any(|((of, _), _)| of.is_mixed())
         };
         assert!(!tables.batches.iter().any(writes));
@@ -208,7 +208,7 @@ impl Checker<'_> {
 
 /// That each example is added to each sum once, from the first to the last, and that each sum begins with the first. Each
 /// tensor has a buffer for its sums alone; its examples may be in several pieces.
-pub(super) fn check_sums(pairs: &[(Piece, Piece)], limits: Limits) {
+pub(crate) fn check_sums(pairs: &[(Piece, Piece)], limits: Limits) {
     // By the tensor's buffer of sums: what was added to each sum; None before it began.
     let mut added: Vec<(Piece, Vec<Option<u64>>)> = Vec::new();
     for (_, into) in pairs {
@@ -262,7 +262,7 @@ pub(super) fn check_sums(pairs: &[(Piece, Piece)], limits: Limits) {
 
 /// Merges the slots of each group's segments, then those to a total of each group, then those to one, and checks that each
 /// result has merged what is its own, once. `workgroup` invocations merge `merged` partials.
-pub(super) fn check_merge(groups: &[Vec<u32>], workgroup: u32, merged: u32) {
+pub(crate) fn check_merge(groups: &[Vec<u32>], workgroup: u32, merged: u32) {
     let slots: u32 = groups.iter().flatten().sum();
     let mut tree = MergeTree::new(workgroup, merged);
     tree.partials = FIRST_SLOT + slots;
@@ -305,7 +305,7 @@ pub(super) fn check_merge(groups: &[Vec<u32>], workgroup: u32, merged: u32) {
 }
 
 /// That there are as many workgroups as are asked for, and no whole row more, unless the device cannot hold them.
-pub(super) fn check_grid(workgroups: u32, widest: u32) {
+pub(crate) fn check_grid(workgroups: u32, widest: u32) {
     let Some((x, y)) = grid(workgroups, widest) else {
         return assert!(u64::from(workgroups) > u64::from(widest) * u64::from(widest));
     };

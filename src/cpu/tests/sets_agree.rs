@@ -3,8 +3,8 @@
 
 use half::{bf16, f16};
 
-use super::isa::{self, Isa, Kernel, LANES, Set, run};
-use super::{clamp, columns, count, norm, scale, sum, with_element};
+use super::super::isa::{self, Isa, Kernel, LANES, Set, run};
+use super::super::{clamp, columns, count, norm, scale, sum, with_element};
 use crate::partial::{Location, Outcome, Partial};
 use crate::segment::{By, Layout};
 use crate::{Clip, Dtype, NonFinite, NormType};

@@ -10,10 +10,10 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{Module, ShaderStage};
 
-use super::kernels::{Access, Constants, Kernel, Norm, SHARED, Shape, module};
-use super::profile;
-use super::threshold::Formula;
-use super::tuning::{HARDWARE_SWEEP, SOFTWARE_SWEEP};
+use super::super::kernels::{Access, Constants, Kernel, Norm, SHARED, Shape, module};
+use super::super::profile;
+use super::super::threshold::Formula;
+use super::super::tuning::{HARDWARE_SWEEP, SOFTWARE_SWEEP};
 use crate::Dtype;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/spirv_words.txt");

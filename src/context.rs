@@ -1,0 +1,52 @@
+//! What goes with a clip beside its description and the tensors.
+
+use std::sync::Arc;
+
+use crate::Clip;
+use crate::processes::ProcessGroup;
+
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) progress: &'a Progress,
+    /// Whose parts of the gradients count too.
+    pub(crate) processes: &'a dyn ProcessGroup,
+}
+
+impl Context<'_> {
+    /// Nothing but the tensors.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn alone() -> Self {
+        use crate::processes::SingleProcess;
+        use std::sync::LazyLock;
+        static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::default);
+        static ALONE: LazyLock<SingleProcess> = LazyLock::new(SingleProcess::default);
+        Self { progress: &PROGRESS, processes: &*ALONE }
+    }
+
+    /// Whether the tensors are read before anything is written. Of many processes another may fail, and no one writes then.
+    pub(crate) fn reads_first(self, clip: &Clip) -> bool {
+        clip.reads_first() || self.processes.size() > 1
+    }
+}
+
+/// A function to call with the number of bytes that were measured since the last call, if anyone wants to know.
+#[derive(Clone, Default)]
+pub(crate) struct Progress(Option<Arc<dyn Fn(u64) + Send + Sync>>);
+
+impl Progress {
+    pub(crate) fn new(f: impl Fn(u64) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(f)))
+    }
+
+    pub(crate) fn measured(&self, bytes: usize) {
+        if let Some(f) = &self.0 {
+            f(bytes as u64);
+        }
+    }
+}
+
+impl std::fmt::Debug for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "Progress(Some(..))" } else { "Progress(None)" })
+    }
+}

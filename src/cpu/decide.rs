@@ -1,0 +1,306 @@
+//! What a clip does with host tensors: measured, decided, and on the CPU applied.
+
+use super::pool::in_parallel;
+use super::task::merged;
+use super::tuning::COLUMNS;
+use super::write::write;
+use super::{clamp, sum, with_element};
+use crate::clip::{number, setting};
+use crate::context::{Context, Progress};
+use crate::error::tensor_label;
+use crate::partial::{Known, Outcome, Partial};
+use crate::processes::{Part, Total, Turn, merge};
+use crate::segment::{Family, Segments, check_groups, check_parameter};
+use crate::tensor::check_summed;
+use crate::threshold::Threshold;
+use crate::wait::block_on;
+use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
+
+/// What is decided about some tensors.
+#[derive(Debug)]
+pub(crate) struct Decision {
+    pub(crate) clip: Clip,
+    pub(crate) segments: Segments,
+    /// By segment.
+    pub(crate) outcomes: Vec<Outcome>,
+    report: ClipReport,
+    /// Whether the elements were read. If not, the report is that of no elements until they are written.
+    read: bool,
+}
+
+impl Decision {
+    /// What is reported once the tensors are written, given the partial of what was met on the way.
+    pub(crate) fn report<'a>(&self, met: &Partial, name_of: impl Fn(usize) -> Option<&'a str>) -> ClipReport {
+        let mut report = self.report.clone();
+        if !self.read {
+            report.clipped = met.outside;
+            report.non_finite = met.non_finite_elements(name_of);
+        }
+        report
+    }
+
+    /// Clips the tensors that it is about.
+    fn apply(&self, tensors: &mut [TensorMut<'_>], progress: &Progress) -> ClipReport {
+        let met = write(self, tensors, if self.read { None } else { Some(progress) });
+        self.report(&met, |i| tensors[i].name)
+    }
+}
+
+/// What is to be done with groups of tensors, each by a clip of its own. A `threshold` follows the norms of the one group.
+pub(crate) fn decide(
+    groups: &[(Clip, Vec<Tensor<'_>>)],
+    threshold: Option<&mut dyn Threshold>,
+    context: Context<'_>,
+) -> Result<Vec<Decision>, Error> {
+    let turn = Turn::begin(context.processes);
+    decide_by(groups, threshold, turn, |clip, tensors, segments| {
+        context.reads_first(clip).then(|| part(clip, tensors, segments, context.progress))
+    })
+}
+
+/// Clips groups of tensors in place. The reports are theirs, in order. A `threshold` follows the norms of the one group.
+pub(crate) fn apply(
+    groups: &mut [(Clip, &mut [TensorMut<'_>])],
+    threshold: Option<&mut dyn Threshold>,
+    context: Context<'_>,
+) -> Result<Vec<ClipReport>, Error> {
+    let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
+    let decisions = decide(&views, threshold, context)?;
+    let decided = groups.iter_mut().zip(decisions);
+    Ok(decided.map(|((_, tensors), decision)| decision.apply(tensors, context.progress)).collect())
+}
+
+/// Measures what [`apply`] would do, and writes nothing.
+pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], context: Context<'_>) -> Result<ClipReport, Error> {
+    let turn = Turn::begin(context.processes);
+    Ok(measured(clip, tensors, turn, context.progress)?.report)
+}
+
+/// As [`decide`], of elements that are read in any case.
+fn measured(clip: &Clip, tensors: &[Tensor<'_>], turn: Turn<'_>, progress: &Progress) -> Result<Decision, Error> {
+    let groups = [(*clip, tensors.to_vec())];
+    let read = |clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments| Some(part(clip, tensors, segments, progress));
+    Ok(decide_by(&groups, None, turn, read)?.swap_remove(0))
+}
+
+/// Decides by what `read` measures; None of what is not read. All checks come before.
+fn decide_by(
+    groups: &[(Clip, Vec<Tensor<'_>>)],
+    mut threshold: Option<&mut dyn Threshold>,
+    turn: Turn<'_>,
+    read: impl Fn(&Clip, &[Tensor<'_>], &Segments) -> Option<Part>,
+) -> Result<Vec<Decision>, Error> {
+    check_groups(groups.iter().map(|(clip, _)| clip))?;
+    let mut segments = Vec::new();
+    for (clip, tensors) in groups {
+        if threshold.is_some() {
+            clip.check_adaptive()?;
+        }
+        segments.push(segments_of(clip, tensors)?);
+    }
+    let name_of = |group: usize, tensor: usize| groups[group].1[tensor].name;
+    if let (Some(threshold), [segments]) = (&mut threshold, &segments[..]) {
+        threshold.bind(&segments.labels(|tensor| name_of(0, tensor)))?;
+    }
+    let (mut parts, mut was_read) = (Vec::new(), Vec::new());
+    for ((clip, tensors), segments) in groups.iter().zip(segments) {
+        let part = read(clip, tensors, &segments);
+        was_read.push(part.is_some());
+        parts.push(part.unwrap_or_else(|| Part::new(clip, segments, vec![Partial::EMPTY])));
+    }
+    let totals = if turn.group().size() > 1 {
+        block_on(merge(turn, &mut parts, name_of))?
+    } else {
+        parts.iter().enumerate().map(|(group, part)| part.total(|tensor| name_of(group, tensor))).collect()
+    };
+    let mut found: Vec<_> = parts.into_iter().zip(totals).map(|(part, total)| Measured::new(part, total)).collect();
+    if let (Some(threshold), [found]) = (threshold, &mut found[..]) {
+        found.follow(threshold);
+    }
+    let refused = found.iter().any(Measured::is_refused);
+    found.into_iter().zip(was_read).map(|(found, read)| found.decide(refused, read)).collect()
+}
+
+/// Clips in place by norms that were measured elsewhere.
+pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
+    clip.check_adaptive()?;
+    let found = Measured::given(clip, segments_of(clip, &views(tensors))?, given)?;
+    let refused = found.is_refused();
+    Ok(found.decide(refused, true)?.apply(tensors, &Progress::default()))
+}
+
+/// Measures examples, and writes the sum of the clipped ones: one sum for each tensor.
+pub(crate) fn sum_examples(
+    clip: &Clip,
+    tensors: &[Tensor<'_>],
+    sums: &mut [TensorMut<'_>],
+    context: Context<'_>,
+) -> Result<ClipReport, Error> {
+    let turn = Turn::begin(context.processes);
+    check_summed(clip, tensors, sums)?;
+    let Decision { segments, outcomes, report, .. } = measured(clip, tensors, turn, context.progress)?;
+    if report.has_non_finite() && clip.refuses_non_finite() {
+        return Ok(report);
+    }
+    let drop = clip.non_finite == NonFinite::Drop;
+    for ((tensor, layout), sum) in tensors.iter().zip(&segments.layouts).zip(sums) {
+        // One example is a whole tensor; else every row is an example.
+        let columns = usize::try_from(layout.columns).unwrap_or(usize::MAX);
+        let rows = tensor.len().checked_div(columns).unwrap_or(0);
+        let outcomes = &outcomes[layout.segment as usize..][..rows];
+        let tile = COLUMNS * sum.dtype.size();
+        let (pieces, tiles) = (sum.data.len().div_ceil(tile), sum.data.chunks_mut(tile).enumerate());
+        let task = |(i, sums): (usize, &mut [u8])| {
+            with_element!(tensor.dtype, T => sum::sum::<T>(outcomes, drop, tensor.data, columns, i * COLUMNS, sums));
+        };
+        in_parallel(tiles, pieces, tensor.data.len(), task);
+    }
+    Ok(report)
+}
+
+/// The partial of everything.
+pub(crate) fn partial(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Partial, Error> {
+    Ok(part(clip, tensors, &segments_of(clip, tensors)?, progress).total(|_| None).partial)
+}
+
+pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
+    tensors.iter().map(TensorMut::as_tensor).collect()
+}
+
+pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segments, Error> {
+    let dims: Vec<_> = tensors.iter().map(Tensor::dims).collect();
+    let segments = Segments::new(clip, &dims, |i| tensors[i].name)?;
+    if clip.needs_parameters() {
+        for (i, t) in tensors.iter().enumerate() {
+            let parameter = t.parameter.map(|p| (p.dims(), p.name));
+            check_parameter(|| tensor_label(t.name, i), (t.dims(), t.name), parameter)?;
+        }
+    }
+    Ok(segments)
+}
+
+/// What the first pass measures here.
+fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Progress) -> Part {
+    let partials = merged(tensors, segments, |task, slots| {
+        progress.measured(task.bytes());
+        match clip.measured() {
+            Some(norm_type) => task.norm(norm_type, slots),
+            None => with_element!(task.dtype, T => slots[0] = clamp::scan::<T>(clip, task.at, task.data)),
+        }
+    });
+    let mut part = Part::new(clip, segments.clone(), partials);
+    if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
+        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.counted))).collect();
+        part.parameters = merged(&of, segments, |task, slots| task.norm(norm_type, slots));
+    }
+    part
+}
+
+/// What the first pass found out, of all processes together.
+struct Measured {
+    clip: Clip,
+    segments: Segments,
+    /// By segment.
+    known: Vec<Known>,
+    /// What the norms are compared with, by segment.
+    max_norms: Vec<f64>,
+    /// N of everything.
+    total_norm: f64,
+    elements: u64,
+    /// Whether an element lies outside the bounds of a value clip.
+    outside: bool,
+    /// Whether anything is not finite.
+    bad: bool,
+    /// What is not, if it is known.
+    non_finite: Option<NonFiniteElements>,
+}
+
+/// A decision that is not measured here.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Given<'a> {
+    /// N by segment.
+    Norms(&'a [f64]),
+    /// The merged partial of so many elements of everything.
+    Partial(&'a Partial, u64),
+}
+
+impl Measured {
+    fn new(part: Part, Total { partial: total, non_finite }: Total) -> Self {
+        let Part { clip, segments, partials, parameters } = part;
+        let norm_of = |p: &Partial| match clip.measured() {
+            Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0),
+            _ => f64::INFINITY,
+        };
+        let parameters: Vec<_> = parameters.iter().map(norm_of).collect();
+        let elements = segments.elements();
+        Self {
+            clip,
+            known: partials.iter().map(|p| clip.known(p)).collect(),
+            max_norms: segments.max_norms(&clip, &parameters, &[]),
+            total_norm: clip.known(&total).norm * clip.weight(elements),
+            elements,
+            outside: total.outside,
+            bad: total.non_finite > 0,
+            non_finite,
+            segments,
+        }
+    }
+
+    fn given(clip: &Clip, segments: Segments, given: Given<'_>) -> Result<Self, Error> {
+        match given {
+            Given::Partial(partial, elements) => {
+                let total = Total { partial: *partial, non_finite: None };
+                Ok(Self::new(Part::of_one(clip, segments, *partial, elements), total))
+            }
+            Given::Norms(norms) => {
+                let expected = u64::from(segments.count);
+                if norms.len() as u64 != expected {
+                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
+                }
+                // These two policies cannot go by an infinity.
+                let (greatest, reason) = match clip.non_finite {
+                    NonFinite::Error | NonFinite::Drop => {
+                        (f64::MAX, "it must be 0 or more, and finite under this policy")
+                    }
+                    _ => (f64::INFINITY, "it must be 0 or more"),
+                };
+                if let Some(norm) = norms.iter().find(|n| !(0.0..=greatest).contains(*n)) {
+                    setting(false, "a given norm", number(*norm), reason)?;
+                }
+                let nothing = Total { partial: Partial::EMPTY, non_finite: None };
+                let mut found = Self::new(Part::new(clip, segments, Vec::new()), nothing);
+                // Nothing is known of single elements: a policy that drops some looks for them wherever it writes.
+                let known = |(family, norm): (&Family, &f64)| Known {
+                    norm: norm / clip.weight(family.elements),
+                    bad: !norm.is_finite() || clip.non_finite == NonFinite::Drop,
+                };
+                found.known = found.segments.families().zip(norms).map(known).collect();
+                found.bad = norms.iter().any(|n| !n.is_finite());
+                found.total_norm = if let ([norm], Scope::Global) = (norms, clip.scope) { *norm } else { f64::NAN };
+                Ok(found)
+            }
+        }
+    }
+
+    /// Lets an adaptive threshold follow the norms.
+    fn follow(&mut self, threshold: &mut dyn Threshold) {
+        let norm = |(family, known): (&Family, &Known)| known.norm * self.clip.weight(family.elements);
+        let norms: Vec<_> = self.segments.families().zip(&self.known).map(norm).collect();
+        // A non-finite element counts as such even where the policy measures the rest.
+        let total_norm = if self.bad { f64::NAN } else { self.total_norm };
+        self.max_norms = self.segments.max_norms(&self.clip, &[], &threshold.max_norms(total_norm, &norms));
+    }
+
+    /// Whether the policy keeps everything as it is.
+    fn is_refused(&self) -> bool {
+        self.bad && self.clip.refuses_non_finite()
+    }
+
+    /// Under a refusal every segment is left as it is.
+    fn decide(self, refused: bool, read: bool) -> Result<Decision, Error> {
+        let Self { clip, segments, known, max_norms, total_norm, elements, outside, non_finite, .. } = self;
+        let outcomes = segments.outcomes(&clip, &known, &max_norms, refused);
+        let report = clip.report((&segments, &outcomes), (total_norm, outside), elements, non_finite)?;
+        Ok(Decision { clip, segments, outcomes, report, read })
+    }
+}

@@ -1,0 +1,76 @@
+//! Applies what is decided: scales or clamps.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, PoisonError};
+
+use super::decide::Decision;
+use super::pool::in_parallel;
+use super::tuning::CHUNK;
+use super::{clamp, scale, with_element};
+use crate::context::Progress;
+use crate::partial::{Action, Location, Outcome, Partial};
+use crate::segment::Layout;
+use crate::{Clip, Dtype, NonFinite, TensorMut};
+
+/// Writes what the outcomes say. The partial is what clamps met; to elements that are only read here, `progress` counts.
+pub(super) fn write(decision: &Decision, tensors: &mut [TensorMut<'_>], progress: Option<&Progress>) -> Partial {
+    let Decision { clip, segments, outcomes, .. } = decision;
+    let (pieces, bytes) = pieces(tensors);
+    let work = tensors.iter_mut().zip(&segments.layouts).enumerate().flat_map(|(i, (tensor, layout))| {
+        let own = layout.own(outcomes, tensor.len() as u64);
+        let written = own.iter().any(|o| o.action != Action::Leave);
+        let (layout, counted) = (layout.numbered_from_zero(), tensor.counted);
+        chunks(i, tensor).filter(move |_| written).map(move |chunk| (chunk, (layout, own), counted))
+    });
+    let (total, panicked) = (Mutex::new(Partial::EMPTY), Mutex::new(None));
+    in_parallel(work, pieces, bytes, |((at, dtype, data), own, counted)| {
+        let measured = || progress.into_iter().for_each(|progress| progress.measured(data.len()));
+        // What has begun to write goes through with it.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(measured)) {
+            panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+        let met = write_piece(clip, at, dtype, own, data);
+        if counted && met != Partial::EMPTY {
+            // Nothing is summed: what was counted, and the first location, do not depend on the order.
+            let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+            *total = total.merge(met);
+        }
+    });
+    if let Some(panic) = panicked.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        resume_unwind(panic);
+    }
+    total.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is handed out of tensor number `tensor`: where it begins, and its bytes.
+fn chunks<'t>(tensor: usize, t: &'t mut TensorMut<'_>) -> impl Iterator<Item = (Location, Dtype, &'t mut [u8])> {
+    let dtype = t.dtype;
+    let chunks = t.data.chunks_mut(CHUNK * dtype.size()).enumerate();
+    chunks.map(move |(i, data)| (Location { tensor, index: (i * CHUNK) as u64 }, dtype, data))
+}
+
+/// About how many chunks there are, and how many bytes.
+fn pieces(tensors: &[TensorMut<'_>]) -> (usize, usize) {
+    let bytes: usize = tensors.iter().map(|t| t.data.len()).sum();
+    (tensors.len() + bytes / (CHUNK * size_of::<f32>()), bytes)
+}
+
+/// Scales or clamps a piece of a tensor, given the tensor's own segments. The partial is what a clamp met.
+pub(crate) fn write_piece(
+    clip: &Clip,
+    at: Location,
+    dtype: Dtype,
+    (layout, outcomes): (Layout, &[Outcome]),
+    data: &mut [u8],
+) -> Partial {
+    if clip.measured().is_some() {
+        let drop = clip.non_finite == NonFinite::Drop;
+        with_element!(dtype, T => scale::scale::<T>(outcomes, layout, at.index, drop, data));
+        Partial::EMPTY
+    } else if outcomes[0].action == Action::Zero {
+        data.fill(0);
+        Partial::EMPTY
+    } else {
+        with_element!(dtype, T => clamp::clamp::<T>(clip, at, data))
+    }
+}

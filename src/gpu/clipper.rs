@@ -1,0 +1,149 @@
+//! [`GpuClipper`]: one device, its compiled kernels, and what they are tuned to.
+
+use std::sync::Arc;
+
+use super::device::{self, ARRAYS_OF_BUFFERS, GpuDevice};
+use super::kernels::{Access, Kernels, Shape};
+use super::readback::PARTIAL_BYTES;
+use super::tuning::{self, Tuning, memory_budget};
+use crate::{Error, Waiting};
+
+/// Clips on one device. Cheap to clone: clones share the compiled kernels.
+#[derive(Clone, Debug)]
+pub struct GpuClipper {
+    pub(super) device: GpuDevice,
+    pub(super) kernels: Arc<Kernels>,
+    pub(super) tuning: Tuning,
+    /// How many windows a dispatch can bind: more than one only in an array.
+    pub(super) windows: u32,
+    /// Whether a window can be bound as words and as quads.
+    quads: bool,
+    /// How much device memory host tensors may take, in bytes.
+    pub(super) memory_budget: u64,
+}
+
+impl GpuClipper {
+    /// Clips on the caller's device. Any limits and features will do from wgpu's downlevel defaults on.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] if the device cannot run compute shaders of 8 invocations with four storage buffers.
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self, Error> {
+        Self::on(GpuDevice::new(device, queue))
+    }
+
+    /// Opens a device of its own on the adapter with the highest performance, with all its limits.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`] if there is none; [`Error::Device`] if it gives no device.
+    pub fn open() -> Waiting<'static, Result<Self, Error>> {
+        Waiting::new(async { Self::on(GpuDevice::open(&device::adapter(None).await?).await?) })
+    }
+
+    /// Opens a device on the first adapter whose name contains `name`, in any case of letters.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`] if there is none, with the names there are; [`Error::Device`] if it gives no device.
+    pub fn open_named(name: &str) -> Waiting<'_, Result<Self, Error>> {
+        Waiting::new(async move { Self::on(GpuDevice::open(&device::adapter(Some(name)).await?).await?) })
+    }
+
+    fn on(device: GpuDevice) -> Result<Self, Error> {
+        let tuning = Tuning::of(&device.device.adapter_info());
+        Self::tuned(device, tuning)
+    }
+
+    /// Clips on the same device with other figures than [`Tuning::of`] has for it, which another table or a measurement
+    /// says are better there. Compiles kernels of its own. Norms may differ in their last bits.
+    ///
+    /// What the device cannot do is left out: subgroups, arrays of bindings, more invocations than it allows.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if a workgroup is not a power of two from 8 on, or chunks are too short or too long.
+    pub fn with_tuning(&self, tuning: Tuning) -> Result<Self, Error> {
+        tuning.check()?;
+        Ok(Self { memory_budget: self.memory_budget, ..Self::tuned(self.device.clone(), tuning)? })
+    }
+
+    fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
+        let (limits, features) = (device.device.limits(), device.device.features());
+        let need = |limit, have: u64, need: u64| {
+            let too_low = || Err(Error::Limit(format!("{limit} is {have}; gradclip needs at least {need}")));
+            if have < need { too_low() } else { Ok(()) }
+        };
+        let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
+        need("max_compute_invocations_per_workgroup", invocations.into(), tuning::SMALLEST_WORKGROUP.into())?;
+        need("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into(), 4)?;
+        need("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size, 1 << 16)?;
+        tuning.narrow(invocations);
+        // What a workgroup merges, 32 bytes each, lies in its memory.
+        let tree = u64::from(tuning.workgroup) * PARTIAL_BYTES;
+        need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;
+        tuning.subgroups &= features.contains(wgpu::Features::SUBGROUP);
+        // Partials, results and a table are bound beside them.
+        let bindings = limits.max_storage_buffers_per_shader_stage - 3;
+        let windows = if features.contains(ARRAYS_OF_BUFFERS) {
+            // Words and quads are an array each, whose length is a power of two.
+            let fitting = (limits.max_binding_array_elements_per_shader_stage / 2).min(tuning.windows);
+            if fitting > 1 { 1 << fitting.ilog2() } else { 1 }
+        } else {
+            1
+        };
+        let quads = bindings >= 2 && !cfg!(target_arch = "wasm32");
+        let Tuning { workgroup, contiguous, subgroups, .. } = tuning;
+        let kernels = Arc::new(Kernels::new(&device, Shape { workgroup, contiguous, subgroups })?);
+        let memory_budget = memory_budget(device.device.adapter_info().device_type);
+        Ok(Self { device, kernels, tuning, windows, quads, memory_budget })
+    }
+
+    /// Sets how much device memory host tensors may take at a time, in bytes: tensors that are larger together pass through
+    /// that much, and those that are to be written and are no longer there pass twice. Tensors in GPU memory and plans do
+    /// not count, nor do sums of examples, nor the staging buffers of either direction, 32 MiB each at most.
+    ///
+    /// Unless it is set, all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
+    /// does not tell how much there is before it runs out. A software device, whose memory is the host's, keeps 32 MiB
+    /// at a time. The result has the same bits for every budget of 16 MiB and more;
+    /// below, the norm may differ in its last bits. Less than 64 KiB counts as 64 KiB.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use gradclip::{Clip, Clipper, TensorMut, gpu::GpuClipper};
+    /// let clipper = Clipper::gpu(GpuClipper::open().wait()?.with_memory_budget(1 << 30));
+    /// # let mut offloaded = [3.0f32, 4.0];
+    /// let report = clipper.apply(&Clip::norm(1.0), &mut [TensorMut::new(&mut offloaded)])?;
+    /// # assert!(report.clipped);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_memory_budget(mut self, bytes: u64) -> Self {
+        self.memory_budget = bytes;
+        self
+    }
+
+    /// The device that this clips on.
+    #[must_use]
+    pub fn device(&self) -> &wgpu::Device {
+        &self.device.device
+    }
+
+    /// The queue that host tensors and reports are submitted to.
+    #[must_use]
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.device.queue
+    }
+
+    /// What the device runs on.
+    #[must_use]
+    pub fn adapter_info(&self) -> wgpu::AdapterInfo {
+        self.device.device.adapter_info()
+    }
+
+    /// How kernels reach so many windows.
+    pub(super) fn access(&self, windows: usize) -> Access {
+        match (windows, self.quads) {
+            (1, true) => Access::Quads,
+            (1, false) => Access::Words,
+            (count, _) => Access::Array(count.next_power_of_two() as u32),
+        }
+    }
+}

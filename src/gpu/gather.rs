@@ -1,0 +1,210 @@
+//! What a plan is made of: its groups of tensors as pieces of buffers, and what is to be done with them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::kernels::Norm;
+use super::params::POWERS;
+use super::table::Piece;
+use super::threshold::DeviceThreshold;
+use crate::error::tensor_label;
+use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
+use crate::tensor::GpuTensor;
+use crate::tensor::check_sums;
+use crate::{Clip, Dtype, Error};
+
+/// What a plan does.
+#[derive(Clone, Debug)]
+pub(super) enum Job {
+    Clip,
+    /// Writes nothing but reports and coefficients.
+    Measure,
+    /// Scales by norms from outside: one float32 for each segment.
+    Scale(GpuTensor),
+    /// Adds up the clipped examples, to a sum for each tensor.
+    Sum(Vec<GpuTensor>),
+    /// Measures into an accumulator, and scales by what is decided of it.
+    Accumulate(AccumulatorMemory),
+}
+
+/// What the plans of one accumulator share.
+#[derive(Clone, Debug)]
+pub(super) struct AccumulatorMemory {
+    pub(super) partial: wgpu::Buffer,
+    pub(super) results: wgpu::Buffer,
+    /// The first origin that is free.
+    pub(super) origins: u32,
+}
+
+/// The groups of a plan, with each buffer once.
+pub(super) struct Gathered {
+    pub(super) buffers: Vec<wgpu::Buffer>,
+    pub(super) groups: Vec<Group>,
+    pub(super) job: Job,
+    /// The job's own tensors: norms from outside, or sums by tensor.
+    pub(super) job_pieces: Vec<Piece>,
+    /// What follows the norms on the device.
+    pub(super) threshold: Option<DeviceThreshold>,
+    /// Whether the buffers come one after another, so that each is as much work as there is at a time.
+    pub(super) in_turn: bool,
+}
+
+/// Tensors that one clip is for.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) clip: Clip,
+    pub(super) segments: Segments,
+    pub(super) names: Vec<Option<Arc<str>>>,
+    /// Whether norms count each tensor.
+    pub(super) counted: Vec<bool>,
+    pub(super) pieces: Vec<Piece>,
+    /// The parameters, if the clip needs them.
+    pub(super) parameters: Vec<Piece>,
+    /// Whether norms come from outside.
+    pub(super) given: bool,
+    /// The first of its segments among those of the plan.
+    pub(super) first_segment: u32,
+    /// Where the partials of its segments begin, those of their parameters, and where that of all of them is.
+    pub(super) first_partial: u32,
+    pub(super) first_parameter: Option<u32>,
+    pub(super) total: u32,
+}
+
+impl Group {
+    /// Without its pieces. A `Schedule` places it in the plan.
+    pub(super) fn new(clip: &Clip, segments: Segments, tensors: Vec<(Option<Arc<str>>, bool)>) -> Self {
+        let (names, counted) = tensors.into_iter().unzip();
+        Self {
+            clip: clip.with_power_in(POWERS),
+            segments,
+            names,
+            counted,
+            pieces: Vec::new(),
+            parameters: Vec::new(),
+            given: false,
+            first_segment: 0,
+            first_partial: 0,
+            first_parameter: None,
+            total: 0,
+        }
+    }
+
+    pub(super) fn all_counted(&self) -> bool {
+        self.counted.iter().all(|counted| *counted)
+    }
+
+    /// Whether elements are looked at before any is written.
+    pub(super) fn reads_first(&self) -> bool {
+        self.clip.reads_first() || !self.all_counted()
+    }
+
+    /// What its kernels measure; norms from outside are measured as the largest of one element.
+    pub(super) fn norm(&self) -> Option<Norm> {
+        if self.given { Some(Norm::Inf) } else { self.clip.measured().map(Norm::from) }
+    }
+
+    /// Whether tensors of the other group can take the place of this one's. Those without elements may differ in how many
+    /// segments they have.
+    pub(super) fn has_shapes_of(&self, other: &Self) -> bool {
+        let shape = |piece: &Piece| (piece.dtype, piece.len, piece.layout);
+        self.pieces.iter().map(shape).eq(other.pieces.iter().map(shape))
+            && (&self.segments, &self.counted) == (&other.segments, &other.counted)
+    }
+}
+
+impl Gathered {
+    /// # Errors
+    /// Those of a plan that need no device.
+    pub(super) fn new(
+        groups: &[(Clip, &[GpuTensor])],
+        job: Job,
+        threshold: Option<DeviceThreshold>,
+    ) -> Result<Self, Error> {
+        check_groups(groups.iter().map(|(clip, _)| clip))?;
+        check_job(groups, &job)?;
+        let (mut places, mut buffers) = (HashMap::new(), Vec::new());
+        let mut piece = |t: &GpuTensor, tensor, layout| {
+            let buffer = *places.entry(t.buffer.clone()).or_insert_with(|| {
+                buffers.push(t.buffer.clone());
+                buffers.len() - 1
+            });
+            Piece { buffer, dtype: t.dtype, start: t.start, len: t.len(), tensor, first_element: 0, layout }
+        };
+        let mut gathered = Vec::new();
+        for (clip, tensors) in groups {
+            let dims: Vec<_> = tensors.iter().map(GpuTensor::dims).collect();
+            let segments = Segments::new(clip, &dims, |i| tensors[i].name.as_deref())?;
+            let described = tensors.iter().map(|t| (t.name.clone(), t.counted)).collect();
+            let mut group = Group { given: matches!(job, Job::Scale(_)), ..Group::new(clip, segments, described) };
+            for (i, (t, layout)) in tensors.iter().zip(&group.segments.layouts).enumerate() {
+                if clip.needs_parameters() {
+                    let parameter = t.parameter.as_deref();
+                    let of = parameter.map(|p| (p.dims(), p.name.as_deref()));
+                    check_parameter(|| tensor_label(t.name.as_deref(), i), (t.dims(), t.name.as_deref()), of)?;
+                    group.parameters.extend(parameter.map(|p| piece(p, i, *layout)));
+                }
+                group.pieces.push(piece(t, i, *layout));
+            }
+            gathered.push(group);
+        }
+        let one = Layout { by: By::Rows, columns: 1, segment: 0 };
+        let job_pieces = match &job {
+            Job::Scale(norms) => {
+                let expected = u64::from(gathered[0].segments.count);
+                if norms.len() != expected {
+                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
+                }
+                // Behind all tensors, so that what is not finite of it is told as such.
+                vec![piece(norms, gathered[0].names.len(), one)]
+            }
+            Job::Sum(sums) => sums.iter().enumerate().map(|(i, sum)| piece(sum, i, one)).collect(),
+            _ => Vec::new(),
+        };
+        let gathered = Self { buffers, groups: gathered, job, job_pieces, threshold, in_turn: false };
+        gathered.check_overlaps()?;
+        Ok(gathered)
+    }
+
+    /// That nothing is written twice, nor written where sums are read from.
+    fn check_overlaps(&self) -> Result<(), Error> {
+        let of_group = |group: &'_ Group| -> Vec<_> {
+            group.pieces.iter().map(|piece| (*piece, group.names[piece.tensor].clone())).collect()
+        };
+        let mut pieces: Vec<_> = self.groups.iter().flat_map(of_group).collect();
+        match &self.job {
+            Job::Measure => return Ok(()),
+            Job::Sum(sums) => pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.name.clone()))),
+            _ => {}
+        }
+        pieces.retain(|(piece, _)| piece.len > 0);
+        pieces.sort_by_key(|(piece, _)| (piece.buffer, piece.bytes().start));
+        let label = |(piece, name): &(Piece, Option<Arc<str>>)| tensor_label(name.as_deref(), piece.tensor);
+        let overlap = |pair: &&[(Piece, _)]| {
+            pair[0].0.buffer == pair[1].0.buffer && pair[1].0.bytes().start < pair[0].0.bytes().end
+        };
+        pieces.windows(2).find(overlap).map_or(Ok(()), |pair| {
+            let second = label(&pair[1]);
+            let reason = format!("overlaps {second} in the same buffer; each element may belong to one tensor only");
+            Err(Error::Tensor { tensor: label(&pair[0]), reason })
+        })
+    }
+}
+
+/// That the clip can do what is asked of it.
+fn check_job(groups: &[(Clip, &[GpuTensor])], job: &Job) -> Result<(), Error> {
+    let [(clip, tensors), ..] = groups else {
+        return Err(Error::usage("a plan needs a group of tensors, be it an empty one"));
+    };
+    match job {
+        Job::Scale(norms) => {
+            clip.check_adaptive()?;
+            if norms.dtype == Dtype::F32 { Ok(()) } else { Err(Error::usage("norms from outside must be float32")) }
+        }
+        Job::Sum(sums) => {
+            clip.check_examples()?;
+            let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
+            check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)
+        }
+        _ => Ok(()),
+    }
+}

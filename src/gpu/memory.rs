@@ -1,0 +1,65 @@
+//! The buffers of a plan.
+
+use super::device::GpuDevice;
+use super::gather::Group;
+use super::params::thresholds;
+use super::readback::{OutcomeRow, PARTIAL_BYTES, ResultsHead};
+use super::threshold::{StateRow, threshold_number};
+use crate::Error;
+
+/// The buffers of a plan.
+#[derive(Clone, Debug)]
+pub(super) struct Memory {
+    pub(super) partials: wgpu::Buffer,
+    pub(super) results: wgpu::Buffer,
+    pub(super) thresholds: wgpu::Buffer,
+    pub(super) coefficients: wgpu::Buffer,
+    /// What thresholds follow; a row without meaning if nothing does.
+    pub(super) states: wgpu::Buffer,
+}
+
+/// What a plan takes over.
+#[derive(Clone, Copy)]
+pub(super) enum Kept<'a> {
+    Nothing,
+    /// The results of the accumulator that it belongs to.
+    Results(&'a wgpu::Buffer),
+    /// Everything of the same plan for other buffers; new partials where there is no room for them.
+    All(&'a Memory),
+}
+
+impl Memory {
+    pub(super) fn new(
+        device: &GpuDevice,
+        groups: &[Group],
+        partials: u32,
+        states: &[StateRow],
+        kept: Kept<'_>,
+    ) -> Result<Self, Error> {
+        let read = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let bytes = u64::from(partials.max(1)) * PARTIAL_BYTES;
+        let room = |kept: Option<&Self>| match kept {
+            Some(memory) if memory.partials.size() >= bytes => Ok(memory.partials.clone()),
+            _ => device.storage("gradclip partials", bytes, read | wgpu::BufferUsages::COPY_DST),
+        };
+        if let Kept::All(memory) = kept {
+            return Ok(Self { partials: room(Some(memory))?, ..memory.clone() });
+        }
+        let mut thresholds = thresholds(groups.iter().map(|group| (group, &group.clip)));
+        thresholds.push(threshold_number(f64::INFINITY));
+        // One more than there are segments, so that no buffer is empty.
+        let segments = thresholds.len() as u64;
+        let storage = wgpu::BufferUsages::STORAGE;
+        let results_bytes = size_of::<ResultsHead>() as u64 + segments * size_of::<OutcomeRow>() as u64;
+        Ok(Self {
+            partials: room(None)?,
+            results: match kept {
+                Kept::Results(results) => results.clone(),
+                _ => device.storage("gradclip results", results_bytes, read)?,
+            },
+            thresholds: device.filled("gradclip thresholds", bytemuck::cast_slice(&thresholds), storage)?,
+            coefficients: device.storage("gradclip coefficients", 4 + 4 * segments, read)?,
+            states: device.filled("gradclip states", bytemuck::cast_slice(states), read)?,
+        })
+    }
+}

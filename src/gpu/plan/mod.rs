@@ -1,0 +1,163 @@
+//! [`GpuPlan`]: everything that a clip needs, built once; each step is then a list of dispatches to record.
+
+mod across;
+mod report;
+mod update;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub(super) use across::MERGED_ALREADY;
+use across::MergedGroup;
+use report::Reported;
+
+use super::build::Built;
+use super::clipper::GpuClipper;
+use super::dispatch::Phase;
+use super::gather::Gathered;
+use super::options::PlanOptions;
+use super::readback::Stamped;
+use crate::tensor::GpuTensor;
+use crate::{Clip, Error};
+
+/// A clip of certain tensors in GPU memory, ready to be recorded again and again.
+///
+/// Made by [`GpuClipper::plan`] or [`GpuClipper::plan_with`]. The plan keeps the tensors' buffers alive, and holds some 90 bytes on the
+/// device for each chunk (a tensor, or 16 KiB to 4 MiB of one), and some 100 more for each segment beyond the first. It is
+/// `Send + Sync`. Its steps share one set of partials and results, so they must run on the GPU one after another, as
+/// everything on one queue does.
+#[derive(Debug)]
+pub struct GpuPlan {
+    pub(super) gpu: GpuClipper,
+    pub(super) built: Built,
+    pub(super) encoded: AtomicU64,
+    reported: Mutex<Reported>,
+    /// By group of tensors, what the processes of a group have measured.
+    across: Mutex<Stamped<Vec<MergedGroup>>>,
+    /// The thresholds of this process alone, if what has merged has set others: each norm that is recorded begins with them.
+    own_thresholds: Mutex<Option<wgpu::Buffer>>,
+}
+
+impl GpuClipper {
+    /// Plans a clip of tensors in GPU memory: [`GpuClipper::plan_with`] for one group, without options.
+    ///
+    /// # Errors
+    /// Those of [`GpuClipper::plan_with`].
+    pub fn plan(&self, clip: &Clip, tensors: &[GpuTensor]) -> Result<GpuPlan, Error> {
+        self.plan_with(&[(*clip, tensors)], PlanOptions::default())
+    }
+
+    /// Plans a clip of groups of tensors, each by a clip of its own, in one compute pass. [`GpuPlan::reports`] are theirs,
+    /// in order. Compiles the kernels it needs, if no earlier plan has.
+    ///
+    /// The clips must agree on `grad_scale` and on the policy for non-finite gradients, which holds for all groups
+    /// together.
+    ///
+    /// The buffers must be of this device. One of another device is an error, but one of another `wgpu::Instance` wgpu
+    /// itself cannot tell apart: it panics, or takes another buffer for it.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a clip that cannot be; [`Error::Usage`] if the clips disagree, there is no group, or the options
+    /// do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the scope, its parameter or its sum, or two
+    /// tensors share elements; [`Error::ThresholdState`] if the threshold is that of other tensors or another scope;
+    /// [`Error::TooLarge`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
+    /// needs. The tensors are not touched.
+    pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
+        let PlanOptions { threshold, .. } = &options;
+        GpuPlan::new(self, Gathered::new(groups, options.job(groups.len())?, threshold.clone())?)
+    }
+}
+
+impl GpuPlan {
+    pub(super) fn new(gpu: &GpuClipper, gathered: Gathered) -> Result<Self, Error> {
+        Ok(Self {
+            gpu: gpu.clone(),
+            built: Built::new(gpu, gathered, None)?,
+            encoded: AtomicU64::new(0),
+            reported: Mutex::default(),
+            across: Mutex::default(),
+            own_thresholds: Mutex::default(),
+        })
+    }
+
+    /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass. Neither
+    /// waits nor allocates (wgpu's own recording aside); nothing happens before the encoder's commands are submitted.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] on a device that [`GpuClipper::open`] made and that was lost. Whatever else is wrong with
+    /// the encoder or the buffers (they were destroyed, or are mapped) wgpu tells when the encoder is finished or
+    /// submitted.
+    pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.encode_phases(encoder, &[Phase::Measure, Phase::Decide, Phase::Apply])
+    }
+
+    /// Records the norm and the decision, and writes nothing but the report and the coefficients.
+    ///
+    /// # Errors
+    /// As [`GpuPlan::encode`].
+    pub fn encode_measure(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.encode_phases(encoder, &[Phase::Measure, Phase::Decide])
+    }
+
+    /// Records the decision, from the last norms and the thresholds as they are by then, and the scaling.
+    ///
+    /// # Errors
+    /// As [`GpuPlan::encode`].
+    pub fn encode_scale(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
+        self.encode_phases(encoder, &[Phase::Decide, Phase::Apply])
+    }
+
+    pub(super) fn encode_phases(&self, encoder: &mut wgpu::CommandEncoder, phases: &[Phase]) -> Result<(), Error> {
+        self.gpu.device.check_not_lost()?;
+        if phases.contains(&Phase::Measure) {
+            self.begin_anew(encoder);
+        }
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
+        for phase in phases {
+            self.built.phases[*phase as usize].iter().for_each(|dispatch| dispatch.record(&mut pass));
+        }
+        if phases.contains(&Phase::Decide) {
+            self.encoded.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Records that what other processes have measured counts no more: before each norm.
+    pub(super) fn begin_anew(&self, encoder: &mut wgpu::CommandEncoder) {
+        if let Some(own) = &*locked(&self.own_thresholds) {
+            encoder.copy_buffer_to_buffer(own, 0, &self.built.memory.thresholds, 0, own.size());
+        }
+    }
+
+    /// Records what a phase does with one buffer of the plan's, or with none: what merges and decides.
+    pub(super) fn encode_for(&self, encoder: &mut wgpu::CommandEncoder, phase: Phase, buffer: Option<usize>) {
+        let mut pass = encoder
+            .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
+        let dispatches = self.built.phases[phase as usize].iter();
+        dispatches.filter(|dispatch| dispatch.buffer == buffer).for_each(|dispatch| dispatch.record(&mut pass));
+    }
+
+    /// The buffer in which each step leaves what gradients are multiplied by, for a kernel of the caller's to read: an
+    /// optimizer that multiplies each gradient as it reads it needs no scaling pass
+    /// ([`PlanOptions::measure_only`](super::PlanOptions::measure_only) plans a clip without one). In WGSL:
+    ///
+    /// ```wgsl
+    /// struct Coefficients {
+    ///     skip: u32,           // 1 if a policy forbids the step: error or skip, and something is not finite; else 0
+    ///     factors: array<f32>, // for each segment c / grad_scale
+    /// }
+    /// @group(0) @binding(0) var<storage, read> coefficients: Coefficients;
+    /// ```
+    ///
+    /// Segments are in the order of the report, groups one after another; where `skip` is 1 the factors are 1. Under the policy `drop` the caller's kernel has
+    /// to drop the non-finite elements itself. A value clip leaves `1 / grad_scale`.
+    #[must_use]
+    pub fn coefficients(&self) -> &wgpu::Buffer {
+        &self.built.memory.coefficients
+    }
+}
+
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,182 @@
+//! What the device tells of a step.
+
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
+
+use super::super::gather::Group;
+use super::super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead};
+use super::super::threshold::{DeviceThreshold, StateRow, threshold_number};
+use super::across::MergedGroup;
+use super::{GpuPlan, locked};
+use crate::partial::{Action, Outcome};
+use crate::processes::Total;
+use crate::threshold::Threshold;
+use crate::{ClipReport, Error, NonFinite, Scope, Waiting};
+
+/// At the last report: how many steps had been encoded, and how many had run by the device's own count.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Reported {
+    encoded: u64,
+    steps: u32,
+}
+
+impl GpuPlan {
+    /// That a step has run since the last report, given how many were encoded.
+    pub(super) fn check_ran(&self, encoded: u64, head: &ResultsHead) -> Result<MutexGuard<'_, Reported>, Error> {
+        let reported = locked(&self.reported);
+        // Where all that were encoded have run, another thread may have reported on them, by an older count of what was encoded.
+        let idle = head.steps == reported.steps && encoded != reported.encoded && head.steps != encoded as u32;
+        if head.steps == 0 || idle { Err(Error::NotSubmitted) } else { Ok(reported) }
+    }
+
+    /// The report on the last step that was submitted, of the first group if there are several. This is what waits: until
+    /// the GPU has finished that step. It reads back 32 bytes for each segment.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if no step has run, or if steps were encoded since
+    /// the last report and none of them has; the device's own errors.
+    pub fn report(&self) -> Waiting<'_, Result<ClipReport, Error>> {
+        Waiting::new(async { Ok(self.reports_and_outcomes().await?.0.swap_remove(0)) })
+    }
+
+    /// The reports of all groups.
+    ///
+    /// # Errors
+    /// As [`GpuPlan::report`].
+    pub fn reports(&self) -> Waiting<'_, Result<Vec<ClipReport>, Error>> {
+        Waiting::new(async { self.reports_and_outcomes().await.map(|(reports, _)| reports) })
+    }
+
+    /// The reports, and by group what became of each segment.
+    pub(crate) async fn reports_and_outcomes(&self) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
+        let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
+        for (group, (all, outcomes)) in self.built.groups.iter().zip(self.last_step().await?) {
+            let (report, outcomes) = group.report(&outcomes, all)?;
+            reports.push(report);
+            of_segments.push(outcomes);
+        }
+        Ok((reports, of_segments))
+    }
+
+    /// What the last step that has run has left of each group: what was measured, and what became of each segment.
+    async fn last_step(&self) -> Result<Vec<(MergedGroup, Vec<OutcomeRow>)>, Error> {
+        let encoded = self.encoded.load(Ordering::Relaxed);
+        let totals = self
+            .built
+            .groups
+            .iter()
+            .map(|g| (&self.built.memory.partials, u64::from(g.total) * PARTIAL_BYTES, PARTIAL_BYTES));
+        let results = (&self.built.memory.results, 0, self.built.memory.results.size());
+        let parts: Vec<_> = totals.chain([results]).collect();
+        let bytes = self.gpu.device.read(&parts).await?;
+        let (totals, results) = bytes.split_at(self.built.groups.len() * size_of::<PartialRow>());
+        let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
+        let head: ResultsHead = bytemuck::pod_read_unaligned(head);
+        *self.check_ran(encoded, &head)? = Reported { encoded, steps: head.steps };
+        let across = locked(&self.across);
+        let each = self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())).enumerate();
+        let of_group = |(i, (group, total)): (usize, (&Group, &[u8]))| {
+            let row: PartialRow = bytemuck::pod_read_unaligned(total);
+            let own = || {
+                let total = row.to_partial(|i| self.built.origins[i]);
+                let name_of = |i: usize| group.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
+                let total = Total { partial: total, non_finite: total.non_finite_elements(name_of) };
+                MergedGroup { segments: group.segments.clone(), total }
+            };
+            let all = across.of(&row).and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
+            let [first, count] =
+                [group.first_segment, group.segments.count].map(|n| n as usize * size_of::<OutcomeRow>());
+            (all, bytemuck::pod_collect_to_vec(&outcomes[first..][..count]))
+        };
+        Ok(each.map(of_group).collect())
+    }
+
+    /// The adaptive threshold, with the state that the last step left on the device: what a checkpoint keeps, and a new
+    /// plan goes on from. None for a plan without one.
+    ///
+    /// # Errors
+    /// The device's own.
+    pub fn threshold(&self) -> Waiting<'_, Result<Option<DeviceThreshold>, Error>> {
+        Waiting::new(self.threshold_now())
+    }
+
+    async fn threshold_now(&self) -> Result<Option<DeviceThreshold>, Error> {
+        let Some(threshold) = &self.built.threshold else { return Ok(None) };
+        let states = &self.built.memory.states;
+        let rows = self.built.groups[0].segments.count as usize;
+        let mut bytes = self.gpu.device.read(&[(states, 0, states.size())]).await?;
+        bytes.truncate(rows * size_of::<StateRow>());
+        Ok(Some(threshold.clone().with(&bytemuck::pod_collect_to_vec::<u8, StateRow>(&bytes))))
+    }
+
+    /// Lets a threshold on the host follow the norms of the last step that was submitted, waiting for them, and sets what
+    /// they are compared with: between [`GpuPlan::encode_measure`] and [`GpuPlan::encode_scale`]. The clip's own threshold
+    /// stays an upper bound; infinity sets none. [`PlanOptions::threshold`](crate::gpu::PlanOptions::threshold) needs no wait.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a plan of several groups, of a clip by value or AGC, by given norms, or with a threshold on the
+    /// device; [`Error::ThresholdState`] if the threshold is that of other tensors; those of
+    /// [`GpuPlan::report`]. If the device fails after it has told the norms, the threshold has followed them.
+    pub fn follow<'a>(&'a self, threshold: &'a mut dyn Threshold) -> Waiting<'a, Result<(), Error>> {
+        Waiting::new(self.follow_norms(threshold))
+    }
+
+    pub(crate) async fn follow_norms(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
+        let [group] = &self.built.groups[..] else {
+            return Err(Error::usage("only a plan of one group follows a threshold on the host"));
+        };
+        if group.given || self.built.threshold.is_some() {
+            return Err(Error::usage(
+                "a plan by given norms, or with a threshold on the device, follows no threshold on the host",
+            ));
+        }
+        let clip = &group.clip;
+        clip.check_adaptive()?;
+        self.bind(threshold)?;
+        let (all, outcomes) = self.last_step().await?.swap_remove(0);
+        // Of all processes, if they have merged.
+        let segments = all.segments.clone();
+        let (measured, _) = group.report(&outcomes, all)?;
+        let total_norm = if measured.has_non_finite() { f64::NAN } else { measured.total_norm };
+        let own = measured.segments.iter().map(|s| s.norm).collect();
+        let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
+        let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
+        let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(*m)).collect();
+        let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
+        // These are what later steps go by, until they are set anew.
+        *locked(&self.own_thresholds) = None;
+        self.gpu.device.scoped(|| queue.write_buffer(buffer, 0, bytemuck::cast_slice(&numbers)))
+    }
+
+    /// Ties a threshold to the segments of the first group.
+    pub(crate) fn bind(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
+        let group = &self.built.groups[0];
+        threshold.bind(&group.segments.labels(|i| group.names[i].as_deref()))
+    }
+}
+
+impl Group {
+    /// The report, and what became of each segment, given what was measured of all.
+    fn report(&self, outcomes: &[OutcomeRow], all: MergedGroup) -> Result<(ClipReport, Vec<Outcome>), Error> {
+        let (clip, MergedGroup { segments, total: Total { partial: total, non_finite } }) = (&self.clip, all);
+        // Norms from outside are N already.
+        let weight = |elements| if self.given { 1.0 } else { clip.weight(elements) };
+        let each = segments.families().zip(outcomes);
+        let mut outcomes: Vec<_> = each.map(|(family, row)| row.to_outcome(clip, weight(family.elements))).collect();
+        let elements = segments.elements();
+        let total_norm = match &outcomes[..] {
+            [outcome] if self.given => outcome.norm,
+            _ if self.given => f64::NAN,
+            _ => clip.known(&total).norm * weight(elements),
+        };
+        let report = clip.report((&segments, &outcomes), (total_norm, total.outside), elements, non_finite)?;
+        // A value clip looks at each element whatever is decided; only what it met tells whether it wrote.
+        let drops = clip.non_finite == NonFinite::Drop && total.non_finite > 0;
+        let met_nothing = clip.grad_scale == 1.0 && !total.outside && !drops;
+        if clip.measured().is_none() && self.all_counted() && met_nothing {
+            let applied = |o: &&mut Outcome| o.action == Action::Apply;
+            outcomes.iter_mut().filter(applied).for_each(|o| o.action = Action::Leave);
+        }
+        Ok((report, outcomes))
+    }
+}

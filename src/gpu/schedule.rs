@@ -1,0 +1,237 @@
+//! Which dispatches a plan makes, in which order, of which tables. Pure arithmetic on sizes.
+
+use std::collections::HashMap;
+
+use super::clipper::GpuClipper;
+use super::dispatch::{Bindings, Pending, Phase};
+use super::gather::{Gathered, Group, Job};
+use super::kernels::{Kernel, Norm};
+use super::merge::MergeTree;
+use super::readback::PARTIAL_BYTES;
+use super::table::{Limits, Origin, Piece, SumWindow, Tables, Use, sum_windows};
+use super::threshold::Rule;
+use super::tuning::BUFFERS_OF_CHUNKS;
+use crate::{Dtype, Error};
+
+/// The tables of a plan.
+pub(super) struct Schedule {
+    groups: Vec<GroupTables>,
+    /// Whether gradients are written.
+    writes: bool,
+    sums: Vec<SumWindow>,
+    pub(super) tree: MergeTree,
+    pub(super) origins: Vec<Origin>,
+    /// Where the partial of all groups is.
+    pub(super) everything: u32,
+    pub(super) limits: Limits,
+}
+
+/// The tables of a group.
+struct GroupTables {
+    measured: Tables,
+    parameters: Option<Tables>,
+    /// What is scaled, if that is not what is measured.
+    applied: Option<Tables>,
+}
+
+impl Schedule {
+    /// Tells the groups where in the plan they are.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if the device cannot bind or number what the plan needs.
+    pub(super) fn new(gpu: &GpuClipper, gathered: &mut Gathered) -> Result<Self, Error> {
+        let Gathered { groups, job, job_pieces, in_turn, .. } = gathered;
+        let device_limits = gpu.device.device.limits();
+        let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
+        let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
+        let limits = Limits::new(
+            &gpu.tuning,
+            words_at_a_time(pieces(), *in_turn),
+            (device_limits.max_storage_buffer_binding_size, alignment),
+            if *in_turn { 1 } else { gpu.windows as usize },
+        );
+        // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
+        let limit = limits.binding_bytes / PARTIAL_BYTES;
+        let segments = groups.iter().map(|g| u64::from(g.segments.count)).sum();
+        if segments + 2 > limit {
+            return Err(Error::too_large("the number of segments", segments, limit - 2));
+        }
+        let elements = pieces().map(|p| p.len).sum();
+        let mut schedule = Self {
+            groups: Vec::new(),
+            writes: !matches!(job, Job::Measure | Job::Sum(_)),
+            sums: Vec::new(),
+            tree: MergeTree::new(limits.workgroup, gpu.tuning.merged_partials),
+            origins: Vec::new(),
+            everything: 0,
+            limits,
+        };
+        let fits = schedule.place(groups, job, job_pieces).filter(|()| u64::from(schedule.tree.partials) <= limit);
+        let too_many = || Error::too_large("the number of chunks, for so many elements,", elements, limit);
+        fits.map(|()| schedule).ok_or_else(too_many)
+    }
+
+    /// None if there is no room for so many rows.
+    fn place(&mut self, groups: &mut [Group], job: &Job, job_pieces: &[Piece]) -> Option<()> {
+        let limits = self.limits;
+        let first_origin = if let Job::Accumulate(memory) = job { memory.origins } else { 0 };
+        let mut first_segment = 0;
+        let mut slot = 0u32;
+        // Where the slots of each group begin, and those of its parameters.
+        let mut starts = Vec::new();
+        for group in &mut *groups {
+            group.first_segment = first_segment;
+            let segments = first_segment..first_segment + group.segments.count;
+            first_segment = segments.end;
+            let placed = |pieces: &[Piece], all: bool| -> Vec<_> {
+                let mut pieces: Vec<_> = pieces.iter().filter(|p| all || group.counted[p.tensor]).copied().collect();
+                pieces.iter_mut().for_each(|piece| piece.layout.segment += segments.start);
+                pieces
+            };
+            let mut measure = |pieces: &[Piece], measures_only| {
+                let origin = first_origin.checked_add(u32::try_from(self.origins.len()).ok()?)?;
+                let tables = Tables::new(pieces, segments.clone(), (slot, origin), measures_only, limits)?;
+                starts.push(slot);
+                slot = tables.slots.iter().try_fold(slot, |sum, n| sum.checked_add(*n))?;
+                self.origins.extend_from_slice(&tables.origins);
+                Some(tables)
+            };
+            let all = placed(&group.pieces, true);
+            let apply = || Tables::new(&all, segments.clone(), (0, 0), !self.writes, limits);
+            let (measured, applied) = if group.given {
+                // What would be measured of the tensors themselves is of no use here.
+                (measure(job_pieces, true)?, Some(apply()?))
+            } else if group.all_counted() {
+                (measure(&all, !self.writes)?, None)
+            } else {
+                (measure(&placed(&group.pieces, false), true)?, Some(apply()?))
+            };
+            let parameters = if group.clip.needs_parameters() {
+                Some(measure(&placed(&group.parameters, false), true)?)
+            } else {
+                None
+            };
+            self.groups.push(GroupTables { measured, parameters, applied });
+            if let Job::Sum(_) = job {
+                let sum_of = |piece: Piece| (piece, job_pieces[piece.tensor]);
+                self.sums = sum_windows(&all.into_iter().map(sum_of).collect::<Vec<_>>(), limits)?;
+            }
+        }
+        self.tree.partials = slot;
+        let mut starts = starts.into_iter();
+        let mut level = 0;
+        for (tables, group) in self.groups.iter().zip(&mut *groups) {
+            let mut merged = |of: &Tables| {
+                let (at, until) = self.tree.segments(starts.next()?, &of.slots)?;
+                level = level.max(until);
+                Some(at)
+            };
+            group.first_partial = merged(&tables.measured)?;
+            if let Some(parameters) = &tables.parameters {
+                group.first_parameter = Some(merged(parameters)?);
+            }
+        }
+        let mut totals = Vec::new();
+        for group in groups {
+            group.total = self.tree.total(group.first_partial, group.segments.count, level)?;
+            totals.push(group.total);
+        }
+        self.everything = self.tree.everything(&totals)?;
+        Some(())
+    }
+
+    /// Adds all dispatches, by the rule of each group that has its thresholds computed on the device.
+    pub(super) fn add_to(&self, pending: &mut Pending<'_>, groups: &[Group], job: &Job, rules: &[Option<Rule>]) {
+        self.measure(pending, groups);
+        self.decide(pending, groups, job, rules);
+        self.apply(pending, groups);
+    }
+
+    fn measure(&self, pending: &mut Pending<'_>, groups: &[Group]) {
+        for (i, (group, tables)) in groups.iter().zip(&self.groups).enumerate() {
+            let norm = group.norm();
+            let writes = self.writes && !group.reads_first();
+            for (batch, of, dtype, table) in tables.measured.each() {
+                let kernel = match (of, norm) {
+                    (Use::Mixed { .. }, _) => continue,
+                    (of, Some(norm)) => norm_kernel(of, dtype, norm),
+                    (_, None) => Kernel::Clamp { dtype, guarded: false, writes },
+                };
+                pending.batch(Phase::Measure, kernel, i, batch, table);
+            }
+            if norm.is_none() && writes {
+                pending.edges(Phase::Measure, i, &tables.measured, Kernel::Edges { value: true, guarded: false });
+            }
+            if let (Some(parameters), Some(norm)) = (&tables.parameters, norm) {
+                for (batch, of, dtype, table) in parameters.each() {
+                    pending.batch(Phase::Measure, norm_kernel(of, dtype, norm), i, batch, table);
+                }
+            }
+        }
+        for rows in &self.tree.levels {
+            pending.rows(Phase::Measure, Kernel::Merge, rows);
+        }
+    }
+
+    fn decide(&self, pending: &mut Pending<'_>, groups: &[Group], job: &Job, rules: &[Option<Rule>]) {
+        if let Job::Accumulate(memory) = job {
+            let bindings = Bindings::Accumulator(memory.partial.clone());
+            pending.push(Phase::Decide, Kernel::Accumulate { moves: false }, 0, bindings, 1);
+            return;
+        }
+        // The first that decides counts the step, and there must be one.
+        let first = groups.iter().position(|group| group.segments.count > 0).unwrap_or(0);
+        for (i, (group, rule)) in groups.iter().zip(rules).enumerate() {
+            if group.segments.count == 0 && i != first {
+                continue;
+            }
+            let (norm, given) = (group.norm(), group.given);
+            let workgroups = group.segments.count.max(1).div_ceil(self.limits.workgroup);
+            if let (Some(rule), Some(norm)) = (rule, norm) {
+                let kernel = Kernel::Threshold { formula: rule.formula, norm };
+                pending.push(Phase::Decide, kernel, i, Bindings::Threshold, workgroups);
+            }
+            pending.push(Phase::Decide, Kernel::Finalise { norm, given }, i, Bindings::Decide, workgroups);
+        }
+    }
+
+    fn apply(&self, pending: &mut Pending<'_>, groups: &[Group]) {
+        for sum in &self.sums {
+            pending.sum(Kernel::Sum { dtype: sum.dtype }, sum);
+        }
+        for (i, (group, tables)) in groups.iter().zip(&self.groups).enumerate() {
+            let value = group.clip.measured().is_none();
+            if !self.writes || (value && !group.reads_first()) {
+                continue;
+            }
+            let applied = tables.applied.as_ref().unwrap_or(&tables.measured);
+            for (batch, of, dtype, table) in applied.each() {
+                let kernel = match of {
+                    Use::Run | Use::Each => continue,
+                    Use::Whole if value => Kernel::Clamp { dtype, guarded: true, writes: true },
+                    Use::Whole => Kernel::Scale { dtype },
+                    Use::Mixed { columns } => Kernel::ScaleEach { dtype, columns },
+                };
+                pending.batch(Phase::Apply, kernel, i, batch, table);
+            }
+            pending.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true });
+        }
+    }
+}
+
+/// How many words there are to share out in chunks: all of them, or where buffers come in turn those of the largest. But of
+/// very many buffers each gets fewer chunks, so that the partials of all of them have room.
+pub(super) fn words_at_a_time<'p>(pieces: impl Iterator<Item = &'p Piece>, in_turn: bool) -> u64 {
+    let mut by_buffer = HashMap::<_, u64>::new();
+    for piece in pieces {
+        *by_buffer.entry(if in_turn { piece.buffer } else { 0 }).or_default() += piece.words();
+    }
+    let (largest, all) =
+        by_buffer.into_values().fold((0, 0), |(largest, all), words| (words.max(largest), all + words));
+    largest.max(all / BUFFERS_OF_CHUNKS)
+}
+
+/// The kernel that measures such rows.
+fn norm_kernel(of: Use, dtype: Dtype, norm: Norm) -> Kernel {
+    if of == Use::Each { Kernel::NormEach { dtype, norm } } else { Kernel::Norm { dtype, norm } }
+}

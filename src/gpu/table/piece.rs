@@ -1,0 +1,63 @@
+//! [`Piece`]: a run of elements in a buffer, which is a run of elements of a tensor.
+
+use std::ops::Range;
+
+use crate::Dtype;
+use crate::segment::Layout;
+
+/// A run of elements in a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Which buffer, by its place in the plan's list.
+    pub(crate) buffer: usize,
+    pub(crate) dtype: Dtype,
+    /// The first element, counted from the start of the buffer.
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    /// Which tensor the elements belong to, and the place of the first of them in it.
+    pub(crate) tensor: usize,
+    pub(crate) first_element: u64,
+    /// The segments of the tensor.
+    pub(crate) layout: Layout,
+}
+
+impl Piece {
+    /// Elements in a quad: 16 bytes, which a chunk reads at once.
+    pub(super) fn per_quad(&self) -> u64 {
+        16 / self.dtype.size() as u64
+    }
+
+    /// How many words its elements fill.
+    pub(crate) fn words(&self) -> u64 {
+        self.len.div_ceil(4 / self.dtype.size() as u64)
+    }
+
+    pub(crate) fn bytes(&self) -> Range<u64> {
+        let size = self.dtype.size() as u64;
+        self.start * size..(self.start + self.len) * size
+    }
+
+    /// Where in the buffer an element of the tensor is.
+    pub(crate) fn at(&self, element: u64) -> u64 {
+        self.start + (element - self.first_element)
+    }
+
+    /// Runs of at most so many words, cut where quads are, as elements of the tensor.
+    pub(super) fn runs(&self, elements: Range<u64>, chunk_words: u32) -> impl Iterator<Item = Range<u64>> + use<> {
+        let step = u64::from(chunk_words) / 4 * self.per_quad();
+        // Elements of the first quad that come before.
+        let back = self.at(elements.start) % self.per_quad();
+        let len = elements.end - elements.start;
+        (0..(back + len).div_ceil(step)).map(move |i| {
+            let (from, to) = ((i * step).saturating_sub(back), ((i + 1) * step - back).min(len));
+            elements.start + from..elements.start + to
+        })
+    }
+}
+
+/// Where counting the elements of a tensor begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    pub(crate) tensor: usize,
+    pub(crate) first_element: u64,
+}
