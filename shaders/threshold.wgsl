@@ -1,6 +1,6 @@
 // threshold: what the norm of each segment is compared with, where that is not known beforehand, one invocation a
 // segment. THRESHOLD says what it follows from: the norms of parameters (AGC), or the norms of earlier steps. Twins:
-// `Clip::max_norm` in src/clip.rs, `ZClip` and `AdaGc` in src/threshold.rs. Host side: src/gpu/threshold.rs.
+// `Clip::max_norm` in src/clip.rs, `ZClip` and `AdaGc` in src/threshold/. Host side: src/gpu/threshold.rs.
 
 #import constants
 #import number

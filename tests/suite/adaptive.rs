@@ -119,7 +119,7 @@ fn zclip_follows_the_reported_norms_and_clips_the_spikes() {
 fn autoclip_follows_the_reported_norms_and_clips_the_spikes() {
     for path in Path::HOST {
         let clip = measuring(Clip::norm(f64::INFINITY));
-        let median = AutoClip::new().percentile(50.0).expect("valid").history(100).expect("valid");
+        let median = AutoClip::new().percentile(50.0).history(100);
         let clipped = run(*path, &clip, median, &["all tensors"], global, f64::INFINITY);
         assert!(spikes(*path, 2).all(|step| clipped.contains(&step)), "{clipped:?}");
         assert!((steps(*path) / 4..steps(*path) * 3 / 4).contains(&clipped.len()), "{}", clipped.len());
@@ -130,8 +130,8 @@ fn autoclip_follows_the_reported_norms_and_clips_the_spikes() {
 fn adagc_follows_the_norm_of_each_tensor() {
     for path in Path::HOST {
         let clip = measuring(Clip::norm(f64::INFINITY).scope(Scope::Tensor));
-        for threshold in [AdaGc::new().warm_up(20), AdaGc::new().warm_up(90).and_then(|t| t.lambda_abs(1e3))] {
-            let clipped = run(*path, &clip, threshold.expect("valid"), &LABELS, by_tensor, f64::INFINITY);
+        for threshold in [AdaGc::new().warm_up(20), AdaGc::new().warm_up(90).lambda_abs(1e3)] {
+            let clipped = run(*path, &clip, threshold, &LABELS, by_tensor, f64::INFINITY);
             assert!(spikes(*path, 91).all(|step| clipped.contains(&step)), "{clipped:?}");
         }
     }
@@ -182,7 +182,7 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
     for path in Path::HOST {
         for policy in [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop] {
             let clip = measuring(Clip::norm(f64::INFINITY)).non_finite(policy);
-            let (mut z, mut auto, mut ada) = (ZClip::new(), AutoClip::new(), AdaGc::new().warm_up(3).expect("valid"));
+            let (mut z, mut auto, mut ada) = (ZClip::new(), AutoClip::new(), AdaGc::new().warm_up(3));
             let mut random = Random(103);
             for step in NAN_STEP - 30..NAN_STEP + 1 {
                 let set = gradients(*path, step, &mut random);

@@ -324,6 +324,13 @@ fn thresholds_of_other_gradients() {
             refused(&Clip::value(1.0), threshold, &own, &["norm, RMS or average norm"]);
         }
         assert_eq!((z, auto), (ZClip::new(), AutoClip::new()));
+        for (mut bad, words) in [
+            (Box::new(ZClip::new().alpha(1.0)) as Box<dyn Threshold>, ["alpha is 1;", "below 1"]),
+            (Box::new(AutoClip::new().history(0)), ["history is 0;", "1 or more"]),
+            (Box::new(AdaGc::new().lambda_abs(f64::NAN)), ["lambda_abs is NaN;", "above 0"]),
+        ] {
+            refused(&norm(), &mut *bad, &own, &words);
+        }
     }
 }
 

@@ -36,7 +36,7 @@ impl Run {
     }
 
     fn adagc(policy: NonFinite) -> Self {
-        Self::new(policy, DeviceThreshold::AdaGc(AdaGc::new().lambda_abs(20.0).expect("valid")))
+        Self::new(policy, DeviceThreshold::AdaGc(AdaGc::new().lambda_abs(20.0)))
     }
 
     fn new(policy: NonFinite, threshold: DeviceThreshold) -> Self {
@@ -198,7 +198,7 @@ fn norms_of_1e_30_and_1e30() {
         for run in [Run::zclip(NonFinite::Skip), Run::adagc(NonFinite::Skip)] {
             let mut run = Run { size, dtypes: [Dtype::F32, Dtype::BF16, Dtype::F32], ..run };
             if let DeviceThreshold::AdaGc(adagc) = &mut run.threshold {
-                *adagc = adagc.clone().warm_up(20).and_then(|t| t.lambda_abs(20.0 * size)).expect("valid");
+                *adagc = adagc.clone().warm_up(20).lambda_abs(20.0 * size);
             }
             let clipped = run.check(150);
             assert!(spikes(26..150).all(|step| clipped.contains(&step)), "{clipped:?}");
@@ -349,6 +349,12 @@ fn thresholds_that_do_not_fit() {
         let error = plan(&clip, threshold, views).expect_err("unfit");
         assert!(matches!(error, Error::ThresholdState { .. }), "{error}");
         assert_says(&error, words);
+    }
+    for (threshold, words) in [
+        (ZClip::new().warm_up(0).into(), "warm_up is 0; it must be 1 or more"),
+        (AdaGc::new().beta(1.0).into(), "beta is 1; it must be 0 or more and below 1"),
+    ] {
+        assert_says(&plan(&norm, &threshold, &views).expect_err("a bad setting"), &[words]);
     }
     for clip in [Clip::rms(1.0), Clip::average_norm(1.0), Clip::value(1.0)] {
         let error = plan(&clip, &zclip, &views).expect_err("no norm to follow");

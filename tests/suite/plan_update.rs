@@ -108,7 +108,7 @@ fn steps_encoded_before_do_what_they_were_encoded_for() {
 #[test]
 fn a_threshold_goes_on() {
     let clip = Clip::norm(f64::INFINITY);
-    let zclip = || DeviceThreshold::ZClip(ZClip::new().warm_up(3).expect("valid"));
+    let zclip = || DeviceThreshold::ZClip(ZClip::new().warm_up(3));
     let places: Vec<_> = (0..6).map(|i| Placed::new(&set(10 + i, 1.0 + i as f64), 1 + i as usize % 3, 1)).collect();
     let mut moving =
         gpu().plan_with(&[(clip, &places[0].tensors())], PlanOptions::default().threshold(zclip())).expect("valid");

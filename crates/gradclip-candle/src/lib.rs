@@ -135,7 +135,7 @@ pub fn clip(grads: &mut GradStore, vars: &(impl Vars + ?Sized), clip: &Clip) -> 
 /// use candle_core::{Device, Var};
 /// use gradclip_candle::gradclip::{Clip, ZClip};
 ///
-/// let mut threshold = ZClip::new().warm_up(4)?;
+/// let mut threshold = ZClip::new().warm_up(4);
 /// let w = Var::new(&[0f32], &Device::Cpu)?;
 /// for size in [1., 3., 1., 3., 12.] {
 ///     let mut grads = (w.as_tensor() * size)?.sum_all()?.backward()?;

@@ -173,9 +173,9 @@ fn thresholds_follow_the_same_norms_as_the_librarys() {
         assert!(clipped > 0, "{threshold:?}");
     }
     let measuring = Clip::norm(f64::INFINITY).eps(0.0);
-    let zclip = ZClip::new().warm_up(3).and_then(|t| t.z_threshold(0.2)).expect("valid");
+    let zclip = ZClip::new().warm_up(3).z_threshold(0.2);
     check(&measuring, &zclip);
-    let adagc = AdaGc::new().warm_up(2).and_then(|t| t.lambda_rel(0.99)).expect("valid");
+    let adagc = AdaGc::new().warm_up(2).lambda_rel(0.99);
     check(&measuring.scope(Scope::Tensor), &adagc);
 }
 

@@ -57,8 +57,8 @@ impl GpuClipper {
     /// itself cannot tell apart: it panics, or takes another buffer for it.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a clip that cannot be; [`Error::Usage`] if the clips disagree, there is no group, or the options
-    /// do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the scope, its parameter or its sum, or two
+    /// [`Error::Setting`] for a clip or a threshold that cannot be; [`Error::Usage`] if the clips disagree, there is no group, or
+    /// the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the scope, its parameter or its sum, or two
     /// tensors share elements; [`Error::ThresholdState`] if the threshold is that of other tensors or another scope;
     /// [`Error::TooLarge`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
     /// needs. The tensors are not touched.

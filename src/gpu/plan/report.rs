@@ -115,8 +115,8 @@ impl GpuPlan {
     ///
     /// # Errors
     /// [`Error::Usage`] for a plan of several groups, of a clip by value or AGC, by given norms, or with a threshold on the
-    /// device; [`Error::ThresholdState`] if the threshold is that of other tensors; those of
-    /// [`GpuPlan::report`]. If the device fails after it has told the norms, the threshold has followed them.
+    /// device; [`Error::Setting`] for a threshold that cannot be; [`Error::ThresholdState`] for that of other tensors;
+    /// those of [`GpuPlan::report`]. If the device fails after it has told the norms, the threshold has followed them.
     pub fn follow<'a>(&'a self, threshold: &'a mut dyn Threshold) -> Waiting<'a, Result<(), Error>> {
         Waiting::new(self.follow_norms(threshold))
     }

@@ -169,7 +169,7 @@ fn clipper(clipping: Clipping, settings: &Settings, saved: Option<ZClip>) -> Res
         Clipping::Value => GradClipper::new(Clip::value(settings.clip_value)),
         Clipping::Norm => GradClipper::new(Clip::norm(settings.max_norm).non_finite(NonFinite::Propagate)),
         Clipping::Zclip => {
-            let new = ZClip::new().z_threshold(settings.z_threshold)?.warm_up(settings.z_warm_up)?;
+            let new = ZClip::new().z_threshold(settings.z_threshold).warm_up(settings.z_warm_up);
             GradClipper::adaptive(only_measure()?, saved.unwrap_or(new))
         }
     })

@@ -69,7 +69,7 @@ fn the_same_weights_on_host_and_gpu() {
         ("norm", &|| GradClipper::new(norm_clip)),
         ("tensor", &|| GradClipper::new(norm_clip.scope(Scope::Tensor))),
         ("agc", &|| GradClipper::new(Clip::agc(0.05))),
-        ("zclip", &|| GradClipper::adaptive(norm_clip, ZClip::new().warm_up(5).expect("valid"))),
+        ("zclip", &|| GradClipper::adaptive(norm_clip, ZClip::new().warm_up(5))),
     ];
     for (what, make) in make {
         for adam in [false, true] {

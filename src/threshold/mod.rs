@@ -1,0 +1,85 @@
+//! Thresholds that follow the norms of a training run, as values whose state can be saved: [`ZClip`] and [`AutoClip`]
+//! for a global norm, [`AdaGc`] for one norm a tensor.
+//!
+//! All three keep these habits:
+//!
+//! - Settings are checked where the threshold is used. `bind` tells what is wrong. A step by a setting that cannot be
+//!   clips nothing and leaves the state as it was.
+//! - A step with a norm that is NaN or infinite leaves the state as it was, and is not counted.
+//! - Averages move by `mean += (1 - rate) * (norm - mean)`: norms that stay the same then keep the mean to the bit, so
+//!   rounding alone never clips.
+//! - A saved state carries a version and is checked when it is read.
+
+mod adagc;
+mod autoclip;
+#[cfg(feature = "serde")]
+mod saved;
+#[cfg(test)]
+mod tests;
+mod zclip;
+
+pub use adagc::AdaGc;
+pub use autoclip::AutoClip;
+pub use zclip::ZClip;
+
+use crate::Error;
+use crate::clip::{number, setting};
+
+/// A threshold that follows the norms of a training run: [`ZClip`] and [`AutoClip`] follow the global norm, [`AdaGc`]
+/// the norm of each tensor.
+///
+/// A threshold belongs to one run and is part of its checkpoint. With the feature `serde` it can be saved and loaded; a
+/// loaded one goes on to the bit as the saved one would have. A state that is damaged, or of another version of the
+/// saved form, fails to load.
+///
+/// Like a [`Clip`](crate::Clip), a threshold takes any setting: whatever clips by it tells what is wrong.
+pub trait Threshold: Send {
+    /// Ties the state to the segments it will follow, before the first step and after every load. A label is
+    /// `tensor "w"` or `tensor 3`; a global norm has one label.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if a setting has a value that cannot be; [`Error::ThresholdState`] if the state belongs to
+    /// other segments than these.
+    fn bind(&mut self, labels: &[String]) -> Result<(), Error>;
+
+    /// The `max_norm` of each segment for the step with these norms (already divided by `grad_scale`), and takes the
+    /// step into the state. `total_norm` is the norm over all segments together.
+    ///
+    /// If one of the norms is not finite, the step leaves the state as it was, and the thresholds are those that the
+    /// state alone implies. A threshold is 0 or more, never NaN; infinity means that there is nothing to clip. With a
+    /// setting that cannot be, all are infinite, and the state stays as it was.
+    fn max_norms(&mut self, total_norm: f64, norms: &[f64]) -> Vec<f64>;
+}
+
+/// Whether it can be a norm: a finite number, 0 or more.
+fn is_norm(norm: f64) -> bool {
+    (0.0..f64::INFINITY).contains(&norm)
+}
+
+/// The step's norm over all segments, or NaN if one of them has none.
+fn norm_of_step(total_norm: f64, norms: &[f64]) -> f64 {
+    if norms.iter().copied().all(is_norm) { total_norm } else { f64::NAN }
+}
+
+fn only_one(threshold: &str, labels: &[String]) -> Result<(), Error> {
+    let found = match labels {
+        [_] => return Ok(()),
+        [] => "there is none".to_owned(),
+        [first, second, ..] => format!("there are {}, of {first}, {second} and so on", labels.len()),
+    };
+    let reason =
+        format!("{threshold} follows one norm and {found}; clip by the global norm, or follow each with AdaGc");
+    Err(Error::ThresholdState(reason))
+}
+
+fn below_1(name: &'static str, rate: f64) -> Result<(), Error> {
+    setting((0.0..1.0).contains(&rate), name, number(rate), "it must be 0 or more and below 1")
+}
+
+fn above_0(name: &'static str, value: f64) -> Result<(), Error> {
+    setting(value > 0.0 && value.is_finite(), name, number(value), "it must be a finite number above 0")
+}
+
+fn at_least_1(name: &'static str, value: usize) -> Result<(), Error> {
+    setting(value > 0, name, value, "it must be 1 or more")
+}
