@@ -3,9 +3,11 @@
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::decision::{Action, Outcome};
 use crate::error::tensor_label;
-use crate::partial::{Action, Location, Outcome, Partial};
+use crate::partial::{Location, Partial};
 use crate::segment::Segments;
+use crate::tensor::Spec;
 use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, cpu};
 
 /// A clip of some tensors that has been decided and is yet to be applied, piece by piece: in any order, from any thread,
@@ -61,8 +63,8 @@ impl DecidedClip {
         (segments, outcomes, report, read_first): (Segments, Vec<Outcome>, ClipReport, bool),
     ) -> Self {
         let described = |t: &Tensor<'_>| {
-            let (name, len) = (t.name.map(str::to_owned), t.len() as u64);
-            Described { name, dtype: t.dtype, len, counted: t.counted }
+            let Spec { name, dtype, len, counted, .. } = t.spec;
+            Described { name: name.map(str::to_owned), dtype, len, counted }
         };
         let tensors = tensors.iter().map(described).collect();
         Self { clip: *clip, tensors, segments, outcomes, report, read_first, met: Mutex::new(Partial::EMPTY) }
@@ -76,8 +78,8 @@ impl DecidedClip {
     /// is then as it was.
     pub fn apply(&self, tensor: usize, first: u64, piece: &mut TensorMut<'_>) -> Result<(), Error> {
         let described = self.find(tensor, first, first.saturating_add(piece.len() as u64))?;
-        if piece.dtype != described.dtype {
-            return Err(self.fail(tensor, format!("the piece is {}, the tensor {}", piece.dtype, described.dtype)));
+        if piece.dtype() != described.dtype {
+            return Err(self.fail(tensor, format!("the piece is {}, the tensor {}", piece.dtype(), described.dtype)));
         }
         if piece.is_empty() {
             return Ok(());
@@ -86,7 +88,7 @@ impl DecidedClip {
         let own = (layout.numbered_from_zero(), layout.own(&self.outcomes, described.len));
         let at = Location { tensor, index: first };
         if own.1.iter().any(|outcome| outcome.action != Action::Leave) {
-            let met = cpu::write_piece(&self.clip, at, piece.dtype, own, piece.data);
+            let met = cpu::write_piece(&self.clip, at, piece.dtype(), own, piece.data);
             if !self.read_first && described.counted {
                 let mut all = self.met();
                 *all = all.merge(met);

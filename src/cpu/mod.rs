@@ -38,47 +38,20 @@ mod tuning;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
 
-use half::{bf16, f16};
-
 use crate::clip::{number, setting};
-use crate::error::tensor_label;
-use crate::partial::{Action, Known, Location, Outcome, Partial};
+use crate::decision::{Action, Known, Outcome};
+use crate::dtype::with_element;
+use crate::examples::check_sums;
+use crate::partial::{Location, Partial};
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::progress::Progress;
 use crate::segment::{Family, Layout, Segments, check_groups, check_parameter};
-use crate::tensor::check_summed;
 use crate::threshold::Threshold;
 use crate::wait::block_on;
 use crate::{Clip, ClipReport, Dtype, Error, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
 use pool::in_parallel;
 use task::merged;
 use tuning::{CHUNK, COLUMNS};
-
-/// Calls `$body` with `$T` standing for the Rust type of `$dtype`.
-macro_rules! with_element {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            Dtype::F32 => {
-                type $T = f32;
-                $body
-            }
-            Dtype::F64 => {
-                type $T = f64;
-                $body
-            }
-            Dtype::F16 => {
-                type $T = f16;
-                $body
-            }
-            Dtype::BF16 => {
-                type $T = bf16;
-                $body
-            }
-        }
-    };
-}
-
-use with_element;
 
 /// What a clip is decided with, beside the tensors.
 #[derive(Clone, Copy)]
@@ -131,7 +104,7 @@ pub(crate) fn decide(
     } else {
         Part::new(clip, segments, vec![Partial::EMPTY])
     };
-    let mut found = together(turn, vec![part], |_, i| tensors[i].name)?.swap_remove(0);
+    let mut found = together(turn, vec![part], |_, i| tensors[i].name())?.swap_remove(0);
     // A clip that only measures does not even unscale.
     let leaves = found.refused(clip) || clip.only_measures() && threshold.is_none();
     if let Some(threshold) = threshold {
@@ -172,7 +145,7 @@ pub(crate) fn apply(
             Part::new(clip, segments, vec![clamp_all(clip, tensors, around.progress)])
         });
     }
-    let mut measured = together(turn, parts, |group, i| groups[group].1[i].name)?;
+    let mut measured = together(turn, parts, |group, i| groups[group].1[i].name())?;
     let refused = groups.iter().zip(&measured).any(|((clip, _), found)| found.refused(clip));
     let follows = threshold.is_some();
     if let (Some(threshold), [found], [(clip, _)]) = (threshold, &mut measured[..], &*groups) {
@@ -213,7 +186,7 @@ pub(crate) fn sum_examples(
     around: Around<'_>,
 ) -> Result<ClipReport, Error> {
     let turn = Turn::begin(around.processes);
-    check_summed(clip, tensors, sums)?;
+    check_sums(clip, tensors.iter().map(|t| t.spec), sums.iter().map(|s| s.spec))?;
     let found = measured(turn, clip, tensors, around.progress)?;
     let refused = found.refused(clip);
     let (report, outcomes) = found.decide(clip, refused)?;
@@ -224,10 +197,10 @@ pub(crate) fn sum_examples(
             let columns = usize::try_from(layout.columns).unwrap_or(usize::MAX);
             let rows = tensor.len().checked_div(columns).unwrap_or(0);
             let outcomes = &outcomes[layout.segment as usize..][..rows];
-            let tile = COLUMNS * sum.dtype.size();
+            let tile = COLUMNS * sum.spec.dtype.size();
             let (pieces, tiles) = (sum.data.len().div_ceil(tile), sum.data.chunks_mut(tile).enumerate());
             let task = |(i, sums): (usize, &mut [u8])| {
-                with_element!(tensor.dtype, T => sum::sum::<T>(outcomes, drop, tensor.data, columns, i * COLUMNS, sums));
+                with_element!(tensor.spec.dtype, T => sum::sum::<T>(outcomes, drop, tensor.data, columns, i * COLUMNS, sums));
             };
             in_parallel(tiles, pieces, tensor.data.len(), task);
         }
@@ -245,12 +218,11 @@ pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
 }
 
 pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segments, Error> {
-    let dims: Vec<_> = tensors.iter().map(Tensor::dims).collect();
-    let segments = Segments::new(clip, &dims, |i| tensors[i].name)?;
+    let specs: Vec<_> = tensors.iter().map(|t| t.spec).collect();
+    let segments = Segments::new(clip, &specs)?;
     if clip.needs_parameters() {
         for (i, t) in tensors.iter().enumerate() {
-            let parameter = t.parameter.map(|p| (p.dims(), p.name));
-            check_parameter(|| tensor_label(t.name, i), (t.dims(), t.name), parameter)?;
+            check_parameter(i, t.spec, t.parameter.map(|p| p.spec))?;
         }
     }
     Ok(segments)
@@ -267,7 +239,7 @@ fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Prog
     });
     let mut part = Part::new(clip, segments, partials);
     if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
-        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.counted))).collect();
+        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.spec.counted))).collect();
         part.parameters = merged(&of, &part.segments, |task, slots| task.norm(norm_type, slots));
     }
     part
@@ -294,7 +266,7 @@ struct Measured {
 /// What one clip finds out.
 fn measured(turn: Turn<'_>, clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Measured, Error> {
     let part = part(clip, tensors, segments_of(clip, tensors)?, progress);
-    Ok(together(turn, vec![part], |_, i| tensors[i].name)?.swap_remove(0))
+    Ok(together(turn, vec![part], |_, i| tensors[i].name())?.swap_remove(0))
 }
 
 /// What all processes have measured of each group of tensors.
@@ -317,7 +289,7 @@ fn bound<'t>(
     segments: &Segments,
     tensors: &[Tensor<'_>],
 ) -> Result<&'t mut dyn Threshold, Error> {
-    threshold.bind(&segments.labels(|i| tensors[i].name))?;
+    threshold.bind(&segments.labels(|i| tensors[i].name()))?;
     Ok(threshold)
 }
 
@@ -426,7 +398,7 @@ fn write(clip: &Clip, segments: &Segments, outcomes: &[Outcome], tensors: &mut [
 
 /// What is handed out of tensor number `tensor`: where it begins, and its bytes.
 fn chunks<'t>(tensor: usize, t: &'t mut TensorMut<'_>) -> impl Iterator<Item = (Location, Dtype, &'t mut [u8])> {
-    let dtype = t.dtype;
+    let dtype = t.spec.dtype;
     let chunks = t.data.chunks_mut(CHUNK * dtype.size()).enumerate();
     chunks.map(move |(i, data)| (Location { tensor, index: (i * CHUNK) as u64 }, dtype, data))
 }
@@ -462,7 +434,7 @@ fn clamp_all(clip: &Clip, tensors: &mut [TensorMut<'_>], progress: &Progress) ->
     let (pieces, bytes) = pieces(tensors);
     let total = Mutex::new(Partial::EMPTY);
     let work = tensors.iter_mut().enumerate().flat_map(|(i, tensor)| {
-        let counted = tensor.counted;
+        let counted = tensor.spec.counted;
         chunks(i, tensor).map(move |chunk| (counted, chunk))
     });
     let panicked = Mutex::new(None);

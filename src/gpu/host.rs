@@ -28,12 +28,13 @@ use super::table::{Piece, dtype_code};
 use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BUFFERS, STAGING_BYTES};
 use crate::cpu::pool::in_parallel;
 use crate::cpu::{self, Around, views};
+use crate::decision::Outcome;
 use crate::error::tensor_label;
-use crate::partial::{Location, Outcome};
+use crate::examples::check_sums;
+use crate::partial::Location;
 use crate::processes::{Turn, merge};
 use crate::progress::Progress;
 use crate::segment::{Layout, check_groups};
-use crate::tensor::check_summed;
 use crate::threshold::Threshold;
 use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, Waiting};
 
@@ -231,7 +232,7 @@ impl GpuClipper {
         around: Around<'_>,
     ) -> Result<ClipReport, Error> {
         let turn = Turn::begin(around.processes);
-        check_summed(clip, tensors, sums)?;
+        check_sums(clip, tensors.iter().map(|t| t.spec), sums.iter().map(|s| s.spec))?;
         let mut into = Vec::new();
         for sum in sums.iter() {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -301,8 +302,8 @@ impl<'a> Passage<'a> {
         let mut owners = Vec::new();
         for (group, (clip, tensors)) in groups.iter().enumerate() {
             let segments = cpu::segments_of(clip, tensors)?;
-            let names = tensors.iter().map(|t| t.name.map(Arc::from)).collect();
-            let counted = tensors.iter().map(|t| t.counted).collect();
+            let names = tensors.iter().map(|t| t.name().map(Arc::from)).collect();
+            let counted = tensors.iter().map(|t| t.spec.counted).collect();
             let (pieces, parameters) = (Vec::new(), Vec::new());
             parts.push(GroupParts { clip: *clip, segments, names, counted, pieces, parameters });
             owners.extend((0..tensors.len()).map(|tensor| Owner { group, tensor, is_parameter: false }));
@@ -312,8 +313,8 @@ impl<'a> Passage<'a> {
         }
         let all = of_all(groups);
         for (t, owner) in all.iter().zip(&owners) {
-            if dtype_code(t.dtype).is_none() {
-                return Err(Error::UnsupportedDtype { tensor: tensor_label(t.name, owner.tensor), dtype: t.dtype });
+            if dtype_code(t.dtype()).is_none() {
+                return Err(Error::UnsupportedDtype { tensor: tensor_label(t.name(), owner.tensor), dtype: t.dtype() });
             }
         }
         let (longest, most) = gpu.room();
@@ -322,7 +323,7 @@ impl<'a> Passage<'a> {
         for (buffer, load) in loads.iter().enumerate() {
             for run in &load.runs {
                 let Owner { group, tensor, is_parameter } = owners[run.tensor];
-                let (of, dtype) = (&mut parts[group], all[run.tensor].dtype);
+                let (of, dtype) = (&mut parts[group], all[run.tensor].dtype());
                 let elements = |bytes: usize| (bytes / dtype.size()) as u64;
                 let piece = Piece {
                     buffer,
@@ -588,7 +589,7 @@ impl WriteBack<'_, '_> {
         if is_parameter {
             return false;
         }
-        let size = self.tensors[run.tensor].dtype.size();
+        let size = self.tensors[run.tensor].dtype().size();
         let elements = (run.bytes.start / size) as u64..(run.bytes.end / size) as u64;
         !self.layouts[group][tensor].leaves(&self.outcomes[group], elements)
     }
@@ -610,7 +611,7 @@ impl WriteBack<'_, '_> {
     fn finish(&mut self) {
         self.begun = false;
         let due: Vec<_> = self.due.drain(..).flatten().collect();
-        let mut tensors: Vec<_> = self.tensors.iter_mut().map(|t| (t.dtype, t.len() as u64, &mut *t.data)).collect();
+        let mut tensors: Vec<_> = self.tensors.iter_mut().map(|t| (t.dtype(), t.len() as u64, &mut *t.data)).collect();
         for run in due {
             let Owner { group, tensor, .. } = self.owners[run.tensor];
             let (dtype, len, data) = &mut tensors[run.tensor];

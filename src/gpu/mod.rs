@@ -51,6 +51,7 @@ mod running;
 mod table;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod tables_hold;
+mod tensor;
 mod threshold;
 pub mod tuning;
 
@@ -64,8 +65,8 @@ use table::Piece;
 use tuning::{Tuning, memory_budget};
 
 use crate::error::tensor_label;
+use crate::examples::check_sums;
 use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
-pub use crate::tensor::GpuTensor;
 use crate::{Clip, Dtype, Error, Waiting};
 
 pub use device::adapters;
@@ -73,6 +74,7 @@ pub use options::PlanOptions;
 pub use plan::GpuPlan;
 pub use profile::{Clock, Pass, Profile, Speed, Speeds};
 pub use running::{GpuAccumulatorPlan, GpuNormAccumulator};
+pub use tensor::GpuTensor;
 pub use threshold::DeviceThreshold;
 
 /// Everything public may be sent to and used from any thread.
@@ -144,8 +146,8 @@ impl GpuClipper {
     fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
         let (limits, features) = (device.device.limits(), device.device.features());
         let need = |limit, have: u64, need: u64| {
-            let too_low = || Err(Error::Limit(format!("{limit} is {have}; gradclip needs at least {need}")));
-            if have < need { too_low() } else { Ok(()) }
+            let reason = || format!("the device's limit {limit} is {have}; gradclip needs at least {need}");
+            if have < need { Err(Error::Limit(reason())) } else { Ok(()) }
         };
         let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
         need("max_compute_invocations_per_workgroup", invocations.into(), tuning::SMALLEST_WORKGROUP.into())?;
@@ -236,7 +238,7 @@ impl GpuClipper {
     /// [`Error::Setting`] for a clip that cannot be; [`Error::Usage`] if the clips disagree, there is no group, or the options
     /// do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the scope, its parameter or its sum, or two
     /// tensors share elements; [`Error::ThresholdState`] if the threshold is that of other tensors or another scope;
-    /// [`Error::TooLarge`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
+    /// [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
     /// needs. The tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
         check_groups(groups.iter().map(|(clip, _)| clip))?;
@@ -247,14 +249,12 @@ impl GpuClipper {
         match &recipe {
             Recipe::Scale(norms) => {
                 clip.check_adaptive()?;
-                if norms.dtype != Dtype::F32 {
+                if norms.spec.dtype != Dtype::F32 {
                     return Err(Error::usage("norms from outside must be float32"));
                 }
             }
             Recipe::Sum(sums) => {
-                clip.check_examples()?;
-                let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
-                crate::tensor::check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)?;
+                check_sums(clip, tensors.iter().map(GpuTensor::spec), sums.iter().map(GpuTensor::spec))?;
             }
             _ => {}
         }
@@ -299,8 +299,8 @@ impl Recipe {
             Self::Measure => Job::Measure,
             Self::Scale(norms) => {
                 let expected = u64::from(gathered.groups[0].segments.count);
-                if norms.len() != expected {
-                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
+                if norms.spec.len != expected {
+                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.spec.len)));
                 }
                 let layout = Layout { by: By::Rows, columns: 1, segment: 0 };
                 let tensor = gathered.groups[0].pieces.len();
@@ -311,7 +311,7 @@ impl Recipe {
                 for (i, sum) in sums.iter().enumerate() {
                     let of = gathered.groups[0].pieces[i];
                     let into = Piece { tensor: i, ..gathered.piece(sum, of.layout) };
-                    gathered.written.push((into, tensor_label(sum.name.as_deref(), i)));
+                    gathered.written.push((into, tensor_label(sum.spec.name.as_deref(), i)));
                     pairs.push((of, into));
                 }
                 Job::Sum(pairs)
@@ -343,28 +343,26 @@ impl Gathered {
             buffers.push(t.buffer.clone());
             buffers.len() - 1
         });
-        Piece { buffer, dtype: t.dtype, start: t.start, len: t.len(), tensor: 0, first_element: 0, layout }
+        Piece { buffer, dtype: t.spec.dtype, start: t.start, len: t.spec.len, tensor: 0, first_element: 0, layout }
     }
 
     /// Adds a group.
     fn add(&mut self, clip: &Clip, tensors: &[GpuTensor]) -> Result<(), Error> {
-        let dims: Vec<_> = tensors.iter().map(GpuTensor::dims).collect();
-        let segments = Segments::new(clip, &dims, |i| tensors[i].name.as_deref())?;
+        let specs: Vec<_> = tensors.iter().map(GpuTensor::spec).collect();
+        let segments = Segments::new(clip, &specs)?;
         let (mut pieces, mut parameters) = (Vec::new(), Vec::new());
         for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate() {
-            let label = || tensor_label(t.name.as_deref(), tensor);
             if clip.needs_parameters() {
                 let parameter = t.parameter.as_deref();
-                let of = parameter.map(|p| (p.dims(), p.name.as_deref()));
-                check_parameter(label, (t.dims(), t.name.as_deref()), of)?;
+                check_parameter(tensor, t.spec(), parameter.map(GpuTensor::spec))?;
                 parameters.extend(parameter.map(|p| Piece { tensor, ..self.piece(p, *layout) }));
             }
             let piece = Piece { tensor, ..self.piece(t, *layout) };
-            self.written.push((piece, label()));
+            self.written.push((piece, tensor_label(t.spec().name, tensor)));
             pieces.push(piece);
         }
-        let names = tensors.iter().map(|t| t.name.clone()).collect();
-        let counted = tensors.iter().map(|t| t.counted).collect();
+        let names = tensors.iter().map(|t| t.spec.name.clone()).collect();
+        let counted = tensors.iter().map(|t| t.spec.counted).collect();
         self.groups.push(GroupParts { clip: *clip, segments, names, counted, pieces, parameters });
         Ok(())
     }

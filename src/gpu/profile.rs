@@ -13,7 +13,7 @@ use super::device::GpuDevice;
 use super::kernels::{Access, Constants, Kernel, Shape, module};
 use super::plan::GpuPlan;
 use super::tuning::{SPEED_RUNS, Sweep};
-use crate::partial::Action;
+use crate::decision::Action;
 use crate::{ClipReport, Error, Waiting};
 
 /// What one step of a [`GpuPlan`] cost.

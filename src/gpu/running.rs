@@ -97,7 +97,7 @@ impl GpuClipper {
         let clip = &clip.with_power_in(POWERS);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let partial = self.device.filled("gradclip running partial", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
-        let segments = Segments::new(clip, &[], |_| None)?;
+        let segments = Segments::new(clip, &[])?;
         let memory =
             Memory::new(self, [(clip, &segments, false)].into_iter(), 1, &[StateRow::zeroed()], Kept::Nothing)?;
         let params = Params::new(clip, clip.only_measures());
@@ -131,7 +131,7 @@ impl GpuNormAccumulator {
         let plan = self.gpu.make(Recipe::Running(memory), &[(self.clip, tensors)], Follows::Clip)?;
         let moved = |origin: &Origin| Origin { tensor: origin.tensor + first_tensor, ..*origin };
         sets.origins.extend(plan.origins().iter().map(moved));
-        sets.names.extend(tensors.iter().map(|t| t.name.clone()));
+        sets.names.extend(tensors.iter().map(|t| t.spec.name.clone()));
         sets.elements += plan.elements();
         Ok(GpuAccumulatorPlan { plan, is_merged: self.is_merged.clone() })
     }

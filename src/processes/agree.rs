@@ -29,7 +29,7 @@ pub fn check_replicas(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Resul
     let mut own = Counts::new();
     for tensor in tensors {
         if let Some(name) = tensor.name() {
-            let of = Count { times: tensor.counted.into(), len: tensor.len() as u64, alike: true };
+            let of = Count { times: tensor.spec.counted.into(), len: tensor.len() as u64, alike: true };
             add(&mut own, name.as_bytes(), of);
         }
     }
