@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::cpu::{self, Around, Given};
-use crate::processes::{ProcessGroup, SingleProcess};
+use crate::processes::{ProcessGroup, single_process};
 use crate::progress::Progress;
 use crate::{Clip, ClipReport, DecidedClip, Element, Error, NormAccumulator, Tensor, TensorMut, Threshold};
 
@@ -56,7 +56,7 @@ impl Clipper {
     }
 
     fn on(backend: Backend) -> Self {
-        Self { backend, progress: Progress::default(), processes: Arc::new(SingleProcess::default()) }
+        Self { backend, progress: Progress::default(), processes: single_process() }
     }
 
     /// Calls `f` while tensors are measured, with the number of bytes done since its last call, from any thread that

@@ -9,13 +9,13 @@ use crate::error::tensor_label;
 use crate::wait::block_on;
 use crate::{Error, Tensor};
 
-/// Waits until every rank of the group has come here, and tells whether all is well with each: where one says `false`, each
-/// gets an error, that one as well. For what is to be done by all or by none, such as putting written files in place.
+/// Waits until every rank of the group has called this, and fails on each if `ok` is `false` on any. For what is to be done by
+/// all or by none, such as putting written files in place.
 ///
 /// # Errors
-/// [`Error::PeerFailed`] with the first rank that said `false`; [`Error::ProcessGroup`] if the others cannot be heard.
-pub fn agree(group: &dyn ProcessGroup, is_well: bool) -> Result<(), Error> {
-    let exchange = Turn::begin(group).exchange(Call::of(Kind::Agree), is_well, Vec::new(), |low, _| Some(low.to_vec()));
+/// [`Error::PeerFailed`] with the first rank where `ok` is `false`; [`Error::ProcessGroup`] if the others cannot be heard.
+pub fn agree(group: &dyn ProcessGroup, ok: bool) -> Result<(), Error> {
+    let exchange = Turn::begin(group).exchange(Call::of(Kind::Agree), ok, Vec::new(), |low, _| Some(low.to_vec()));
     block_on(exchange.run()).map(|_| ())
 }
 
