@@ -3,7 +3,7 @@
 //! ```text
 //! partials = for each task of each tensor, in parallel: norm             cpu/norm.rs, cpu/columns.rs
 //! segments = partials merged from first to last                          partial.rs
-//! outcomes = the coefficients that follow                                partial.rs
+//! outcomes = the coefficients that follow                                decision.rs
 //! for each chunk of each tensor, in parallel: scale or clamp             cpu/scale.rs, cpu/clamp.rs
 //! ```
 //!
@@ -23,7 +23,7 @@ mod instructions;
 mod isa;
 mod map;
 mod norm;
-// Lends borrowed work to threads of the pool, with the proof that they give it back in time.
+// Hands borrowed work to threads of the pool, with the proof that it outlives them.
 #[allow(unsafe_code)]
 pub(crate) mod pool;
 mod power;

@@ -1,9 +1,9 @@
-//! What ranks tell each other, and in which order it merges: recursive doubling.
+//! What ranks send each other, and in which order it merges: recursive doubling.
 //!
 //! With p the largest power of two among n ranks, the first 2 (n - p) ranks pair up, an even one taking in what its odd
 //! neighbour knows; p are left. In round i each of them trades all it knows with the one whose number among the p differs in
-//! bit i, and both merge the lower one's with the higher one's. After log2(p) rounds all p know the same, and the odd
-//! neighbours are told.
+//! bit i, and both merge the lower one's with the higher one's. After log2(p) rounds all p know the same, and send it to the
+//! odd neighbours.
 //!
 //! So whatever arrives first, everything merges along one tree, which the number of ranks alone decides, and every rank
 //! computes its root itself, from the same bits in the same order. A sum of n partials goes through ceil(log2 n) roundings.
@@ -21,15 +21,15 @@ use crate::wait::may_sleep;
 
 /// What ranks do together, which must be the same on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Call {
-    pub(crate) kind: Kind,
+pub(super) struct Call {
+    pub(super) kind: Kind,
     /// A digest of all else that must be the same.
-    pub(crate) description: u64,
-    pub(crate) segments: u64,
+    pub(super) description: u64,
+    pub(super) segments: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(super) enum Kind {
     Merge,
     Names,
     #[cfg(not(target_arch = "wasm32"))]
@@ -56,7 +56,7 @@ struct Header {
     segments: u64,
     kind: u32,
     status: u32,
-    /// The lowest rank that it tells of; of a failure the one that failed; of a disagreement one that differs.
+    /// The lowest rank whose part is in it; of a failure the one that failed; of a disagreement one that differs.
     rank: u32,
     /// Of a disagreement, the rank that it differs from.
     other: u32,
@@ -75,7 +75,7 @@ const FAILED: u32 = 2;
 /// The name of the format, with a number for its version, as no other byte order reads it.
 const MAGIC: u64 = u64::from_be_bytes(*b"gradcli\x01");
 
-/// How the body of lower ranks takes in that of higher ones. None if they do not fit together.
+/// Merges the body of lower ranks with that of higher ones. None if they do not fit together.
 pub(super) type MergeBodies = fn(&[u8], &[u8]) -> Option<Vec<u8>>;
 
 /// One rank's part in a call of its group, from before it measures. If it is dropped before [`Turn::exchange`], the others are
