@@ -26,6 +26,7 @@ impl<N: Deref<Target = str>, S: Deref<Target = [usize]>> TensorSpec<N, S> {
         Self { name: None, dtype, len, shape: None, unit_axis: None, counted: true }
     }
 
+    #[cfg(feature = "gpu")]
     pub(crate) fn as_ref(&self) -> Spec<'_> {
         let Self { ref name, dtype, len, ref shape, unit_axis, counted } = *self;
         TensorSpec { name: name.as_deref(), dtype, len, shape: shape.as_deref(), unit_axis, counted }

@@ -78,8 +78,8 @@ const MAGIC: u64 = u64::from_be_bytes(*b"gradcli\x01");
 /// Merges the body of lower ranks with that of higher ones. None if they do not fit together.
 pub(super) type MergeBodies = fn(&[u8], &[u8]) -> Option<Vec<u8>>;
 
-/// One rank's part in a call of its group, from before it measures. If it is dropped before [`Turn::exchange`], the others are
-/// told that this rank has failed.
+/// A call of all ranks of a group, from before this rank measures. If it is dropped before [`Turn::exchange`], the others learn
+/// that this rank has failed.
 #[derive(Debug)]
 pub(crate) struct Turn<'g> {
     group: &'g dyn ProcessGroup,
@@ -96,7 +96,7 @@ impl<'g> Turn<'g> {
         self.group
     }
 
-    /// Begins to exchange bodies. Without `ok` the others are told that this rank has failed.
+    /// Begins to exchange bodies. Without `ok` the others learn that this rank has failed.
     pub(super) fn exchange(mut self, call: Call, ok: bool, body: Vec<u8>, merge: MergeBodies) -> Exchange<'g> {
         self.is_open = false;
         let group = self.group;
