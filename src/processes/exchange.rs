@@ -21,7 +21,7 @@ use crate::wait::may_sleep;
 
 /// What ranks do together, which must be the same on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Call {
+pub(super) struct Operation {
     pub(super) kind: Kind,
     /// A digest of all else that must be the same.
     pub(super) description: u64,
@@ -38,7 +38,7 @@ pub(super) enum Kind {
     Check,
 }
 
-impl Call {
+impl Operation {
     /// One that has nothing but its kind to agree on.
     pub(super) fn of(kind: Kind) -> Self {
         Self { kind, description: 0, segments: 0 }
@@ -97,13 +97,12 @@ impl<'g> Turn<'g> {
     }
 
     /// Begins to exchange bodies. Without `ok` the others learn that this rank has failed.
-    pub(super) fn exchange(mut self, call: Call, ok: bool, body: Vec<u8>, merge: MergeBodies) -> Exchange<'g> {
+    pub(super) fn exchange(mut self, op: Operation, ok: bool, body: Vec<u8>, merge: MergeBodies) -> Exchange<'g> {
         self.is_open = false;
         let group = self.group;
-        let mut header = header(self.sequence, group.rank());
-        (header.description, header.segments, header.kind) = (call.description, call.segments, call.kind as u32);
-        let body = if ok { body } else { Vec::new() };
-        header.status = if ok { OK } else { FAILED };
+        let Operation { kind, description, segments } = op;
+        let (status, body) = if ok { (OK, body) } else { (FAILED, Vec::new()) };
+        let header = Header { kind: kind as u32, description, segments, status, ..header(self.sequence, group.rank()) };
         let begun = group.timeout().map(|timeout| (Instant::now(), timeout));
         Exchange { group, steps: steps(group.rank(), group.size()), done: 0, header, body, merge, begun }
     }
@@ -326,10 +325,10 @@ mod tests {
         let merge = |low: &[u8], high: &[u8]| Some([b"(", low, high, b")"].concat());
         for size in 1..=33 {
             let groups = thread_group(size, None);
-            let mut exchanges: Vec<_> = groups
-                .iter()
-                .map(|g| Turn::begin(&**g).exchange(Call::of(Kind::Agree), true, vec![b'A' + g.rank() as u8], merge))
-                .collect();
+            let agree = Operation::of(Kind::Agree);
+            let exchanges =
+                groups.iter().zip(b'A'..).map(|(g, id)| Turn::begin(&**g).exchange(agree, true, vec![id], merge));
+            let mut exchanges: Vec<_> = exchanges.collect();
             let mut rounds = 0;
             loop {
                 // From last to first, so that a round is seldom enough.

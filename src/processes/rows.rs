@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::exchange::{Call, Kind, Turn};
+use super::exchange::{Kind, Operation, Turn};
 use crate::partial::{Location, Partial};
 use crate::segment::{Family, Segments};
 use crate::{Clip, Error, NonFiniteElements};
@@ -147,9 +147,9 @@ pub(crate) async fn merge<'a>(
 ) -> Result<Vec<Total>, Error> {
     let group = turn.group();
     let rows: Vec<_> = parts.iter().flat_map(|part| part.rows(group.rank())).collect();
-    let call = Call { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
+    let operation = Operation { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
     let body = bytemuck::cast_slice(&rows).to_vec();
-    let merged = turn.exchange(call, true, body, merge_bodies).run().await?;
+    let merged = turn.exchange(operation, true, body, merge_bodies).run().await?;
     let merged: Vec<Row> = merged.chunks_exact(size_of::<Row>()).map(bytemuck::pod_read_unaligned).collect();
     let (mut of_parts, mut totals, mut rest) = (Vec::new(), Vec::new(), &merged[..]);
     for part in parts.iter() {
@@ -167,7 +167,7 @@ pub(crate) async fn merge<'a>(
                 *name = name_of(i, total.tensor as usize).unwrap_or_default().into();
             }
         }
-        let exchange = Turn::begin(group).exchange(Call::of(Kind::Names), true, join(&names), merge_names);
+        let exchange = Turn::begin(group).exchange(Operation::of(Kind::Names), true, join(&names), merge_names);
         let merged = exchange.run().await?;
         names = split(&merged).into_iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
     }
@@ -232,10 +232,10 @@ mod tests {
         // In units of 2^-32 each is a whole number.
         let exact: u64 = rows.iter().map(|row| (row.sum * 2f64.powi(32)) as u64).sum();
         let groups = thread_group(RANKS, None);
-        let call = Call { kind: Kind::Merge, description: 1, segments: 1 };
+        let operation = Operation { kind: Kind::Merge, description: 1, segments: 1 };
         let merging = groups.iter().zip(&rows).map(|(group, row)| {
             let body = bytemuck::bytes_of(row).to_vec();
-            Box::pin(Turn::begin(&**group).exchange(call, true, body, merge_bodies).run())
+            Box::pin(Turn::begin(&**group).exchange(operation, true, body, merge_bodies).run())
         });
         let mut merging: Vec<_> = merging.collect();
         let mut context = Context::from_waker(Waker::noop());
