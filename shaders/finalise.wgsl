@@ -1,4 +1,4 @@
-// finalise: what follows from the merged partials, one invocation a segment. Twin: `Clip::outcome` in src/partial.rs.
+// finalise: what follows from the merged partials, one invocation a segment. Twin: `Clip::outcome` in src/decision.rs.
 //
 // With s = grad_scale and N the norm of the gradients as they are stored, the coefficient on N / s is
 // min(1, max_norm / (N / s + eps)), and what an element is multiplied by is that divided by s:

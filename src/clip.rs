@@ -458,18 +458,6 @@ impl Clip {
         Ok(())
     }
 
-    /// That there are examples to sum.
-    ///
-    /// # Errors
-    /// [`Error::Usage`], and those of [`Clip::check`]
-    pub(crate) fn check_examples(&self) -> Result<(), Error> {
-        self.check()?;
-        if self.measured().is_none() || !matches!(self.scope, Scope::Example | Scope::ExampleTensor) {
-            return Err(Error::usage("only examples are summed: the scope must be Example or ExampleTensor"));
-        }
-        Ok(())
-    }
-
     /// Whether each gradient must be given its parameter: AGC goes by them.
     #[must_use]
     pub fn needs_parameters(&self) -> bool {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::context::{Context, Progress};
 use crate::cpu::decide::{self as cpu, Given};
-use crate::processes::{ProcessGroup, SingleProcess};
+use crate::processes::{ProcessGroup, single_process};
 use crate::{Clip, ClipReport, DecidedClip, Element, Error, NormAccumulator, Tensor, TensorMut, Threshold};
 
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
@@ -56,7 +56,7 @@ impl Clipper {
     }
 
     fn on(backend: Backend) -> Self {
-        Self { backend, progress: Progress::default(), processes: Arc::new(SingleProcess::default()) }
+        Self { backend, progress: Progress::default(), processes: single_process() }
     }
 
     /// Calls `f` while tensors are measured, with the number of bytes done since its last call, from any thread that

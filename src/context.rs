@@ -16,11 +16,11 @@ impl Context<'_> {
     /// Nothing but the tensors.
     #[cfg(feature = "gpu")]
     pub(crate) fn alone() -> Self {
-        use crate::processes::SingleProcess;
+        use crate::processes::single_process;
         use std::sync::LazyLock;
         static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::default);
-        static ALONE: LazyLock<SingleProcess> = LazyLock::new(SingleProcess::default);
-        Self { progress: &PROGRESS, processes: &*ALONE }
+        static ALONE: LazyLock<Arc<dyn ProcessGroup>> = LazyLock::new(single_process);
+        Self { progress: &PROGRESS, processes: &**ALONE }
     }
 
     /// Whether the tensors are read before anything is written. Of many processes another may fail, and no one writes then.

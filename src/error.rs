@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::{Dtype, NonFiniteElements};
+use crate::Dtype;
 
 /// Every error of this library. None of them leaves a gradient half written: checks come before the first write.
 #[derive(Debug, thiserror::Error)]
@@ -19,20 +19,13 @@ pub enum Error {
         reason: &'static str,
     },
     /// A tensor is not what it is said to be or asked for: its shape or its range does not fit its elements, its buffer or the
-    /// scope; it shares elements with another; a piece is none of it; or it counts twice in a group of processes.
+    /// scope; it lacks the parameter that adaptive gradient clipping needs, or has that of another; it shares elements with
+    /// another; a piece is none of it; or it counts twice in a group of processes.
     #[error("{tensor}: {reason}")]
     Tensor {
         /// The tensor: its name, or its place in the list.
         tensor: String,
         /// What is wrong, and what to do about it.
-        reason: String,
-    },
-    /// Adaptive gradient clipping lacks the parameter of a gradient, or was given that of another.
-    #[error("{tensor}: {reason}")]
-    Parameter {
-        /// The tensor: its name, or its place in the list.
-        tensor: String,
-        /// What is wrong.
         reason: String,
     },
     /// What was asked for does not go together: clips of one call that differ, norms or sums that are too few, a clip that
@@ -57,8 +50,8 @@ pub enum Error {
     /// No adapter fits. Install a driver, or use the CPU path.
     #[error("no GPU adapter found{0}; install a Vulkan driver (Debian: mesa-vulkan-drivers) or use the CPU")]
     NoAdapter(String),
-    /// The device lacks a limit that the kernels need. Request the device with at least this limit.
-    #[error("the device's limit {0}")]
+    /// A limit is too low: one of the device, which must be requested with a higher one, or one on what can be addressed.
+    #[error("{0}")]
     Limit(String),
     /// The device ran out of memory. The gradients are as they were; free memory or clip in smaller sets.
     #[error("the GPU is out of memory ({0}); the gradients are untouched: free memory, or use the CPU")]
@@ -89,18 +82,40 @@ pub enum Error {
     /// The other processes of a group cannot be heard.
     #[error("the process group: {0}")]
     ProcessGroup(String),
-    /// The plan would need more rows than a table can address.
-    #[error("{0}")]
-    TooLarge(String),
 }
 
 impl Error {
     pub(crate) fn too_large(what: &str, value: u64, limit: u64) -> Self {
-        Self::TooLarge(format!("{what} is {value}, more than the {limit} that the GPU path can address"))
+        Self::Limit(format!("{what} is {value}, more than the {limit} that the GPU path can address"))
     }
 
     pub(crate) fn usage(why: impl Into<Cow<'static, str>>) -> Self {
         Self::Usage(why.into())
+    }
+}
+
+/// How many elements are NaN or infinite, and where the first one is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NonFiniteElements {
+    /// How many there are in all tensors.
+    pub count: u64,
+    /// The first process of a group that holds one; None outside a group ([`processes`](crate::processes)).
+    pub rank: Option<u32>,
+    /// The first tensor that holds one, by its place in the list of that process.
+    pub tensor: usize,
+    /// That tensor's name, if it has one.
+    pub name: Option<String>,
+    /// The first such element in that tensor, counted from 0 in memory order.
+    pub index: u64,
+}
+
+impl std::fmt::Display for NonFiniteElements {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let plural = if self.count == 1 { "" } else { "s" };
+        let tensor = tensor_label(self.name.as_deref(), self.tensor);
+        write!(f, "{} non-finite element{plural}, the first at index {} of {tensor}", self.count, self.index)?;
+        self.rank.map_or(Ok(()), |rank| write!(f, " on rank {rank}"))
     }
 }
 

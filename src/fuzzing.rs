@@ -233,11 +233,11 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
 fn sums(u: &mut Unstructured<'_>, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<()> {
     let mut sums = Vec::new();
     for tensor in tensors {
-        let mut shape = tensor.shape.unwrap_or_default().get(1..).unwrap_or_default().to_vec();
+        let mut shape = tensor.spec.shape.unwrap_or_default().get(1..).unwrap_or_default().to_vec();
         if u.ratio(1, 16)? {
             shape.push(2);
         }
-        let wide = if tensor.dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
+        let wide = if tensor.dtype() == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
         let bytes = vec![0x55; shape.iter().product::<usize>() * wide.size()];
         sums.push(Owned { dtype: wide, shape, back: 0, bytes });
     }

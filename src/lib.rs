@@ -96,7 +96,10 @@ mod clip;
 mod clipper;
 mod context;
 mod cpu;
+mod decision;
+mod dtype;
 mod error;
+mod examples;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -116,11 +119,13 @@ mod wait;
 
 pub use clip::{Budget, Clip, Mode, NonFinite, NormType, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
-pub use error::Error;
+pub use cpu::count::TensorCounts;
+pub use dtype::{Dtype, Element};
+pub use error::{Error, NonFiniteElements};
 pub use pieces::DecidedClip;
-pub use report::{ClipReport, NonFiniteElements, SegmentReport, TensorCounts};
+pub use report::{ClipReport, SegmentReport};
 pub use running::NormAccumulator;
-pub use tensor::{Dtype, Element, Tensor, TensorMut};
+pub use tensor::{HostTensor, Tensor, TensorMut};
 pub use threshold::{AdaGc, AutoClip, Threshold, ZClip};
 #[cfg(feature = "gpu")]
 pub use verify::{Mismatch, Tolerance, Verification, verify};

@@ -6,7 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::cpu::decide::Decision;
 use crate::cpu::write::write_piece;
 use crate::error::tensor_label;
-use crate::partial::{Action, Location, Partial};
+use crate::decision::Action;
+use crate::partial::{Location, Partial};
+use crate::tensor::Spec;
 use crate::{ClipReport, Dtype, Error, Tensor, TensorMut};
 
 /// A clip of some tensors that has been decided and is yet to be applied, piece by piece: in any order, from any thread,
@@ -53,8 +55,8 @@ struct Described {
 impl DecidedClip {
     pub(crate) fn new(decision: Decision, tensors: &[Tensor<'_>]) -> Self {
         let described = |t: &Tensor<'_>| {
-            let (name, len) = (t.name.map(str::to_owned), t.len() as u64);
-            Described { name, dtype: t.dtype, len, counted: t.counted }
+            let Spec { name, dtype, len, counted, .. } = t.spec;
+            Described { name: name.map(str::to_owned), dtype, len, counted }
         };
         let tensors = tensors.iter().map(described).collect();
         Self { decision, tensors, met: Mutex::new(Partial::EMPTY) }
@@ -68,8 +70,8 @@ impl DecidedClip {
     /// is then as it was.
     pub fn apply(&self, tensor: usize, first: u64, piece: &mut TensorMut<'_>) -> Result<(), Error> {
         let described = self.find(tensor, first, first.saturating_add(piece.len() as u64))?;
-        if piece.dtype != described.dtype {
-            return Err(self.fail(tensor, format!("the piece is {}, the tensor {}", piece.dtype, described.dtype)));
+        if piece.dtype() != described.dtype {
+            return Err(self.fail(tensor, format!("the piece is {}, the tensor {}", piece.dtype(), described.dtype)));
         }
         if piece.is_empty() {
             return Ok(());
@@ -79,7 +81,7 @@ impl DecidedClip {
         let own = (layout.numbered_from_zero(), layout.own(outcomes, described.len));
         let at = Location { tensor, index: first };
         if own.1.iter().any(|outcome| outcome.action != Action::Leave) {
-            let met = write_piece(clip, at, piece.dtype, own, piece.data);
+            let met = write_piece(clip, at, piece.dtype(), own, piece.data);
             if described.counted {
                 let mut all = self.met();
                 *all = all.merge(met);

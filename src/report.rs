@@ -1,4 +1,8 @@
-//! What a clip tells about itself.
+//! [`ClipReport`]: what a clip tells about itself.
+
+use crate::decision::{Action, Outcome};
+use crate::segment::Segments;
+use crate::{Clip, Error, NonFinite, NonFiniteElements, Scope};
 
 /// The outcome of one clip.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,39 +60,35 @@ pub struct SegmentReport {
     pub clipped: bool,
 }
 
-/// What a tensor holds beside ordinary numbers: [`Tensor::counts`](crate::Tensor::counts).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct TensorCounts {
-    /// How many elements are 0 or -0.
-    pub zeros: u64,
-    /// How many are NaN or infinite.
-    pub non_finite: u64,
-    /// Where the first of these is.
-    pub first_non_finite: Option<u64>,
-}
-
-/// How many elements are NaN or infinite, and where the first one is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct NonFiniteElements {
-    /// How many there are in all tensors.
-    pub count: u64,
-    /// The first process of a group that holds one; None outside a group ([`processes`](crate::processes)).
-    pub rank: Option<u32>,
-    /// The first tensor that holds one, by its place in the list of that process.
-    pub tensor: usize,
-    /// That tensor's name, if it has one.
-    pub name: Option<String>,
-    /// The first such element in that tensor, counted from 0 in memory order.
-    pub index: u64,
-}
-
-impl std::fmt::Display for NonFiniteElements {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let plural = if self.count == 1 { "" } else { "s" };
-        let tensor = crate::error::tensor_label(self.name.as_deref(), self.tensor);
-        write!(f, "{} non-finite element{plural}, the first at index {} of {tensor}", self.count, self.index)?;
-        self.rank.map_or(Ok(()), |rank| write!(f, " on rank {rank}"))
+impl Clip {
+    /// The report on a clip, given N over everything, whether an element lies outside a value clip's bounds, how many
+    /// elements there are, and which of them are not finite.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] under that policy.
+    pub(crate) fn report(
+        &self,
+        (segments, outcomes): (&Segments, &[Outcome]),
+        (total_norm, outside): (f64, bool),
+        elements: u64,
+        non_finite: Option<NonFiniteElements>,
+    ) -> Result<ClipReport, Error> {
+        if let (Some(found), NonFinite::Error) = (&non_finite, self.non_finite) {
+            return Err(Error::NonFinite(found.clone()));
+        }
+        let least = |least: f64, o: &Outcome| if least.is_nan() || o.clip_coef >= least { least } else { o.clip_coef };
+        let applies = outcomes.iter().any(|o| o.action == Action::Apply);
+        let each = segments.places().zip(outcomes).map(|((tensor, index), outcome)| {
+            let Outcome { norm, clip_coef, clipped, .. } = *outcome;
+            SegmentReport { tensor, index, norm, clip_coef, clipped }
+        });
+        Ok(ClipReport {
+            total_norm,
+            clip_coef: outcomes.iter().fold(1.0, least),
+            clipped: outcomes.iter().any(|o| o.clipped) || (outside && applies),
+            elements,
+            non_finite,
+            segments: if self.scope == Scope::Global { Vec::new() } else { each.collect() },
+        })
     }
 }

@@ -77,7 +77,7 @@ impl NormAccumulator {
     async fn merged(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
         let turn = Turn::begin(processes);
         self.check_open()?;
-        let segments = Segments::new(&self.clip, &[], |_| None)?;
+        let segments = Segments::new(&self.clip, &[])?;
         let mut part = [Part::of_one(&self.clip, segments, self.partial, self.elements)];
         let mut totals = merge(turn, &mut part, |_, _| self.bad_name.as_deref()).await?;
         let Total { partial, non_finite: found } = totals.swap_remove(0);
@@ -104,8 +104,8 @@ impl NormAccumulator {
     }
 
     pub(crate) fn add(&mut self, partial: Partial, tensors: &[Tensor<'_>]) {
-        let elements = tensors.iter().map(|t| t.dims().counted_len()).sum();
-        let name = || partial.first.and_then(|first| tensors[first.tensor].name.map(str::to_owned));
+        let elements = tensors.iter().map(|t| t.spec.counted_len()).sum();
+        let name = || partial.first.and_then(|first| tensors[first.tensor].name().map(str::to_owned));
         self.append(partial, tensors.len(), elements, name);
     }
 
@@ -129,7 +129,7 @@ impl NormAccumulator {
         let (weight, max_norm) = (clip.weight(self.elements), clip.max_norm(self.elements, 1.0, 0.0));
         let refused = known.bad && clip.refuses_non_finite();
         let outcomes = [clip.outcome(known, max_norm, weight, refused)];
-        let segments = Segments::new(clip, &[], |_| None)?;
+        let segments = Segments::new(clip, &[])?;
         let totals = (known.norm * weight, self.partial.outside);
         clip.report((&segments, &outcomes), totals, self.elements, self.non_finite())
     }

@@ -3,10 +3,10 @@
 
 use std::hash::{Hash, Hasher};
 
+use crate::decision::{Action, Known, Outcome};
 use crate::error::tensor_label;
-use crate::partial::{Action, Known, Outcome};
-use crate::tensor::Dims;
-use crate::{Budget, Clip, Error, Scope, SegmentReport, UnitAxis};
+use crate::tensor::Spec;
+use crate::{Budget, Clip, Error, Scope, UnitAxis};
 
 /// How the elements of a tensor, taken as a matrix in row-major order, belong to segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,21 +96,17 @@ impl Segments {
     /// The segments of a clip. Checks the clip and the shapes: whatever uses a clip comes by here.
     ///
     /// # Errors
-    /// Those of [`Clip::check`]; [`Error::Tensor`] if a tensor has no such segments; [`Error::TooLarge`] if there are 2^32 of
+    /// Those of [`Clip::check`]; [`Error::Tensor`] if a tensor has no such segments; [`Error::Limit`] if there are 2^32 of
     /// them.
-    pub(crate) fn new<'a>(
-        clip: &Clip,
-        dims: &[Dims<'_>],
-        name_of: impl Fn(usize) -> Option<&'a str>,
-    ) -> Result<Self, Error> {
+    pub(crate) fn new(clip: &Clip, tensors: &[Spec<'_>]) -> Result<Self, Error> {
         clip.check()?;
-        let label = |i| tensor_label(name_of(i), i);
+        let label = |i: usize| tensor_label(tensors[i].name, i);
         let fail = |i: usize, reason: String| Err(Error::Tensor { tensor: label(i), reason });
         let scope = clip.scope;
         let examples = if matches!(scope, Scope::Example | Scope::ExampleTensor) {
             let mut examples = None;
-            for (i, d) in dims.iter().enumerate() {
-                let Some(first) = d.first() else {
+            for (i, t) in tensors.iter().enumerate() {
+                let Some(first) = t.first() else {
                     return fail(i, "it is a scalar, and has no dimension 0 to take examples along".into());
                 };
                 let (of, known) = *examples.get_or_insert((i, first));
@@ -123,29 +119,29 @@ impl Segments {
         } else {
             0
         };
-        let total: u64 = dims.iter().map(|d| d.counted_len()).sum();
+        let total: u64 = tensors.iter().map(|t| t.counted_len()).sum();
         let mut found = Self { layouts: Vec::new(), families: Vec::new(), count: 0 };
-        for (i, d) in dims.iter().enumerate() {
-            let whole = (By::Whole, d.len, 1);
-            let by_example = (By::Rows, d.len.checked_div(examples).unwrap_or(0), examples);
+        for (i, t) in tensors.iter().enumerate() {
+            let whole = (By::Whole, t.len, 1);
+            let by_example = (By::Rows, t.len.checked_div(examples).unwrap_or(0), examples);
             let (by, columns, segments) = match scope {
                 Scope::Global | Scope::Tensor => whole,
                 Scope::Example | Scope::ExampleTensor => by_example,
-                Scope::Unit => match (d.unit_axis.or(clip.unit_axis), d.first(), d.last()) {
+                Scope::Unit => match (t.unit_axis.or(clip.unit_axis), t.first(), t.last()) {
                     (Some(_), None, _) => {
                         return fail(i, "it is a scalar, and has no axis to take units along".into());
                     }
-                    (None | Some(UnitAxis::First), Some(first), _) if d.rank() > 1 => {
-                        (By::Rows, d.len.checked_div(first).unwrap_or(0), first)
+                    (None | Some(UnitAxis::First), Some(first), _) if t.rank() > 1 => {
+                        (By::Rows, t.len.checked_div(first).unwrap_or(0), first)
                     }
-                    (Some(UnitAxis::Last), _, Some(last)) if d.rank() > 1 => (By::Columns, last, last),
+                    (Some(UnitAxis::Last), _, Some(last)) if t.rank() > 1 => (By::Columns, last, last),
                     _ => whole,
                 },
             };
             let share = match (scope, clip.budget) {
-                (Scope::ExampleTensor, Budget::Uniform) => (1.0 / dims.len() as f64).sqrt(),
-                (Scope::ExampleTensor, Budget::Sized) if d.counted_len() > 0 => {
-                    (d.counted_len() as f64 / total as f64).sqrt()
+                (Scope::ExampleTensor, Budget::Uniform) => (1.0 / tensors.len() as f64).sqrt(),
+                (Scope::ExampleTensor, Budget::Sized) if t.counted_len() > 0 => {
+                    (t.counted_len() as f64 / total as f64).sqrt()
                 }
                 _ => 1.0,
             };
@@ -158,21 +154,21 @@ impl Segments {
                 0
             } else {
                 let first = found.count;
-                let elements = d.counted_len().checked_div(segments).unwrap_or(0);
+                let elements = t.counted_len().checked_div(segments).unwrap_or(0);
                 let indexed = by != By::Whole;
                 found.add(segments, elements, share, Some(i), indexed)?;
                 first
             };
             // A single row or column is the whole tensor.
             let by = match by {
-                By::Rows if columns == d.len => By::Whole,
+                By::Rows if columns == t.len => By::Whole,
                 By::Columns if columns <= 1 => By::Whole,
                 by => by,
             };
-            let columns = if by == By::Whole { d.len } else { columns };
+            let columns = if by == By::Whole { t.len } else { columns };
             found.layouts.push(Layout { by, columns, segment: first });
         }
-        if dims.is_empty() && scope == Scope::Global {
+        if tensors.is_empty() && scope == Scope::Global {
             // The norm of nothing is 0.
             found.add(1, 0, 1.0, None, false)?;
         }
@@ -265,18 +261,6 @@ impl Segments {
         };
         self.places().map(label).collect()
     }
-
-    /// What a report says of each segment; nothing under the scope `Global`, where the totals say it.
-    pub(crate) fn reports(&self, outcomes: &[Outcome]) -> Vec<SegmentReport> {
-        if let [Family { tensor: None, indexed: false, .. }] = self.families[..] {
-            return Vec::new();
-        }
-        let report = |((tensor, index), outcome): ((Option<usize>, Option<u64>), &Outcome)| {
-            let (norm, clip_coef, clipped) = (outcome.norm, outcome.clip_coef, outcome.clipped);
-            SegmentReport { tensor, index, norm, clip_coef, clipped }
-        };
-        self.places().zip(outcomes).map(report).collect()
-    }
 }
 
 /// That clips are such as can be, and that those which run together take the same decision about non-finite gradients.
@@ -294,43 +278,40 @@ pub(crate) fn check_groups<'a>(mut clips: impl Iterator<Item = &'a Clip> + Clone
     }
 }
 
-/// That every gradient comes with its parameter, if the clip needs them: given the gradient's shape and name, and the
-/// parameter's.
+/// That a gradient comes with its parameter, if the clip needs them.
 ///
 /// # Errors
-/// [`Error::Parameter`], which names the gradient.
-pub(crate) fn check_parameter(
-    label: impl Fn() -> String,
-    gradient: (Dims<'_>, Option<&str>),
-    parameter: Option<(Dims<'_>, Option<&str>)>,
-) -> Result<(), Error> {
-    let reason = match (gradient, parameter) {
+/// [`Error::Tensor`], which names the gradient, number `i`.
+pub(crate) fn check_parameter(i: usize, gradient: Spec<'_>, parameter: Option<Spec<'_>>) -> Result<(), Error> {
+    let reason = match (gradient.name, parameter) {
         (_, None) => "adaptive gradient clipping needs its parameter; give it with parameter(..)".into(),
-        ((dims, _), Some((other, _))) if !dims.same_as(other) => {
-            format!("its shape is {dims}, but that of its parameter is {other}")
+        (_, Some(other)) if !gradient.has_shape_of(other) => {
+            format!("its shape is {}, but that of its parameter is {}", gradient.shape_text(), other.shape_text())
         }
-        ((_, Some(name)), Some((_, Some(other)))) if name != other => {
+        (Some(name), Some(Spec { name: Some(other), .. })) if name != other => {
             format!("it was given the parameter of {other:?}")
         }
         _ => return Ok(()),
     };
-    Err(Error::Parameter { tensor: label(), reason })
+    Err(Error::Tensor { tensor: tensor_label(gradient.name, i), reason })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Dtype;
 
-    fn dims<'a>(shapes: &[&'a [usize]]) -> Vec<Dims<'a>> {
-        shapes
-            .iter()
-            .map(|s| Dims { shape: Some(s), unit_axis: None, len: s.iter().product::<usize>() as u64, counted: true })
-            .collect()
+    fn specs<'a>(shapes: &[&'a [usize]]) -> Vec<Spec<'a>> {
+        let spec = |shape: &&'a [usize]| {
+            let len = shape.iter().product::<usize>() as u64;
+            Spec { shape: Some(shape), ..Spec::new(Dtype::F32, len) }
+        };
+        shapes.iter().map(spec).collect()
     }
 
     fn segments(scope: Scope, shapes: &[&[usize]]) -> Segments {
         let clip = Clip::norm(2.0).scope(scope);
-        Segments::new(&clip, &dims(shapes), |_| None).expect("valid")
+        Segments::new(&clip, &specs(shapes)).expect("valid")
     }
 
     #[test]
@@ -339,10 +320,10 @@ mod tests {
         let all = |scope, axis: Option<UnitAxis>| {
             let mut clip = Clip::norm(1.0).scope(scope);
             clip.unit_axis = axis;
-            let found = Segments::new(&clip, &dims(&shapes), |_| None).expect("valid");
+            let found = Segments::new(&clip, &specs(&shapes)).expect("valid");
             let of =
-                |(layout, dims): (&Layout, Dims<'_>)| (0..dims.len).map(|i| layout.segment_of(i)).collect::<Vec<_>>();
-            let each: Vec<_> = found.layouts.iter().zip(dims(&shapes)).map(of).collect();
+                |(layout, spec): (&Layout, Spec<'_>)| (0..spec.len).map(|i| layout.segment_of(i)).collect::<Vec<_>>();
+            let each: Vec<_> = found.layouts.iter().zip(specs(&shapes)).map(of).collect();
             (each, found.families().map(|f| f.elements).collect::<Vec<_>>())
         };
         assert_eq!(all(Scope::Global, None), (vec![vec![0; 6], vec![0; 2], vec![0; 8]], vec![16]));
@@ -360,12 +341,12 @@ mod tests {
     #[test]
     fn a_tensor_may_choose_its_own_units() {
         let shapes: [&[usize]; 3] = [&[2, 3], &[2, 3], &[3]];
-        let mut dims = dims(&shapes);
-        (dims[0].unit_axis, dims[2].unit_axis) = (Some(UnitAxis::Last), Some(UnitAxis::Last));
+        let mut specs = specs(&shapes);
+        (specs[0].unit_axis, specs[2].unit_axis) = (Some(UnitAxis::Last), Some(UnitAxis::Last));
         let of = |scope| {
             let mut clip = Clip::norm(1.0).scope(scope);
             clip.unit_axis = (scope == Scope::Unit).then_some(UnitAxis::First);
-            let found = Segments::new(&clip, &dims, |_| None).expect("valid");
+            let found = Segments::new(&clip, &specs).expect("valid");
             found.layouts.iter().map(|layout| layout.by).collect::<Vec<_>>()
         };
         assert_eq!(of(Scope::Unit), [By::Columns, By::Rows, By::Whole]);
@@ -377,7 +358,7 @@ mod tests {
         let shapes: [&[usize]; 2] = [&[2, 3], &[2, 9]];
         let thresholds = |budget| {
             let clip = Clip::norm(2.0).scope(Scope::ExampleTensor).budget(budget);
-            let found = Segments::new(&clip, &dims(&shapes), |_| None).expect("valid");
+            let found = Segments::new(&clip, &specs(&shapes)).expect("valid");
             found.max_norms(&clip, &[], &[])
         };
         assert_eq!(thresholds(Budget::Each), [2.0; 4]);

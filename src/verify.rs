@@ -128,7 +128,7 @@ async fn verified(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Resu
         elements: 0,
     };
     for (i, ((cpu, gpu), tensor)) in on_cpu.iter().zip(&on_gpu).zip(tensors).enumerate() {
-        let tolerance = tolerance(tensor.dtype, coef_tolerance);
+        let tolerance = tolerance(tensor.dtype(), coef_tolerance);
         if !verification.tolerated.contains(&tolerance) {
             verification.tolerated.push(tolerance);
         }
@@ -146,10 +146,7 @@ fn compare_decisions(cpu: (f64, f64, bool), gpu: (f64, f64, bool), tolerance: f6
 }
 
 fn views<'a>(copies: &'a mut [Vec<u8>], tensors: &[Tensor<'a>]) -> Vec<TensorMut<'a>> {
-    let view = |(data, t): (&'a mut Vec<u8>, &Tensor<'a>)| {
-        let Tensor { name, dtype, shape, unit_axis, counted, parameter, .. } = *t;
-        TensorMut { name, dtype, data, shape, unit_axis, counted, parameter }
-    };
+    let view = |(data, t): (&'a mut Vec<u8>, &Tensor<'a>)| TensorMut { spec: t.spec, data, parameter: t.parameter };
     copies.iter_mut().zip(tensors).map(view).collect()
 }
 
@@ -192,20 +189,20 @@ fn tolerance(dtype: Dtype, coefficient: f64) -> Tolerance {
 }
 
 fn compare(v: &mut Verification, tolerance: Tolerance, (i, tensor): (usize, &Tensor<'_>), cpu: &[u8], gpu: &[u8]) {
-    let size = tensor.dtype.size();
+    let size = tensor.dtype().size();
     for (index, (cpu, gpu)) in cpu.chunks_exact(size).zip(gpu.chunks_exact(size)).enumerate() {
         if cpu == gpu {
             continue;
         }
-        let (a, b) = (value(tensor.dtype, cpu), value(tensor.dtype, gpu));
+        let (a, b) = (value(tensor.dtype(), cpu), value(tensor.dtype(), gpu));
         if a.is_nan() && b.is_nan() {
             continue;
         }
-        let ulps = position(tensor.dtype, cpu).abs_diff(position(tensor.dtype, gpu));
+        let ulps = position(tensor.dtype(), cpu).abs_diff(position(tensor.dtype(), gpu));
         let ulps = if a.is_nan() || b.is_nan() { u64::MAX } else { ulps };
         v.worst_ulps = v.worst_ulps.max(ulps);
         if ulps > tolerance.ulps && v.first_mismatch.is_none() {
-            let name = tensor.name.map(str::to_owned);
+            let name = tensor.name().map(str::to_owned);
             v.first_mismatch = Some(Mismatch { tensor: i, name, index: index as u64, cpu: a, gpu: b, ulps });
         }
     }

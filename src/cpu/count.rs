@@ -6,11 +6,23 @@ use super::element::{Bits, Widen, elements};
 use super::isa::{Isa, Kernel, run};
 use super::pool::in_parallel;
 use super::tuning::{BLOCK, CHUNK};
-use super::with_element;
+use crate::Tensor;
+use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
-use crate::{Tensor, TensorCounts};
 
-/// What was counted.
+/// What a tensor holds beside ordinary numbers: [`Tensor::counts`](crate::Tensor::counts).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TensorCounts {
+    /// How many elements are 0 or -0.
+    pub zeros: u64,
+    /// How many are NaN or infinite.
+    pub non_finite: u64,
+    /// Where the first of these is.
+    pub first_non_finite: Option<u64>,
+}
+
+/// What was counted in a chunk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
     zeros: u64,
@@ -26,19 +38,27 @@ impl Counts {
     }
 }
 
-/// Of a whole tensor, in parallel.
-pub(crate) fn counts(tensor: &Tensor<'_>) -> TensorCounts {
-    let mut counts = vec![Counts::default(); tensor.len().div_ceil(CHUNK)];
-    let pieces = counts.len();
-    let chunks = tensor.data.chunks(CHUNK * tensor.dtype.size()).zip(&mut counts);
-    in_parallel(chunks, pieces, tensor.data.len(), |(chunk, counts)| {
-        with_element!(tensor.dtype, T => *counts = count::<T>(chunk));
-    });
-    counts.iter().enumerate().fold(TensorCounts::default(), |all, (i, chunk)| TensorCounts {
-        zeros: all.zeros + chunk.zeros,
-        non_finite: all.non_finite + chunk.non_finite,
-        first_non_finite: all.first_non_finite.or(chunk.first.map(|k| (i * CHUNK + k) as u64)),
-    })
+impl Tensor<'_> {
+    /// Counts what is zero and what is not finite, in one sweep on rayon's current pool.
+    ///
+    /// ```
+    /// let counts = gradclip::Tensor::new(&[0.0f32, 1.0, f32::NAN, -0.0]).counts();
+    /// assert_eq!((counts.zeros, counts.non_finite, counts.first_non_finite), (2, 1, Some(2)));
+    /// ```
+    #[must_use]
+    pub fn counts(&self) -> TensorCounts {
+        let mut counts = vec![Counts::default(); self.len().div_ceil(CHUNK)];
+        let pieces = counts.len();
+        let chunks = self.data.chunks(CHUNK * self.spec.dtype.size()).zip(&mut counts);
+        in_parallel(chunks, pieces, self.data.len(), |(chunk, counts)| {
+            with_element!(self.spec.dtype, T => *counts = count::<T>(chunk));
+        });
+        counts.iter().enumerate().fold(TensorCounts::default(), |all, (i, chunk)| TensorCounts {
+            zeros: all.zeros + chunk.zeros,
+            non_finite: all.non_finite + chunk.non_finite,
+            first_non_finite: all.first_non_finite.or(chunk.first.map(|k| (i * CHUNK + k) as u64)),
+        })
+    }
 }
 
 pub(super) fn count<T: Widen>(data: &[u8]) -> Counts {

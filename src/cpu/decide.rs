@@ -4,14 +4,15 @@ use super::pool::in_parallel;
 use super::task::merged;
 use super::tuning::COLUMNS;
 use super::write::write;
-use super::{clamp, sum, with_element};
+use super::{clamp, sum};
 use crate::clip::{number, setting};
 use crate::context::{Context, Progress};
-use crate::error::tensor_label;
-use crate::partial::{Known, Outcome, Partial};
+use crate::decision::{Known, Outcome};
+use crate::dtype::with_element;
+use crate::partial::Partial;
 use crate::processes::{Part, Total, Turn, merge};
 use crate::segment::{Family, Segments, check_groups, check_parameter};
-use crate::tensor::check_summed;
+use crate::examples::check_sums;
 use crate::threshold::Threshold;
 use crate::wait::block_on;
 use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
@@ -42,7 +43,7 @@ impl Decision {
     /// Clips the tensors that it is about.
     fn apply(&self, tensors: &mut [TensorMut<'_>], progress: &Progress) -> ClipReport {
         let met = write(self, tensors, if self.read { None } else { Some(progress) });
-        self.report(&met, |i| tensors[i].name)
+        self.report(&met, |i| tensors[i].name())
     }
 }
 
@@ -98,7 +99,7 @@ fn decide_by(
         }
         segments.push(segments_of(clip, tensors)?);
     }
-    let name_of = |group: usize, tensor: usize| groups[group].1[tensor].name;
+    let name_of = |group: usize, tensor: usize| groups[group].1[tensor].name();
     if let (Some(threshold), [segments]) = (&mut threshold, &segments[..]) {
         threshold.bind(&segments.labels(|tensor| name_of(0, tensor)))?;
     }
@@ -137,7 +138,7 @@ pub(crate) fn sum_examples(
     context: Context<'_>,
 ) -> Result<ClipReport, Error> {
     let turn = Turn::begin(context.processes);
-    check_summed(clip, tensors, sums)?;
+    check_sums(clip, tensors.iter().map(|t| t.spec), sums.iter().map(|s| s.spec))?;
     let Decision { segments, outcomes, report, .. } = measured(clip, tensors, turn, context.progress)?;
     if report.has_non_finite() && clip.refuses_non_finite() {
         return Ok(report);
@@ -148,10 +149,10 @@ pub(crate) fn sum_examples(
         let columns = usize::try_from(layout.columns).unwrap_or(usize::MAX);
         let rows = tensor.len().checked_div(columns).unwrap_or(0);
         let outcomes = &outcomes[layout.segment as usize..][..rows];
-        let tile = COLUMNS * sum.dtype.size();
+        let tile = COLUMNS * sum.dtype().size();
         let (pieces, tiles) = (sum.data.len().div_ceil(tile), sum.data.chunks_mut(tile).enumerate());
         let task = |(i, sums): (usize, &mut [u8])| {
-            with_element!(tensor.dtype, T => sum::sum::<T>(outcomes, drop, tensor.data, columns, i * COLUMNS, sums));
+            with_element!(tensor.dtype(), T => sum::sum::<T>(outcomes, drop, tensor.data, columns, i * COLUMNS, sums));
         };
         in_parallel(tiles, pieces, tensor.data.len(), task);
     }
@@ -168,12 +169,11 @@ pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
 }
 
 pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segments, Error> {
-    let dims: Vec<_> = tensors.iter().map(Tensor::dims).collect();
-    let segments = Segments::new(clip, &dims, |i| tensors[i].name)?;
+    let specs: Vec<_> = tensors.iter().map(|t| t.spec).collect();
+    let segments = Segments::new(clip, &specs)?;
     if clip.needs_parameters() {
         for (i, t) in tensors.iter().enumerate() {
-            let parameter = t.parameter.map(|p| (p.dims(), p.name));
-            check_parameter(|| tensor_label(t.name, i), (t.dims(), t.name), parameter)?;
+            check_parameter(i, t.spec, t.parameter.map(|p| p.spec))?;
         }
     }
     Ok(segments)
@@ -190,7 +190,7 @@ fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Pro
     });
     let mut part = Part::new(clip, segments.clone(), partials);
     if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
-        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.counted))).collect();
+        let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.spec.counted))).collect();
         part.parameters = merged(&of, segments, |task, slots| task.norm(norm_type, slots));
     }
     part

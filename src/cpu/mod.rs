@@ -3,7 +3,7 @@
 //! ```text
 //! partials = for each task of each tensor, in parallel: norm             cpu/norm.rs, cpu/columns.rs
 //! segments = partials merged from first to last                          partial.rs
-//! outcomes = the coefficients that follow                                partial.rs
+//! outcomes = the coefficients that follow                                decision.rs
 //! for each chunk of each tensor, in parallel: scale or clamp             cpu/scale.rs, cpu/clamp.rs
 //! ```
 //!
@@ -21,7 +21,7 @@ mod element;
 mod isa;
 mod map;
 mod norm;
-// Lends borrowed work to threads of the pool, with the proof that they give it back in time.
+// Hands borrowed work to threads of the pool, with the proof that it outlives them.
 #[allow(unsafe_code)]
 pub(crate) mod pool;
 mod power;
@@ -33,29 +33,3 @@ mod terms;
 mod tests;
 mod tuning;
 pub(crate) mod write;
-
-/// Calls `$body` with `$T` standing for the Rust type of `$dtype`.
-macro_rules! with_element {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            $crate::Dtype::F32 => {
-                type $T = f32;
-                $body
-            }
-            $crate::Dtype::F64 => {
-                type $T = f64;
-                $body
-            }
-            $crate::Dtype::F16 => {
-                type $T = half::f16;
-                $body
-            }
-            $crate::Dtype::BF16 => {
-                type $T = half::bf16;
-                $body
-            }
-        }
-    };
-}
-
-use with_element;

@@ -44,31 +44,31 @@ pub(crate) fn in_parallel<W: Send>(
 /// Runs `work` on this thread, and on up to so many others of the pool as come before it returns here. Returns when all of
 /// them have; if it panics in one, so does this.
 fn with_helpers(helpers: usize, work: &(dyn Fn() + Sync)) {
-    // Shuts the door when it is dropped: however this function ends, no helper is inside any more then.
-    let host = Host(Arc::new(Door::default()));
+    // Closes the latch when it is dropped: however this function ends, no helper runs any more then.
+    let latch = CloseOnDrop(Arc::new(Latch::default()));
     for _ in 0..helpers {
-        let (door, lent) = (Arc::clone(&host.0), Lent::new(work));
+        let (latch, work) = (Arc::clone(&latch.0), WorkPointer::new(work));
         rayon::spawn(move || {
-            if door.enter() {
-                // SAFETY: The work must be there until it returns: `host` was made before the first helper was called, and
-                // is dropped, which waits for this helper to `leave`, before `with_helpers` returns or unwinds.
-                door.leave(catch_unwind(AssertUnwindSafe(|| unsafe { lent.run() })).err());
+            if latch.enter() {
+                // SAFETY: The work must be there until it returns: the `CloseOnDrop` was made before the first helper was
+                // called, and is dropped, which waits for this helper to `leave`, before `with_helpers` returns or unwinds.
+                latch.leave(catch_unwind(AssertUnwindSafe(|| unsafe { work.run() })).err());
             }
         });
     }
     work();
-    if let Some(panic) = host.0.shut() {
+    if let Some(panic) = latch.0.close() {
         resume_unwind(panic);
     }
 }
 
 /// Work that may be gone: a pointer, because a reference must not even exist then.
-struct Lent(*const (dyn Fn() + Sync));
+struct WorkPointer(*const (dyn Fn() + Sync));
 
 // SAFETY: What it points to is `Sync`: other threads may use it through a shared reference, and `run` does nothing else.
-unsafe impl Send for Lent {}
+unsafe impl Send for WorkPointer {}
 
-impl Lent {
+impl WorkPointer {
     fn new(work: &(dyn Fn() + Sync)) -> Self {
         // SAFETY: Both types are pointers of the same kind, and only the lifetime that is named differs; that it is over is
         // `run`'s obligation.
@@ -83,57 +83,56 @@ impl Lent {
     }
 }
 
-/// Who is at work.
+/// Counts the helpers that run, until it is closed: then none can begin.
 #[derive(Default)]
-struct Door {
-    inside: Mutex<Inside>,
+struct Latch {
+    state: Mutex<State>,
     left: Condvar,
 }
 
 #[derive(Default)]
-struct Inside {
-    shut: bool,
-    helpers: usize,
+struct State {
+    closed: bool,
+    running: usize,
     /// What the first helper that panicked said.
     panic: Option<Box<dyn Any + Send>>,
 }
 
-impl Door {
-    fn inside(&self) -> MutexGuard<'_, Inside> {
-        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+impl Latch {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// False if it is shut.
+    /// False if it is closed.
     fn enter(&self) -> bool {
-        let mut inside = self.inside();
-        inside.helpers += usize::from(!inside.shut);
-        !inside.shut
+        let mut state = self.state();
+        state.running += usize::from(!state.closed);
+        !state.closed
     }
 
     fn leave(&self, panic: Option<Box<dyn Any + Send>>) {
-        let mut inside = self.inside();
-        inside.helpers -= 1;
-        inside.panic = inside.panic.take().or(panic);
+        let mut state = self.state();
+        state.running -= 1;
+        state.panic = state.panic.take().or(panic);
         self.left.notify_all();
     }
 
-    /// Lets none in any more, and waits for those inside.
-    fn shut(&self) -> Option<Box<dyn Any + Send>> {
-        let mut inside = self.inside();
-        inside.shut = true;
-        while inside.helpers > 0 {
-            inside = self.left.wait(inside).unwrap_or_else(PoisonError::into_inner);
+    /// Closes it, and waits for the helpers that run.
+    fn close(&self) -> Option<Box<dyn Any + Send>> {
+        let mut state = self.state();
+        state.closed = true;
+        while state.running > 0 {
+            state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        inside.panic.take()
+        state.panic.take()
     }
 }
 
-/// Shuts the door behind itself.
-struct Host(Arc<Door>);
+struct CloseOnDrop(Arc<Latch>);
 
-impl Drop for Host {
+impl Drop for CloseOnDrop {
     fn drop(&mut self) {
-        self.0.shut();
+        self.0.close();
     }
 }
 
@@ -223,7 +222,7 @@ mod tests {
 
     /// The only thread of the pool comes to help itself after the work is gone.
     #[test]
-    fn who_comes_late_finds_the_door_shut() {
+    fn a_late_helper_finds_the_latch_closed() {
         let pool = pool(1);
         pool.install(|| {
             let times = AtomicUsize::new(0);

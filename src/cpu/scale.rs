@@ -6,7 +6,7 @@ use super::element::{Wide, Widen, load, update_groups};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{Map, Product, write_exact_products};
 use super::tuning::BLOCK;
-use crate::partial::{Action, Outcome};
+use crate::decision::{Action, Outcome};
 use crate::segment::{By, Layout};
 
 /// Scales the elements of a chunk, of which the first is number `first` of its tensor. `outcomes` are the tensor's.

@@ -7,7 +7,7 @@ use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{Map, Product, Same, write_exact_products};
 use super::tuning::COLUMNS;
 use crate::Dtype;
-use crate::partial::{Action, Outcome};
+use crate::decision::{Action, Outcome};
 
 /// Writes the sums over the rows of `data` of the columns from `left` on, each element multiplied by its row's factor.
 /// Products are rounded as a clip would round them in the type that is computed in, and summed in float64. `sums` holds

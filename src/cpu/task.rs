@@ -2,7 +2,8 @@
 
 use super::pool::in_parallel;
 use super::tuning::{CHUNK, COLUMNS};
-use super::{columns, norm, with_element};
+use super::{columns, norm};
+use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
 use crate::segment::{By, Segments};
 use crate::{Dtype, NormType, Tensor};
@@ -60,12 +61,13 @@ impl Task<'_> {
 /// Cuts what norms count into tasks, segment by segment within each tensor.
 fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
     let mut tasks = Vec::new();
-    for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate().filter(|(_, (t, _))| t.counted) {
-        let (size, all) = (t.dtype.size(), t.len());
+    let counted = |(_, (t, _)): &(usize, (&Tensor<'a>, _))| t.spec.counted;
+    for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate().filter(counted) {
+        let (dtype, size, all) = (t.dtype(), t.dtype().size(), t.len());
         let mut add = |first: usize, len: usize, shape, segment: usize| {
             let at = Location { tensor, index: first as u64 };
             let data = &t.data[first * size..(first + len) * size];
-            tasks.push(Task { at, dtype: t.dtype, data, shape, segment: layout.segment + segment as u32 });
+            tasks.push(Task { at, dtype, data, shape, segment: layout.segment + segment as u32 });
         };
         // No layout has longer rows than the tensor is long.
         let columns = layout.columns as usize;

@@ -6,9 +6,11 @@ use std::sync::{Mutex, PoisonError};
 use super::decide::Decision;
 use super::pool::in_parallel;
 use super::tuning::CHUNK;
-use super::{clamp, scale, with_element};
+use super::{clamp, scale};
 use crate::context::Progress;
-use crate::partial::{Action, Location, Outcome, Partial};
+use crate::decision::{Action, Outcome};
+use crate::dtype::with_element;
+use crate::partial::{Location, Partial};
 use crate::segment::Layout;
 use crate::{Clip, Dtype, NonFinite, TensorMut};
 
@@ -19,7 +21,7 @@ pub(super) fn write(decision: &Decision, tensors: &mut [TensorMut<'_>], progress
     let work = tensors.iter_mut().zip(&segments.layouts).enumerate().flat_map(|(i, (tensor, layout))| {
         let own = layout.own(outcomes, tensor.len() as u64);
         let written = own.iter().any(|o| o.action != Action::Leave);
-        let (layout, counted) = (layout.numbered_from_zero(), tensor.counted);
+        let (layout, counted) = (layout.numbered_from_zero(), tensor.spec.counted);
         chunks(i, tensor).filter(move |_| written).map(move |chunk| (chunk, (layout, own), counted))
     });
     let (total, panicked) = (Mutex::new(Partial::EMPTY), Mutex::new(None));
@@ -44,7 +46,7 @@ pub(super) fn write(decision: &Decision, tensors: &mut [TensorMut<'_>], progress
 
 /// What is handed out of tensor number `tensor`: where it begins, and its bytes.
 fn chunks<'t>(tensor: usize, t: &'t mut TensorMut<'_>) -> impl Iterator<Item = (Location, Dtype, &'t mut [u8])> {
-    let dtype = t.dtype;
+    let dtype = t.dtype();
     let chunks = t.data.chunks_mut(CHUNK * dtype.size()).enumerate();
     chunks.map(move |(i, data)| (Location { tensor, index: (i * CHUNK) as u64 }, dtype, data))
 }

@@ -18,7 +18,7 @@ use super::threshold::StateRow;
 use crate::clip::Mode;
 use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
 use crate::segment::Segments;
-use crate::tensor::GpuTensor;
+use super::tensor::GpuTensor;
 use crate::{Clip, ClipReport, Error, Scope, Waiting};
 
 /// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
@@ -99,7 +99,7 @@ impl GpuClipper {
         };
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let partial = self.device.filled("gradclip accumulator", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
-        let group = Group::new(clip, Segments::new(clip, &[], |_| None)?, Vec::new());
+        let group = Group::new(clip, Segments::new(clip, &[])?, Vec::new());
         let groups = std::slice::from_ref(&group);
         let memory = Memory::new(&self.device, groups, 1, &[StateRow::zeroed()], Kept::Nothing)?;
         let params = Params::new(&group, &group.clip, 0, None);
@@ -133,7 +133,7 @@ impl GpuNormAccumulator {
         let plan = GpuPlan::new(&self.gpu, gathered)?;
         let moved = |origin: &Origin| Origin { tensor: origin.tensor + first_tensor, ..*origin };
         sets.origins.extend(plan.built.origins.iter().map(moved));
-        sets.names.extend(tensors.iter().map(|t| t.name.clone()));
+        sets.names.extend(tensors.iter().map(|t| t.spec.name.clone()));
         sets.elements += plan.built.groups.iter().map(|group| group.segments.elements()).sum::<u64>();
         Ok(GpuAccumulatorPlan { plan, is_merged: self.is_merged.clone() })
     }

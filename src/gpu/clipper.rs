@@ -67,8 +67,8 @@ impl GpuClipper {
     fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
         let (limits, features) = (device.device.limits(), device.device.features());
         let need = |limit, have: u64, need: u64| {
-            let too_low = || Err(Error::Limit(format!("{limit} is {have}; gradclip needs at least {need}")));
-            if have < need { too_low() } else { Ok(()) }
+            let reason = || format!("the device's limit {limit} is {have}; gradclip needs at least {need}");
+            if have < need { Err(Error::Limit(reason())) } else { Ok(()) }
         };
         let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
         need("max_compute_invocations_per_workgroup", invocations.into(), tuning::SMALLEST_WORKGROUP.into())?;

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use super::kernels::Norm;
 use super::params::POWERS;
 use super::table::Piece;
+use super::tensor::GpuTensor;
 use super::threshold::DeviceThreshold;
 use crate::error::tensor_label;
 use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
-use crate::tensor::GpuTensor;
-use crate::tensor::check_sums;
+use crate::examples::check_sums;
 use crate::{Clip, Dtype, Error};
 
 /// What a plan does.
@@ -128,19 +128,18 @@ impl Gathered {
                 buffers.push(t.buffer.clone());
                 buffers.len() - 1
             });
-            Piece { buffer, dtype: t.dtype, start: t.start, len: t.len(), tensor, first_element: 0, layout }
+            Piece { buffer, dtype: t.spec.dtype, start: t.start, len: t.spec.len, tensor, first_element: 0, layout }
         };
         let mut gathered = Vec::new();
         for (clip, tensors) in groups {
-            let dims: Vec<_> = tensors.iter().map(GpuTensor::dims).collect();
-            let segments = Segments::new(clip, &dims, |i| tensors[i].name.as_deref())?;
-            let described = tensors.iter().map(|t| (t.name.clone(), t.counted)).collect();
+            let specs: Vec<_> = tensors.iter().map(GpuTensor::spec).collect();
+            let segments = Segments::new(clip, &specs)?;
+            let described = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.counted)).collect();
             let mut group = Group { given: matches!(job, Job::Scale(_)), ..Group::new(clip, segments, described) };
             for (i, (t, layout)) in tensors.iter().zip(&group.segments.layouts).enumerate() {
                 if clip.needs_parameters() {
                     let parameter = t.parameter.as_deref();
-                    let of = parameter.map(|p| (p.dims(), p.name.as_deref()));
-                    check_parameter(|| tensor_label(t.name.as_deref(), i), (t.dims(), t.name.as_deref()), of)?;
+                    check_parameter(i, t.spec(), parameter.map(GpuTensor::spec))?;
                     group.parameters.extend(parameter.map(|p| piece(p, i, *layout)));
                 }
                 group.pieces.push(piece(t, i, *layout));
@@ -151,8 +150,8 @@ impl Gathered {
         let job_pieces = match &job {
             Job::Scale(norms) => {
                 let expected = u64::from(gathered[0].segments.count);
-                if norms.len() != expected {
-                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
+                if norms.spec.len != expected {
+                    return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.spec.len)));
                 }
                 // Behind all tensors, so that what is not finite of it is told as such.
                 vec![piece(norms, gathered[0].names.len(), one)]
@@ -173,7 +172,7 @@ impl Gathered {
         let mut pieces: Vec<_> = self.groups.iter().flat_map(of_group).collect();
         match &self.job {
             Job::Measure => return Ok(()),
-            Job::Sum(sums) => pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.name.clone()))),
+            Job::Sum(sums) => pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.spec.name.clone()))),
             _ => {}
         }
         pieces.retain(|(piece, _)| piece.len > 0);
@@ -198,13 +197,9 @@ fn check_job(groups: &[(Clip, &[GpuTensor])], job: &Job) -> Result<(), Error> {
     match job {
         Job::Scale(norms) => {
             clip.check_adaptive()?;
-            if norms.dtype == Dtype::F32 { Ok(()) } else { Err(Error::usage("norms from outside must be float32")) }
+            if norms.spec.dtype == Dtype::F32 { Ok(()) } else { Err(Error::usage("norms from outside must be float32")) }
         }
-        Job::Sum(sums) => {
-            clip.check_examples()?;
-            let given: Vec<_> = sums.iter().map(|sum| (sum.dtype, sum.len())).collect();
-            check_sums(tensors.iter().map(|t| (t.dims(), t.dtype, t.name.as_deref())), &given)
-        }
+        Job::Sum(sums) => check_sums(clip, tensors.iter().map(GpuTensor::spec), sums.iter().map(GpuTensor::spec)),
         _ => Ok(()),
     }
 }

@@ -26,16 +26,18 @@ use super::dispatch::Phase;
 use super::gather::{Gathered, Group, Job};
 use super::plan::GpuPlan;
 use super::table::{Piece, dtype_code};
+use super::tensor::GpuTensor;
 use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BUFFERS, STAGING_BYTES};
 use crate::context::{Context, Progress};
 use crate::cpu::decide::{segments_of, views};
 use crate::cpu::pool::in_parallel;
 use crate::cpu::write::write_piece;
 use crate::error::tensor_label;
-use crate::partial::{Location, Outcome};
+use crate::decision::Outcome;
+use crate::examples::check_sums;
+use crate::partial::Location;
 use crate::processes::{Turn, merge};
 use crate::segment::{Layout, check_groups};
-use crate::tensor::{GpuTensor, check_summed};
 use crate::threshold::Threshold;
 use crate::{Clip, ClipReport, Error, Tensor, TensorMut, Waiting};
 
@@ -233,7 +235,7 @@ impl GpuClipper {
         context: Context<'_>,
     ) -> Result<ClipReport, Error> {
         let turn = Turn::begin(context.processes);
-        check_summed(clip, tensors, sums)?;
+        check_sums(clip, tensors.iter().map(|t| t.spec), sums.iter().map(|s| s.spec))?;
         let mut into = Vec::new();
         for sum in sums.iter() {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
@@ -296,7 +298,7 @@ impl<'a> Passage<'a> {
             parts.push(Group::new(
                 clip,
                 segments,
-                tensors.iter().map(|t| (t.name.map(Arc::from), t.counted)).collect(),
+                tensors.iter().map(|t| (t.name().map(Arc::from), t.spec.counted)).collect(),
             ));
             owners.extend((0..tensors.len()).map(|tensor| Owner { group, tensor, is_parameter: false }));
         }
@@ -305,8 +307,8 @@ impl<'a> Passage<'a> {
         }
         let all = of_all(groups);
         for (t, owner) in all.iter().zip(&owners) {
-            if dtype_code(t.dtype).is_none() {
-                return Err(Error::UnsupportedDtype { tensor: tensor_label(t.name, owner.tensor), dtype: t.dtype });
+            if dtype_code(t.dtype()).is_none() {
+                return Err(Error::UnsupportedDtype { tensor: tensor_label(t.name(), owner.tensor), dtype: t.dtype() });
             }
         }
         let (longest, most) = gpu.room();
@@ -315,7 +317,7 @@ impl<'a> Passage<'a> {
         for (buffer, load) in loads.iter().enumerate() {
             for run in &load.runs {
                 let Owner { group, tensor, is_parameter } = owners[run.tensor];
-                let (of, dtype) = (&mut parts[group], all[run.tensor].dtype);
+                let (of, dtype) = (&mut parts[group], all[run.tensor].dtype());
                 let elements = |bytes: usize| (bytes / dtype.size()) as u64;
                 let piece = Piece {
                     buffer,
@@ -339,7 +341,7 @@ impl<'a> Passage<'a> {
         let mut job_pieces = Vec::new();
         if let Job::Sum(sums) = &job {
             for (tensor, (sum, layout)) in sums.iter().zip(&parts[0].segments.layouts).enumerate() {
-                let (buffer, dtype, len) = (bound.len(), sum.dtype, sum.len());
+                let (buffer, dtype, len) = (bound.len(), sum.spec.dtype, sum.spec.len);
                 job_pieces.push(Piece { buffer, dtype, start: 0, len, tensor, first_element: 0, layout: *layout });
                 bound.push(sum.buffer.clone());
             }
@@ -589,7 +591,7 @@ impl WriteBack<'_, '_> {
         if is_parameter {
             return false;
         }
-        let size = self.tensors[run.tensor].dtype.size();
+        let size = self.tensors[run.tensor].dtype().size();
         let elements = (run.bytes.start / size) as u64..(run.bytes.end / size) as u64;
         !self.layouts[group][tensor].leaves(&self.outcomes[group], elements)
     }
@@ -611,7 +613,7 @@ impl WriteBack<'_, '_> {
     fn finish(&mut self) {
         self.begun = false;
         let due: Vec<_> = self.due.drain(..).flatten().collect();
-        let mut tensors: Vec<_> = self.tensors.iter_mut().map(|t| (t.dtype, t.len() as u64, &mut *t.data)).collect();
+        let mut tensors: Vec<_> = self.tensors.iter_mut().map(|t| (t.dtype(), t.len() as u64, &mut *t.data)).collect();
         for run in due {
             let Owner { group, tensor, .. } = self.owners[run.tensor];
             let (dtype, len, data) = &mut tensors[run.tensor];

@@ -53,6 +53,7 @@ mod profile;
 mod readback;
 mod schedule;
 mod table;
+mod tensor;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod tests;
 mod threshold;
@@ -64,9 +65,8 @@ pub use device::adapters;
 pub use options::PlanOptions;
 pub use plan::GpuPlan;
 pub use profile::{Clock, Pass, Profile, Speed, Speeds};
+pub use tensor::GpuTensor;
 pub use threshold::DeviceThreshold;
-
-pub use crate::tensor::GpuTensor;
 
 /// Everything public may be sent to and used from any thread.
 #[cfg(not(target_arch = "wasm32"))]

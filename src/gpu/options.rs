@@ -3,7 +3,7 @@
 use super::gather::Job;
 use super::threshold::DeviceThreshold;
 use crate::Error;
-use crate::tensor::GpuTensor;
+use super::tensor::GpuTensor;
 
 /// What a plan does beside clipping as its description says: for [`GpuClipper::plan_with`](super::GpuClipper::plan_with).
 ///

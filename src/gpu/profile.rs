@@ -15,7 +15,7 @@ use super::kernels::{Access, Constants, Kernel, Shape, module};
 use super::plan::GpuPlan;
 use super::table::Piece;
 use super::tuning::{SPEED_RUNS, Sweep};
-use crate::partial::Action;
+use crate::decision::Action;
 use crate::{ClipReport, Error, Waiting};
 
 /// What one step of a [`GpuPlan`] cost.
@@ -179,7 +179,7 @@ impl GpuPlan {
         });
         let sums = any(|k| matches!(k, Kernel::Sum { .. }));
         let sums_bytes =
-            if let Job::Sum(into) = &self.built.job { into.iter().map(|sum| 4 * sum.len()).sum() } else { 0 };
+            if let Job::Sum(into) = &self.built.job { into.iter().map(|sum| 4 * sum.spec.len).sum() } else { 0 };
         let of_group = |(group, report): (&Group, &ClipReport)| {
             let by_value = group.clip.measured().is_none();
             let changed = if wrote { group.changed(report) } else { 0 };

@@ -5,7 +5,8 @@ use bytemuck::{Pod, Zeroable};
 use super::number::Number;
 use super::table::{NOWHERE, Origin};
 use crate::Clip;
-use crate::partial::{Action, Location, Outcome, Partial};
+use crate::decision::{Action, Outcome};
+use crate::partial::{Location, Partial};
 
 /// The head of `Results`; its outcomes follow.
 #[repr(C)]

@@ -38,7 +38,7 @@ impl Schedule {
     /// Tells the groups where in the plan they are.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if the device cannot bind or number what the plan needs.
+    /// [`Error::Limit`] if the device cannot bind or number what the plan needs.
     pub(super) fn new(gpu: &GpuClipper, gathered: &mut Gathered) -> Result<Self, Error> {
         let Gathered { groups, job, job_pieces, in_turn, .. } = gathered;
         let device_limits = gpu.device.device.limits();

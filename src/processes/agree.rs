@@ -3,19 +3,19 @@
 use std::collections::BTreeMap;
 
 use super::ProcessGroup;
-use super::exchange::{Call, Kind, Turn};
+use super::exchange::{Kind, Operation, Turn};
 use super::rows::{join, split};
 use crate::error::tensor_label;
 use crate::wait::block_on;
 use crate::{Error, Tensor};
 
-/// Waits until every rank of the group has come here, and tells whether all is well with each: where one says `false`, each
-/// gets an error, that one as well. For what is to be done by all or by none, such as putting written files in place.
+/// Waits until every rank of the group has called this, and fails on each if `ok` is `false` on any. For what is to be done by
+/// all or by none, such as putting written files in place.
 ///
 /// # Errors
-/// [`Error::PeerFailed`] with the first rank that said `false`; [`Error::ProcessGroup`] if the others cannot be heard.
-pub fn agree(group: &dyn ProcessGroup, is_well: bool) -> Result<(), Error> {
-    let exchange = Turn::begin(group).exchange(Call::of(Kind::Agree), is_well, Vec::new(), |low, _| Some(low.to_vec()));
+/// [`Error::PeerFailed`] with the first rank where `ok` is `false`; [`Error::ProcessGroup`] if the others cannot be heard.
+pub fn agree(group: &dyn ProcessGroup, ok: bool) -> Result<(), Error> {
+    let exchange = Turn::begin(group).exchange(Operation::of(Kind::Agree), ok, Vec::new(), |low, _| Some(low.to_vec()));
     block_on(exchange.run()).map(|_| ())
 }
 
@@ -29,7 +29,7 @@ pub fn check_replicas(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Resul
     let mut own = Counts::new();
     for tensor in tensors {
         if let Some(name) = tensor.name() {
-            let of = Count { times: tensor.counted.into(), len: tensor.len() as u64, alike: true };
+            let of = Count { times: tensor.spec.counted.into(), len: tensor.len() as u64, alike: true };
             add(&mut own, name.as_bytes(), of);
         }
     }
@@ -38,7 +38,7 @@ pub fn check_replicas(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Resul
         from_bytes(high).into_iter().for_each(|(name, of)| add(&mut all, name, of));
         Some(to_bytes(&all))
     };
-    let exchange = Turn::begin(group).exchange(Call::of(Kind::Check), true, to_bytes(&own), merge);
+    let exchange = Turn::begin(group).exchange(Operation::of(Kind::Check), true, to_bytes(&own), merge);
     let all = block_on(exchange.run())?;
     for (name, Count { times, alike, .. }) in from_bytes(&all) {
         let reason = match (times, alike) {

@@ -1,9 +1,9 @@
-//! What ranks tell each other, and in which order it merges: recursive doubling.
+//! What ranks send each other, and in which order it merges: recursive doubling.
 //!
 //! With p the largest power of two among n ranks, the first 2 (n - p) ranks pair up, an even one taking in what its odd
 //! neighbour knows; p are left. In round i each of them trades all it knows with the one whose number among the p differs in
-//! bit i, and both merge the lower one's with the higher one's. After log2(p) rounds all p know the same, and the odd
-//! neighbours are told.
+//! bit i, and both merge the lower one's with the higher one's. After log2(p) rounds all p know the same, and send it to the
+//! odd neighbours.
 //!
 //! So whatever arrives first, everything merges along one tree, which the number of ranks alone decides, and every rank
 //! computes its root itself, from the same bits in the same order. A sum of n partials goes through ceil(log2 n) roundings.
@@ -21,15 +21,15 @@ use crate::wait::may_sleep;
 
 /// What ranks do together, which must be the same on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Call {
-    pub(crate) kind: Kind,
+pub(super) struct Operation {
+    pub(super) kind: Kind,
     /// A digest of all else that must be the same.
-    pub(crate) description: u64,
-    pub(crate) segments: u64,
+    pub(super) description: u64,
+    pub(super) segments: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(super) enum Kind {
     Merge,
     Names,
     #[cfg(not(target_arch = "wasm32"))]
@@ -38,7 +38,7 @@ pub(crate) enum Kind {
     Check,
 }
 
-impl Call {
+impl Operation {
     /// One that has nothing but its kind to agree on.
     pub(super) fn of(kind: Kind) -> Self {
         Self { kind, description: 0, segments: 0 }
@@ -48,7 +48,7 @@ impl Call {
 /// What a message begins with. Numbers are in the byte order of the machines, which must be the same.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-struct Head {
+struct Header {
     magic: u64,
     /// Which call of the group it belongs to.
     sequence: u64,
@@ -56,7 +56,7 @@ struct Head {
     segments: u64,
     kind: u32,
     status: u32,
-    /// The lowest rank that it tells of; of a failure the one that failed; of a disagreement one that differs.
+    /// The lowest rank whose part is in it; of a failure the one that failed; of a disagreement one that differs.
     rank: u32,
     /// Of a disagreement, the rank that it differs from.
     other: u32,
@@ -65,8 +65,8 @@ struct Head {
     padding: u64,
 }
 
-/// All is well.
-const WELL: u32 = 0;
+/// No rank has failed so far.
+const OK: u32 = 0;
 /// Ranks were not called alike.
 const DISAGREES: u32 = 1;
 /// A rank has failed.
@@ -75,11 +75,11 @@ const FAILED: u32 = 2;
 /// The name of the format, with a number for its version, as no other byte order reads it.
 const MAGIC: u64 = u64::from_be_bytes(*b"gradcli\x01");
 
-/// How the body of lower ranks takes in that of higher ones. None if they do not fit together.
+/// Merges the body of lower ranks with that of higher ones. None if they do not fit together.
 pub(super) type MergeBodies = fn(&[u8], &[u8]) -> Option<Vec<u8>>;
 
-/// One rank's part in a call of its group, from before it measures. If it is dropped before [`Turn::exchange`], the others are
-/// told that this rank has failed.
+/// A call of all ranks of a group, from before this rank measures. If it is dropped before [`Turn::exchange`], the others learn
+/// that this rank has failed.
 #[derive(Debug)]
 pub(crate) struct Turn<'g> {
     group: &'g dyn ProcessGroup,
@@ -96,37 +96,36 @@ impl<'g> Turn<'g> {
         self.group
     }
 
-    /// Begins to exchange bodies. `is_well` is whether this rank can go on.
-    pub(super) fn exchange(mut self, call: Call, is_well: bool, body: Vec<u8>, merge: MergeBodies) -> Exchange<'g> {
+    /// Begins to exchange bodies. Without `ok` the others learn that this rank has failed.
+    pub(super) fn exchange(mut self, op: Operation, ok: bool, body: Vec<u8>, merge: MergeBodies) -> Exchange<'g> {
         self.is_open = false;
         let group = self.group;
-        let mut head = head(self.sequence, group.rank());
-        (head.description, head.segments, head.kind) = (call.description, call.segments, call.kind as u32);
-        let body = if is_well { body } else { Vec::new() };
-        head.status = if is_well { WELL } else { FAILED };
+        let Operation { kind, description, segments } = op;
+        let (status, body) = if ok { (OK, body) } else { (FAILED, Vec::new()) };
+        let header = Header { kind: kind as u32, description, segments, status, ..header(self.sequence, group.rank()) };
         let begun = group.timeout().map(|timeout| (Instant::now(), timeout));
-        Exchange { group, steps: steps(group.rank(), group.size()), done: 0, head, body, merge, begun }
+        Exchange { group, steps: steps(group.rank(), group.size()), done: 0, header, body, merge, begun }
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         if self.is_open {
-            tell_failure(self.group, self.sequence, &steps(self.group.rank(), self.group.size()));
+            send_failure(self.group, self.sequence, &steps(self.group.rank(), self.group.size()));
         }
     }
 }
 
-fn head(sequence: u64, rank: u32) -> Head {
-    Head { magic: MAGIC, sequence, rank, ..Head::zeroed() }
+fn header(sequence: u64, rank: u32) -> Header {
+    Header { magic: MAGIC, sequence, rank, ..Header::zeroed() }
 }
 
-/// Tells the ranks that these steps would send to that this one has failed. Whoever can hear no more needs not to be told.
-fn tell_failure(group: &dyn ProcessGroup, sequence: u64, steps: &[Step]) {
-    let head = Head { status: FAILED, ..head(sequence, group.rank()) };
+/// Sends to the ranks of these steps that this one has failed. Errors do not matter: such a rank is gone.
+fn send_failure(group: &dyn ProcessGroup, sequence: u64, steps: &[Step]) {
+    let header = Header { status: FAILED, ..header(sequence, group.rank()) };
     for step in steps {
         if let Step::Send(to) = step {
-            let _ = group.send(*to, bytemuck::bytes_of(&head));
+            let _ = group.send(*to, bytemuck::bytes_of(&header));
         }
     }
 }
@@ -134,12 +133,12 @@ fn tell_failure(group: &dyn ProcessGroup, sequence: u64, steps: &[Step]) {
 /// What a rank does, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    /// Tells a rank all it knows.
+    /// Sends all it knows to a rank.
     Send(u32),
-    /// Takes in what a rank knows.
+    /// Merges what a rank has sent.
     Merge(u32),
-    /// Knows what a rank knows.
-    Take(u32),
+    /// Replaces what it knows by what a rank has sent.
+    Replace(u32),
 }
 
 fn steps(rank: u32, size: u32) -> Vec<Step> {
@@ -147,7 +146,7 @@ fn steps(rank: u32, size: u32) -> Vec<Step> {
     let paired = 2 * (size - (1 << levels));
     let mut steps = Vec::new();
     if rank < paired && rank % 2 == 1 {
-        return vec![Step::Send(rank - 1), Step::Take(rank - 1)];
+        return vec![Step::Send(rank - 1), Step::Replace(rank - 1)];
     }
     // Ranks without their odd neighbours.
     let (number_of, rank_of) = (
@@ -174,7 +173,7 @@ pub(super) struct Exchange<'g> {
     steps: Vec<Step>,
     /// How many steps are done.
     done: usize,
-    head: Head,
+    header: Header,
     body: Vec<u8>,
     merge: MergeBodies,
     /// When it began, and how long it may take.
@@ -203,9 +202,9 @@ impl Exchange<'_> {
             }
         })
         .await?;
-        let Head { status, rank, other, segments, segments_of_other, .. } = self.head;
+        let Header { status, rank, other, segments, segments_of_other, .. } = self.header;
         match status {
-            WELL => Ok(std::mem::take(&mut self.body)),
+            OK => Ok(std::mem::take(&mut self.body)),
             FAILED => Err(Error::PeerFailed { rank }),
             _ if segments != segments_of_other => {
                 let reason = format!("has {segments} segments where rank {other} has {segments_of_other}");
@@ -223,86 +222,83 @@ impl Exchange<'_> {
         while let Some(step) = self.steps.get(self.done) {
             match *step {
                 Step::Send(to) => {
-                    let message = [bytemuck::bytes_of(&self.head), &self.body].concat();
+                    let message = [bytemuck::bytes_of(&self.header), &self.body].concat();
                     self.group.send(to, &message)?;
                 }
                 Step::Merge(from) => {
-                    let Some((head, body)) = self.receive(from)? else { return Ok(false) };
-                    self.take_in(from, head, body)?;
+                    let Some((header, body)) = self.receive(from)? else { return Ok(false) };
+                    self.merge_message(from, header, body)?;
                 }
-                Step::Take(from) => {
-                    let Some((head, body)) = self.receive(from)? else { return Ok(false) };
-                    (self.head, self.body) = (head, body);
+                Step::Replace(from) => {
+                    let Some((header, body)) = self.receive(from)? else { return Ok(false) };
+                    (self.header, self.body) = (header, body);
                 }
             }
             self.done += 1;
         }
         // A transport may need this rank for what is on its way, and the rank may be elsewhere for long. Where all are well, each
         // asks for all that was sent to it; if one dies in between, that is no failure of this call.
-        Ok(self.head.status != WELL || self.is_late() || self.group.is_sent().unwrap_or(true))
+        Ok(self.header.status != OK || self.timed_out().is_some() || self.group.is_sent().unwrap_or(true))
     }
 
-    fn is_late(&self) -> bool {
-        self.begun.is_some_and(|(begun, timeout)| begun.elapsed() >= timeout)
+    /// The timeout, once it is over.
+    fn timed_out(&self) -> Option<Duration> {
+        self.begun.filter(|(begun, timeout)| begun.elapsed() >= *timeout).map(|(_, timeout)| timeout)
     }
 
     /// The message of this call from a rank. Of calls that this rank did not see to their end, some may have been left.
-    fn receive(&mut self, from: u32) -> Result<Option<(Head, Vec<u8>)>, Error> {
+    fn receive(&mut self, from: u32) -> Result<Option<(Header, Vec<u8>)>, Error> {
         while let Some(mut message) = self.group.try_receive(from)? {
             let body =
-                if message.len() >= size_of::<Head>() { message.split_off(size_of::<Head>()) } else { Vec::new() };
-            let head = bytemuck::try_pod_read_unaligned::<Head>(&message).ok().filter(|head| head.magic == MAGIC);
-            let Some(head) = head else {
+                if message.len() >= size_of::<Header>() { message.split_off(size_of::<Header>()) } else { Vec::new() };
+            let header =
+                bytemuck::try_pod_read_unaligned::<Header>(&message).ok().filter(|header| header.magic == MAGIC);
+            let Some(header) = header else {
                 let strange = format!("rank {from} has sent what is no message of this version on such a machine");
                 return Err(Error::ProcessGroup(strange));
             };
-            if head.sequence > self.head.sequence {
-                let reason = format!("is {} calls ahead of this one", head.sequence - self.head.sequence);
+            if header.sequence > self.header.sequence {
+                let reason = format!("is {} calls ahead of this one", header.sequence - self.header.sequence);
                 // Whoever is in that call would wait for this rank: it is told that it fails, and the next one is the same for all.
-                self.group.calls().fetch_max(head.sequence.saturating_add(1), Ordering::Relaxed);
-                (self.head.sequence, self.done) = (head.sequence, 0);
+                self.group.calls().fetch_max(header.sequence.saturating_add(1), Ordering::Relaxed);
+                (self.header.sequence, self.done) = (header.sequence, 0);
                 return Err(Error::Disagreement { rank: from, reason });
             }
-            if head.sequence == self.head.sequence {
-                return Ok(Some((head, body)));
+            if header.sequence == self.header.sequence {
+                return Ok(Some((header, body)));
             }
         }
-        match self.begun {
-            Some((begun, timeout)) if begun.elapsed() >= timeout => {
-                let seconds = timeout.as_secs_f64();
-                let late =
-                    format!("rank {from} has not answered within {seconds} s: it has died, waits, or never calls");
-                Err(Error::ProcessGroup(late))
-            }
-            _ => Ok(None),
-        }
+        let Some(timeout) = self.timed_out() else { return Ok(None) };
+        let seconds = timeout.as_secs_f64();
+        let late = format!("rank {from} has not answered within {seconds} s: it has died, waits, or never calls");
+        Err(Error::ProcessGroup(late))
     }
 
     /// Merges, so that both sides come to the same.
-    fn take_in(&mut self, from: u32, theirs: Head, their_body: Vec<u8>) -> Result<(), Error> {
+    fn merge_message(&mut self, from: u32, theirs: Header, their_body: Vec<u8>) -> Result<(), Error> {
         let is_lower = self.group.rank() < from;
-        let (mut low, high) = if is_lower { (self.head, theirs) } else { (theirs, self.head) };
+        let (mut low, high) = if is_lower { (self.header, theirs) } else { (theirs, self.header) };
         let own_body = std::mem::take(&mut self.body);
         let (body, other_body) = if is_lower { (own_body, their_body) } else { (their_body, own_body) };
         let agree = (low.kind, low.description, low.segments) == (high.kind, high.description, high.segments);
-        if low.status.max(high.status) > WELL {
+        if low.status.max(high.status) > OK {
             // A failure explains more than a disagreement, the lower rank comes first.
             low = if high.status > low.status { high } else { low };
         } else if !agree {
             let (other, segments_of_other) = (low.rank, low.segments);
-            low = Head { status: DISAGREES, other, segments_of_other, ..high };
+            low = Header { status: DISAGREES, other, segments_of_other, ..high };
         } else {
             let unfit = || Error::ProcessGroup(format!("what rank {from} has sent does not fit"));
             self.body = (self.merge)(&body, &other_body).ok_or_else(unfit)?;
         }
-        self.head = low;
+        self.header = low;
         Ok(())
     }
 }
 
 impl Drop for Exchange<'_> {
     fn drop(&mut self) {
-        tell_failure(self.group, self.head.sequence, &self.steps[self.done..]);
+        send_failure(self.group, self.header.sequence, &self.steps[self.done..]);
     }
 }
 
@@ -319,7 +315,7 @@ fn pause(tries: &mut u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::processes::ThreadGroup;
+    use crate::processes::thread_group;
 
     /// Each message that is sent is received, in the step that the other is in by then: all ranks get to their end, and come to
     /// the same, which holds each rank once and in order.
@@ -328,11 +324,11 @@ mod tests {
         // Lists of ranks, as text that shows how they merged.
         let merge = |low: &[u8], high: &[u8]| Some([b"(", low, high, b")"].concat());
         for size in 1..=33 {
-            let groups = ThreadGroup::new(size);
-            let mut exchanges: Vec<_> = groups
-                .iter()
-                .map(|g| Turn::begin(g).exchange(Call::of(Kind::Agree), true, vec![b'A' + g.rank() as u8], merge))
-                .collect();
+            let groups = thread_group(size, None);
+            let agree = Operation::of(Kind::Agree);
+            let exchanges =
+                groups.iter().zip(b'A'..).map(|(g, id)| Turn::begin(&**g).exchange(agree, true, vec![id], merge));
+            let mut exchanges: Vec<_> = exchanges.collect();
             let mut rounds = 0;
             loop {
                 // From last to first, so that a round is seldom enough.

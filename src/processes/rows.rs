@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::exchange::{Call, Kind, Turn};
+use super::exchange::{Kind, Operation, Turn};
 use crate::partial::{Location, Partial};
 use crate::segment::{Family, Segments};
 use crate::{Clip, Error, NonFiniteElements};
@@ -20,12 +20,12 @@ struct Row {
     elements: u64,
     tensor: u64,
     index: u64,
-    /// [`NOBODY`] if all is finite.
+    /// [`NO_RANK`] if all is finite.
     rank: u32,
     flags: u32,
 }
 
-const NOBODY: u32 = u32::MAX;
+const NO_RANK: u32 = u32::MAX;
 const HAS_NAN: u32 = 1;
 const HAS_OUTSIDE: u32 = 2;
 
@@ -40,7 +40,7 @@ impl Row {
             elements,
             tensor,
             index,
-            rank: if partial.first.is_some() { rank } else { NOBODY },
+            rank: if partial.first.is_some() { rank } else { NO_RANK },
             flags: if partial.nan { HAS_NAN } else { 0 } | if partial.outside { HAS_OUTSIDE } else { 0 },
         }
     }
@@ -54,7 +54,7 @@ impl Row {
             max: self.max,
             non_finite: self.non_finite,
             nan: self.flags & HAS_NAN != 0,
-            first: (self.rank != NOBODY).then_some(at),
+            first: (self.rank != NO_RANK).then_some(at),
             outside: self.flags & HAS_OUTSIDE != 0,
         }
     }
@@ -147,43 +147,37 @@ pub(crate) async fn merge<'a>(
 ) -> Result<Vec<Total>, Error> {
     let group = turn.group();
     let rows: Vec<_> = parts.iter().flat_map(|part| part.rows(group.rank())).collect();
-    let call = Call { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
+    let operation = Operation { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
     let body = bytemuck::cast_slice(&rows).to_vec();
-    let merged = turn.exchange(call, true, body, merge_bodies).run().await?;
+    let merged = turn.exchange(operation, true, body, merge_bodies).run().await?;
     let merged: Vec<Row> = merged.chunks_exact(size_of::<Row>()).map(bytemuck::pod_read_unaligned).collect();
     let (mut of_parts, mut totals, mut rest) = (Vec::new(), Vec::new(), &merged[..]);
     for part in parts.iter() {
         let (own, others) = rest.split_at(part.partials.len() + part.parameters.len());
         let segments = &own[..part.partials.len()];
-        totals.push(segments.iter().fold(Row::new(&Partial::EMPTY, 0, NOBODY), |a, b| a.merge(b)));
+        totals.push(segments.iter().fold(Row::new(&Partial::EMPTY, 0, NO_RANK), |a, b| a.merge(b)));
         of_parts.push(own);
         rest = others;
     }
-    // Only then does it cost a second message, to tell what the tensor is called.
+    // Names cost a second message, which nobody needs where all is finite.
     let mut names = vec![String::new(); parts.len()];
-    if totals.iter().any(|total| total.rank != NOBODY) {
+    if totals.iter().any(|total| total.rank != NO_RANK) {
         for ((i, total), name) in totals.iter().enumerate().zip(&mut names) {
             if total.rank == group.rank() {
                 *name = name_of(i, total.tensor as usize).unwrap_or_default().into();
             }
         }
-        let telling = Turn::begin(group).exchange(Call::of(Kind::Names), true, join(&names), merge_names);
-        let told = telling.run().await?;
-        names = split(&told).into_iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
+        let exchange = Turn::begin(group).exchange(Operation::of(Kind::Names), true, join(&names), merge_names);
+        let merged = exchange.run().await?;
+        names = split(&merged).into_iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
     }
     parts.iter_mut().zip(of_parts).for_each(|(part, rows)| part.set_rows(rows));
-    let told = |(row, name): (&Row, String)| {
-        let partial = row.partial();
-        let non_finite = partial.first.map(|first| NonFiniteElements {
-            count: partial.non_finite,
-            rank: (group.size() > 1).then_some(row.rank),
-            tensor: first.tensor,
-            name: (!name.is_empty()).then_some(name),
-            index: first.index,
-        });
-        Total { partial, non_finite }
+    let total = |(row, name): (&Row, String)| {
+        let (partial, rank) = (row.partial(), (group.size() > 1).then_some(row.rank));
+        let found = partial.non_finite_elements(|_| (!name.is_empty()).then_some(&*name));
+        Total { partial, non_finite: found.map(|found| NonFiniteElements { rank, ..found }) }
     };
-    Ok(totals.iter().zip(names).map(told).collect())
+    Ok(totals.iter().zip(names).map(total).collect())
 }
 
 fn merge_bodies(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
@@ -210,17 +204,17 @@ pub(super) fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
     texts
 }
 
-/// Of each name, the one that is told: only the rank that has the tensor does.
+/// Of each name the one that is not empty: only the rank that has the tensor knows it.
 fn merge_names(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
     let (own, other) = (split(low), split(high));
-    let told: Vec<_> = own.iter().zip(&other).map(|(a, b)| if a.is_empty() { *b } else { *a }).collect();
-    (own.len() == other.len()).then(|| join(&told))
+    let names: Vec<_> = own.iter().zip(&other).map(|(a, b)| if a.is_empty() { *b } else { *a }).collect();
+    (own.len() == other.len()).then(|| join(&names))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::processes::ThreadGroup;
+    use crate::processes::thread_group;
     use std::task::{Context, Poll, Waker};
 
     /// A group as large as the largest machines have, on paper: every rank comes to the same bits, whose error is that of as many
@@ -237,11 +231,11 @@ mod tests {
         let rows: Vec<_> = (0..RANKS).map(row).collect();
         // In units of 2^-32 each is a whole number.
         let exact: u64 = rows.iter().map(|row| (row.sum * 2f64.powi(32)) as u64).sum();
-        let groups = ThreadGroup::new(RANKS);
-        let call = Call { kind: Kind::Merge, description: 1, segments: 1 };
+        let groups = thread_group(RANKS, None);
+        let operation = Operation { kind: Kind::Merge, description: 1, segments: 1 };
         let merging = groups.iter().zip(&rows).map(|(group, row)| {
             let body = bytemuck::bytes_of(row).to_vec();
-            Box::pin(Turn::begin(group).exchange(call, true, body, merge_bodies).run())
+            Box::pin(Turn::begin(&**group).exchange(operation, true, body, merge_bodies).run())
         });
         let mut merging: Vec<_> = merging.collect();
         let mut context = Context::from_waker(Waker::noop());

@@ -591,7 +591,7 @@ fn more_than_a_plan_can_address() {
     let clip = norm().scope(Scope::Unit);
     let mut tensors = [TensorMut::new(&mut rows).shape(&[3000, 1]).expect("it fits")];
     let (error, lines) = heard(|_| {}, || Clipper::gpu(gpu.clone()).apply(&clip, &mut tensors));
-    assert!(matches!(error, Err(Error::TooLarge { .. })), "{error:?}");
+    assert!(matches!(error, Err(Error::Limit(_))), "{error:?}");
     assert_eq!(rows, before);
     assert!(lines.iter().all(|line| !line.starts_with("load ")), "{lines:?}");
     // And a device that is gone from the start.

@@ -93,7 +93,6 @@ fn empty_views_of_any_buffer() {
         GpuTensor::f16(&buffer, 8..).expect("at the end"),
         GpuTensor::bf16(&none, ..).expect("all of nothing"),
     ];
-    assert!(views.iter().all(GpuTensor::is_empty));
     let report = clip_tensors(gpu(), &Clip::norm(1.0), &views).expect("nothing to clip");
     assert_eq!((report.total_norm, report.elements, report.clipped), (0.0, 0, false));
 }

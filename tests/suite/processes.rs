@@ -9,17 +9,17 @@ use crate::common::reference::uneven;
 use crate::common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, assert_says, clip_host};
 #[cfg(feature = "gpu")]
 use crate::common::{gpu, gpu::Layout};
-use gradclip::processes::{ProcessGroup, ThreadGroup, agree, check_replicas};
+use gradclip::processes::{ProcessGroup, agree, check_replicas, thread_group};
 use gradclip::{AutoClip, Budget, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType};
 use gradclip::{NormAccumulator, Scope, TensorMut, UnitAxis, ZClip};
 
 /// Runs each rank on a thread of its own.
-fn on_ranks<R: Send, T: Send>(ranks: Vec<R>, run: impl Fn(Arc<ThreadGroup>, R) -> T + Sync) -> Vec<T> {
-    let groups = ThreadGroup::new(ranks.len() as u32);
+fn on_ranks<R: Send, T: Send>(ranks: Vec<R>, run: impl Fn(Arc<dyn ProcessGroup>, R) -> T + Sync) -> Vec<T> {
+    let groups = thread_group(ranks.len() as u32, Some(Duration::from_secs(60)));
     std::thread::scope(|scope| {
-        let start = |(group, rank): (ThreadGroup, R)| {
+        let start = |(group, rank)| {
             let run = &run;
-            scope.spawn(move || run(Arc::new(group.with_timeout(Duration::from_secs(60))), rank))
+            scope.spawn(move || run(group, rank))
         };
         let running: Vec<_> = groups.into_iter().zip(ranks).map(start).collect();
         running.into_iter().map(|rank| rank.join().expect("a rank panicked")).collect()
@@ -27,7 +27,7 @@ fn on_ranks<R: Send, T: Send>(ranks: Vec<R>, run: impl Fn(Arc<ThreadGroup>, R) -
 }
 
 /// Clips a rank's tensors on a path.
-fn clip_within(path: Path, clip: &Clip, group: &Arc<ThreadGroup>, set: &[Data]) -> Done {
+fn clip_within(path: Path, clip: &Clip, group: &Arc<dyn ProcessGroup>, set: &[Data]) -> Done {
     match path {
         #[cfg(feature = "gpu")]
         Path::GpuBuffers => {
@@ -376,9 +376,9 @@ fn a_rank_that_calls_once_too_often_is_found_out() {
 fn a_silent_rank_ends_the_wait_of_the_others() {
     let wait = Duration::from_millis(200);
     let begun = Instant::now();
-    let mut groups = ThreadGroup::new(2).into_iter();
+    let mut groups = thread_group(2, Some(wait)).into_iter();
     let (waiting, silent) = (groups.next().expect("two"), groups.next().expect("two"));
-    let clipper = Clipper::cpu().processes(Arc::new(waiting.with_timeout(wait)));
+    let clipper = Clipper::cpu().processes(waiting);
     let mut data = [3.0f32, 4.0];
     let mut clip = || clipper.apply(&Clip::norm(1.0), &mut [TensorMut::new(&mut data)]);
     assert_says(&clip().expect_err("nobody answers"), &["rank 1", "0.2 s"]);
@@ -596,7 +596,7 @@ fn all_or_none_agree() {
             on_ranks(vec![(); size], |group, ()| agree(&*group, group.rank() != bad).expect_err("one is not well"));
         assert!(errors.iter().all(|error| matches!(error, Error::PeerFailed { rank } if *rank == bad)), "{errors:?}");
     }
-    agree(&ThreadGroup::new(1)[0], true).expect("alone");
+    agree(&*thread_group(1, None)[0], true).expect("alone");
 }
 
 /// A column is a unit of its own on each rank that holds it.
@@ -729,7 +729,7 @@ mod on_the_device {
             gpu::gpu().queue().submit([encoder.finish()]);
         }
 
-        fn merge(&self, group: &ThreadGroup) {
+        fn merge(&self, group: &dyn ProcessGroup) {
             self.submit(|plan, encoder| plan.encode_measure(encoder).expect("works"));
             self.plan.merge_across(group).wait().expect("all ranks");
         }
@@ -746,7 +746,7 @@ mod on_the_device {
             let ready = Ready::new(&Clip::rms(1.0), &own);
             for profiled in [false, true] {
                 gpu::write(gpu::gpu(), &ready.buffer, 0, bytemuck::cast_slice(&own));
-                ready.merge(&group);
+                ready.merge(&*group);
                 ready.scale();
                 let together = ready.plan.report().wait().expect("finite");
                 assert_norm(together.total_norm, 2.5, 1e-6, "of all");
@@ -773,7 +773,7 @@ mod on_the_device {
         let clip = Clip::norm(1.0).non_finite(NonFinite::Skip);
         on_ranks(vec![[1.0f32, 2.0], [f32::NAN, 2.0]], |group, own| {
             let ready = Ready::new(&clip, &own);
-            ready.merge(&group);
+            ready.merge(&*group);
             ready.scale();
             let mut next = gpu::encoder(gpu::gpu());
             ready.plan.encode(&mut next).expect("works");
@@ -797,7 +797,7 @@ mod on_the_device {
         on_ranks(vec![[3.0f32], [4.0]], |group, own| {
             let ready = Ready::new(&clip, &own);
             for _ in 0..2 {
-                ready.merge(&group);
+                ready.merge(&*group);
                 let again = ready.plan.merge_across(&*group).wait().expect_err("merged already");
                 assert_says(&again, &["merged across processes already"]);
             }

@@ -523,7 +523,7 @@ fn check_place(case: &Case, place: Place<'_>) -> Errors {
     let Case { set, asked } = case;
     let what = format!("{place:?}");
     let done = place.clip(asked, set);
-    if let (Err(Error::TooLarge { .. }), Place::Host(gpu, _) | Place::Buffers(gpu, ..)) = (&done.report, place) {
+    if let (Err(Error::Limit(_)), Place::Host(gpu, _) | Place::Buffers(gpu, ..)) = (&done.report, place) {
         // More segments or short chunks than a device with lowered limits can address.
         let limits = gpu.device().limits();
         let is_small =

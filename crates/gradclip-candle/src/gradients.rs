@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use candle_core::backprop::GradStore;
 use candle_core::{Layout, Storage, Tensor, Var};
-use gradclip::ClipReport;
+use gradclip::{Clip, ClipReport};
 
 use crate::error::{Error, check, gone};
 
@@ -107,13 +107,13 @@ fn view<'s>(storage: &'s Storage, layout: &'s Layout) -> Result<gradclip::Tensor
 }
 
 /// The library's error, or why it was not given what it misses.
-pub(crate) fn explain(mut error: gradclip::Error, gradients: &[Gradient<'_>]) -> Error {
+pub(crate) fn explain(mut error: gradclip::Error, clip: &Clip, gradients: &[Gradient<'_>]) -> Error {
     if let gradclip::Error::NonFinite(found) = &mut error {
         found.tensor = gradients[found.tensor].place;
     }
     let lacking = gradients.iter().find_map(|gradient| check_parameter(&gradient.name, gradient.var).err());
     match (&error, lacking) {
-        (gradclip::Error::Parameter { .. }, Some(lacking)) => lacking,
+        (gradclip::Error::Tensor { .. }, Some(lacking)) if clip.needs_parameters() => lacking,
         _ => error.into(),
     }
 }

@@ -216,7 +216,7 @@ fn run(
         None => clipper.decide(clip, views),
         Some(threshold) => clipper.decide_adaptive(clip, threshold, views),
     })?;
-    let decided = decided.map_err(|error| gradients::explain(error, &gradients))?;
+    let decided = decided.map_err(|error| gradients::explain(error, clip, &gradients))?;
     let holders = if place == Place::There { holders(grads, vars) } else { HashMap::new() };
     let vars_of: Vec<_> = gradients.iter().map(|gradient| gradient.place).collect();
     // Nothing can fail from here on, but for a bug. A gradient leaves the list as soon as it is done with, so that its old

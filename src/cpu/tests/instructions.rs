@@ -13,8 +13,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::super::isa::{self, Set};
-use super::super::{clamp, columns, count, norm, scale, with_element};
-use crate::partial::{Location, Outcome, Partial};
+use super::super::{clamp, columns, count, norm, scale};
+use crate::decision::Outcome;
+use crate::dtype::with_element;
+use crate::partial::{Location, Partial};
 use crate::segment::{By, Layout};
 use crate::{Clip, Dtype, NormType};
 

@@ -4,8 +4,10 @@
 use half::{bf16, f16};
 
 use super::super::isa::{self, Isa, Kernel, LANES, Set, run};
-use super::super::{clamp, columns, count, norm, scale, sum, with_element};
-use crate::partial::{Location, Outcome, Partial};
+use super::super::{clamp, columns, count, norm, scale, sum};
+use crate::decision::Outcome;
+use crate::dtype::with_element;
+use crate::partial::{Location, Partial};
 use crate::segment::{By, Layout};
 use crate::{Clip, Dtype, NonFinite, NormType};
 

@@ -34,17 +34,17 @@ impl GpuPlan {
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, processes::ThreadGroup, wgpu};
+    /// # use gradclip::{Clip, gpu::{GpuClipper, GpuTensor}, processes::thread_group, wgpu};
     /// # use wgpu::util::DeviceExt;
     /// # let gpu = GpuClipper::open().wait()?;
     /// # let buffer = gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
     /// #     label: None, contents: bytemuck::cast_slice(&[3.0f32, 4.0]), usage: wgpu::BufferUsages::STORAGE });
-    /// # let group = ThreadGroup::new(1).swap_remove(0); // of gradclip-mpi: MpiGroup::new(&universe.world())?
+    /// # let group = thread_group(1, None).swap_remove(0); // of gradclip-mpi: MpiGroup::new(&universe.world())?
     /// let plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&buffer, ..)?])?;
     /// let mut encoder = gpu.device().create_command_encoder(&Default::default());
     /// plan.encode_measure(&mut encoder)?;
     /// gpu.queue().submit([encoder.finish()]);
-    /// plan.merge_across(&group).wait()?;
+    /// plan.merge_across(&*group).wait()?;
     /// let mut encoder = gpu.device().create_command_encoder(&Default::default());
     /// plan.encode_scale(&mut encoder)?;
     /// gpu.queue().submit([encoder.finish()]);

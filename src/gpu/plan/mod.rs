@@ -17,7 +17,7 @@ use super::dispatch::Phase;
 use super::gather::Gathered;
 use super::options::PlanOptions;
 use super::readback::Stamped;
-use crate::tensor::GpuTensor;
+use super::tensor::GpuTensor;
 use crate::{Clip, Error};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
@@ -60,7 +60,7 @@ impl GpuClipper {
     /// [`Error::Setting`] for a clip or a threshold that cannot be; [`Error::Usage`] if the clips disagree, there is no group, or
     /// the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the scope, its parameter or its sum, or two
     /// tensors share elements; [`Error::ThresholdState`] if the threshold is that of other tensors or another scope;
-    /// [`Error::TooLarge`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
+    /// [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
     /// needs. The tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
         let PlanOptions { threshold, .. } = &options;

@@ -8,7 +8,7 @@ use super::super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead}
 use super::super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use super::across::MergedGroup;
 use super::{GpuPlan, locked};
-use crate::partial::{Action, Outcome};
+use crate::decision::{Action, Outcome};
 use crate::processes::Total;
 use crate::threshold::Threshold;
 use crate::{ClipReport, Error, NonFinite, Scope, Waiting};

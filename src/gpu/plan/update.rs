@@ -7,7 +7,7 @@ use super::super::gather::{Gathered, Group};
 use super::super::number::Number;
 use super::super::params::thresholds;
 use super::GpuPlan;
-use crate::tensor::GpuTensor;
+use super::super::tensor::GpuTensor;
 use crate::{Clip, Error};
 
 impl GpuPlan {

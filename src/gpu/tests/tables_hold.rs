@@ -9,7 +9,7 @@ use super::super::table::{
 };
 use super::super::tuning::{HARDWARE, LANE_PARTIALS, SMALLEST_WORKGROUP, SOFTWARE};
 use crate::segment::{By, Layout, Segments};
-use crate::tensor::Dims;
+use crate::tensor::Spec;
 use crate::{Clip, Dtype, Scope, UnitAxis};
 
 /// After so many iterations together llvmpipe silently ends the loops of an invocation.
@@ -411,18 +411,18 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
     }
     let len = |shape: &[usize]| shape.iter().map(|n| *n as u64).product();
     let own = shapes.iter().zip(axes);
-    let dims: Vec<_> =
-        own.map(|(s, axis)| Dims { shape: Some(s), unit_axis: Some(axis), len: len(s), counted: true }).collect();
-    let segments = Segments::new(&clip, &dims, |_| None).expect("fits");
+    let spec = |s, axis| Spec { shape: Some(s), unit_axis: Some(axis), ..Spec::new(Dtype::F32, len(s)) };
+    let specs: Vec<_> = own.map(|(s, axis)| spec(s, axis)).collect();
+    let segments = Segments::new(&clip, &specs).expect("fits");
 
     let mut ends = vec![0u64; u.int_in_range(1..=20)?];
     let mut pieces = Vec::new();
-    for (tensor, (layout, dims)) in segments.layouts.iter().zip(&dims).enumerate() {
+    for (tensor, (layout, spec)) in segments.layouts.iter().zip(&specs).enumerate() {
         let dtype = *u.choose(&[Dtype::F32, Dtype::F16, Dtype::BF16])?;
         let mut first_element = 0;
         let parts = u.int_in_range(1..=3)?;
         for part in 1..=parts {
-            let rest = dims.len - first_element;
+            let rest = spec.len - first_element;
             let len = if part == parts { rest } else { u.int_in_range(0..=rest)? };
             let buffer = u.choose_index(ends.len())?;
             let size = dtype.size() as u64;

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::{Folder, clip, f32s, file, gradclip, repeats, shaped_file};
-use gradclip::processes::{ProcessGroup, ThreadGroup};
+use gradclip::processes::{ProcessGroup, thread_group};
 use gradclip_cli::processes::{Ended, run};
 use serde_json::Value;
 
@@ -29,11 +29,10 @@ fn ranks(count: u32, args: &[&str]) -> Ranks {
 
 /// Runs so many ranks, each with arguments of its own.
 fn each_rank<'a>(count: u32, args: impl Fn(u32) -> Vec<&'a str>) -> Ranks {
-    let groups = ThreadGroup::new(count).into_iter().zip(0..).map(|(group, rank)| {
+    let groups = thread_group(count, Some(Duration::from_secs(60))).into_iter().zip(0..).map(|(group, rank)| {
         let args: Vec<_> = args(rank).into_iter().map(OsString::from).collect();
         thread::spawn(move || {
             let mut stdout = Vec::new();
-            let group = Arc::new(group.with_timeout(Duration::from_secs(60)));
             (run(group, args, &mut stdout), String::from_utf8(stdout).expect("stdout is text"))
         })
     });
@@ -471,11 +470,11 @@ fn a_rank_that_never_comes() {
     let out = set.out();
     let args = set.args(&["clip"], &["-o", &out, "--max-norm", "1", "--backend", "cpu"]);
     for gone in 0..3 {
-        let mut groups = ThreadGroup::new(3);
+        let mut groups = thread_group(3, None);
         drop(groups.remove(gone));
         let ranks = groups.into_iter().map(|group| {
             let args: Vec<_> = args.iter().map(OsString::from).collect();
-            thread::spawn(move || run(Arc::new(group), args, &mut Vec::new()))
+            thread::spawn(move || run(group, args, &mut Vec::new()))
         });
         for rank in ranks.collect::<Vec<_>>() {
             let ended = rank.join().unwrap();
@@ -526,9 +525,9 @@ fn a_closed_stdout_stops_all() {
             Ok(())
         }
     }
-    let ranks = ThreadGroup::new(3)
+    let ranks = thread_group(3, None)
         .into_iter()
-        .map(|group| thread::spawn(move || run(Arc::new(group), [OsString::from("--help")], &mut Full)));
+        .map(|group| thread::spawn(move || run(group, [OsString::from("--help")], &mut Full)));
     let ended: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
     assert!(ended.iter().all(|ended| ended.exit_code == 1), "{ended:?}");
 }
@@ -577,7 +576,7 @@ fn an_input_that_changes_stops_all() {
 /// A rank that dies when it has sent and asked for so many messages: it can do neither any more, and the others see that.
 #[derive(Debug)]
 struct Dying {
-    group: ThreadGroup,
+    group: Arc<dyn ProcessGroup>,
     left: AtomicU32,
 }
 
@@ -632,7 +631,7 @@ fn a_rank_that_dies() {
     for dies in 0..3 {
         let mut placed = 0;
         for left in 0.. {
-            let ranks = ThreadGroup::new(3).into_iter().zip(0..).map(|(group, rank)| {
+            let ranks = thread_group(3, None).into_iter().zip(0..).map(|(group, rank)| {
                 let args: Vec<_> = args.iter().map(OsString::from).collect();
                 let left = AtomicU32::new(if rank == dies { left } else { u32::MAX });
                 thread::spawn(move || run(Arc::new(Dying { group, left }), args, &mut Vec::new()))

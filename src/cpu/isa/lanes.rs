@@ -1,0 +1,57 @@
+//! What an instruction set can do with [`LANES`] numbers side by side, and the kernels that are written in these terms.
+
+/// How many numbers are computed side by side.
+pub(in crate::cpu) const LANES: usize = 16;
+
+/// What can be done with [`LANES`] numbers at once. A value exists only where the CPU has the instruction set.
+pub(in crate::cpu) trait Isa: Copy {
+    /// float32.
+    type F: Copy;
+    /// float64.
+    type D: Copy;
+
+    fn f(self, numbers: [f32; LANES]) -> Self::F;
+    fn d(self, numbers: [f64; LANES]) -> Self::D;
+    fn floats(self, x: Self::F) -> [f32; LANES];
+    fn doubles(self, x: Self::D) -> [f64; LANES];
+
+    /// Exactly; a NaN becomes quiet and keeps its payload.
+    fn widen_f16(self, bits: [u16; LANES]) -> Self::F;
+    /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
+    fn narrow_f16(self, x: Self::F) -> [u16; LANES];
+    /// Exactly.
+    fn widen_bf16(self, bits: [u16; LANES]) -> Self::F;
+    /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
+    fn narrow_bf16(self, x: Self::F) -> [u16; LANES];
+    /// Exactly.
+    fn widen(self, x: Self::F) -> Self::D;
+
+    fn add_f(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul_f(self, a: Self::F, b: Self::F) -> Self::F;
+    /// 0 in place of NaN and infinity.
+    fn finite_or_zero_f(self, x: Self::F) -> Self::F;
+
+    fn add(self, a: Self::D, b: Self::D) -> Self::D;
+    fn sub(self, a: Self::D, b: Self::D) -> Self::D;
+    fn mul(self, a: Self::D, b: Self::D) -> Self::D;
+    fn div(self, a: Self::D, b: Self::D) -> Self::D;
+    fn sqrt(self, x: Self::D) -> Self::D;
+    fn abs(self, x: Self::D) -> Self::D;
+    /// `x` where a < b, `y` where it is not or a comparison has no answer.
+    fn if_less(self, a: Self::D, b: Self::D, x: Self::D, y: Self::D) -> Self::D;
+
+    // Of the 64 bits of each number.
+    fn and_bits(self, a: Self::D, b: Self::D) -> Self::D;
+    fn or_bits(self, a: Self::D, b: Self::D) -> Self::D;
+    fn add_bits(self, a: Self::D, b: Self::D) -> Self::D;
+    /// To where the exponent ends.
+    fn down_52(self, x: Self::D) -> Self::D;
+    /// To where the exponent begins.
+    fn up_52(self, x: Self::D) -> Self::D;
+}
+
+/// A loop over elements, compiled for each instruction set. All that it calls must be inlined.
+pub(in crate::cpu) trait Kernel {
+    type Output;
+    fn on<I: Isa>(self, isa: I) -> Self::Output;
+}

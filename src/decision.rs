@@ -1,0 +1,120 @@
+//! What becomes of a segment: its norm and coefficient, and what is done with its elements. The GPU's twin is
+//! `shaders/finalise.wgsl`.
+
+use crate::partial::Partial;
+use crate::{Clip, NonFinite};
+
+/// What the apply pass does with a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Not one byte is written.
+    Leave,
+    /// Every element becomes 0.
+    Zero,
+    /// Elements are multiplied or clamped; under [`NonFinite::Drop`] the non-finite ones become 0.
+    Apply,
+}
+
+/// What a clip does with one segment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Outcome {
+    /// N: the norm over gradients divided by `grad_scale`; NaN for a value clip.
+    pub(crate) norm: f64,
+    /// c, without `grad_scale`.
+    pub(crate) clip_coef: f64,
+    /// Whether c is below 1, or NaN, or the segment becomes 0.
+    pub(crate) clipped: bool,
+    /// `c / grad_scale`: what elements are multiplied by.
+    pub(crate) factor: f64,
+    pub(crate) action: Action,
+}
+
+/// What is known of a segment when its outcome is decided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Known {
+    /// The measured norm, divided by `grad_scale`; NaN or infinite if an element is, except under
+    /// [`NonFinite::Drop`]; NaN if none is measured.
+    pub(crate) norm: f64,
+    /// Whether there are non-finite elements.
+    pub(crate) bad: bool,
+}
+
+impl Clip {
+    /// What a merged partial tells of its segment.
+    pub(crate) fn known(&self, partial: &Partial) -> Known {
+        let bad = partial.non_finite > 0;
+        let norm = match self.measured() {
+            None => f64::NAN,
+            Some(norm_type) if !bad || self.non_finite == NonFinite::Drop => {
+                partial.finite_norm(norm_type, self.grad_scale)
+            }
+            Some(_) if partial.nan => f64::NAN,
+            Some(_) => f64::INFINITY,
+        };
+        Known { norm, bad }
+    }
+
+    /// What to do with a segment, given what its measured norm is compared with, what that norm is multiplied by to be
+    /// N, and whether non-finite elements anywhere forbid to write.
+    pub(crate) fn outcome(&self, known: Known, max_norm: f64, weight: f64, refused: bool) -> Outcome {
+        let Known { norm, bad } = known;
+        let wanted_coef = match self.measured() {
+            None => 1.0,
+            // Infinity divided by infinity, as in PyTorch.
+            Some(_) if bad && max_norm == f64::INFINITY && !norm.is_finite() => f64::NAN,
+            Some(_) => coefficient(norm, max_norm, self.eps_and_floor()),
+        };
+        let action = if refused {
+            Action::Leave
+        } else if bad && self.non_finite == NonFinite::Zero {
+            Action::Zero
+        } else if self.measured().is_some()
+            && wanted_coef == 1.0
+            && self.grad_scale == 1.0
+            && !(bad && self.non_finite == NonFinite::Drop)
+        {
+            Action::Leave
+        } else {
+            Action::Apply
+        };
+        let clip_coef = match action {
+            Action::Leave => 1.0,
+            Action::Zero => 0.0,
+            Action::Apply => wanted_coef,
+        };
+        let clipped = clip_coef != 1.0;
+        Outcome { norm: norm * weight, clip_coef, clipped, factor: clip_coef / self.grad_scale, action }
+    }
+}
+
+/// c = min(1, max_norm / (max(N, floor) + eps)), and 1 unless N + eps exceeds `max_norm`. A NaN norm gives NaN, as in
+/// PyTorch. 0 / 0 (`max_norm`, `eps` and the norm all zero) gives 1, because nothing exceeds the threshold; Optax gives
+/// NaN there.
+fn coefficient(norm: f64, max_norm: f64, (eps, floor): (f64, f64)) -> f64 {
+    if norm.is_nan() {
+        f64::NAN
+    } else if norm + eps > max_norm {
+        max_norm / (norm.max(floor) + eps)
+    } else {
+        1.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn coefficients_follow_the_formula() {
+        let of = |norm, max_norm, eps| coefficient(norm, max_norm, (eps, 0.0));
+        assert_eq!(of(2.0, 1.0, 0.0), 0.5);
+        assert_eq!(of(1.0, 1.0, 0.0), 1.0);
+        assert!(of(1.0, 1.0, 1e-6) < 1.0);
+        assert_eq!(of(0.0, 0.0, 0.0), 1.0);
+        assert_eq!(of(0.0, 0.0, 1e-6), 0.0);
+        assert_eq!(of(f64::INFINITY, 1.0, 1e-6), 0.0);
+        assert!(of(f64::NAN, 1.0, 1e-6).is_nan());
+        assert_eq!(coefficient(2e-9, 1e-9, (0.0, 1e-6)), 1e-3);
+        assert_eq!(coefficient(1e-9, 2e-9, (0.0, 1e-6)), 1.0);
+    }
+}
