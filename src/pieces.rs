@@ -5,8 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::cpu::decide::Decision;
 use crate::cpu::write::write_piece;
-use crate::error::tensor_label;
 use crate::decision::Action;
+use crate::error::tensor_label;
 use crate::partial::{Location, Partial};
 use crate::tensor::Spec;
 use crate::{ClipReport, Dtype, Error, Tensor, TensorMut};

@@ -2,7 +2,7 @@
 
 use crate::cpu::decide::Given;
 use crate::partial::{Location, Partial};
-use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
+use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge};
 use crate::segment::Segments;
 use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope, Tensor, Waiting};
 
@@ -75,12 +75,12 @@ impl NormAccumulator {
     }
 
     async fn merged(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        let turn = Turn::begin(processes);
+        let call = GroupCall::begin(processes);
         self.check_open()?;
         let segments = Segments::new(&self.clip, &[])?;
-        let mut part = [Part::of_one(&self.clip, segments, self.partial, self.elements)];
-        let mut totals = merge(turn, &mut part, |_, _| self.bad_name.as_deref()).await?;
-        let Total { partial, non_finite: found } = totals.swap_remove(0);
+        let mut part = [GroupPartials::of_one(&self.clip, segments, self.partial, self.elements)];
+        let mut totals = merge(call, &mut part, |_, _| self.bad_name.as_deref()).await?;
+        let GroupTotal { partial, non_finite: found } = totals.swap_remove(0);
         (self.partial, self.elements) = (partial, part[0].segments.elements());
         self.across = Some(found.as_ref().and_then(|found| found.rank));
         self.bad_name = found.and_then(|found| found.name);

@@ -21,7 +21,7 @@ pub(crate) enum By {
 
 /// The segments of one tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Layout {
+pub(crate) struct SegmentLayout {
     pub(crate) by: By,
     /// The length of a row; the whole length for [`By::Whole`].
     pub(crate) columns: u64,
@@ -29,7 +29,7 @@ pub(crate) struct Layout {
     pub(crate) segment: u32,
 }
 
-impl Layout {
+impl SegmentLayout {
     /// The segment of an element.
     pub(crate) fn segment_of(&self, element: u64) -> u32 {
         let step = match self.by {
@@ -87,7 +87,7 @@ pub(crate) struct Family {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Segments {
     /// One for each tensor.
-    pub(crate) layouts: Vec<Layout>,
+    pub(crate) layouts: Vec<SegmentLayout>,
     families: Vec<Family>,
     pub(crate) count: u32,
 }
@@ -166,7 +166,7 @@ impl Segments {
                 by => by,
             };
             let columns = if by == By::Whole { t.len } else { columns };
-            found.layouts.push(Layout { by, columns, segment: first });
+            found.layouts.push(SegmentLayout { by, columns, segment: first });
         }
         if tensors.is_empty() && scope == Scope::Global {
             // The norm of nothing is 0.
@@ -321,8 +321,9 @@ mod tests {
             let mut clip = Clip::norm(1.0).scope(scope);
             clip.unit_axis = axis;
             let found = Segments::new(&clip, &specs(&shapes)).expect("valid");
-            let of =
-                |(layout, spec): (&Layout, Spec<'_>)| (0..spec.len).map(|i| layout.segment_of(i)).collect::<Vec<_>>();
+            let of = |(layout, spec): (&SegmentLayout, Spec<'_>)| {
+                (0..spec.len).map(|i| layout.segment_of(i)).collect::<Vec<_>>()
+            };
             let each: Vec<_> = found.layouts.iter().zip(specs(&shapes)).map(of).collect();
             (each, found.families().map(|f| f.elements).collect::<Vec<_>>())
         };

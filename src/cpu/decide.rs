@@ -9,10 +9,10 @@ use crate::clip::{number, setting};
 use crate::context::{Context, Progress};
 use crate::decision::{Known, Outcome};
 use crate::dtype::with_element;
-use crate::partial::Partial;
-use crate::processes::{Part, Total, Turn, merge};
-use crate::segment::{Family, Segments, check_groups, check_parameter};
 use crate::examples::check_sums;
+use crate::partial::Partial;
+use crate::processes::{GroupCall, GroupPartials, GroupTotal, merge};
+use crate::segment::{Family, Segments, check_groups, check_parameter};
 use crate::threshold::Threshold;
 use crate::wait::block_on;
 use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
@@ -53,8 +53,8 @@ pub(crate) fn decide(
     threshold: Option<&mut dyn Threshold>,
     context: Context<'_>,
 ) -> Result<Vec<Decision>, Error> {
-    let turn = Turn::begin(context.processes);
-    decide_by(groups, threshold, turn, |clip, tensors, segments| {
+    let call = GroupCall::begin(context.processes);
+    decide_by(groups, threshold, call, |clip, tensors, segments| {
         context.reads_first(clip).then(|| part(clip, tensors, segments, context.progress))
     })
 }
@@ -73,23 +73,23 @@ pub(crate) fn apply(
 
 /// Measures what [`apply`] would do, and writes nothing.
 pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], context: Context<'_>) -> Result<ClipReport, Error> {
-    let turn = Turn::begin(context.processes);
-    Ok(measured(clip, tensors, turn, context.progress)?.report)
+    let call = GroupCall::begin(context.processes);
+    Ok(measured(clip, tensors, call, context.progress)?.report)
 }
 
 /// As [`decide`], of elements that are read in any case.
-fn measured(clip: &Clip, tensors: &[Tensor<'_>], turn: Turn<'_>, progress: &Progress) -> Result<Decision, Error> {
+fn measured(clip: &Clip, tensors: &[Tensor<'_>], call: GroupCall<'_>, progress: &Progress) -> Result<Decision, Error> {
     let groups = [(*clip, tensors.to_vec())];
     let read = |clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments| Some(part(clip, tensors, segments, progress));
-    Ok(decide_by(&groups, None, turn, read)?.swap_remove(0))
+    Ok(decide_by(&groups, None, call, read)?.swap_remove(0))
 }
 
 /// Decides by what `read` measures; None of what is not read. All checks come before.
 fn decide_by(
     groups: &[(Clip, Vec<Tensor<'_>>)],
     mut threshold: Option<&mut dyn Threshold>,
-    turn: Turn<'_>,
-    read: impl Fn(&Clip, &[Tensor<'_>], &Segments) -> Option<Part>,
+    call: GroupCall<'_>,
+    read: impl Fn(&Clip, &[Tensor<'_>], &Segments) -> Option<GroupPartials>,
 ) -> Result<Vec<Decision>, Error> {
     check_groups(groups.iter().map(|(clip, _)| clip))?;
     let mut segments = Vec::new();
@@ -107,10 +107,10 @@ fn decide_by(
     for ((clip, tensors), segments) in groups.iter().zip(segments) {
         let part = read(clip, tensors, &segments);
         was_read.push(part.is_some());
-        parts.push(part.unwrap_or_else(|| Part::new(clip, segments, vec![Partial::EMPTY])));
+        parts.push(part.unwrap_or_else(|| GroupPartials::new(clip, segments, vec![Partial::EMPTY])));
     }
-    let totals = if turn.group().size() > 1 {
-        block_on(merge(turn, &mut parts, name_of))?
+    let totals = if call.group().size() > 1 {
+        block_on(merge(call, &mut parts, name_of))?
     } else {
         parts.iter().enumerate().map(|(group, part)| part.total(|tensor| name_of(group, tensor))).collect()
     };
@@ -137,9 +137,9 @@ pub(crate) fn sum_examples(
     sums: &mut [TensorMut<'_>],
     context: Context<'_>,
 ) -> Result<ClipReport, Error> {
-    let turn = Turn::begin(context.processes);
+    let call = GroupCall::begin(context.processes);
     check_sums(clip, tensors.iter().map(|t| t.spec), sums.iter().map(|s| s.spec))?;
-    let Decision { segments, outcomes, report, .. } = measured(clip, tensors, turn, context.progress)?;
+    let Decision { segments, outcomes, report, .. } = measured(clip, tensors, call, context.progress)?;
     if report.has_non_finite() && clip.refuses_non_finite() {
         return Ok(report);
     }
@@ -180,7 +180,7 @@ pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segment
 }
 
 /// What the first pass measures here.
-fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Progress) -> Part {
+fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Progress) -> GroupPartials {
     let partials = merged(tensors, segments, |task, slots| {
         progress.measured(task.bytes());
         match clip.measured() {
@@ -188,7 +188,7 @@ fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Pro
             None => with_element!(task.dtype, T => slots[0] = clamp::scan::<T>(clip, task.at, task.data)),
         }
     });
-    let mut part = Part::new(clip, segments.clone(), partials);
+    let mut part = GroupPartials::new(clip, segments.clone(), partials);
     if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
         let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.spec.counted))).collect();
         part.parameters = merged(&of, segments, |task, slots| task.norm(norm_type, slots));
@@ -225,8 +225,8 @@ pub(crate) enum Given<'a> {
 }
 
 impl Measured {
-    fn new(part: Part, Total { partial: total, non_finite }: Total) -> Self {
-        let Part { clip, segments, partials, parameters } = part;
+    fn new(part: GroupPartials, GroupTotal { partial: total, non_finite }: GroupTotal) -> Self {
+        let GroupPartials { clip, segments, partials, parameters } = part;
         let norm_of = |p: &Partial| match clip.measured() {
             Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0),
             _ => f64::INFINITY,
@@ -249,8 +249,8 @@ impl Measured {
     fn given(clip: &Clip, segments: Segments, given: Given<'_>) -> Result<Self, Error> {
         match given {
             Given::Partial(partial, elements) => {
-                let total = Total { partial: *partial, non_finite: None };
-                Ok(Self::new(Part::of_one(clip, segments, *partial, elements), total))
+                let total = GroupTotal { partial: *partial, non_finite: None };
+                Ok(Self::new(GroupPartials::of_one(clip, segments, *partial, elements), total))
             }
             Given::Norms(norms) => {
                 let expected = u64::from(segments.count);
@@ -267,8 +267,8 @@ impl Measured {
                 if let Some(norm) = norms.iter().find(|n| !(0.0..=greatest).contains(*n)) {
                     setting(false, "a given norm", number(*norm), reason)?;
                 }
-                let nothing = Total { partial: Partial::EMPTY, non_finite: None };
-                let mut found = Self::new(Part::new(clip, segments, Vec::new()), nothing);
+                let nothing = GroupTotal { partial: Partial::EMPTY, non_finite: None };
+                let mut found = Self::new(GroupPartials::new(clip, segments, Vec::new()), nothing);
                 // Nothing is known of single elements: a policy that drops some looks for them wherever it writes.
                 let known = |(family, norm): (&Family, &f64)| Known {
                     norm: norm / clip.weight(family.elements),

@@ -7,10 +7,10 @@ use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{Map, Product, write_exact_products};
 use super::tuning::BLOCK;
 use crate::decision::{Action, Outcome};
-use crate::segment::{By, Layout};
+use crate::segment::{By, SegmentLayout};
 
 /// Scales the elements of a chunk, of which the first is number `first` of its tensor. `outcomes` are the tensor's.
-pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: Layout, first: u64, drop: bool, data: &mut [u8]) {
+pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first: u64, drop: bool, data: &mut [u8]) {
     let size = size_of::<T>() as u64;
     match layout.by {
         By::Whole => scale_run::<T>(&outcomes[0], drop, data),

@@ -20,7 +20,7 @@ pub(super) struct Task<'a> {
 
 #[derive(Clone, Copy)]
 enum Shape {
-    /// Part of one segment.
+    /// GroupPartials of one segment.
     Run,
     /// So many whole rows of such a length, each a segment.
     Rows(usize, usize),

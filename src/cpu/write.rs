@@ -11,7 +11,7 @@ use crate::context::Progress;
 use crate::decision::{Action, Outcome};
 use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
-use crate::segment::Layout;
+use crate::segment::SegmentLayout;
 use crate::{Clip, Dtype, NonFinite, TensorMut};
 
 /// Writes what the outcomes say. The partial is what clamps met; to elements that are only read here, `progress` counts.
@@ -62,7 +62,7 @@ pub(crate) fn write_piece(
     clip: &Clip,
     at: Location,
     dtype: Dtype,
-    (layout, outcomes): (Layout, &[Outcome]),
+    (layout, outcomes): (SegmentLayout, &[Outcome]),
     data: &mut [u8],
 ) -> Partial {
     if clip.measured().is_some() {

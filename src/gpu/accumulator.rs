@@ -14,11 +14,11 @@ use super::params::Params;
 use super::plan::{GpuPlan, MERGED_ALREADY, locked};
 use super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead, Stamped};
 use super::table::Origin;
+use super::tensor::GpuTensor;
 use super::threshold::StateRow;
 use crate::clip::Mode;
-use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
+use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge};
 use crate::segment::Segments;
-use super::tensor::GpuTensor;
 use crate::{Clip, ClipReport, Error, Scope, Waiting};
 
 /// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
@@ -78,7 +78,7 @@ struct Sets {
 }
 
 /// The total, and of how many elements it is.
-type MergedTotal = (Total, u64);
+type MergedTotal = (GroupTotal, u64);
 
 /// A set of tensors that belongs to a [`GpuNormAccumulator`].
 #[derive(Debug)]
@@ -163,7 +163,7 @@ impl GpuNormAccumulator {
     }
 
     async fn merged(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        let turn = Turn::begin(processes);
+        let call = GroupCall::begin(processes);
         let bytes = self.gpu.device.read(&[(&self.partial, 0, PARTIAL_BYTES)]).await?;
         let row: PartialRow = bytemuck::pod_read_unaligned(&bytes);
         if row.stamp().is_some() {
@@ -174,8 +174,8 @@ impl GpuNormAccumulator {
             let own = row.to_partial(|i| sets.origins[i]);
             (own, sets.elements, own.first.and_then(|first| sets.names[first.tensor].clone()))
         };
-        let mut part = [Part::of_one(&self.group.clip, self.group.segments.clone(), own, elements)];
-        let total = merge(turn, &mut part, |_, _| name.as_deref()).await?.swap_remove(0);
+        let mut part = [GroupPartials::of_one(&self.group.clip, self.group.segments.clone(), own, elements)];
+        let total = merge(call, &mut part, |_, _| name.as_deref()).await?.swap_remove(0);
         let partial = total.partial;
         let stamp = self.sets().across.keep((total, part[0].segments.elements()));
         let (queue, up) = (&self.gpu.device.queue, PartialRow::of(&partial, stamp));
@@ -211,10 +211,10 @@ impl GpuNormAccumulator {
         let outcome: OutcomeRow = bytemuck::pod_read_unaligned(&outcomes[..size_of::<OutcomeRow>()]);
         let sets = self.sets();
         let row: PartialRow = bytemuck::pod_read_unaligned(total);
-        let (Total { partial, non_finite }, elements) = sets.across.of(&row).cloned().unwrap_or_else(|| {
+        let (GroupTotal { partial, non_finite }, elements) = sets.across.of(&row).cloned().unwrap_or_else(|| {
             let partial = row.to_partial(|i| sets.origins[i]);
             let non_finite = partial.non_finite_elements(|i| sets.names[i].as_deref());
-            (Total { partial, non_finite }, sets.elements)
+            (GroupTotal { partial, non_finite }, sets.elements)
         });
         let Group { clip, segments, .. } = &self.group;
         let totals = (clip.known(&partial).norm, partial.outside);

@@ -9,8 +9,8 @@ use super::table::Piece;
 use super::tensor::GpuTensor;
 use super::threshold::DeviceThreshold;
 use crate::error::tensor_label;
-use crate::segment::{By, Layout, Segments, check_groups, check_parameter};
 use crate::examples::check_sums;
+use crate::segment::{By, SegmentLayout, Segments, check_groups, check_parameter};
 use crate::{Clip, Dtype, Error};
 
 /// What a plan does.
@@ -146,7 +146,7 @@ impl Gathered {
             }
             gathered.push(group);
         }
-        let one = Layout { by: By::Rows, columns: 1, segment: 0 };
+        let one = SegmentLayout { by: By::Rows, columns: 1, segment: 0 };
         let job_pieces = match &job {
             Job::Scale(norms) => {
                 let expected = u64::from(gathered[0].segments.count);
@@ -172,7 +172,9 @@ impl Gathered {
         let mut pieces: Vec<_> = self.groups.iter().flat_map(of_group).collect();
         match &self.job {
             Job::Measure => return Ok(()),
-            Job::Sum(sums) => pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.spec.name.clone()))),
+            Job::Sum(sums) => {
+                pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.spec.name.clone())))
+            }
             _ => {}
         }
         pieces.retain(|(piece, _)| piece.len > 0);
@@ -197,7 +199,11 @@ fn check_job(groups: &[(Clip, &[GpuTensor])], job: &Job) -> Result<(), Error> {
     match job {
         Job::Scale(norms) => {
             clip.check_adaptive()?;
-            if norms.spec.dtype == Dtype::F32 { Ok(()) } else { Err(Error::usage("norms from outside must be float32")) }
+            if norms.spec.dtype == Dtype::F32 {
+                Ok(())
+            } else {
+                Err(Error::usage("norms from outside must be float32"))
+            }
         }
         Job::Sum(sums) => check_sums(clip, tensors.iter().map(GpuTensor::spec), sums.iter().map(GpuTensor::spec)),
         _ => Ok(()),

@@ -32,12 +32,12 @@ use crate::context::{Context, Progress};
 use crate::cpu::decide::{segments_of, views};
 use crate::cpu::pool::in_parallel;
 use crate::cpu::write::write_piece;
-use crate::error::tensor_label;
 use crate::decision::Outcome;
+use crate::error::tensor_label;
 use crate::examples::check_sums;
 use crate::partial::Location;
-use crate::processes::{Turn, merge};
-use crate::segment::{Layout, check_groups};
+use crate::processes::{GroupCall, merge};
+use crate::segment::{SegmentLayout, check_groups};
 use crate::threshold::Threshold;
 use crate::{Clip, ClipReport, Error, Tensor, TensorMut, Waiting};
 
@@ -73,7 +73,7 @@ struct Passage<'a> {
     plan: GpuPlan,
     owners: Vec<Owner>,
     /// By group and tensor.
-    layouts: Vec<Vec<Layout>>,
+    layouts: Vec<Vec<SegmentLayout>>,
     loads: Vec<Load>,
     /// On the device; load number i is in buffer number i modulo their number, when it is there.
     buffers: Vec<wgpu::Buffer>,
@@ -171,15 +171,15 @@ impl GpuClipper {
         groups: &mut [(Clip, &mut [TensorMut<'_>])],
         context: Context<'_>,
     ) -> Result<Vec<ClipReport>, Error> {
-        let turn = Turn::begin(context.processes);
+        let call = GroupCall::begin(context.processes);
         check_groups(groups.iter().map(|(clip, _)| clip))?;
         if groups.is_empty() {
-            merge(turn, &mut [], |_, _| None).await?;
+            merge(call, &mut [], |_, _| None).await?;
             return Ok(Vec::new());
         }
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
         let mut passage = Passage::new(self, context.progress, &views, Job::Clip)?;
-        passage.measure(&views, turn).await?;
+        passage.measure(&views, call).await?;
         let (reports, outcomes) = passage.plan.reports_and_outcomes().await?;
         passage.write_back(groups, outcomes).await;
         Ok(reports)
@@ -192,12 +192,12 @@ impl GpuClipper {
         tensors: &mut [TensorMut<'_>],
         context: Context<'_>,
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(context.processes);
+        let call = GroupCall::begin(context.processes);
         clip.check_adaptive()?;
         let views = [(*clip, views(tensors))];
         let mut passage = Passage::new(self, context.progress, &views, Job::Clip)?;
         passage.plan.bind(threshold)?;
-        passage.measure(&views, turn).await?;
+        passage.measure(&views, call).await?;
         passage.plan.follow_norms(threshold).await?;
         passage.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
         let (mut reports, outcomes) = passage.plan.reports_and_outcomes().await?;
@@ -219,10 +219,10 @@ impl GpuClipper {
         tensors: &[Tensor<'_>],
         context: Context<'_>,
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(context.processes);
+        let call = GroupCall::begin(context.processes);
         let views = [(*clip, tensors.to_vec())];
         let mut passage = Passage::new(self, context.progress, &views, Job::Measure)?;
-        passage.measure(&views, turn).await?;
+        passage.measure(&views, call).await?;
         Ok(passage.plan.reports_and_outcomes().await?.0.swap_remove(0))
     }
 
@@ -234,7 +234,7 @@ impl GpuClipper {
         sums: &mut [TensorMut<'_>],
         context: Context<'_>,
     ) -> Result<ClipReport, Error> {
-        let turn = Turn::begin(context.processes);
+        let call = GroupCall::begin(context.processes);
         check_sums(clip, tensors.iter().map(|t| t.spec), sums.iter().map(|s| s.spec))?;
         let mut into = Vec::new();
         for sum in sums.iter() {
@@ -244,7 +244,7 @@ impl GpuClipper {
         }
         let views = [(*clip, tensors.to_vec())];
         let mut passage = Passage::new(self, context.progress, &views, Job::Sum(into.clone()))?;
-        passage.measure(&views, turn).await?;
+        passage.measure(&views, call).await?;
         let report = passage.plan.reports_and_outcomes().await?.0.swap_remove(0);
         if !(report.has_non_finite() && clip.refuses_non_finite()) {
             passage.sum(tensors).await?;
@@ -365,7 +365,7 @@ impl<'a> Passage<'a> {
     }
 
     /// Brings all loads to the device, measures them, takes in what other processes have measured, and decides.
-    async fn measure(&mut self, groups: &[(Clip, Vec<Tensor<'_>>)], turn: Turn<'_>) -> Result<(), Error> {
+    async fn measure(&mut self, groups: &[(Clip, Vec<Tensor<'_>>)], call: GroupCall<'_>) -> Result<(), Error> {
         let all = of_all(groups);
         for load in 0..self.loads.len() {
             self.fill(load, |run| Some(&all[run.tensor].data[run.bytes.clone()])).await?;
@@ -380,8 +380,8 @@ impl<'a> Passage<'a> {
             passage.plan.encode_for(encoder, Phase::Measure, None);
             passage.plan.encode_phases(encoder, &[Phase::Decide])
         })?;
-        if turn.group().size() > 1 {
-            self.plan.merged(turn).await?;
+        if call.group().size() > 1 {
+            self.plan.merged(call).await?;
             self.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
         }
         Ok(())
@@ -578,7 +578,7 @@ struct WriteBack<'t, 'd> {
     /// By group and segment.
     outcomes: Vec<Vec<Outcome>>,
     owners: Vec<Owner>,
-    layouts: Vec<Vec<Layout>>,
+    layouts: Vec<Vec<SegmentLayout>>,
     /// By load: what has to be written yet.
     due: Vec<Vec<Run>>,
     /// Whether anything was.

@@ -1,9 +1,9 @@
 //! [`PlanOptions`]: what a plan does beside clipping as its description says.
 
 use super::gather::Job;
+use super::tensor::GpuTensor;
 use super::threshold::DeviceThreshold;
 use crate::Error;
-use super::tensor::GpuTensor;
 
 /// What a plan does beside clipping as its description says: for [`GpuClipper::plan_with`](super::GpuClipper::plan_with).
 ///

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::ProcessGroup;
-use super::exchange::{Kind, Operation, Turn};
+use super::exchange::{GroupCall, Kind, Operation};
 use super::rows::{join, split};
 use crate::error::tensor_label;
 use crate::wait::block_on;
@@ -15,7 +15,8 @@ use crate::{Error, Tensor};
 /// # Errors
 /// [`Error::PeerFailed`] with the first rank where `ok` is `false`; [`Error::ProcessGroup`] if the others cannot be heard.
 pub fn agree(group: &dyn ProcessGroup, ok: bool) -> Result<(), Error> {
-    let exchange = Turn::begin(group).exchange(Operation::of(Kind::Agree), ok, Vec::new(), |low, _| Some(low.to_vec()));
+    let exchange =
+        GroupCall::begin(group).exchange(Operation::of(Kind::Agree), ok, Vec::new(), |low, _| Some(low.to_vec()));
     block_on(exchange.run()).map(|_| ())
 }
 
@@ -38,7 +39,7 @@ pub fn check_replicas(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Resul
         from_bytes(high).into_iter().for_each(|(name, of)| add(&mut all, name, of));
         Some(to_bytes(&all))
     };
-    let exchange = Turn::begin(group).exchange(Operation::of(Kind::Check), true, to_bytes(&own), merge);
+    let exchange = GroupCall::begin(group).exchange(Operation::of(Kind::Check), true, to_bytes(&own), merge);
     let all = block_on(exchange.run())?;
     for (name, Count { times, alike, .. }) in from_bytes(&all) {
         let reason = match (times, alike) {

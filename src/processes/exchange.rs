@@ -78,16 +78,16 @@ const MAGIC: u64 = u64::from_be_bytes(*b"gradcli\x01");
 /// Merges the body of lower ranks with that of higher ones. None if they do not fit together.
 pub(super) type MergeBodies = fn(&[u8], &[u8]) -> Option<Vec<u8>>;
 
-/// A call of all ranks of a group, from before this rank measures. If it is dropped before [`Turn::exchange`], the others learn
+/// A call of all ranks of a group, from before this rank measures. If it is dropped before [`GroupCall::exchange`], the others learn
 /// that this rank has failed.
 #[derive(Debug)]
-pub(crate) struct Turn<'g> {
+pub(crate) struct GroupCall<'g> {
     group: &'g dyn ProcessGroup,
     sequence: u64,
     is_open: bool,
 }
 
-impl<'g> Turn<'g> {
+impl<'g> GroupCall<'g> {
     pub(crate) fn begin(group: &'g dyn ProcessGroup) -> Self {
         Self { group, sequence: group.calls().fetch_add(1, Ordering::Relaxed), is_open: true }
     }
@@ -108,7 +108,7 @@ impl<'g> Turn<'g> {
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for GroupCall<'_> {
     fn drop(&mut self) {
         if self.is_open {
             send_failure(self.group, self.sequence, &steps(self.group.rank(), self.group.size()));
@@ -327,7 +327,7 @@ mod tests {
             let groups = thread_group(size, None);
             let agree = Operation::of(Kind::Agree);
             let exchanges =
-                groups.iter().zip(b'A'..).map(|(g, id)| Turn::begin(&**g).exchange(agree, true, vec![id], merge));
+                groups.iter().zip(b'A'..).map(|(g, id)| GroupCall::begin(&**g).exchange(agree, true, vec![id], merge));
             let mut exchanges: Vec<_> = exchanges.collect();
             let mut rounds = 0;
             loop {

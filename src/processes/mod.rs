@@ -61,8 +61,8 @@ mod threads;
 
 #[cfg(not(target_arch = "wasm32"))]
 pub use agree::{agree, check_replicas};
-pub(crate) use exchange::Turn;
+pub(crate) use exchange::GroupCall;
 pub use group::ProcessGroup;
-pub(crate) use rows::{Part, Total, merge};
+pub(crate) use rows::{GroupPartials, GroupTotal, merge};
 pub(crate) use threads::single_process;
 pub use threads::thread_group;

@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::exchange::{Kind, Operation, Turn};
+use super::exchange::{GroupCall, Kind, Operation};
 use crate::partial::{Location, Partial};
 use crate::segment::{Family, Segments};
 use crate::{Clip, Error, NonFiniteElements};
@@ -74,7 +74,7 @@ impl Row {
 
 /// What was measured of a group of tensors: by this process, or by all together.
 #[derive(Clone, Debug)]
-pub(crate) struct Part {
+pub(crate) struct GroupPartials {
     pub(crate) clip: Clip,
     pub(crate) segments: Segments,
     /// By segment.
@@ -85,12 +85,12 @@ pub(crate) struct Part {
 
 /// What is known of a group of tensors as a whole.
 #[derive(Clone, Debug)]
-pub(crate) struct Total {
+pub(crate) struct GroupTotal {
     pub(crate) partial: Partial,
     pub(crate) non_finite: Option<NonFiniteElements>,
 }
 
-impl Part {
+impl GroupPartials {
     /// Of one segment, given its partial and how many elements that is of.
     pub(crate) fn of_one(clip: &Clip, mut segments: Segments, partial: Partial, elements: u64) -> Self {
         segments.set_elements(clip, &[elements]);
@@ -102,9 +102,9 @@ impl Part {
     }
 
     /// Its total, if all of it is this process's.
-    pub(crate) fn total<'a>(&self, name_of: impl Fn(usize) -> Option<&'a str>) -> Total {
+    pub(crate) fn total<'a>(&self, name_of: impl Fn(usize) -> Option<&'a str>) -> GroupTotal {
         let partial = self.partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b));
-        Total { partial, non_finite: partial.non_finite_elements(name_of) }
+        GroupTotal { partial, non_finite: partial.non_finite_elements(name_of) }
     }
 
     fn rows(&self, rank: u32) -> Vec<Row> {
@@ -125,7 +125,7 @@ impl Part {
 }
 
 /// What ranks must have in common to merge: clips, and which segments they have.
-fn description(parts: &[Part]) -> u64 {
+fn description(parts: &[GroupPartials]) -> u64 {
     let mut digest = DefaultHasher::new();
     env!("CARGO_PKG_VERSION").hash(&mut digest);
     for part in parts {
@@ -141,15 +141,15 @@ fn description(parts: &[Part]) -> u64 {
 /// # Errors
 /// Those of the group; nothing has changed then.
 pub(crate) async fn merge<'a>(
-    turn: Turn<'_>,
-    parts: &mut [Part],
+    call: GroupCall<'_>,
+    parts: &mut [GroupPartials],
     name_of: impl Fn(usize, usize) -> Option<&'a str>,
-) -> Result<Vec<Total>, Error> {
-    let group = turn.group();
+) -> Result<Vec<GroupTotal>, Error> {
+    let group = call.group();
     let rows: Vec<_> = parts.iter().flat_map(|part| part.rows(group.rank())).collect();
     let operation = Operation { kind: Kind::Merge, description: description(parts), segments: rows.len() as u64 };
     let body = bytemuck::cast_slice(&rows).to_vec();
-    let merged = turn.exchange(operation, true, body, merge_bodies).run().await?;
+    let merged = call.exchange(operation, true, body, merge_bodies).run().await?;
     let merged: Vec<Row> = merged.chunks_exact(size_of::<Row>()).map(bytemuck::pod_read_unaligned).collect();
     let (mut of_parts, mut totals, mut rest) = (Vec::new(), Vec::new(), &merged[..]);
     for part in parts.iter() {
@@ -167,7 +167,7 @@ pub(crate) async fn merge<'a>(
                 *name = name_of(i, total.tensor as usize).unwrap_or_default().into();
             }
         }
-        let exchange = Turn::begin(group).exchange(Operation::of(Kind::Names), true, join(&names), merge_names);
+        let exchange = GroupCall::begin(group).exchange(Operation::of(Kind::Names), true, join(&names), merge_names);
         let merged = exchange.run().await?;
         names = split(&merged).into_iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
     }
@@ -175,7 +175,7 @@ pub(crate) async fn merge<'a>(
     let total = |(row, name): (&Row, String)| {
         let (partial, rank) = (row.partial(), (group.size() > 1).then_some(row.rank));
         let found = partial.non_finite_elements(|_| (!name.is_empty()).then_some(&*name));
-        Total { partial, non_finite: found.map(|found| NonFiniteElements { rank, ..found }) }
+        GroupTotal { partial, non_finite: found.map(|found| NonFiniteElements { rank, ..found }) }
     };
     Ok(totals.iter().zip(names).map(total).collect())
 }
@@ -235,7 +235,7 @@ mod tests {
         let operation = Operation { kind: Kind::Merge, description: 1, segments: 1 };
         let merging = groups.iter().zip(&rows).map(|(group, row)| {
             let body = bytemuck::bytes_of(row).to_vec();
-            Box::pin(Turn::begin(&**group).exchange(operation, true, body, merge_bodies).run())
+            Box::pin(GroupCall::begin(&**group).exchange(operation, true, body, merge_bodies).run())
         });
         let mut merging: Vec<_> = merging.collect();
         let mut context = Context::from_waker(Waker::noop());

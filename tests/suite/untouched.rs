@@ -69,7 +69,8 @@ fn an_infinite_threshold_clips_nothing_and_does_all_else() {
         for dtype in path.dtypes() {
             for clip in clips.into_iter().flat_map(|clip| [clip, clip.scope(Scope::Tensor)]) {
                 let what = format!("{path:?} {dtype} {clip}");
-                let run = |clip: &Clip, numbers: &[f64]| path.clip(clip, &[Data::rounded(*dtype, numbers.to_vec())]).ok();
+                let run =
+                    |clip: &Clip, numbers: &[f64]| path.clip(clip, &[Data::rounded(*dtype, numbers.to_vec())]).ok();
                 let numbers = |after: &[Data]| -> Vec<_> { after[0].numbers().collect() };
                 for policy in POLICIES {
                     let set = finite_set(*dtype);

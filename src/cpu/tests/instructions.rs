@@ -17,7 +17,7 @@ use super::super::{clamp, columns, count, norm, scale};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
-use crate::segment::{By, Layout};
+use crate::segment::{By, SegmentLayout};
 use crate::{Clip, Dtype, NormType};
 
 const CHILD: &str = "GRADCLIP_COUNTED";
@@ -51,7 +51,7 @@ fn outcome() -> Outcome {
 
 fn scaled(dtype: Dtype, data: &mut [u8], by: By, outcomes: usize, drop: bool) {
     let outcomes = vec![outcome(); outcomes];
-    let layout = Layout { by, columns: COLUMNS as u64, segment: 0 };
+    let layout = SegmentLayout { by, columns: COLUMNS as u64, segment: 0 };
     with_element!(dtype, T => scale::scale::<T>(&outcomes, layout, 0, drop, data));
 }
 

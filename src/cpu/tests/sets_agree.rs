@@ -8,7 +8,7 @@ use super::super::{clamp, columns, count, norm, scale, sum};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
-use crate::segment::{By, Layout};
+use crate::segment::{By, SegmentLayout};
 use crate::{Clip, Dtype, NonFinite, NormType};
 
 const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
@@ -123,7 +123,7 @@ fn scaling_agrees() {
         {
             for drop in [false, true] {
                 for (by, columns) in [(By::Whole, 1), (By::Rows, 7), (By::Columns, 19)] {
-                    let layout = Layout { by, columns, segment: 0 };
+                    let layout = SegmentLayout { by, columns, segment: 0 };
                     let outcomes = outcomes(factor, if by == By::Rows { 20 } else { columns as usize });
                     on_each_set(&format!("{what} times {factor:e} by {by:?}, drop {drop}"), || {
                         let mut data = data.to_vec();

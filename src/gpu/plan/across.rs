@@ -8,7 +8,7 @@ use super::super::readback::{PARTIAL_BYTES, PartialRow, ResultsHead};
 use super::super::threshold::threshold_number;
 use super::{GpuPlan, locked};
 use crate::partial::Partial;
-use crate::processes::{Part, ProcessGroup, Total, Turn, merge};
+use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge};
 use crate::segment::Segments;
 use crate::{Error, Waiting};
 
@@ -16,7 +16,7 @@ use crate::{Error, Waiting};
 #[derive(Clone, Debug)]
 pub(crate) struct MergedGroup {
     pub(super) segments: Segments,
-    pub(super) total: Total,
+    pub(super) total: GroupTotal,
 }
 
 /// What others have measured would count twice.
@@ -63,18 +63,18 @@ impl GpuPlan {
     }
 
     async fn merge_checked(&self, processes: &dyn ProcessGroup) -> Result<(), Error> {
-        let turn = Turn::begin(processes);
+        let call = GroupCall::begin(processes);
         let measures = |g: &Group| g.clip.measured().is_some() && !g.given;
         if self.built.threshold.is_some() || !self.built.groups.iter().all(measures) {
             const WHY: &str =
                 "what merges across processes is a norm that the plan measures, without a threshold on the device";
             return Err(Error::usage(WHY));
         }
-        self.merged(turn).await
+        self.merged(call).await
     }
 
     /// Takes in the partials of the other processes, between measuring and deciding.
-    pub(crate) async fn merged(&self, turn: Turn<'_>) -> Result<(), Error> {
+    pub(crate) async fn merged(&self, call: GroupCall<'_>) -> Result<(), Error> {
         let memory = &self.built.memory;
         let place = |first: u32| u64::from(first) * PARTIAL_BYTES;
         let mut reads = vec![(&memory.results, 0, size_of::<ResultsHead>() as u64)];
@@ -98,17 +98,19 @@ impl GpuPlan {
                 let rows = rows.by_ref().take(group.segments.count as usize);
                 rows.map(|row| row.to_partial(|i| self.built.origins[i])).collect::<Vec<_>>()
             };
-            let mut part = Part::new(&group.clip, group.segments.clone(), next());
+            let mut part = GroupPartials::new(&group.clip, group.segments.clone(), next());
             if group.first_parameter.is_some() {
                 part.parameters = next();
             }
             parts.push(part);
         }
         let name_of = |group: usize, tensor: usize| self.built.groups[group].names.get(tensor)?.as_deref();
-        let totals = merge(turn, &mut parts, name_of).await?;
+        let totals = merge(call, &mut parts, name_of).await?;
 
-        let across =
-            |(part, total): (&Part, &Total)| MergedGroup { segments: part.segments.clone(), total: total.clone() };
+        let across = |(part, total): (&GroupPartials, &GroupTotal)| MergedGroup {
+            segments: part.segments.clone(),
+            total: total.clone(),
+        };
         let stamp = locked(&self.across).keep(parts.iter().zip(&totals).map(across).collect());
         let mut writes = Vec::new();
         let mut write = |first: u32, partials: &[Partial]| {

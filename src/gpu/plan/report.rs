@@ -9,7 +9,7 @@ use super::super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use super::across::MergedGroup;
 use super::{GpuPlan, locked};
 use crate::decision::{Action, Outcome};
-use crate::processes::Total;
+use crate::processes::GroupTotal;
 use crate::threshold::Threshold;
 use crate::{ClipReport, Error, NonFinite, Scope, Waiting};
 
@@ -80,7 +80,7 @@ impl GpuPlan {
             let own = || {
                 let total = row.to_partial(|i| self.built.origins[i]);
                 let name_of = |i: usize| group.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
-                let total = Total { partial: total, non_finite: total.non_finite_elements(name_of) };
+                let total = GroupTotal { partial: total, non_finite: total.non_finite_elements(name_of) };
                 MergedGroup { segments: group.segments.clone(), total }
             };
             let all = across.of(&row).and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
@@ -158,7 +158,7 @@ impl GpuPlan {
 impl Group {
     /// The report, and what became of each segment, given what was measured of all.
     fn report(&self, outcomes: &[OutcomeRow], all: MergedGroup) -> Result<(ClipReport, Vec<Outcome>), Error> {
-        let (clip, MergedGroup { segments, total: Total { partial: total, non_finite } }) = (&self.clip, all);
+        let (clip, MergedGroup { segments, total: GroupTotal { partial: total, non_finite } }) = (&self.clip, all);
         // Norms from outside are N already.
         let weight = |elements| if self.given { 1.0 } else { clip.weight(elements) };
         let each = segments.families().zip(outcomes);

@@ -6,8 +6,8 @@ use super::super::build::Built;
 use super::super::gather::{Gathered, Group};
 use super::super::number::Number;
 use super::super::params::thresholds;
-use super::GpuPlan;
 use super::super::tensor::GpuTensor;
+use super::GpuPlan;
 use crate::{Clip, Error};
 
 impl GpuPlan {

@@ -6,7 +6,7 @@ use super::limits::Limits;
 use super::piece::{Origin, Piece};
 use super::rows::{ChunkRow, NOWHERE, Use};
 use crate::Dtype;
-use crate::segment::{By, Layout};
+use crate::segment::{By, SegmentLayout};
 
 /// Elements from one origin to the next; a chunk that begins before the next may end behind it.
 const ORIGIN_SPAN: u64 = 1 << 31;
@@ -78,7 +78,7 @@ impl Cutter {
 
     /// Cuts elements of a piece's tensor that are counted from one origin.
     fn cut_from_origin(&mut self, piece: &Piece, elements: Range<u64>, measures_only: bool) -> Option<()> {
-        let Layout { by, columns, .. } = piece.layout;
+        let SegmentLayout { by, columns, .. } = piece.layout;
         let origin = elements.start;
         let chunk_words = self.limits.chunk_words;
         if by == By::Whole {
@@ -146,7 +146,7 @@ impl Cutter {
     }
 
     fn run(&mut self, piece: &Piece, use_: Use, origin: u64, run: Range<u64>) -> Option<()> {
-        let Layout { by, columns, segment } = piece.layout;
+        let SegmentLayout { by, columns, segment } = piece.layout;
         // Beyond that a chunk meets the end of a row once at most, and only the distance to it counts.
         let folded = columns.min(1 << 31);
         let column = folded - (columns - run.start.checked_rem(columns)?).min(folded);

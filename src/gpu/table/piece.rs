@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::Dtype;
-use crate::segment::Layout;
+use crate::segment::SegmentLayout;
 
 /// A run of elements in a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub(crate) struct Piece {
     pub(crate) tensor: usize,
     pub(crate) first_element: u64,
     /// The segments of the tensor.
-    pub(crate) layout: Layout,
+    pub(crate) layout: SegmentLayout,
 }
 
 impl Piece {

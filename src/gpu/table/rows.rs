@@ -67,7 +67,7 @@ impl Use {
     }
 }
 
-/// Part of a buffer that is bound.
+/// GroupPartials of a buffer that is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     pub(crate) buffer: usize,

@@ -35,7 +35,7 @@ pub(crate) fn sum_windows(pieces: &[(Piece, Piece)], limits: Limits) -> Option<V
             add_sums(&mut found, (of, into), (0..columns, 0..0), limits)?;
             continue;
         }
-        // Part of a row, whole rows, part of a row.
+        // GroupPartials of a row, whole rows, part of a row.
         let first_row = all.start.next_multiple_of(columns).min(all.end);
         let last_row = (all.end / columns * columns).max(first_row);
         for part in [all.start..first_row, last_row..all.end] {

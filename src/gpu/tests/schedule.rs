@@ -5,14 +5,14 @@ use super::super::schedule::words_at_a_time;
 use super::super::table::Piece;
 use super::super::tuning::{BUFFERS_OF_CHUNKS, HARDWARE, SOFTWARE, STAGING_BYTES};
 use crate::Dtype;
-use crate::segment::{By, Layout};
+use crate::segment::{By, SegmentLayout};
 
 /// Half a terabyte in loads of 16 MiB, on paper: its partials have room in the smallest default binding.
 #[test]
 fn partials_of_any_number_of_buffers_have_room() {
     let len = STAGING_BYTES / 4;
     let piece = |buffer| {
-        let layout = Layout { by: By::Whole, columns: len, segment: 0 };
+        let layout = SegmentLayout { by: By::Whole, columns: len, segment: 0 };
         Piece { buffer, dtype: Dtype::F32, start: 0, len, tensor: 0, first_element: 0, layout }
     };
     for buffers in [1, 2, 255, 256, 257, 1 << 15] {

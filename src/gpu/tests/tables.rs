@@ -4,19 +4,19 @@ use super::super::table::{EdgeRow, Limits, NOWHERE, Piece, Tables};
 use super::super::tuning::HARDWARE;
 use super::tables_hold::{check_grid, check_sums, check_tables};
 use crate::Dtype;
-use crate::segment::{By, Layout};
+use crate::segment::{By, SegmentLayout};
 
 fn piece(buffer: usize, dtype: Dtype, start: u64, len: u64) -> Piece {
     Piece { buffer, dtype, start, len, tensor: 0, first_element: 0, layout: whole(len, 0) }
 }
 
-fn whole(columns: u64, segment: u32) -> Layout {
-    Layout { by: By::Whole, columns, segment }
+fn whole(columns: u64, segment: u32) -> SegmentLayout {
+    SegmentLayout { by: By::Whole, columns, segment }
 }
 
 /// As [`piece`], as a matrix.
 fn matrix(by: By, columns: u64, of: Piece) -> Piece {
-    Piece { layout: Layout { by, columns, segment: 0 }, ..of }
+    Piece { layout: SegmentLayout { by, columns, segment: 0 }, ..of }
 }
 
 /// As [`check_tables`], of segments that begin with 0, for a clip.

@@ -8,7 +8,7 @@ use super::super::table::{
     ChunkRow, Limits, NOWHERE, Origin, Piece, SUMMED_ROWS, TASK_CHUNKS, Table, Tables, Use, Window, grid, sum_windows,
 };
 use super::super::tuning::{HARDWARE, LANE_PARTIALS, SMALLEST_WORKGROUP, SOFTWARE};
-use crate::segment::{By, Layout, Segments};
+use crate::segment::{By, SegmentLayout, Segments};
 use crate::tensor::Spec;
 use crate::{Clip, Dtype, Scope, UnitAxis};
 
@@ -454,7 +454,7 @@ fn examples_and_sums(u: &mut Unstructured<'_>, limits: Limits) -> Result<Vec<(Pi
         } else {
             u.int_in_range(0..=(limits.binding_bytes / 2).min(500))?
         };
-        let layout = |by, columns| Layout { by, columns, segment: 0 };
+        let layout = |by, columns| SegmentLayout { by, columns, segment: 0 };
         let start = u.int_in_range(0..=300)?;
         let sums = Piece {
             buffer: 2 * tensors + tensor,
