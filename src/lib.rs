@@ -92,6 +92,7 @@
 #![cfg_attr(not(feature = "gpu"), doc = "[`verify`]: #features")]
 #![deny(unsafe_code)]
 
+mod accumulator;
 mod clip;
 mod clipper;
 mod context;
@@ -109,7 +110,6 @@ mod partial;
 mod pieces;
 pub mod processes;
 mod report;
-mod running;
 mod segment;
 mod tensor;
 mod threshold;
@@ -117,6 +117,7 @@ mod threshold;
 mod verify;
 mod wait;
 
+pub use accumulator::NormAccumulator;
 pub use clip::{Budget, Clip, Mode, NonFinite, NormType, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
 pub use cpu::count::TensorCounts;
@@ -124,7 +125,6 @@ pub use dtype::{Dtype, Element};
 pub use error::{Error, NonFiniteElements};
 pub use pieces::DecidedClip;
 pub use report::{ClipReport, SegmentReport};
-pub use running::NormAccumulator;
 pub use tensor::{HostTensor, Tensor, TensorMut};
 pub use threshold::{AdaGc, AutoClip, Threshold, ZClip};
 #[cfg(feature = "gpu")]

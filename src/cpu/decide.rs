@@ -42,7 +42,8 @@ impl Decision {
 
     /// Clips the tensors that it is about.
     fn apply(&self, tensors: &mut [TensorMut<'_>], progress: &Progress) -> ClipReport {
-        let met = write(self, tensors, if self.read { None } else { Some(progress) });
+        let progress = if self.read { None } else { Some(progress) };
+        let met = write(&self.clip, (&self.segments, &self.outcomes), tensors, progress);
         self.report(&met, |i| tensors[i].name())
     }
 }

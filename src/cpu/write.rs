@@ -3,7 +3,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
 
-use super::decide::Decision;
 use super::pool::in_parallel;
 use super::tuning::CHUNK;
 use super::{clamp, scale};
@@ -11,12 +10,16 @@ use crate::context::Progress;
 use crate::decision::{Action, Outcome};
 use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
-use crate::segment::SegmentLayout;
+use crate::segment::{SegmentLayout, Segments};
 use crate::{Clip, Dtype, NonFinite, TensorMut};
 
 /// Writes what the outcomes say. The partial is what clamps met; to elements that are only read here, `progress` counts.
-pub(super) fn write(decision: &Decision, tensors: &mut [TensorMut<'_>], progress: Option<&Progress>) -> Partial {
-    let Decision { clip, segments, outcomes, .. } = decision;
+pub(super) fn write(
+    clip: &Clip,
+    (segments, outcomes): (&Segments, &[Outcome]),
+    tensors: &mut [TensorMut<'_>],
+    progress: Option<&Progress>,
+) -> Partial {
     let (pieces, bytes) = pieces(tensors);
     let work = tensors.iter_mut().zip(&segments.layouts).enumerate().flat_map(|(i, (tensor, layout))| {
         let own = layout.own(outcomes, tensor.len() as u64);

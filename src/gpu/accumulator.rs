@@ -1,4 +1,4 @@
-//! A norm that is measured set by set on the device. Host side of `shaders/accumulate.wgsl`; twin: `src/running.rs`.
+//! A norm that is measured set by set on the device. Host side of `shaders/accumulate.wgsl`; twin: `src/accumulator.rs`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};

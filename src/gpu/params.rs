@@ -7,10 +7,6 @@ use super::number::Number;
 use super::threshold::{Rule, threshold_number};
 use crate::{Clip, Mode, NonFinite, NormType};
 
-/// What `shaders/shared/power.wgsl` has room for. Beyond, p is taken for these: of 2^30 equal elements the norm is then
-/// 5e-6 too large at most, and below 2^-20 the norm of two elements already exceeds every float64.
-pub(super) const POWERS: std::ops::RangeInclusive<f64> = 1.0 / 1_048_576.0..=4_194_304.0;
-
 /// Twin of `Params` in `shaders/shared/outcome.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]

@@ -1,28 +1,15 @@
 //! A norm over the processes of a group.
 
-use std::borrow::Cow;
 use std::sync::atomic::Ordering;
 
 use super::super::gather::Group;
 use super::super::readback::{PARTIAL_BYTES, PartialRow, ResultsHead};
 use super::super::threshold::threshold_number;
-use super::{GpuPlan, locked};
+use super::{GpuPlan, MERGED_ALREADY, MergedGroup, locked};
 use crate::partial::Partial;
 use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge};
 use crate::segment::Segments;
 use crate::{Error, Waiting};
-
-/// What was measured of a group of tensors, of all processes together.
-#[derive(Clone, Debug)]
-pub(crate) struct MergedGroup {
-    pub(super) segments: Segments,
-    pub(super) total: GroupTotal,
-}
-
-/// What others have measured would count twice.
-pub(crate) const MERGED_ALREADY: Error = Error::Usage(Cow::Borrowed(
-    "what was measured has merged across processes already; it merges once, and then another is measured",
-));
 
 impl GpuPlan {
     /// Takes in what the other processes of a group have measured: between [`GpuPlan::encode_measure`], once it is submitted, and

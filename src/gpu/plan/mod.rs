@@ -4,12 +4,9 @@ mod across;
 mod report;
 mod update;
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-pub(super) use across::MERGED_ALREADY;
-use across::MergedGroup;
-use report::Reported;
 
 use super::build::Built;
 use super::clipper::GpuClipper;
@@ -18,6 +15,8 @@ use super::gather::Gathered;
 use super::options::PlanOptions;
 use super::readback::Stamped;
 use super::tensor::GpuTensor;
+use crate::processes::GroupTotal;
+use crate::segment::Segments;
 use crate::{Clip, Error};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
@@ -36,6 +35,20 @@ pub struct GpuPlan {
     across: Mutex<Stamped<Vec<MergedGroup>>>,
     /// The thresholds of this process alone, if what has merged has set others: each norm that is recorded begins with them.
     own_thresholds: Mutex<Option<wgpu::Buffer>>,
+}
+
+/// What was measured of a group of tensors, of all processes together.
+#[derive(Clone, Debug)]
+struct MergedGroup {
+    segments: Segments,
+    total: GroupTotal,
+}
+
+/// At the last report: how many steps had been encoded, and how many had run by the device's own count.
+#[derive(Clone, Copy, Debug, Default)]
+struct Reported {
+    encoded: u64,
+    steps: u32,
 }
 
 impl GpuClipper {
@@ -161,3 +174,8 @@ impl GpuPlan {
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// What others have measured would count twice.
+pub(super) const MERGED_ALREADY: Error = Error::Usage(Cow::Borrowed(
+    "what was measured has merged across processes already; it merges once, and then another is measured",
+));

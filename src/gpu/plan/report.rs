@@ -6,19 +6,11 @@ use std::sync::atomic::Ordering;
 use super::super::gather::Group;
 use super::super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead};
 use super::super::threshold::{DeviceThreshold, StateRow, threshold_number};
-use super::across::MergedGroup;
-use super::{GpuPlan, locked};
+use super::{GpuPlan, MergedGroup, Reported, locked};
 use crate::decision::{Action, Outcome};
 use crate::processes::GroupTotal;
 use crate::threshold::Threshold;
 use crate::{ClipReport, Error, NonFinite, Scope, Waiting};
-
-/// At the last report: how many steps had been encoded, and how many had run by the device's own count.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Reported {
-    encoded: u64,
-    steps: u32,
-}
 
 impl GpuPlan {
     /// That a step has run since the last report, given how many were encoded.
