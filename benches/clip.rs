@@ -186,7 +186,7 @@ fn gpu(c: &mut Criterion) {
     use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor, PlanOptions};
     use gradclip::wgpu;
     let gpu = GpuClipper::open().wait().expect("the GPU benches need an adapter; `cargo bench -- cpu` needs none");
-    let info = gpu.adapter_info();
+    let info = gpu.device().adapter_info();
     let mut group = c.benchmark_group(format!("gpu ({}, {})", info.name, info.backend));
     group.sample_size(20);
     let (device, queue) = (gpu.device(), gpu.queue());

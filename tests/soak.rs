@@ -80,7 +80,7 @@ fn soak(what: &str, steps: usize, mut step: impl FnMut(usize)) {
         "soak: {what}: {steps} steps in {:.0} s on {}, resident memory {:.1} MiB after {warm_up} steps and {grown:+} bytes at \
          the end, on the device {} bytes in {} allocations and {:+} bytes at the end",
         started.elapsed().as_secs_f64(),
-        gpu().adapter_info().name,
+        gpu().device().adapter_info().name,
         warm.resident as f64 / f64::from(1 << 20),
         warm.on_device,
         warm.allocations,
@@ -302,7 +302,7 @@ fn one_plan_in_turning_buffers() {
     let mut plan = gpu().plan(&Clip::norm(1e9), &at(0)).expect("valid");
     let mut in_flight = InFlight::default();
     soak("buffers by turns", steps() / 5, |i| {
-        plan.update(&at(i % 3)).expect("the same shapes");
+        plan.update(&[&at(i % 3)).expect("the same shapes"]);
         let mut encoder = encoder(gpu());
         plan.encode(&mut encoder).expect("the device works");
         in_flight.submit(encoder);

@@ -11,7 +11,7 @@ use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
 
 /// What a tensor holds beside ordinary numbers: [`Tensor::counts`](crate::Tensor::counts).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TensorCounts {
     /// How many elements are 0 or -0.
@@ -53,7 +53,8 @@ impl Tensor<'_> {
         in_parallel(chunks, pieces, self.data.len(), |(chunk, counts)| {
             with_element!(self.spec.dtype, T => *counts = count::<T>(chunk));
         });
-        counts.iter().enumerate().fold(TensorCounts::default(), |all, (i, chunk)| TensorCounts {
+        let none = TensorCounts { zeros: 0, non_finite: 0, first_non_finite: None };
+        counts.iter().enumerate().fold(none, |all, (i, chunk)| TensorCounts {
             zeros: all.zeros + chunk.zeros,
             non_finite: all.non_finite + chunk.non_finite,
             first_non_finite: all.first_non_finite.or(chunk.first.map(|k| (i * CHUNK + k) as u64)),

@@ -132,12 +132,6 @@ impl GpuClipper {
         &self.device.queue
     }
 
-    /// What the device runs on.
-    #[must_use]
-    pub fn adapter_info(&self) -> wgpu::AdapterInfo {
-        self.device.device.adapter_info()
-    }
-
     /// How kernels reach so many windows.
     pub(super) fn access(&self, windows: usize) -> Access {
         match (windows, self.quads) {

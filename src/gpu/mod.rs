@@ -64,7 +64,7 @@ pub use clipper::GpuClipper;
 pub use device::adapters;
 pub use options::PlanOptions;
 pub use plan::GpuPlan;
-pub use profile::{Clock, Pass, Profile, Speed, Speeds};
+pub use profile::{Pass, Profile, Speeds};
 pub use tensor::GpuTensor;
 pub use threshold::DeviceThreshold;
 

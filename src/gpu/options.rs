@@ -10,14 +10,14 @@ use crate::Error;
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use gradclip::wgpu::util::DeviceExt;
-/// use gradclip::{Clip, ZClip, gpu::{GpuClipper, GpuTensor, PlanOptions}, wgpu};
+/// use gradclip::{Clip, ZClip, gpu::{DeviceThreshold, GpuClipper, GpuTensor, PlanOptions}, wgpu};
 /// let gpu = GpuClipper::open().wait()?;
 /// # let contents = bytemuck::cast_slice(&[3.0f32, 4.0]);
 /// # let usage = wgpu::BufferUsages::STORAGE;
 /// # let buffer = gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents, usage });
 /// let tensors = [GpuTensor::f32(&buffer, ..)?];
-/// let any = Clip::norm(f64::INFINITY);
-/// let adaptive = gpu.plan_with(&[(any, &tensors)], PlanOptions::default().threshold(ZClip::new()))?;
+/// let threshold = PlanOptions::default().threshold(DeviceThreshold::ZClip(ZClip::new()));
+/// let adaptive = gpu.plan_with(&[(Clip::norm(f64::INFINITY), &tensors)], threshold)?;
 /// let for_an_optimizer = gpu.plan_with(&[(Clip::norm(1.0), &tensors)], PlanOptions::default().measure_only())?;
 /// # Ok(())
 /// # }
@@ -34,8 +34,8 @@ impl PlanOptions {
     /// Clips by a threshold that follows the norms on the device: no step waits for the host. The clip's own `max_norm` stays
     /// an upper bound; infinity sets none. [`GpuPlan::threshold`](super::GpuPlan::threshold) reads the state back.
     #[must_use]
-    pub fn threshold(mut self, threshold: impl Into<DeviceThreshold>) -> Self {
-        self.threshold = Some(threshold.into());
+    pub fn threshold(mut self, threshold: DeviceThreshold) -> Self {
+        self.threshold = Some(threshold);
         self
     }
 

@@ -27,8 +27,9 @@ pub struct Profile {
     /// From the beginning of the first pass to the end of the last, with what lies between them; by the host's clock, the
     /// sum of the passes. 0 for a step of nothing.
     pub seconds: f64,
-    /// What told the time.
-    pub clock: Clock,
+    /// Whether the device's timestamps told the time. If not, the host's clock did, around submitting each pass and waiting
+    /// for it, which costs some 10 to 100 microseconds of its own: the device was made without `Features::TIMESTAMP_QUERY`.
+    pub device_clock: bool,
     /// What the step reports, group by group.
     pub reports: Vec<ClipReport>,
 }
@@ -52,50 +53,21 @@ pub struct Pass {
     pub bytes: u64,
 }
 
-/// What told the time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Clock {
-    /// The device's timestamps.
-    Device,
-    /// The host's clock around submitting each pass and waiting for it, which costs some 10 to 100 microseconds of its own:
-    /// the device was made without `Features::TIMESTAMP_QUERY`.
-    Host,
-}
-
-/// How fast a device reads and copies, at best.
+/// How fast a device reads and copies at best, in bytes a second: the median of several runs. Infinite if the clock stood
+/// still.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Speeds {
-    /// A plain copy from one buffer to another; each byte counts twice, since it is read and written.
-    pub copy: Speed,
-    /// A plain sum that reads each byte once.
-    pub read: Speed,
+    /// A plain copy from one buffer to another. Each byte counts twice, since it is read and written.
+    pub copy: f64,
+    /// What copied: `shaders/copy.wgsl` or `copy_buffer_to_buffer`, whichever is faster.
+    pub copied_by: &'static str,
+    /// A plain sum that reads each byte once: `shaders/read.wgsl`.
+    pub read: f64,
     /// How many bytes were read or copied.
     pub bytes: u64,
-    /// What told the time.
-    pub clock: Clock,
-}
-
-/// A speed, of several runs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct Speed {
-    /// Bytes in a second: the median of the runs. Infinite if the clock stood still.
-    pub median: f64,
-    /// The fastest run.
-    pub best: f64,
-    /// How many runs there were.
-    pub runs: usize,
-    /// What moved the bytes: `shaders/read.wgsl`, `shaders/copy.wgsl` or `copy_buffer_to_buffer`.
-    pub by: &'static str,
-}
-
-impl Pass {
-    /// Bytes in a second. 0 if it moves none; infinite if the clock stood still.
-    #[must_use]
-    pub fn bytes_per_second(&self) -> f64 {
-        if self.bytes == 0 { 0.0 } else { self.bytes as f64 / self.seconds }
-    }
+    /// As [`Profile::device_clock`].
+    pub device_clock: bool,
 }
 
 impl GpuPlan {
@@ -103,8 +75,8 @@ impl GpuPlan {
     /// are compute passes of their own here, where `encode` makes one of all ([`GpuPlan::time`] times that).
     ///
     /// The step is submitted to the clipper's queue, behind what was submitted before, and waited for. Timestamps need
-    /// `Features::TIMESTAMP_QUERY`, which [`GpuClipper::open`] asks for; without, the host's clock must do
-    /// ([`Clock::Host`]), and on the web there is none.
+    /// `Features::TIMESTAMP_QUERY`, which [`GpuClipper::open`] asks for; without, the host's clock must do, and on the web there
+    /// is none.
     ///
     /// # Errors
     /// [`Error::Usage`] on the web, for a device without timestamps; those of [`GpuPlan::encode`] and
@@ -139,7 +111,7 @@ impl GpuPlan {
         let device = &self.gpu.device;
         device.check_not_lost()?;
         self.encoded.fetch_add(1, Ordering::Relaxed);
-        let (spans, clock) = timed(device, parts.len(), |i, encoder, timestamp_writes| {
+        let (spans, device_clock) = timed(device, parts.len(), |i, encoder, timestamp_writes| {
             if i == 0 {
                 self.begin_anew(encoder);
             }
@@ -163,7 +135,7 @@ impl GpuPlan {
             (Some(first), Some(last)) => (last.end - first.start).max(0.0),
             _ => 0.0,
         };
-        Ok(Profile { passes, seconds, clock, reports })
+        Ok(Profile { passes, seconds, device_clock, reports })
     }
 
     /// The bytes that these dispatches had to move.
@@ -270,11 +242,11 @@ impl GpuClipper {
             if right { Ok(()) } else { Err(Error::Device(format!("{what} of {bytes} bytes is wrong on this device"))) }
         };
 
-        let (spans, clock) = timed(device, SPEED_RUNS, |_, encoder, writes| read.record(encoder, writes)).await?;
-        let read = Speed::of(bytes, &spans, "shaders/read.wgsl");
+        let (spans, device_clock) = timed(device, SPEED_RUNS, |_, encoder, writes| read.record(encoder, writes)).await?;
+        let read = median_speed(bytes, &spans);
         check("a plain read").await?;
         let (spans, _) = timed(device, SPEED_RUNS, |_, encoder, writes| copy.record(encoder, writes)).await?;
-        let by_kernel = Speed::of(2 * bytes, &spans, "shaders/copy.wgsl");
+        let by_kernel = median_speed(2 * bytes, &spans);
         timed(device, 1, |_, encoder, writes| read_back.record(encoder, writes)).await?;
         check("a plain copy").await?;
         let clear = |encoder: &mut wgpu::CommandEncoder| encoder.clear_buffer(&to, 0, None);
@@ -282,21 +254,23 @@ impl GpuClipper {
         let copy = |encoder: &mut wgpu::CommandEncoder| encoder.copy_buffer_to_buffer(&from, 0, &to, 0, None);
         let (spans, _) =
             timed(device, SPEED_RUNS, |_, encoder, writes| between_passes(encoder, writes.as_ref(), copy)).await?;
-        let by_command = Speed::of(2 * bytes, &spans, "copy_buffer_to_buffer");
+        let by_command = median_speed(2 * bytes, &spans);
         timed(device, 1, |_, encoder, writes| read_back.record(encoder, writes)).await?;
         check("a copy of buffers").await?;
-        let copy = if by_kernel.median > by_command.median { by_kernel } else { by_command };
-        Ok(Speeds { copy, read, bytes, clock })
+        let (copy, copied_by) = if by_kernel > by_command {
+            (by_kernel, "shaders/copy.wgsl")
+        } else {
+            (by_command, "copy_buffer_to_buffer")
+        };
+        Ok(Speeds { copy, copied_by, read, bytes, device_clock })
     }
 }
 
-impl Speed {
-    /// The first run warms up.
-    fn of(bytes: u64, spans: &[Range<f64>], by: &'static str) -> Self {
-        let mut speeds: Vec<_> = spans[1..].iter().map(|span| bytes as f64 / (span.end - span.start)).collect();
-        speeds.sort_by(f64::total_cmp);
-        Self { median: speeds[speeds.len() / 2], best: speeds[speeds.len() - 1], runs: speeds.len(), by }
-    }
+/// Of all runs but the first, which warms up.
+fn median_speed(bytes: u64, spans: &[Range<f64>]) -> f64 {
+    let mut speeds: Vec<_> = spans[1..].iter().map(|span| bytes as f64 / (span.end - span.start)).collect();
+    speeds.sort_by(f64::total_cmp);
+    speeds[speeds.len() / 2]
 }
 
 /// The whole WGSL module of `read` or `copy`.
@@ -389,12 +363,12 @@ fn between_passes(
 }
 
 /// Submits so many passes, recorded by number, waits for them, and tells when each began and ended, in seconds from the
-/// beginning of the first.
+/// beginning of the first, and whether by the device's clock.
 async fn timed(
     device: &GpuDevice,
     passes: usize,
     record: impl Fn(usize, &mut wgpu::CommandEncoder, Option<Timestamps<'_>>),
-) -> Result<(Vec<Range<f64>>, Clock), Error> {
+) -> Result<(Vec<Range<f64>>, bool), Error> {
     let encoder = || device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     if !device.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
         if cfg!(target_arch = "wasm32") {
@@ -415,7 +389,7 @@ async fn timed(
             spans.push(now..end);
             now = end;
         }
-        return Ok((spans, Clock::Host));
+        return Ok((spans, false));
     }
     let count = 2 * passes as u32;
     let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
@@ -441,7 +415,7 @@ async fn timed(
     })?;
     let bytes = device.read(&[(&resolved, 0, resolved.size())]).await?;
     let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&bytes);
-    Ok((spans(&ticks, device.queue.get_timestamp_period()), Clock::Device))
+    Ok((spans(&ticks, device.queue.get_timestamp_period()), true))
 }
 
 /// Seconds from pairs of ticks, counted from the first. Drivers are known whose clocks stand still or go backwards: what
@@ -465,7 +439,6 @@ mod tests {
             }
         }
         assert!(spans(&[], 1.0).is_empty());
-        let still = Speed::of(8, &[0.0..0.0, 1.0..1.0], "x");
-        assert!(still.median.is_infinite() && still.runs == 1);
+        assert!(median_speed(8, &[0.0..0.0, 1.0..1.0]).is_infinite());
     }
 }

@@ -20,18 +20,6 @@ pub enum DeviceThreshold {
     AdaGc(AdaGc),
 }
 
-impl From<ZClip> for DeviceThreshold {
-    fn from(threshold: ZClip) -> Self {
-        Self::ZClip(threshold)
-    }
-}
-
-impl From<AdaGc> for DeviceThreshold {
-    fn from(threshold: AdaGc) -> Self {
-        Self::AdaGc(threshold)
-    }
-}
-
 /// Twin of `State` in `shaders/threshold.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

@@ -60,7 +60,7 @@ impl Asked {
         if !self.subgroups {
             return gpu;
         }
-        let mut tuning = Tuning::of(&gpu.adapter_info());
+        let mut tuning = Tuning::of(&gpu.device().adapter_info());
         tuning.subgroups = true;
         gpu.with_tuning(tuning).expect("valid")
     }
@@ -75,7 +75,7 @@ pub(crate) fn open() -> GpuClipper {
         return gpu;
     }
     let gpu = GpuClipper::open().wait().unwrap_or_else(|error| panic!("{error}.\n{ADVICE}"));
-    assert!(gpu.device().features().contains(asked.features()), "{:?} has no subgroups", gpu.adapter_info());
+    assert!(gpu.device().features().contains(asked.features()), "{:?} has no subgroups", gpu.device().adapter_info());
     asked.tuned(gpu)
 }
 

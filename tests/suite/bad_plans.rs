@@ -205,9 +205,9 @@ mod on_gpu {
     fn adapters_that_do_not_exist() {
         let error = GpuClipper::open_named("no such adapter").wait().expect_err("none");
         assert_says(&error, &["no GPU adapter found", "\"no such adapter\"", "mesa-vulkan-drivers"]);
-        let name = gpu().adapter_info().name;
+        let name = gpu().device().adapter_info().name;
         let opened = GpuClipper::open_named(&name[..name.len() / 2].to_uppercase()).wait().expect("part of a name");
-        assert!(opened.adapter_info().name.to_lowercase().contains(&name[..name.len() / 2].to_lowercase()));
+        assert!(opened.device().adapter_info().name.to_lowercase().contains(&name[..name.len() / 2].to_lowercase()));
     }
 
     /// The gradients, a plan of them, and a device that is gone.

@@ -62,7 +62,7 @@ fn other_buffers_and_offsets() {
             let clip = Clip::norm(norm / 4.0).eps(0.0).scope(scope);
             let mut plan = gpu().plan(&clip, &old.tensors()).expect("valid");
             let coefficients = plan.coefficients().clone();
-            plan.update(&new.tensors()).expect("the same shapes");
+            plan.update(&[&new.tensors()]).expect("the same shapes");
             assert_eq!(*plan.coefficients(), coefficients, "a caller's kernel has bound it");
             step(gpu(), &plan);
             let report = plan.report().wait().expect("finite");
@@ -78,7 +78,7 @@ fn other_buffers_and_offsets() {
                 }
             }
             // And back.
-            plan.update(&old.tensors()).expect("the same shapes");
+            plan.update(&[&old.tensors()]).expect("the same shapes");
             step(gpu(), &plan);
             assert_norm(
                 plan.report().wait().expect("finite").total_norm,
@@ -99,7 +99,7 @@ fn steps_encoded_before_do_what_they_were_encoded_for() {
     let plan = plan.as_mut().expect("valid");
     let mut pending = encoder(gpu());
     plan.encode(&mut pending).expect("the device works");
-    plan.update(&new.tensors()).expect("the same shapes");
+    plan.update(&[&new.tensors()]).expect("the same shapes");
     gpu().queue().submit([pending.finish()]);
     assert_scaled(&first, &old.now(), 0.5, 0.0, "encoded before");
     assert_same_bits(&new.now(), &second, "not encoded yet");
@@ -113,7 +113,7 @@ fn a_threshold_goes_on() {
     let mut moving =
         gpu().plan_with(&[(clip, &places[0].tensors())], PlanOptions::default().threshold(zclip())).expect("valid");
     for place in &places {
-        moving.update(&place.tensors()).expect("the same shapes");
+        moving.update(&[&place.tensors()]).expect("the same shapes");
         step(gpu(), &moving);
     }
     // The same steps in one place.
@@ -190,7 +190,7 @@ fn another_threshold_and_scale_are_as_if_planned_with_them() {
 fn a_threshold_on_the_device_keeps_its_bound_and_its_state() {
     let numbers = set(7, 1.0);
     let place = Placed::new(&numbers, 1, 1);
-    let thresholds = [(Scope::Global, DeviceThreshold::from(ZClip::new())), (Scope::Tensor, AdaGc::new().into())];
+    let thresholds = [(Scope::Global, DeviceThreshold::ZClip(ZClip::new())), (Scope::Tensor, DeviceThreshold::AdaGc(AdaGc::new()))];
     for (scope, mut state) in thresholds {
         let clip = Clip::norm(f64::INFINITY).scope(scope);
         let options = |state: &DeviceThreshold| PlanOptions::default().threshold(state.clone());
@@ -271,24 +271,24 @@ fn what_does_not_fit_leaves_the_plan_as_it_was() {
         wrong.push(tensors);
     }
     for tensors in &wrong {
-        assert!(matches!(plan.update(tensors), Err(Error::Usage(_))), "{tensors:?}");
+        assert!(matches!(plan.update(&[tensors]), Err(Error::Usage(_))), "{tensors:?}");
     }
-    assert!(matches!(plan.update_groups(&[&tensors, &tensors]), Err(Error::Usage(_))));
+    assert!(matches!(plan.update(&[&tensors, &tensors]), Err(Error::Usage(_))));
     let mut uncounted = tensors.clone();
     uncounted[1] = uncounted[1].clone().replica(true);
-    assert!(matches!(plan.update(&uncounted), Err(Error::Usage(_))));
+    assert!(matches!(plan.update(&[&uncounted]), Err(Error::Usage(_))));
     let empty = |rows| GpuTensor::f32(&buffer, 0..0).and_then(|t| t.shape(&[rows, 0])).expect("no elements");
     let by_unit = Clip::norm(1.0).scope(Scope::Unit);
     let mut of_none = gpu().plan(&by_unit, &[empty(4)]).expect("valid");
-    assert!(matches!(of_none.update(&[empty(1 << 20)]), Err(Error::Usage(_))));
-    of_none.update(&[empty(4)]).expect("the same");
+    assert!(matches!(of_none.update(&[&[empty(1 << 20)]]), Err(Error::Usage(_))));
+    of_none.update(&[&[empty(4)]]).expect("the same");
     step(gpu(), &of_none);
     assert_eq!(of_none.report().wait().expect("finite").segments.len(), 4);
     // Half of the last tensor is half of the first.
     let mut overlapping = tensors.clone();
     overlapping[4] = GpuTensor::f16(&buffer, 0..40_000).expect("it fits");
     overlapping[0] = GpuTensor::f16(&buffer, 39_500..40_501).expect("it fits");
-    assert!(matches!(plan.update(&overlapping), Err(Error::Tensor { .. })));
+    assert!(matches!(plan.update(&[&overlapping]), Err(Error::Tensor { .. })));
     step(gpu(), &plan);
     assert_norm(plan.report().wait().expect("finite").total_norm, norm, 1e-6, "as it was");
 }

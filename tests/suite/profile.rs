@@ -4,7 +4,7 @@
 use crate::common::gpu::{block_on, clipper, device, download, gpu, gpu_tensor, shared, step, upload};
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, assert_norm, assert_same_bits, assert_scaled};
-use gradclip::gpu::{Clock, GpuClipper, GpuTensor, Pass, PlanOptions, Profile};
+use gradclip::gpu::{GpuClipper, GpuTensor, Pass, PlanOptions, Profile};
 use gradclip::{Clip, Dtype, Error, NonFinite, NormType, Scope, wgpu};
 
 const N: usize = 300_001;
@@ -24,17 +24,17 @@ fn pass<'a>(profile: &'a Profile, name: &str) -> &'a Pass {
 
 /// Names in order, times positive, and a whole that is no less than its parts.
 #[track_caller]
-fn assert_ordered(profile: &Profile, names: &[&str], clock: Clock) {
+fn assert_ordered(profile: &Profile, names: &[&str], device_clock: bool) {
     assert_eq!(profile.passes.iter().map(|pass| pass.name).collect::<Vec<_>>(), names, "{profile:?}");
-    assert_eq!(profile.clock, clock);
+    assert_eq!(profile.device_clock, device_clock);
     assert!(profile.passes.iter().all(|pass| pass.seconds > 0.0 && pass.seconds < 60.0), "{profile:?}");
     let parts: f64 = profile.passes.iter().map(|pass| pass.seconds).sum();
     assert!(profile.seconds >= 0.999 * parts && profile.seconds < 60.0, "{parts}: {profile:?}");
 }
 
-fn clocks() -> [(GpuClipper, Clock); 2] {
-    let own = if has_timestamps() { Clock::Device } else { Clock::Host };
-    [(gpu().clone(), own), (shared(wgpu::Limits::default()), Clock::Host)]
+/// Clippers, and whether the device's clock is theirs.
+fn clocks() -> [(GpuClipper, bool); 2] {
+    [(gpu().clone(), has_timestamps()), (shared(wgpu::Limits::default()), false)]
 }
 
 #[test]
@@ -84,11 +84,9 @@ fn bytes_are_those_that_must_move() {
     assert_eq!((pass(&clipped, "measure").bytes, pass(&clipped, "apply").bytes), (bytes, 2 * bytes));
     assert_eq!((pass(&clipped, "merge").bytes, pass(&clipped, "decide").bytes), (0, 0));
     assert_eq!((pass(&clipped, "measure").kernels[0], pass(&clipped, "apply").kernels[0]), ("norm", "scale"));
-    assert!(pass(&clipped, "apply").bytes_per_second() > 0.0);
 
     let unclipped = of(&Clip::norm(1e6));
     assert_eq!((pass(&unclipped, "measure").bytes, pass(&unclipped, "apply").bytes), (bytes, 0));
-    assert_eq!(pass(&unclipped, "apply").bytes_per_second(), 0.0);
     let unscaled = of(&Clip::norm(1e6).grad_scale(2.0));
     assert_eq!(pass(&unscaled, "apply").bytes, 2 * bytes);
 
@@ -180,7 +178,7 @@ fn a_profile_can_be_awaited() {
         let plan = gpu.plan(&Clip::norm(1.0), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
         assert_eq!(block_on(sendable(plan.profile())).expect("finite").clock, clock);
         assert!(block_on(sendable(plan.time())).expect("finite").seconds > 0.0);
-        assert_eq!(block_on(sendable(gpu.speeds(1 << 16))).expect("the device works").clock, clock);
+        assert_eq!(block_on(sendable(gpu.speeds(1 << 16))).expect("the device works").device_clock, clock);
     }
 }
 
@@ -190,9 +188,9 @@ fn speeds_are_of_what_was_moved_and_bounded_by_what_can_be_bound() {
         // Odd sizes end within a share; small ones leave most workgroups without one.
         for (asked, moved) in [(0, 16), (17, 16), (1 << 20, 1 << 20), ((1 << 22) + 48, (1 << 22) + 48)] {
             let speeds = gpu.speeds(asked).wait().expect("the device works");
-            assert_eq!((speeds.bytes, speeds.clock), (moved, clock));
+            assert_eq!((speeds.bytes, speeds.device_clock), (moved, clock));
             for speed in [speeds.copy, speeds.read] {
-                assert!(speed.median > 0.0 && speed.best >= speed.median && speed.runs > 2, "{speeds:?}");
+                assert!(speed > 0.0, "{speeds:?}");
             }
         }
     }

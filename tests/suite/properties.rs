@@ -386,7 +386,7 @@ fn device(seed: u64, slot: usize) -> GpuClipper {
     static POOLS: Mutex<Option<HashMap<(u64, usize), GpuClipper>>> = Mutex::new(None);
     let pool = seed / CASES_A_POOL;
     // SwiftShader takes a second and some 70 MB for each kernel, for as long as it is there.
-    let slot = if gpu().adapter_info().name.contains("SwiftShader") { 0 } else { slot };
+    let slot = if gpu().device().adapter_info().name.contains("SwiftShader") { 0 } else { slot };
     let mut pools = POOLS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let pools = pools.get_or_insert_default();
     pools.retain(|(at, _), _| *at == pool);
@@ -787,7 +787,7 @@ fn run(what: &str, one_for: u32, check: impl Fn(u64, &Drawn) -> Option<Errors>) 
             }
         }
     }
-    let info = gpu().adapter_info();
+    let info = gpu().device().adapter_info();
     let Errors { norm, ulps } = errors.get();
     println!(
         "properties: {what} on {} ({:?}): {cases} cases from seed {first}, {failed} failed, worst norm error {norm:.1e}, \

@@ -11,7 +11,7 @@ use super::GpuPlan;
 use crate::{Clip, Error};
 
 impl GpuPlan {
-    /// Takes other tensors of the same dtypes and shapes in place of the plan's: in other buffers or at other offsets, as a
+    /// Takes other tensors of the same dtypes and shapes in place of the plan's, group by group: in other buffers or at other offsets, as a
     /// pool hands them out anew. Compiles nothing. Adaptive thresholds, [`GpuPlan::coefficients`] and the count of steps go
     /// on; steps that were encoded before still do what they were encoded for.
     ///
@@ -24,7 +24,7 @@ impl GpuPlan {
     /// #     label: None, contents: bytemuck::cast_slice(&x), usage: wgpu::BufferUsages::STORAGE });
     /// # let (first, second) = (buffer([3.0, 4.0]), buffer([5.0, 12.0]));
     /// let mut plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&first, ..)?])?;
-    /// plan.update(&[GpuTensor::f32(&second, ..)?])?;
+    /// plan.update(&[&[GpuTensor::f32(&second, ..)?]])?;
     /// # let mut encoder = gpu.device().create_command_encoder(&Default::default());
     /// # plan.encode(&mut encoder)?;
     /// # gpu.queue().submit([encoder.finish()]);
@@ -36,15 +36,7 @@ impl GpuPlan {
     /// # Errors
     /// [`Error::Usage`] if they are not as many, or of another dtype or shape, or not the same of them count; those of
     /// [`GpuClipper::plan_with`]. The plan is then as it was.
-    pub fn update(&mut self, tensors: &[GpuTensor]) -> Result<(), Error> {
-        self.update_groups(&[tensors])
-    }
-
-    /// [`GpuPlan::update`] for a plan of several groups.
-    ///
-    /// # Errors
-    /// The same.
-    pub fn update_groups(&mut self, groups: &[&[GpuTensor]]) -> Result<(), Error> {
+    pub fn update(&mut self, groups: &[&[GpuTensor]]) -> Result<(), Error> {
         let of_plan = self.built.groups.iter();
         let shapes_differ =
             || Error::usage("a plan is updated with tensors of the dtypes and shapes that it was made for");
