@@ -1,4 +1,4 @@
-//! `gradclip clip`: the gradients of a file, clipped into a new file.
+//! `gradclip clip`: clips the gradients of a file into a new file.
 
 use std::iter::once;
 use std::time::Instant;
@@ -8,17 +8,19 @@ use indicatif::HumanCount;
 
 use crate::args::ClipArgs;
 use crate::backend::Backend;
+use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
 use crate::input::{Input, explain, unchanged, with_parameters};
-use crate::names::{clamps, norm_name};
 use crate::output::Output;
+use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
+use crate::report::{Outcome, segments};
+use crate::text::{number, shown, table};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     let clip = args.clip()?;
     let input = Input::open(&args.file)?;
-    let params = args.how.params.as_deref().map(Input::open).transpose()?;
+    let params = args.options.params.as_deref().map(Input::open).transpose()?;
     clip_file(args, &clip, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
 }
 
@@ -39,13 +41,13 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
 
     let start = Instant::now();
     let gradients = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
-    let follow = |backend: &mut Backend, doing| {
+    let show_progress = |backend: &mut Backend, doing| {
         let bar = progress::bytes(gradients, doing, hidden);
         backend.show_progress(&bar);
         bar
     };
     let report = if backend.streams() && !args.sum {
-        let bar = follow(&mut backend, "measuring");
+        let bar = show_progress(&mut backend, "measuring");
         let decided = backend.decide(clip, &tensors)?;
         unchanged(output.inputs())?;
         bar.finish_and_clear();
@@ -57,7 +59,7 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
         let bar = progress::bytes(output.bytes(), "copying", hidden);
         let copies = output.copy(&bar)?;
         bar.finish_and_clear();
-        let bar = follow(&mut backend, "clipping");
+        let bar = show_progress(&mut backend, "clipping");
         copies.clip(
             &parameters,
             |_| true,
@@ -85,7 +87,7 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     print(&table(&lines))
 }
 
-/// What was measured, and what became of it.
+/// The lines of a clip: what was measured, and the result.
 pub(crate) fn lines(clip: &Clip, outcome: &Outcome<'_>) -> Vec<(&'static str, String)> {
     let Outcome { report, scope, .. } = *outcome;
     let mut lines = Vec::new();
@@ -108,7 +110,7 @@ pub(crate) fn lines(clip: &Clip, outcome: &Outcome<'_>) -> Vec<(&'static str, St
     lines
 }
 
-/// What became of the gradients, in words.
+/// The result of the clip, in words.
 fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
     let mut words = match (clip.mode, report.clipped) {
         (Mode::Norm(to) | Mode::Rms(to) | Mode::AverageNorm(to), true) => format!("clipped to {}", number(to, 9)),
@@ -127,8 +129,8 @@ fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
     match (&report.non_finite, clip.non_finite) {
         (Some(_), NonFinite::Skip) => "unchanged, because not all are finite".into(),
         (Some(_), NonFinite::Zero) if clip.scope == Scope::Global => "all set to 0, because not all are finite".into(),
-        (Some(_), NonFinite::Zero) => words + ", what shares a norm with non-finite elements set to 0",
-        (Some(_), NonFinite::Drop) if !report.clipped => "non-finite elements set to 0, else ".to_owned() + &words,
+        (Some(_), NonFinite::Zero) => words + ", gradients that share a norm with non-finite elements set to 0",
+        (Some(_), NonFinite::Drop) if !report.clipped => "non-finite elements set to 0, others ".to_owned() + &words,
         (Some(_), NonFinite::Drop) => words + ", non-finite elements set to 0",
         _ => words,
     }

@@ -1,11 +1,12 @@
-//! `gradclip devices`: what the GPU backend finds.
+//! `gradclip devices`: lists the devices that the GPU backend finds.
 
 use gradclip::wgpu::{Adapter, DeviceType, Features};
 use serde::Serialize;
 
 use crate::args::DevicesArgs;
 use crate::failure::Failure;
-use crate::report::{plural, print, print_json, table};
+use crate::print::{print, print_json};
+use crate::text::{plural, table};
 
 /// The features that kernels or measurements can use.
 const FEATURES: [(&str, Features); 3] = [

@@ -1,28 +1,30 @@
-//! `gradclip norm`: one norm over all files, and which of its parts are the largest.
+//! `gradclip norm`: the norm over all files, and its largest segments.
 
 use std::time::Instant;
 
 use gradclip::{Clip, NonFiniteElements, NormType, Scope, SegmentReport};
 
-use crate::args::{NormArgs, refuse};
+use crate::args::NormArgs;
 use crate::backend::Backend;
+use crate::description::{measuring, norm_name, refuse};
 use crate::failure::Failure;
 use crate::header::Entry;
 use crate::input::{Input, explain, unchanged};
-use crate::names::{measuring, norm_name};
 use crate::output;
-use crate::plot::{self, Row};
+use crate::plot::{self, TensorNorm};
+use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
+use crate::report::{Outcome, segments};
+use crate::text::{number, shown, table};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let asked = measuring(args.measure.clip(Clip::norm(f64::INFINITY))?);
     asked.check()?;
     let by_tensor = matches!(asked.scope, Scope::Global | Scope::Tensor);
     refuse(&[(args.plot.out.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
-    // Measured by tensor, everything has the same norm.
-    let parts = args.plot.out.is_some() || (args.top > 0 && !args.hidden());
-    let clip = if by_tensor && parts { asked.scope(Scope::Tensor) } else { asked };
+    // A global norm that is measured by tensor is the same.
+    let segments = args.plot.out.is_some() || (args.top > 0 && !args.hidden());
+    let clip = if by_tensor && segments { asked.scope(Scope::Tensor) } else { asked };
     let inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
     measure(args, &asked, &clip, &inputs).map_err(explain(&inputs))
 }
@@ -44,10 +46,10 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     backend.show_progress(&bar);
     let report = backend.measure(clip, &tensors)?;
     let (scope, time) = (asked.scope, start.elapsed());
-    // With several files a name may not tell which.
-    let holder =
+    // With several files a name may not identify the tensor.
+    let file_of_element =
         |found: &NonFiniteElements| file_of(found.tensor, tensors_of.iter().copied()).map(|i| args.files[i].as_path());
-    let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(holder);
+    let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(file_of_element);
     let (backend, tensors) = (&backend, &tensors[..]);
     let outcome = Outcome { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
     bar.finish_and_clear();
@@ -55,7 +57,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let largest = if args.hidden() { String::new() } else { largest(&outcome, &entries, asked, args.top) };
     let drawing = args.plot.out.as_ref().map(|path| (path, draw(&outcome, &title(args, asked))));
 
-    // Nothing is read any more.
+    // Nothing is read after this.
     unchanged(inputs)?;
     if let Some((path, drawing)) = &drawing {
         output::write_file(drawing.as_bytes(), path, args.plot.force)?;
@@ -74,7 +76,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     print(&(table(&lines) + &largest))
 }
 
-/// In which file a tensor lies, if they hold so many.
+/// The number of the file that holds a tensor, given how many tensors each file holds.
 pub(crate) fn file_of(tensor: usize, tensors_of: impl IntoIterator<Item = usize>) -> Option<usize> {
     let mut before = 0;
     tensors_of.into_iter().position(|count| {
@@ -89,13 +91,13 @@ fn draw(outcome: &Outcome<'_>, title: &str) -> String {
         let tensor = &outcome.tensors[segment.tensor.unwrap_or_default()];
         let counts = || outcome.backend.install(|| tensor.counts());
         let non_finite = if segment.norm.is_finite() { 0 } else { counts().non_finite };
-        Row { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
+        TensorNorm { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
     };
     let rows: Vec<_> = outcome.report.segments.iter().map(row).collect();
     plot::draw(title, &rows, outcome.report.total_norm)
 }
 
-/// The largest norms, one a line.
+/// The largest norms, one per line.
 fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) -> String {
     let (found, all) = (outcome.largest(top), outcome.report.segments.len());
     if found.is_empty() {
@@ -124,7 +126,7 @@ fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) 
     text
 }
 
-/// The part of the sum under the total's root; for the largest absolute value, of that.
+/// The share of a segment in the sum under the root of the total norm; for the infinity norm, in the maximum.
 fn share_of(norm: f64, total: f64, norm_type: NormType) -> f64 {
     let of = norm / total;
     if norm_type == NormType::Inf { of } else { of.powf(norm_type.power()) }
@@ -134,7 +136,7 @@ fn percent(part: f64) -> String {
     if part.is_finite() { format!("{}%", number(100.0 * part, 3)) } else { "-".into() }
 }
 
-/// What a plot shows.
+/// The title of the plot.
 fn title(args: &NormArgs, asked: &Clip) -> String {
     let first = args.files.first().and_then(|file| file.file_name()).unwrap_or_default();
     let more = match args.files.len() {

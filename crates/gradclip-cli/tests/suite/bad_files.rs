@@ -83,7 +83,10 @@ fn offsets() {
         &one(r#"{"dtype":"F32","shape":[],"data_offsets":[0,18446744073709551615]}"#, 4),
         &["tensor \"a\"", "ends at"],
     );
-    refused(&one(r#"{"dtype":"F32","shape":[],"data_offsets":[-4,0]}"#, 4), &["tensor \"a\"", "not understood"]);
+    refused(
+        &one(r#"{"dtype":"F32","shape":[],"data_offsets":[-4,0]}"#, 4),
+        &["tensor \"a\"", "its description is invalid"],
+    );
 }
 
 #[test]
@@ -95,7 +98,10 @@ fn shapes() {
     // 2^61 elements of 64 bits: 0 modulo 2^64.
     let wraps = r#"{"dtype":"F64","shape":[2305843009213693952],"data_offsets":[0,0]}"#;
     refused(&one(wraps, 0), &["tensor \"a\"", "does not fit"]);
-    refused(&one(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}"#, 4), &["tensor \"a\"", "not understood"]);
+    refused(
+        &one(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}"#, 4),
+        &["tensor \"a\"", "its description is invalid"],
+    );
 }
 
 /// The product of its sizes is 0, whatever the others are.
@@ -111,7 +117,7 @@ fn a_tensor_without_elements_may_have_any_shape() {
 fn descriptions() {
     refused(&one(r#"{"shape":[1],"data_offsets":[0,4]}"#, 4), &["tensor \"a\"", "dtype"]);
     refused(&one(r#"{"dtype":"F32","shape":[1]}"#, 4), &["tensor \"a\"", "data_offsets"]);
-    refused(&one("null", 4), &["tensor \"a\"", "not understood"]);
+    refused(&one("null", 4), &["tensor \"a\"", "its description is invalid"]);
     // Which of the two would count?
     refused(
         &one(r#"{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}"#, 4),
@@ -144,7 +150,7 @@ fn metadata_that_no_other_reader_accepts() {
     for metadata in ["5", "[]", r#"{"a":1}"#, r#"{"a":{"b":"c"}}"#] {
         refused(
             &raw(&format!(r#"{{"__metadata__":{metadata}}}"#), b""),
-            &["\"__metadata__\"", "not an object of strings"],
+            &["\"__metadata__\"", "must be an object of strings"],
         );
     }
 }

@@ -10,15 +10,15 @@ use crate::common::{EXAMPLE, Folder, f32s, file, fixture, sparse};
 const SCRIPT: &str = r#"
 mount -t tmpfs -o "size=${KIB}k" gradclip "$DISK" || exit 99
 cd "$DISK" && sh -c "$PREPARE" || exit 98
-"$@" >"$SAID/stdout" 2>"$SAID/stderr"
+"$@" >"$STREAMS/stdout" 2>"$STREAMS/stderr"
 code=$?
-ls -A "$DISK" >"$SAID/names"
+ls -A "$DISK" >"$STREAMS/names"
 exit $code
 "#;
 
 /// How a run ended.
 #[derive(Debug)]
-struct Ended {
+struct Outcome {
     code: Option<i32>,
     stderr: String,
     /// What is on the disk.
@@ -27,19 +27,19 @@ struct Ended {
 
 /// Runs the program in a folder that is a disk of so many KiB, on which a shell did something before.
 #[track_caller]
-fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Ended {
+fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Outcome {
     // Root may mount, in a namespace of its own; others must become root of one first.
     for user in [&["--mount"][..], &["--mount", "--map-root-user"]] {
-        let (disk, said) = (Folder::new(), Folder::new());
+        let (disk, streams) = (Folder::new(), Folder::new());
         let run = ["sh", "-c", SCRIPT, "sh", env!("CARGO_BIN_EXE_gradclip")];
         let mut command = Command::new("unshare");
         command.args(user).arg("--").args(run).args(args).env("KIB", kib.to_string()).env("PREPARE", prepare);
-        command.env("DISK", disk.path("")).env("SAID", said.path(""));
+        command.env("DISK", disk.path("")).env("STREAMS", streams.path(""));
         let output = command.output().expect("unshare (util-linux) is installed");
-        let text = |name| String::from_utf8(said.read(name)).unwrap();
-        if said.names().contains(&"names".into()) {
+        let text = |name| String::from_utf8(streams.read(name)).unwrap();
+        if streams.names().contains(&"names".into()) {
             let names = text("names").split_whitespace().collect::<Vec<_>>().join(" ");
-            return Ended { code: output.status.code(), stderr: text("stderr"), names };
+            return Outcome { code: output.status.code(), stderr: text("stderr"), names };
         }
         eprintln!("unshare {user:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -48,7 +48,7 @@ fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Ended {
     );
 }
 
-impl Ended {
+impl Outcome {
     #[track_caller]
     fn failed(&self, says: &str, names: &str) {
         assert_eq!((self.code, self.names.as_str()), (Some(1), names), "{self:?}");

@@ -167,7 +167,7 @@ fn verify_non_finite_gradients() {
 }
 
 #[test]
-fn verify_made_gradients() {
+fn verify_generated_gradients() {
     let run = |seed| on_gpu(&["verify", "--json", "--cases", "12", "--seed", seed]).succeeded().json();
     let (one, again, other) = (run("1"), run("1"), run("2"));
     assert_eq!(one["cases"].as_array().unwrap().len(), 12);

@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use crate::common::{Folder, clip, f32s, file, gradclip, repeats, shaped_file};
 use gradclip::processes::{ProcessGroup, ThreadGroup};
-use gradclip_cli::processes::{Ended, run};
+use gradclip_cli::processes::{Exit, run};
 use serde_json::Value;
 
 /// How all ranks ended.
 #[derive(Debug)]
 struct Ranks {
-    ended: Vec<Ended>,
+    exits: Vec<Exit>,
     stdout: String,
 }
 
@@ -38,29 +38,29 @@ fn each_rank<'a>(count: u32, args: impl Fn(u32) -> Vec<&'a str>) -> Ranks {
         })
     });
     let ranks = groups.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no rank panics"));
-    let (ended, mut stdout): (Vec<_>, Vec<_>) = ranks.unzip();
+    let (exits, mut stdout): (Vec<_>, Vec<_>) = ranks.unzip();
     let first = stdout.remove(0);
     assert!(stdout.iter().all(String::is_empty), "others than rank 0 print: {stdout:?}");
-    Ranks { ended, stdout: first }
+    Ranks { exits, stdout: first }
 }
 
 impl Ranks {
     #[track_caller]
     fn succeeded(self) -> Self {
-        assert!(self.ended.iter().all(|ended| *ended == Ended { exit_code: 0, message: String::new() }), "{self:?}");
+        assert!(self.exits.iter().all(|exit| *exit == Exit { exit_code: 0, message: String::new() }), "{self:?}");
         self
     }
 
     /// Every rank ended with this code, and together they say all of this, once.
     #[track_caller]
     fn failed(self, code: u8, says: &[&str]) -> Self {
-        assert!(self.ended.iter().all(|ended| ended.exit_code == code) && self.stdout.is_empty(), "{self:?}");
-        let all: String = self.ended.iter().map(|ended| &*ended.message).collect();
+        assert!(self.exits.iter().all(|exit| exit.exit_code == code) && self.stdout.is_empty(), "{self:?}");
+        let all: String = self.exits.iter().map(|exit| &*exit.message).collect();
         for part in says {
             assert_eq!(all.matches(part).count(), 1, "{part:?}: {self:?}");
         }
         assert!(all.starts_with("error: "), "{self:?}");
-        assert!(self.ended.iter().all(|ended| ended.message.lines().count() <= 2), "{self:?}");
+        assert!(self.exits.iter().all(|exit| exit.message.lines().count() <= 2), "{self:?}");
         self
     }
 
@@ -249,7 +249,7 @@ fn a_norm_is_that_of_all_files() {
     assert!((alone / json - 1.0).abs() < 1e-15, "{alone} {json}");
     let table = ranks(3, &set.args(&["norm"], &[])).succeeded().stdout;
     assert!(
-        table.contains("in 7 tensors (1 other passed by)") && table.contains("3 ranks, the first on CPU"),
+        table.contains("in 7 tensors (1 other passed through)") && table.contains("3 ranks, the first on CPU"),
         "{table}"
     );
     set.is_as_it_was();
@@ -307,7 +307,7 @@ fn places_that_cannot_be_written() {
     let mut cases = vec![
         (set.folder.path("none/out"), 1, "not a folder, so OUT cannot be written"),
         (inside, 1, "not a folder, so OUT cannot be written"),
-        (set.folder.path(".."), 2, "OUT must name a folder to be made"),
+        (set.folder.path(".."), 2, "OUT must name a new folder"),
         (set.folder.path("whole"), 1, "whole: not a folder"),
     ];
     if cfg!(target_os = "linux") {
@@ -445,7 +445,7 @@ fn replicas_that_are_none() {
                 let args = ["norm", "--replicated", replicated].into_iter().chain(files.iter().map(String::as_str));
                 ranks(count, &args.collect::<Vec<_>>())
             };
-            norm("*").failed(1, &[r#"1: tensor "ln.bias" is"#, "replicas of one tensor are alike"]);
+            norm("*").failed(1, &[r#"1: tensor "ln.bias" is"#, "replicas of one tensor must be alike"]);
             norm("ln").failed(2, &[r#"--replicated "ln": no gradient in the files has this name"#]);
         }
     }
@@ -478,8 +478,8 @@ fn a_rank_that_never_comes() {
             thread::spawn(move || run(Arc::new(group), args, &mut Vec::new()))
         });
         for rank in ranks.collect::<Vec<_>>() {
-            let ended = rank.join().unwrap();
-            assert!(ended.exit_code == 1, "{ended:?}");
+            let exit = rank.join().unwrap();
+            assert!(exit.exit_code == 1, "{exit:?}");
         }
         set.is_as_it_was();
     }
@@ -490,23 +490,23 @@ fn a_rank_that_never_comes() {
 fn usage() {
     let set = set(&[]);
     let out = set.out();
-    let scope = "needs no other file: use gradclip";
+    let scope = "use gradclip on each file";
     let cases: [(&[&str], &str); 9] = [
         (&["clip", "-o", &out], "a mode is required"),
         (&["clip", "-o", &out, "--max-norm", "-1"], "max_norm is -1"),
         (&["clip", "--max-norm", "1"], "--out <OUT>"),
         (&["clip", "-o", &out, "--max-norm", "1", "--scope", "tensor"], scope),
         (&["clip", "-o", &out, "--agc", "0.1", "--params", "p"], scope),
-        (&["clip", "-o", &out, "--clip-value", "1", "--replicated", "a"], "a clamp measures none"),
+        (&["clip", "-o", &out, "--clip-value", "1", "--replicated", "a"], "a clip by value measures no norm"),
         (&["clip", "-o", &out, "--max-norm", "1", &set.files[0]], r#"two files are called "0.safetensors""#),
         (&["norm", "--scope", "unit"], scope),
-        (&["norm", "x.safetensors.index.json"], "is an index: give the files"),
+        (&["norm", "x.safetensors.index.json"], "is an index: name the files"),
     ];
     for (args, says) in cases {
         let run = each_rank(3, |_| set.args(args, &[]));
-        let all: String = run.ended.iter().map(|ended| &*ended.message).collect();
-        assert!(run.ended.iter().all(|ended| ended.exit_code == 2) && all.matches(says).count() == 1, "{run:?}");
-        assert!(run.ended[1..].iter().all(|ended| ended.message.is_empty()), "{run:?}");
+        let all: String = run.exits.iter().map(|exit| &*exit.message).collect();
+        assert!(run.exits.iter().all(|exit| exit.exit_code == 2) && all.matches(says).count() == 1, "{run:?}");
+        assert!(run.exits[1..].iter().all(|exit| exit.message.is_empty()), "{run:?}");
     }
     set.is_as_it_was();
     let help = each_rank(2, |_| vec!["clip", "--help"]).succeeded().stdout;
@@ -529,8 +529,8 @@ fn a_closed_stdout_stops_all() {
     let ranks = ThreadGroup::new(3)
         .into_iter()
         .map(|group| thread::spawn(move || run(Arc::new(group), [OsString::from("--help")], &mut Full)));
-    let ended: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
-    assert!(ended.iter().all(|ended| ended.exit_code == 1), "{ended:?}");
+    let exits: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
+    assert!(exits.iter().all(|exit| exit.exit_code == 1), "{exits:?}");
 }
 
 /// Whether a folder in this one has files.
@@ -561,7 +561,7 @@ fn an_input_that_changes_stops_all() {
         }
         fs::OpenOptions::new().write(true).open(&large).unwrap().set_len(1 << 20).unwrap();
         let ranks = ranks.join().unwrap();
-        if ranks.ended[0].exit_code == 1 {
+        if ranks.exits[0].exit_code == 1 {
             ranks.failed(1, &["large: changed while it was read"]);
             assert!(outs.names().is_empty(), "{:?}", outs.names());
             met += 1;
@@ -637,15 +637,15 @@ fn a_rank_that_dies() {
                 let left = AtomicU32::new(if rank == dies { left } else { u32::MAX });
                 thread::spawn(move || run(Arc::new(Dying { group, left }), args, &mut Vec::new()))
             });
-            let ended: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
-            let codes: Vec<_> = ended.iter().map(|ended| ended.exit_code).collect();
+            let exits: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
+            let codes: Vec<_> = exits.iter().map(|exit| exit.exit_code).collect();
             if Path::new(&out).exists() {
                 same_tensors(out.as_ref(), &clipped);
                 fs::remove_dir_all(&out).unwrap();
                 placed += 1;
             } else {
-                assert_eq!(codes, [1; 3], "{ended:?}");
-                assert!(ended.iter().any(|ended| !ended.message.is_empty()), "{ended:?}");
+                assert_eq!(codes, [1; 3], "{exits:?}");
+                assert!(exits.iter().any(|exit| !exit.message.is_empty()), "{exits:?}");
             }
             set.is_as_it_was();
             if codes == [0; 3] {
