@@ -294,13 +294,6 @@ pub(crate) enum BackendChoice {
     Cpu,
 }
 
-impl NormArgs {
-    /// Whether nothing but the answer is printed.
-    pub(crate) fn hidden(&self) -> bool {
-        self.quiet || self.json
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;

@@ -4,13 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use gradclip::processes::ProcessGroup;
-use gradclip::{Clip, ClipReport, Clipper, DecidedClip, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
-    Dtype,
+    Clip, Dtype,
     gpu::{GpuClipper, adapters},
     wgpu,
 };
+use gradclip::{Clipper, Tensor};
 use indicatif::ProgressBar;
 use rayon::ThreadPool;
 
@@ -86,30 +86,17 @@ impl Backend {
         self.clipper = self.clipper.clone().on_progress(move |bytes| bar.inc(bytes));
     }
 
-    pub(crate) fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Failure> {
-        Ok(self.pool.install(|| self.clipper.apply(clip, tensors))?)
-    }
-
     /// Whether it can clip piece by piece. A GPU clips whole tensors.
     pub(crate) fn streams(&self) -> bool {
         self.adapter.is_none()
     }
 
-    pub(crate) fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Failure> {
-        Ok(self.pool.install(|| self.clipper.decide(clip, tensors))?)
-    }
-
-    pub(crate) fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Failure> {
-        Ok(self.pool.install(|| self.clipper.measure(clip, tensors))?)
-    }
-
-    pub(crate) fn sum_examples(
+    /// Runs a clip on the backend.
+    pub(crate) fn run<T: Send>(
         &self,
-        clip: &Clip,
-        tensors: &[Tensor<'_>],
-        sums: &mut [TensorMut<'_>],
-    ) -> Result<ClipReport, Failure> {
-        Ok(self.pool.install(|| self.clipper.sum_examples(clip, tensors, sums))?)
+        clip: impl FnOnce(&Clipper) -> Result<T, gradclip::Error> + Send,
+    ) -> Result<T, Failure> {
+        Ok(self.pool.install(|| clip(&self.clipper))?)
     }
 
     /// Runs other work on the threads of the backend.

@@ -48,7 +48,7 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     };
     let report = if backend.streams() && !args.sum {
         let bar = show_progress(&mut backend, "measuring");
-        let decided = backend.decide(clip, &tensors)?;
+        let decided = backend.run(|clipper| clipper.decide(clip, &tensors))?;
         unchanged(output.inputs())?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
@@ -64,8 +64,10 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
             &parameters,
             |_| true,
             |written| {
-                let report =
-                    if args.sum { backend.sum_examples(clip, &tensors, written) } else { backend.apply(clip, written) };
+                let report = backend.run(|clipper| match args.sum {
+                    true => clipper.sum_examples(clip, &tensors, written),
+                    false => clipper.apply(clip, written),
+                });
                 bar.finish_and_clear();
                 report
             },

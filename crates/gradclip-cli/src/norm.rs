@@ -23,13 +23,14 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let by_tensor = matches!(asked.scope, Scope::Global | Scope::Tensor);
     refuse(&[(args.plot.out.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
     // A global norm that is measured by tensor is the same.
-    let segments = args.plot.out.is_some() || (args.top > 0 && !args.hidden());
+    let segments = args.plot.out.is_some() || (args.top > 0 && !(args.quiet || args.json));
     let clip = if by_tensor && segments { asked.scope(Scope::Tensor) } else { asked };
     let inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
     measure(args, &asked, &clip, &inputs).map_err(explain(&inputs))
 }
 
 fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Result<(), Failure> {
+    let hidden = args.quiet || args.json;
     if let Some(plot) = &args.plot.out {
         output::check(std::slice::from_ref(plot), inputs.iter(), args.plot.force)?;
     }
@@ -37,14 +38,14 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();
     let tensors = tensors.concat();
     let mut backend = Backend::choose(&args.backend, &tensors)?;
-    if let Some(why) = backend.fallback.as_ref().filter(|_| !args.hidden()) {
+    if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
         remark(&format!("{why}: measuring on the CPU"));
     }
 
     let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
-    let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", args.hidden()));
+    let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", hidden));
     backend.show_progress(&bar);
-    let report = backend.measure(clip, &tensors)?;
+    let report = backend.run(|clipper| clipper.measure(clip, &tensors))?;
     let (scope, time) = (asked.scope, start.elapsed());
     // With several files a name may not identify the tensor.
     let file_of_element =
@@ -54,7 +55,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let outcome = Outcome { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
-    let largest = if args.hidden() { String::new() } else { largest(&outcome, &entries, asked, args.top) };
+    let largest = if hidden { String::new() } else { largest(&outcome, &entries, asked, args.top) };
     let drawing = args.plot.out.as_ref().map(|path| (path, draw(&outcome, &title(args, asked))));
 
     // Nothing is read after this.

@@ -33,7 +33,7 @@ use crate::input::{INDEX_SUFFIX, Input, InputFile, folder_of, is_index, unchange
 use crate::layout::FileLayout;
 use crate::mapped::MappedMut;
 use crate::stream;
-use crate::temporary::{Temporaries, exists};
+use crate::temporary::{self, exists};
 
 /// What will be written, and where.
 #[derive(Debug)]
@@ -50,7 +50,6 @@ pub(crate) struct Output<'a> {
 /// Copies of the input files in temporary files, not clipped yet.
 pub(crate) struct Copies<'o, 'a> {
     output: &'o Output<'a>,
-    temporaries: Temporaries,
     files: Vec<NamedTempFile>,
     maps: Vec<MappedMut>,
 }
@@ -109,39 +108,37 @@ impl<'a> Output<'a> {
 
     /// Writes the files piece by piece, clipped as decided, on the threads of the current pool.
     pub(crate) fn stream(&self, decided: &DecidedClip, progress: &ProgressBar) -> Result<(), Failure> {
-        let temporaries = Temporaries::new()?;
-        let empty = |(_, target): &(FileLayout<'_>, PathBuf)| temporaries.empty(target);
+        let empty = |(_, target): &(FileLayout<'_>, PathBuf)| temporary::empty(target);
         let temporary_files = self.files.iter().map(empty).collect::<Result<Vec<_>, _>>()?;
         let outputs = self.files.iter().zip(&temporary_files);
         let outputs = outputs.map(|((layout, target), file)| (layout, file.as_file(), target.as_path()));
         stream::write(outputs, decided, progress)?;
-        self.finish(&temporaries, temporary_files)
+        self.finish(temporary_files)
     }
 
     /// Writes copies for [`Copies::clip`]. In place of each sum are zeros.
     pub(crate) fn copy(&self, progress: &ProgressBar) -> Result<Copies<'_, 'a>, Failure> {
-        let temporaries = Temporaries::new()?;
         let (mut files, mut maps) = (Vec::new(), Vec::new());
         for (layout, target) in &self.files {
             // Written before it is mapped: a full disk is then an error, not a signal.
-            let file = temporaries.copy(layout.blocks(), target, progress)?;
+            let file = temporary::copy(layout.blocks(), target, progress)?;
             maps.push(MappedMut::open(file.as_file(), target)?);
             files.push(file);
         }
-        Ok(Copies { output: self, temporaries, files, maps })
+        Ok(Copies { output: self, files, maps })
     }
 
     /// Renames the files to their targets, and the index last, if there is one.
-    fn finish(&self, temporaries: &Temporaries, files: Vec<NamedTempFile>) -> Result<(), Failure> {
+    fn finish(&self, files: Vec<NamedTempFile>) -> Result<(), Failure> {
         unchanged(self.inputs())?;
         let mut files: Vec<_> = files.into_iter().zip(self.files.iter().map(|(_, target)| target)).collect();
         if let Some((text, target)) = &self.index {
-            files.push((temporaries.copy(once(&text[..]), target, &ProgressBar::hidden())?, target));
+            files.push((temporary::copy(once(&text[..]), target, &ProgressBar::hidden())?, target));
         }
         for (file, target) in &files {
             file.as_file().sync_all().map_err(Failure::io(target, "write"))?;
         }
-        temporaries.place(files, self.index.as_ref().map(|(_, target)| target.as_path()), self.force)
+        temporary::place(files, self.index.as_ref().map(|(_, target)| target.as_path()), self.force)
     }
 }
 
@@ -173,17 +170,16 @@ impl Copies<'_, '_> {
         for (map, (_, target)) in self.maps.into_iter().zip(&self.output.files) {
             map.finish(target)?;
         }
-        self.output.finish(&self.temporaries, self.files)?;
+        self.output.finish(self.files)?;
         Ok(result)
     }
 }
 
 /// Writes bytes to a file: whole or not at all.
 pub(crate) fn write_file(bytes: &[u8], target: &Path, force: bool) -> Result<(), Failure> {
-    let temporaries = Temporaries::new()?;
-    let copy = temporaries.copy(once(bytes), target, &ProgressBar::hidden())?;
+    let copy = temporary::copy(once(bytes), target, &ProgressBar::hidden())?;
     copy.as_file().sync_all().map_err(Failure::io(target, "write"))?;
-    temporaries.place(vec![(copy, &target.to_owned())], None, force)
+    temporary::place(vec![(copy, &target.to_owned())], None, force)
 }
 
 /// Checks that targets can be written: none may be an input, or exist unless forced.

@@ -43,14 +43,7 @@ pub(crate) fn draw(title: &str, rows: &[TensorNorm], total: f64) -> String {
     let x = |log: f64| start + (log - lowest) / decades * (end - start);
 
     let height = bottom + BOTTOM;
-    let mut svg = format!(
-        r##"<?xml version="1.0" encoding="UTF-8"?>
-<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12" fill="#333">
-<rect width="100%" height="100%" fill="#fff"/>
-<text x="24" y="30" font-size="16" font-weight="bold">{}</text>
-"##,
-        escaped(title)
-    );
+    let mut svg = document(title, height);
     let mut line = |x: f64, from: f64, style: &str| {
         let _ = writeln!(svg, r#"<line x1="{x:.1}" x2="{x:.1}" y1="{from}" y2="{bottom:.1}" {style}/>"#);
     };
@@ -125,6 +118,18 @@ pub(crate) fn draw(title: &str, rows: &[TensorNorm], total: f64) -> String {
         };
     }
     svg + "</svg>\n"
+}
+
+/// The beginning of an SVG document with a title.
+pub(crate) fn document(title: &str, height: f64) -> String {
+    let title = escaped(title);
+    format!(
+        r##"<?xml version="1.0" encoding="UTF-8"?>
+<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12" fill="#333">
+<rect width="100%" height="100%" fill="#fff"/>
+<text x="24" y="30" font-size="16" font-weight="bold">{title}</text>
+"##
+    )
 }
 
 /// Which rows get a label, if labels must be this many rows apart. Rows that are not finite come first.

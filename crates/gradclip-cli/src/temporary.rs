@@ -65,77 +65,73 @@ pub(crate) fn watch_for_interrupts() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Creates temporary files that an interrupt removes.
-pub(crate) struct Temporaries(());
+/// Makes temporary files and folders, with these permissions less the umask.
+pub(crate) fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".gradclip-").suffix(".tmp");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
+}
 
-impl Temporaries {
-    pub(crate) fn new() -> Result<Self, Failure> {
-        watch_for_interrupts()?;
-        Ok(Self(()))
+/// An empty file in the folder of the target, with the permissions of an ordinary new file.
+pub(crate) fn empty(target: &Path) -> Result<NamedTempFile, Failure> {
+    watch_for_interrupts()?;
+    // One lock for both: an interrupt in between would miss the file.
+    let mut unfinished = unfinished();
+    let file = builder(0o666).tempfile_in(folder_of(target)).map_err(Failure::io(target, "write"))?;
+    unfinished.push(file.path().to_owned());
+    Ok(file)
+}
+
+/// A file with these contents.
+pub(crate) fn copy<'a>(
+    blocks: impl Iterator<Item = &'a [u8]>,
+    target: &Path,
+    progress: &ProgressBar,
+) -> Result<NamedTempFile, Failure> {
+    let mut copy = empty(target)?;
+    for block in blocks.flat_map(|block| block.chunks(BLOCK)) {
+        copy.write_all(block).map_err(Failure::io(target, "write"))?;
+        progress.inc(block.len() as u64);
     }
+    Ok(copy)
+}
 
-    /// An empty file in the folder of the target, with the permissions of an ordinary new file.
-    pub(crate) fn empty(&self, target: &Path) -> Result<NamedTempFile, Failure> {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".gradclip-").suffix(".tmp");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
-        // One lock for both: an interrupt in between would miss the file.
-        let mut unfinished = unfinished();
-        let file = builder.tempfile_in(folder_of(target)).map_err(Failure::io(target, "write"))?;
-        unfinished.push(file.path().to_owned());
-        Ok(file)
-    }
-
-    /// A file with these contents.
-    pub(crate) fn copy<'a>(
-        &self,
-        blocks: impl Iterator<Item = &'a [u8]>,
-        target: &Path,
-        progress: &ProgressBar,
-    ) -> Result<NamedTempFile, Failure> {
-        let mut copy = self.empty(target)?;
-        for block in blocks.flat_map(|block| block.chunks(BLOCK)) {
-            copy.write_all(block).map_err(Failure::io(target, "write"))?;
-            progress.inc(block.len() as u64);
+/// Renames the copies to their targets, in order: all or none. The index is the last. An index that will be replaced is
+/// removed first, because it must not list old and new shards.
+pub(crate) fn place<'a>(
+    copies: Vec<(NamedTempFile, &'a PathBuf)>,
+    index: Option<&Path>,
+    force: bool,
+) -> Result<(), Failure> {
+    let mut unfinished = unfinished();
+    if let Some(index) = index.filter(|_| force) {
+        match fs::remove_file(index) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Failure::io(index, "replace")(error)),
+            _ => {}
         }
-        Ok(copy)
     }
-
-    /// Renames the copies to their targets, in order: all or none. The index is the last. An index that will be replaced is
-    /// removed first, because it must not list old and new shards.
-    pub(crate) fn place<'a>(
-        &self,
-        copies: Vec<(NamedTempFile, &'a PathBuf)>,
-        index: Option<&Path>,
-        force: bool,
-    ) -> Result<(), Failure> {
-        let mut unfinished = unfinished();
-        if let Some(index) = index.filter(|_| force) {
-            match fs::remove_file(index) {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(Failure::io(index, "replace")(error)),
-                _ => {}
+    // Closed first, because some systems cannot rename open files.
+    let copies: Vec<_> = copies.into_iter().map(|(copy, target)| (copy.into_temp_path(), target)).collect();
+    let paths: Vec<_> = copies.iter().map(|(copy, _)| copy.to_path_buf()).collect();
+    let mut placed = Vec::<&Path>::new();
+    for (copy, target) in copies {
+        if let Err(failure) = rename(copy, target, force) {
+            for target in placed {
+                let _ = fs::remove_file(target);
             }
+            return Err(failure);
         }
-        // Closed first, because some systems cannot rename open files.
-        let copies: Vec<_> = copies.into_iter().map(|(copy, target)| (copy.into_temp_path(), target)).collect();
-        let paths: Vec<_> = copies.iter().map(|(copy, _)| copy.to_path_buf()).collect();
-        let mut placed = Vec::<&Path>::new();
-        for (copy, target) in copies {
-            if let Err(failure) = rename(copy, target, force) {
-                for target in placed {
-                    let _ = fs::remove_file(target);
-                }
-                return Err(failure);
-            }
-            placed.push(target);
-        }
-        unfinished.retain(|path| !paths.contains(path));
-        if let Some(target) = placed.last() {
-            sync_folder_of(target);
-        }
-        Ok(())
+        placed.push(target);
     }
+    unfinished.retain(|path| !paths.contains(path));
+    if let Some(target) = placed.last() {
+        sync_folder_of(target);
+    }
+    Ok(())
 }
 
 /// Syncs the folder of a target. The bytes are on disk already; if this fails, only the names may be lost.
@@ -192,7 +188,7 @@ mod tests {
     use super::*;
 
     fn copies(folder: &Path, targets: &[PathBuf]) -> Vec<NamedTempFile> {
-        let make = |target: &PathBuf| Temporaries(()).copy(once(&b"new"[..]), target, &ProgressBar::hidden()).unwrap();
+        let make = |target: &PathBuf| copy(once(&b"new"[..]), target, &ProgressBar::hidden()).unwrap();
         let copies: Vec<_> = targets.iter().map(make).collect();
         assert_eq!(fs::read_dir(folder).unwrap().count(), targets.len() + 1);
         copies
@@ -210,7 +206,7 @@ mod tests {
                 fs::write(&targets[1], "old").unwrap();
             }
             let copies = copies(folder.path(), &targets);
-            let failure = Temporaries(()).place(copies.into_iter().zip(&targets).collect(), None, force).unwrap_err();
+            let failure = place(copies.into_iter().zip(&targets).collect(), None, force).unwrap_err();
             assert!(failure.to_string().starts_with(&targets[1].display().to_string()), "{failure}");
             let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             assert_eq!(left, ["b"]);

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use gradclip::gpu::GpuClipper;
 use gradclip::{Clip, ClipReport, Mode, NonFinite, NonFiniteElements, NormType, Scope, Tensor, Verification};
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::args::VerifyArgs;
@@ -22,13 +21,6 @@ use crate::text::{number, plural};
 struct Compared {
     clip: String,
     verification: Verification,
-}
-
-#[derive(Serialize)]
-struct Json<'a> {
-    adapter: &'a str,
-    agrees: bool,
-    cases: Vec<Value>,
 }
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
@@ -60,8 +52,8 @@ fn report(compared: &[Compared], adapter: &str, json: bool, quiet: bool) -> Resu
     let differing = compared.iter().filter(|one| !one.verification.agrees()).count();
     let clips = plural(compared.len() as u64, "clip");
     if json {
-        let cases = compared.iter().map(Compared::json).collect();
-        print_json(&Json { adapter, agrees: differing == 0, cases })?;
+        let cases: Vec<_> = compared.iter().map(Compared::json).collect();
+        print_json(&json!({ "adapter": adapter, "agrees": differing == 0, "cases": cases }))?;
     } else {
         let shown = compared.iter().filter(|one| !quiet || !one.verification.agrees());
         let rows: String = shown.map(Compared::row).collect();

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use gradclip::Dtype;
 
 use super::case::{CASES, Case, Row};
-use crate::plot::{WIDTH, escaped};
+use crate::plot::{WIDTH, document, escaped};
 use crate::text::{number, plural};
 use crate::values::size_label;
 
@@ -45,15 +45,9 @@ pub(super) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> Strin
     let most = (fastest.max(1e-9) * 1.04 / step).ceil() * step;
 
     let height = TOP + dtypes.len() as f64 * (PANEL + GAP) - GAP + BOTTOM;
-    let mut svg = format!(
-        r##"<?xml version="1.0" encoding="UTF-8"?>
-<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12" fill="#333">
-<rect width="100%" height="100%" fill="#fff"/>
-<text x="24" y="30" font-size="16" font-weight="bold">{}</text>
-<text x="24" y="50">GB/s of the bytes that a case must move, against the number of elements; hollow: cut into many tensors</text>
-"##,
-        escaped(title)
-    );
+    let mut svg = document(title, height);
+    svg += r#"<text x="24" y="50">GB/s of the bytes that a case must move, against the number of elements; hollow: cut into many tensors</text>"#;
+    svg.push('\n');
     for (panel, dtype) in dtypes.iter().enumerate() {
         let top = TOP + panel as f64 * (PANEL + GAP);
         let y = |speed: f64| top + PANEL * (1.0 - speed / most);

@@ -136,14 +136,14 @@ impl StepTimer for CpuTimer<'_> {
         let tensors = tensors(self.set, self.pattern.dtype, &mut self.memory)?;
         let tensors: Vec<Tensor<'_>> = tensors.iter().map(TensorMut::as_tensor).collect();
         let start = Instant::now();
-        let report = self.backend.measure(&self.clips[0], &tensors)?;
+        let report = self.backend.run(|clipper| clipper.measure(&self.clips[0], &tensors))?;
         Ok((start.elapsed().as_secs_f64(), report))
     }
 
     fn apply(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure> {
         let mut tensors = tensors(self.set, self.pattern.dtype, &mut self.memory)?;
         let start = Instant::now();
-        let report = self.backend.apply(&self.clips[clip], &mut tensors)?;
+        let report = self.backend.run(|clipper| clipper.apply(&self.clips[clip], &mut tensors))?;
         Ok((start.elapsed().as_secs_f64(), report))
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::failure::Failure;
 use crate::input::folder_of;
-use crate::temporary::{exists, remove_folder, sync_folder_of, unfinished, watch_for_interrupts};
+use crate::temporary::{builder, exists, remove_folder, sync_folder_of, unfinished, watch_for_interrupts};
 
 #[derive(Debug)]
 pub(super) struct Folder {
@@ -27,13 +27,9 @@ impl Folder {
     pub(super) fn create(out: &Path, files: &[PathBuf], force: bool) -> Result<Self, Failure> {
         check(out, files, force)?;
         watch_for_interrupts()?;
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".gradclip-").suffix(".tmp");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777)); // less the umask
         // One lock for both: an interrupt in between would miss the folder.
         let mut unfinished = unfinished();
-        let path = builder.tempdir_in(folder_of(out)).map_err(Failure::io(out, "write"))?.keep();
+        let path = builder(0o777).tempdir_in(folder_of(out)).map_err(Failure::io(out, "write"))?.keep();
         unfinished.push(path.clone());
         Ok(Self { path, out: out.to_owned(), force, removes: true })
     }

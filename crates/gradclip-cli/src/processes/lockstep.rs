@@ -46,17 +46,9 @@ impl RankFailure {
 }
 
 impl Lockstep {
-    pub(super) fn rank(&self) -> u32 {
-        self.group.rank()
-    }
-
-    pub(super) fn size(&self) -> u32 {
-        self.group.size()
-    }
-
     /// Whether this is the rank that prints for all.
     pub(super) fn is_first(&self) -> bool {
-        self.rank() == 0
+        self.group.rank() == 0
     }
 
     /// How a rank ends if all ranks fail; rank 0 prints the message.
@@ -94,7 +86,7 @@ impl Lockstep {
     where
         T: Serialize + DeserializeOwned,
     {
-        let failed = |failure| Err(RankFailure::new(self.rank(), &failure));
+        let failed = |failure| Err(RankFailure::new(self.group.rank(), &failure));
         let (kept, own) = match own {
             Ok((kept, shared)) => (Some(kept), Ok(shared)),
             Err(failure) => (None, failed(failure)),
@@ -121,9 +113,9 @@ impl Lockstep {
         let exit_code = failures.iter().map(|failure| failure.exit_code).max().unwrap_or(1);
         // The first rank that has a message prints it.
         let repeated = |i: usize| failures[..i].iter().any(|failure| failure.message == failures[i].message);
-        let own = (0..failures.len()).find(|&i| failures[i].rank == self.rank() && !repeated(i));
-        let is_alike = of_all && (1..failures.len()).all(repeated) && failures.len() == self.size() as usize;
-        let from = if is_alike { String::new() } else { format!("rank {}: ", self.rank()) };
+        let own = (0..failures.len()).find(|&i| failures[i].rank == self.group.rank() && !repeated(i));
+        let is_alike = of_all && (1..failures.len()).all(repeated) && failures.len() == self.group.size() as usize;
+        let from = if is_alike { String::new() } else { format!("rank {}: ", self.group.rank()) };
         let message = own.map(|i| format!("error: {from}{}\n", failures[i].message));
         Exit { exit_code, message: message.unwrap_or_default() }
     }
@@ -143,13 +135,13 @@ impl Lockstep {
         }
         let start = Instant::now();
         let mut all = vec![own];
-        for rank in 1..self.size() {
+        for rank in 1..self.group.size() {
             let left = timeout.map(|timeout| timeout.saturating_sub(start.elapsed()));
             let result = self.receive(name, rank, left);
             all.push(result.unwrap_or_else(|failure| Err(RankFailure::new(0, &failure))));
         }
         let message = encoded(&(name, &all));
-        let sent: Vec<_> = (1..self.size()).map(|rank| self.group.send(rank, &message)).collect();
+        let sent: Vec<_> = (1..self.group.size()).map(|rank| self.group.send(rank, &message)).collect();
         if all.iter().any(Result::is_err) {
             // A rank that cannot receive has failed already.
             return Ok(all);

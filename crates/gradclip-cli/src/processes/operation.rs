@@ -88,7 +88,7 @@ impl Operation {
             Failure::Setup(format!("rank {rank} sees other files than rank 0: all ranks must see the same files"))
         };
         let sizes = lockstep.same("sizes", self.sizes(), other)?;
-        let opened = self.open(&owners(&sizes, lockstep.size()), lockstep.rank());
+        let opened = self.open(&owners(&sizes, lockstep.group.size()), lockstep.group.rank());
         let (own, opened) = lockstep.step("open", opened)?;
         let opened = opened.into_iter().flatten().collect();
         let all_files = AllFiles::new(&self.args.files, opened, &self.args.replicated);
@@ -110,7 +110,7 @@ impl Operation {
         )?;
         if let Some(why) = fallbacks.iter().flatten().next().filter(|_| !self.hidden(lockstep)) {
             let count = fallbacks.iter().flatten().count();
-            remark(&format!("{why}: {count} of {} ranks compute on the CPU", lockstep.size()));
+            remark(&format!("{why}: {count} of {} ranks compute on the CPU", lockstep.group.size()));
         }
 
         let start = Instant::now();
@@ -124,7 +124,7 @@ impl Operation {
         let finish = || {
             if lockstep.is_first() {
                 folder.map_or(Ok(()), Folder::rename)?;
-                let text = self.text((&report, time), &prepared, &all_files, lockstep.size())?;
+                let text = self.text((&report, time), &prepared, &all_files, lockstep.group.size())?;
                 printed(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))?;
             }
             Ok(((), ()))
@@ -205,13 +205,17 @@ impl Operation {
         let bar = progress::bytes(bytes, if copies.is_some() { "clipping" } else { "measuring" }, hidden);
         backend.show_progress(&bar);
         if let Some(copies) = copies.take() {
-            return copies.clip(&[], |i| counted[i], |written| backend.apply(&self.clip, written));
+            return copies.clip(
+                &[],
+                |i| counted[i],
+                |written| backend.run(|clipper| clipper.apply(&self.clip, written)),
+            );
         }
         let Some(output) = output else {
-            let report = backend.measure(&self.clip, tensors)?;
+            let report = backend.run(|clipper| clipper.measure(&self.clip, tensors))?;
             return unchanged(inputs).map(|()| report);
         };
-        let decided = backend.decide(&self.clip, tensors)?;
+        let decided = backend.run(|clipper| clipper.decide(&self.clip, tensors))?;
         unchanged(inputs)?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
