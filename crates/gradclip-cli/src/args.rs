@@ -311,7 +311,7 @@ mod tests {
                 assert!(option.get_help().is_some_and(|help| !help.to_string().is_empty()), "{command}: {option}");
                 let values = option.get_possible_values();
                 let described = values.iter().filter(|value| value.get_help().is_some()).count();
-                // The names of shells say enough.
+                // The names of shells need no help text.
                 assert!(described == values.len() || option.get_id() == "shell", "{command}: {option}");
             }
         }

@@ -108,7 +108,9 @@ impl Backend {
     #[cfg(feature = "gpu")]
     pub(crate) fn verify(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<gradclip::Verification, Failure> {
         if let Some(name) = float64(tensors) {
-            return Err(Failure::Float64OnGpu(name));
+            return Err(Failure::Setup(format!(
+                "tensor {name:?} is float64, which no GPU can clip; leave out --verify"
+            )));
         }
         let gpu = self.adapter.as_ref().map_or_else(|| GpuClipper::open().wait(), |adapter| Ok(adapter.gpu.clone()))?;
         Ok(self.pool.install(|| gradclip::verify(clip, tensors, &gpu).wait())?)

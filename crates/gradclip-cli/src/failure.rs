@@ -27,10 +27,6 @@ pub(crate) enum Failure {
         "this program was built without GPU support; build it with the cargo feature \"gpu\", which is on by default"
     )]
     BuiltWithoutGpu,
-    /// A float64 tensor cannot be verified on a GPU.
-    #[cfg(feature = "gpu")]
-    #[error("tensor {0:?} is float64, which no GPU can clip; leave out --verify")]
-    Float64OnGpu(String),
     /// The computation could not be set up.
     #[error("{0}")]
     Setup(String),

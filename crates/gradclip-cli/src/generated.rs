@@ -99,33 +99,18 @@ impl GeneratedTensor {
 
 /// A clip of any kind, without its threshold.
 fn clip(random: &mut SplitMix64) -> Clip {
-    let norm = Clip::norm(0.0);
-    let modes = [
-        norm,
-        norm,
-        norm,
-        Clip::rms(0.0),
-        Clip::average_norm(0.0),
-        Clip::agc(0.0),
-        Clip::value(0.0),
-        Clip::range(-1.0, 0.0),
-    ];
+    use Scope::{Example, ExampleTensor, Global, Unit};
+    let (norm, rms, average, agc) = (Clip::norm(0.0), Clip::rms(0.0), Clip::average_norm(0.0), Clip::agc(0.0));
+    let modes = [norm, norm, norm, rms, average, agc, Clip::value(0.0), Clip::range(-1.0, 0.0)];
     let mut clip = random.choose(&modes);
     clip.scope = match clip.mode {
-        Mode::Value { .. } => Scope::Global,
-        Mode::Agc(_) => random.choose(&[Scope::Unit, Scope::Unit, Scope::Tensor, Scope::Global]),
-        _ => random.choose(&[
-            Scope::Global,
-            Scope::Global,
-            Scope::Tensor,
-            Scope::Unit,
-            Scope::Example,
-            Scope::ExampleTensor,
-        ]),
+        Mode::Value { .. } => Global,
+        Mode::Agc(_) => random.choose(&[Unit, Unit, Scope::Tensor, Global]),
+        _ => random.choose(&[Global, Global, Scope::Tensor, Unit, Example, ExampleTensor]),
     };
     match clip.scope {
-        Scope::Unit => clip.unit_axis = Some(random.choose(&[UnitAxis::First, UnitAxis::Last])),
-        Scope::ExampleTensor => clip.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
+        Unit => clip.unit_axis = Some(random.choose(&[UnitAxis::First, UnitAxis::Last])),
+        ExampleTensor => clip.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
         _ => {}
     }
     if let Mode::Norm(_) = clip.mode {

@@ -3,15 +3,11 @@
 //! It is a library only so that tests and fuzzing can call it; it offers [`main()`] alone. To clip in your own program, use the
 //! library `gradclip`.
 //!
-//! Each command has a file: [`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. They share:
-//!
-//! - the command line: [`args`], [`values`] of options, [`description`] of a clip;
-//! - reading: [`input`], [`header`], [`mapped`];
-//! - writing, whole or not at all: [`layout`], [`stream`], [`output`], [`temporary`];
-//! - computing: [`backend`], and [`generated`] gradients;
-//! - printing: [`report`], [`text`], [`print`], [`progress`], [`plot`]; and [`failure`], with the exit codes.
-//!
-//! [`processes`] is the program `gradclip-mpi`, which does the same on many ranks.
+//! Each command has a file: [`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. [`args`] is the command
+//! line, [`values`] parses options, [`description`] makes the clip. [`input`], [`header`] and [`mapped`] read; [`layout`],
+//! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, and [`generated`] has gradients for
+//! it. [`report`], [`text`], [`print`], [`progress`] and [`plot`] show; [`failure`] has the exit codes. [`processes`] is the program
+//! `gradclip-mpi`, which does the same on many ranks.
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and gradclip computes on their bytes in place");

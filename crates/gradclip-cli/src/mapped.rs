@@ -84,7 +84,7 @@ pub(crate) struct MappedMut {
 impl MappedMut {
     /// `file` must be known to this process alone. Errors name `target`.
     pub(crate) fn open(file: &File, target: &Path) -> Result<Self, Failure> {
-        // SAFETY: The file was made by this process under a random name that no other one was told, and is mapped once. A
+        // SAFETY: This process created the file under a random name that no other process knows, and maps it once. A
         // process that finds and changes it nevertheless spoils the result; one that truncates it makes zeros of what it
         // cut off, which `finish` finds. Every bit pattern is a valid byte.
         let map = unsafe { MmapMut::map_mut(file) }.map_err(Failure::io(target, "map the copy into memory"))?;

@@ -5,14 +5,14 @@ use std::io::Write;
 
 use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, raw};
 
-/// Checks that neither command accepts the file, and that both say what is wrong.
+/// Checks that neither command accepts the file, and that both messages contain these texts.
 #[track_caller]
-fn refused(bytes: &[u8], says: &[&str]) {
+fn refused(bytes: &[u8], expected: &[&str]) {
     let folder = Folder::new();
     let bad = folder.write("bad.safetensors", bytes);
-    let says = [&["bad.safetensors"], says].concat();
-    gradclip(["norm", "--backend", "cpu", bad.to_str().unwrap()]).failed(1, &says);
-    clip(&bad, &folder.path("out.safetensors"), &["--max-norm", "1"]).failed(1, &says);
+    let expected = [&["bad.safetensors"], expected].concat();
+    gradclip(["norm", "--backend", "cpu", bad.to_str().unwrap()]).failed(1, &expected);
+    clip(&bad, &folder.path("out.safetensors"), &["--max-norm", "1"]).failed(1, &expected);
     assert_eq!(folder.names(), ["bad.safetensors"]);
     assert_eq!(folder.read("bad.safetensors"), bytes);
 }
@@ -164,11 +164,11 @@ fn names_cannot_forge_the_message() {
 #[test]
 fn not_files() {
     let folder = Folder::new();
-    for (what, says) in
+    for (what, expected) in
         [(folder.path(""), "regular"), (folder.path("missing"), "cannot open"), ("/dev/zero".into(), "regular")]
     {
-        gradclip(["norm", what.to_str().unwrap()]).failed(1, &[says]);
-        clip(&what, &folder.path("out"), &["--max-norm", "1"]).failed(1, &[says]);
+        gradclip(["norm", what.to_str().unwrap()]).failed(1, &[expected]);
+        clip(&what, &folder.path("out"), &["--max-norm", "1"]).failed(1, &[expected]);
     }
     assert!(folder.names().is_empty());
 }

@@ -1,10 +1,9 @@
 //! A disk that is full before OUT is written: an error that names OUT, and neither OUT nor a temporary file; what was there
 //! before stays. The disk is a small one in memory, mounted where only the program's own process sees it.
 
-use std::path::Path;
 use std::process::Command;
 
-use crate::common::{EXAMPLE, Folder, f32s, file, fixture, sparse};
+use crate::common::{EXAMPLE, Folder, f32s, file, fixture, sparse, text};
 
 /// Mounts a disk of so many KiB, prepares it, runs the program on it, and lists what is left there.
 const SCRIPT: &str = r#"
@@ -50,10 +49,10 @@ fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Outcome {
 
 impl Outcome {
     #[track_caller]
-    fn failed(&self, says: &str, names: &str) {
+    fn failed(&self, expected: &str, names: &str) {
         assert_eq!((self.code, self.names.as_str()), (Some(1), names), "{self:?}");
         assert!(self.stderr.starts_with("error: ") && self.stderr.lines().count() <= 2, "{self:?}");
-        assert!(self.stderr.contains(says), "{self:?}");
+        assert!(self.stderr.contains(expected), "{self:?}");
     }
 
     #[track_caller]
@@ -65,21 +64,17 @@ impl Outcome {
 /// Clips, with OUT of so many KiB, onto disks with too little room for it, and onto one with just enough.
 #[track_caller]
 fn fills(kib: u64, out: &str, args: &[&str]) {
-    let says = format!("{out}: cannot write: No space left on device");
+    let expected = format!("{out}: cannot write: No space left on device");
     // The last one lacks one page.
     let disks = [4, kib / 2, kib - 4];
     for disk in disks {
-        on_disk(disk, "true", args).failed(&says, "");
+        on_disk(disk, "true", args).failed(&expected, "");
     }
     // An old file is neither lost nor replaced by half a new one.
     let forced = [args, &["--force"]].concat();
-    on_disk(kib, &format!("echo mine >{out}"), &forced).failed(&says, out);
+    on_disk(kib, &format!("echo mine >{out}"), &forced).failed(&expected, out);
     on_disk(kib, "true", args).succeeded(out);
     println!("full disk: {} disks without room: {}", disks.len() + 1, args[2..].join(" "));
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// 3 MiB, all of it clipped.

@@ -3,10 +3,9 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Folder, f32s, raw};
+use crate::common::{Folder, f32s, raw, text};
 
 /// 256 MiB of gradients.
 const BYTES: u64 = 256 << 20;
@@ -26,7 +25,7 @@ fn sparse(folder: &Folder, shape: &[u64], numbers: &[(u64, f32)]) -> std::path::
     path
 }
 
-/// Runs the program on two threads with little memory, and returns what it tells.
+/// Runs the program on two threads with little memory, and returns its JSON.
 #[track_caller]
 fn within_the_limit(args: &[&str]) -> serde_json::Value {
     let script = format!(r#"ulimit -d {LIMIT_KIB}; exec "$0" "$@" --backend cpu --threads 2 --json"#);
@@ -34,10 +33,6 @@ fn within_the_limit(args: &[&str]) -> serde_json::Value {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{args:?}: {:?}, {stderr}", output.status);
     serde_json::from_slice(&output.stdout).expect("stdout is JSON")
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 #[test]

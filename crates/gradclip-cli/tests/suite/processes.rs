@@ -22,12 +22,12 @@ struct Ranks {
     stdout: String,
 }
 
-/// Runs so many ranks with the same arguments, on the CPU.
+/// Runs ranks with the same arguments, on the CPU.
 fn ranks(count: u32, args: &[&str]) -> Ranks {
     each_rank(count, |_| [args, &["--backend", "cpu", "--threads", "1"]].concat())
 }
 
-/// Runs so many ranks, each with arguments of its own.
+/// Runs ranks, each with its own arguments.
 fn each_rank<'a>(count: u32, args: impl Fn(u32) -> Vec<&'a str>) -> Ranks {
     let groups = ThreadGroup::new(count).into_iter().zip(0..).map(|(group, rank)| {
         let args: Vec<_> = args(rank).into_iter().map(OsString::from).collect();
@@ -51,12 +51,12 @@ impl Ranks {
         self
     }
 
-    /// Every rank ended with this code, and together they say all of this, once.
+    /// Every rank ended with this code, and their messages contain each of these texts once.
     #[track_caller]
-    fn failed(self, code: u8, says: &[&str]) -> Self {
+    fn failed(self, code: u8, expected: &[&str]) -> Self {
         assert!(self.exits.iter().all(|exit| exit.exit_code == code) && self.stdout.is_empty(), "{self:?}");
         let all: String = self.exits.iter().map(|exit| &*exit.message).collect();
-        for part in says {
+        for part in expected {
             assert_eq!(all.matches(part).count(), 1, "{part:?}: {self:?}");
         }
         assert!(all.starts_with("error: "), "{self:?}");
@@ -273,9 +273,10 @@ fn a_rank_that_cannot_begin_stops_all() {
     let names = set.folder.names();
     let broken = set.folder.write("broken", "no safetensors file");
     for count in [1, 2, 3, 8] {
-        for (bad, says) in [(broken.to_str().unwrap(), "broken: the header claims"), ("none", "none: cannot open")] {
+        for (bad, expected) in [(broken.to_str().unwrap(), "broken: the header claims"), ("none", "none: cannot open")]
+        {
             for command in [&["clip", "-o", &out, "--max-norm", "1"][..], &["norm"]] {
-                ranks(count, &set.args(command, &[bad])).failed(1, &[says]);
+                ranks(count, &set.args(command, &[bad])).failed(1, &[expected]);
             }
         }
     }
@@ -313,10 +314,10 @@ fn places_that_cannot_be_written() {
     if cfg!(target_os = "linux") {
         cases.push(("/proc/out".into(), 1, "/proc/out: cannot write"));
     }
-    for (out, code, says) in cases {
+    for (out, code, expected) in cases {
         for count in [1, 3] {
             let args = set.args(&["clip"], &["-o", out.to_str().unwrap(), "--max-norm", "1", "--force"]);
-            ranks(count, &args).failed(code, &[says]);
+            ranks(count, &args).failed(code, &[expected]);
             set.is_as_it_was();
         }
     }
@@ -426,10 +427,10 @@ fn on_a_gpu() {
     // Whatever stops them, the copies vanish.
     let bad = folder.write("bad", file(&[("b", "F32", f32s(&[f32::NAN]))]));
     let double = folder.write("double", file(&[("b", "F64", vec![0; 8])]));
-    for (file, code, says) in [(bad, 3, "tensor \"b\" on rank"), (double, 1, "is float64")] {
+    for (file, code, expected) in [(bad, 3, "tensor \"b\" on rank"), (double, 1, "is float64")] {
         let args = ["clip", "-o", out.to_str().unwrap(), "--max-norm", "1", "--backend", "gpu", file.to_str().unwrap()];
         let args = [&args[..], &files.each_ref().map(String::as_str)].concat();
-        each_rank(3, |_| args.clone()).failed(code, &[says]);
+        each_rank(3, |_| args.clone()).failed(code, &[expected]);
     }
     assert_eq!(folder.names(), ["0", "1", "2", "bad", "double"]);
 }
@@ -485,7 +486,7 @@ fn a_rank_that_never_comes() {
     }
 }
 
-/// What is wrong with the command line is said once.
+/// An error of the command line is printed once.
 #[test]
 fn usage() {
     let set = set(&[]);
@@ -502,10 +503,10 @@ fn usage() {
         (&["norm", "--scope", "unit"], scope),
         (&["norm", "x.safetensors.index.json"], "is an index: name the files"),
     ];
-    for (args, says) in cases {
+    for (args, expected) in cases {
         let run = each_rank(3, |_| set.args(args, &[]));
         let all: String = run.exits.iter().map(|exit| &*exit.message).collect();
-        assert!(run.exits.iter().all(|exit| exit.exit_code == 2) && all.matches(says).count() == 1, "{run:?}");
+        assert!(run.exits.iter().all(|exit| exit.exit_code == 2) && all.matches(expected).count() == 1, "{run:?}");
         assert!(run.exits[1..].iter().all(|exit| exit.message.is_empty()), "{run:?}");
     }
     set.is_as_it_was();
@@ -658,7 +659,7 @@ fn a_rank_that_dies() {
     }
 }
 
-/// Runs a test of this file again in a process of its own, in which `folder` is known, and which is told of by the shell.
+/// Runs a test of this file again in another process, which gets `folder` by its environment and is started by a shell.
 #[cfg(unix)]
 fn again(test: &str, folder: &Folder, before: &str) -> std::process::Command {
     let mut command = std::process::Command::new("bash");
