@@ -14,7 +14,7 @@ use crate::input::{Input, explain, unchanged, with_parameters};
 use crate::output::Output;
 use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::report::{Outcome, segments};
+use crate::report::{Summary, segments};
 use crate::text::{number, shown, table};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
@@ -75,38 +75,38 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     };
     let (scope, sum, time) = (clip.scope, args.sum, start.elapsed());
     let (backend, tensors) = (&backend, &tensors[..]);
-    let outcome = Outcome { report: &report, scope, tensors, sum, backend, time, file: None, ranks: None };
+    let summary = Summary { report: &report, scope, tensors, sum, backend, time, file: None, ranks: None };
 
     if args.json {
-        return print_json(&outcome.json());
+        return print_json(&summary.json());
     }
     if args.quiet {
         return Ok(());
     }
-    let mut lines = lines(clip, &outcome);
-    lines.extend(outcome.lines(input.others(), input.bytes()));
+    let mut lines = lines(clip, &summary);
+    lines.extend(summary.lines(input.others(), input.bytes()));
     lines.push(("written to", args.out.display().to_string()));
     print(&table(&lines))
 }
 
 /// The lines of a clip: what was measured, and the result.
-pub(crate) fn lines(clip: &Clip, outcome: &Outcome<'_>) -> Vec<(&'static str, String)> {
-    let Outcome { report, scope, .. } = *outcome;
+pub(crate) fn lines(clip: &Clip, summary: &Summary<'_>) -> Vec<(&'static str, String)> {
+    let Summary { report, scope, .. } = *summary;
     let mut lines = Vec::new();
     if !clamps(clip) {
         lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), norm_name(clip))));
         let least = if scope == Scope::Global { "" } else { " at the least" };
         lines.push(("coefficient", number(report.clip_coef, 9) + least));
     }
-    lines.extend(outcome.non_finite().map(|found| ("non-finite", found)));
-    lines.push(("result", result(clip, report, outcome.sum)));
+    lines.extend(summary.non_finite().map(|found| ("non-finite", found)));
+    lines.push(("result", result(clip, report, summary.sum)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
         lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
     }
-    for (i, segment) in outcome.largest(3).into_iter().enumerate() {
+    for (i, segment) in summary.largest(3).into_iter().enumerate() {
         let (norm, coefficient) = (number(segment.norm, 6), number(segment.clip_coef, 6));
-        let name = shown(&outcome.name(segment));
+        let name = shown(&summary.name(segment));
         lines.push((if i == 0 { "largest" } else { "" }, format!("{norm} times {coefficient}: {name}")));
     }
     lines

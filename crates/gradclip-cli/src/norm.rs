@@ -14,7 +14,7 @@ use crate::output;
 use crate::plot::{self, TensorNorm};
 use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::report::{Outcome, segments};
+use crate::report::{Summary, segments};
 use crate::text::{number, shown, table};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
@@ -52,11 +52,11 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         |found: &NonFiniteElements| file_of(found.tensor, tensors_of.iter().copied()).map(|i| args.files[i].as_path());
     let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(file_of_element);
     let (backend, tensors) = (&backend, &tensors[..]);
-    let outcome = Outcome { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
+    let summary = Summary { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
-    let largest = if hidden { String::new() } else { largest(&outcome, &entries, asked, args.top) };
-    let drawing = args.plot.out.as_ref().map(|path| (path, draw(&outcome, &title(args, asked))));
+    let largest = if hidden { String::new() } else { largest(&summary, &entries, asked, args.top) };
+    let drawing = args.plot.out.as_ref().map(|path| (path, draw(&summary, &title(args, asked))));
 
     // Nothing is read after this.
     unchanged(inputs)?;
@@ -64,13 +64,13 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
     if args.json {
-        return print_json(&outcome.json());
+        return print_json(&summary.json());
     }
     if args.quiet {
         return print(&format!("{}\n", report.total_norm));
     }
-    let mut lines = outcome.measured(asked);
-    lines.extend(outcome.lines(inputs.iter().map(Input::others).sum(), bytes));
+    let mut lines = summary.measured(asked);
+    lines.extend(summary.lines(inputs.iter().map(Input::others).sum(), bytes));
     if let Some(path) = &args.plot.out {
         lines.push(("plot", path.display().to_string()));
     }
@@ -87,20 +87,20 @@ pub(crate) fn file_of(tensor: usize, tensors_of: impl IntoIterator<Item = usize>
 }
 
 /// A plot of the norm of each tensor.
-fn draw(outcome: &Outcome<'_>, title: &str) -> String {
+fn draw(summary: &Summary<'_>, title: &str) -> String {
     let row = |segment: &SegmentReport| {
-        let tensor = &outcome.tensors[segment.tensor.unwrap_or_default()];
-        let counts = || outcome.backend.install(|| tensor.counts());
+        let tensor = &summary.tensors[segment.tensor.unwrap_or_default()];
+        let counts = || summary.backend.install(|| tensor.counts());
         let non_finite = if segment.norm.is_finite() { 0 } else { counts().non_finite };
-        TensorNorm { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
+        TensorNorm { label: shown(&summary.name(segment)), norm: segment.norm, non_finite }
     };
-    let rows: Vec<_> = outcome.report.segments.iter().map(row).collect();
-    plot::draw(title, &rows, outcome.report.total_norm)
+    let rows: Vec<_> = summary.report.segments.iter().map(row).collect();
+    plot::draw(title, &rows, summary.report.total_norm)
 }
 
 /// The largest norms, one per line.
-fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) -> String {
-    let (found, all) = (outcome.largest(top), outcome.report.segments.len());
+fn largest(summary: &Summary<'_>, entries: &[&Entry], asked: &Clip, top: usize) -> String {
+    let (found, all) = (summary.largest(top), summary.report.segments.len());
     if found.is_empty() {
         return String::new();
     }
@@ -110,13 +110,13 @@ fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) 
     let what = format!("largest {} of {}", found.len(), segments(asked.scope, all));
     let mut text = format!("\n{:>12} {share:>8}  {counts}{what}\n", "norm");
     for segment in found {
-        let share = percent(share_of(segment.norm, outcome.report.total_norm, asked.norm_type));
+        let share = percent(share_of(segment.norm, summary.report.total_norm, asked.norm_type));
         text += &format!("{:>12} {share:>8}  ", number(segment.norm, 6));
-        let name = shown(&outcome.name(segment));
+        let name = shown(&summary.name(segment));
         match segment.tensor.filter(|_| by_tensor) {
             Some(i) => {
-                let tensor = &outcome.tensors[i];
-                let counts = outcome.backend.install(|| tensor.counts());
+                let tensor = &summary.tensors[i];
+                let counts = summary.backend.install(|| tensor.counts());
                 let (non_finite, zeros) = (counts.non_finite, percent(counts.zeros as f64 / tensor.len() as f64));
                 let shape = &entries[i].shape;
                 text += &format!("{non_finite:>10} {zeros:>8}  {name} {shape:?} {}\n", tensor.dtype());

@@ -14,7 +14,7 @@ use crate::text::{number, plural};
 
 /// A report of the library, and what else is printed with it.
 #[derive(Debug)]
-pub(crate) struct Outcome<'a> {
+pub(crate) struct Summary<'a> {
     pub(crate) report: &'a ClipReport,
     pub(crate) scope: Scope,
     pub(crate) tensors: &'a [Tensor<'a>],
@@ -68,7 +68,7 @@ struct NonFiniteJson<'a> {
 }
 
 /// A list that is serialised without being held in memory: there may be millions of segments.
-struct SegmentsJson<'a>(&'a Outcome<'a>);
+struct SegmentsJson<'a>(&'a Summary<'a>);
 
 impl Serialize for SegmentsJson<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -84,7 +84,7 @@ struct SegmentJson {
     clip_coef: f64,
 }
 
-impl<'a> Outcome<'a> {
+impl<'a> Summary<'a> {
     /// What `--json` prints.
     pub(crate) fn json(&self) -> impl Serialize {
         let non_finite = |found: &'a NonFiniteElements| NonFiniteJson {

@@ -19,7 +19,7 @@ use crate::input::{Input, explain, is_index, unchanged};
 use crate::output::{Copies, Output};
 use crate::print::{printed, remark};
 use crate::progress;
-use crate::report::{Outcome, Ranks};
+use crate::report::{Ranks, Summary};
 use crate::text::{plural, table};
 
 /// What all ranks do.
@@ -233,22 +233,22 @@ impl Operation {
     ) -> Result<String, Failure> {
         let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found));
         let (scope, ranks) = (Scope::Global, Some(Ranks { count, tensors: all_files.tensors() }));
-        let outcome = Outcome { report, scope, tensors, sum: false, backend, time, file, ranks };
+        let summary = Summary { report, scope, tensors, sum: false, backend, time, file, ranks };
         if self.args.json {
-            let json = serde_json::to_string(&outcome.json());
+            let json = serde_json::to_string(&summary.json());
             return json.map(|json| json + "\n").map_err(|error| Failure::Setup(error.to_string()));
         }
         let mut lines = match (&self.out, self.args.quiet) {
             (None, true) => return Ok(format!("{}\n", report.total_norm)),
             (Some(_), true) => return Ok(String::new()),
-            (None, false) => outcome.measured(&self.clip),
-            (Some(_), false) => clip::lines(&self.clip, &outcome),
+            (None, false) => summary.measured(&self.clip),
+            (Some(_), false) => clip::lines(&self.clip, &summary),
         };
         if all_files.uncounted() > 0 {
             lines.push(("replicas", format!("{} not counted", plural(all_files.uncounted() as u64, "tensor"))));
         }
         let others = all_files.opened.iter().map(|file| file.others).sum();
-        lines.extend(outcome.lines(others, all_files.opened.iter().map(|file| file.bytes).sum()));
+        lines.extend(summary.lines(others, all_files.opened.iter().map(|file| file.bytes).sum()));
         lines.extend(self.out.as_ref().map(|(out, _)| ("written to", out.display().to_string())));
         Ok(table(&lines))
     }

@@ -17,7 +17,7 @@ exit $code
 
 /// How a run ended.
 #[derive(Debug)]
-struct Outcome {
+struct DiskRun {
     code: Option<i32>,
     stderr: String,
     /// What is on the disk.
@@ -26,7 +26,7 @@ struct Outcome {
 
 /// Runs the program in a folder that is a disk of so many KiB, on which a shell did something before.
 #[track_caller]
-fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Outcome {
+fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> DiskRun {
     // Root may mount, in a namespace of its own; others must become root of one first.
     for user in [&["--mount"][..], &["--mount", "--map-root-user"]] {
         let (disk, streams) = (Folder::new(), Folder::new());
@@ -38,7 +38,7 @@ fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Outcome {
         let text = |name| String::from_utf8(streams.read(name)).unwrap();
         if streams.names().contains(&"names".into()) {
             let names = text("names").split_whitespace().collect::<Vec<_>>().join(" ");
-            return Outcome { code: output.status.code(), stderr: text("stderr"), names };
+            return DiskRun { code: output.status.code(), stderr: text("stderr"), names };
         }
         eprintln!("unshare {user:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -47,7 +47,7 @@ fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Outcome {
     );
 }
 
-impl Outcome {
+impl DiskRun {
     #[track_caller]
     fn failed(&self, expected: &str, names: &str) {
         assert_eq!((self.code, self.names.as_str()), (Some(1), names), "{self:?}");

@@ -29,12 +29,17 @@ fn ranks(count: u32, args: &[&str]) -> Ranks {
 
 /// Runs ranks, each with its own arguments.
 fn each_rank<'a>(count: u32, args: impl Fn(u32) -> Vec<&'a str>) -> Ranks {
-    let groups = ThreadGroup::new(count).into_iter().zip(0..).map(|(group, rank)| {
-        let args: Vec<_> = args(rank).into_iter().map(OsString::from).collect();
+    let groups = ThreadGroup::new(count).into_iter().map(|group| group.with_timeout(Duration::from_secs(60)));
+    run_groups(groups.zip(0..).map(|(group, rank)| (group, args(rank))))
+}
+
+/// Runs ranks, each with its group and arguments.
+fn run_groups<'a, G: ProcessGroup + 'static>(groups: impl IntoIterator<Item = (G, Vec<&'a str>)>) -> Ranks {
+    let groups = groups.into_iter().map(|(group, args)| {
+        let args: Vec<_> = args.into_iter().map(OsString::from).collect();
         thread::spawn(move || {
             let mut stdout = Vec::new();
-            let group = Arc::new(group.with_timeout(Duration::from_secs(60)));
-            (run(group, args, &mut stdout), String::from_utf8(stdout).expect("stdout is text"))
+            (run(Arc::new(group), args, &mut stdout), String::from_utf8(stdout).expect("stdout is text"))
         })
     });
     let ranks = groups.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no rank panics"));
@@ -474,14 +479,8 @@ fn a_rank_that_never_comes() {
     for gone in 0..3 {
         let mut groups = ThreadGroup::new(3);
         drop(groups.remove(gone));
-        let ranks = groups.into_iter().map(|group| {
-            let args: Vec<_> = args.iter().map(OsString::from).collect();
-            thread::spawn(move || run(Arc::new(group), args, &mut Vec::new()))
-        });
-        for rank in ranks.collect::<Vec<_>>() {
-            let exit = rank.join().unwrap();
-            assert!(exit.exit_code == 1, "{exit:?}");
-        }
+        let run = run_groups(groups.into_iter().map(|group| (group, args.clone())));
+        assert!(run.exits.iter().all(|exit| exit.exit_code == 1), "{run:?}");
         set.is_as_it_was();
     }
 }
@@ -555,9 +554,7 @@ fn an_input_that_changes_stops_all() {
         let args: Vec<_> =
             args.into_iter().chain([&out, &small, &large].map(|path| path.to_str().unwrap().to_owned())).collect();
         let ranks = thread::spawn(move || ranks(2, &args.iter().map(String::as_str).collect::<Vec<_>>()));
-        let writing =
-            || outs.names().iter().any(|name| fs::read_dir(outs.path(name)).is_ok_and(|mut of| of.next().is_some()));
-        while !writing() {
+        while !has_begun(&outs) {
             assert!(!ranks.is_finished(), "it ended without writing");
         }
         fs::OpenOptions::new().write(true).open(&large).unwrap().set_len(1 << 20).unwrap();
@@ -633,12 +630,11 @@ fn a_rank_that_dies() {
     for dies in 0..3 {
         let mut placed = 0;
         for left in 0.. {
-            let ranks = ThreadGroup::new(3).into_iter().zip(0..).map(|(group, rank)| {
-                let args: Vec<_> = args.iter().map(OsString::from).collect();
+            let run = run_groups(ThreadGroup::new(3).into_iter().zip(0..).map(|(group, rank)| {
                 let left = AtomicU32::new(if rank == dies { left } else { u32::MAX });
-                thread::spawn(move || run(Arc::new(Dying { group, left }), args, &mut Vec::new()))
-            });
-            let exits: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
+                (Dying { group, left }, args.clone())
+            }));
+            let exits = run.exits;
             let codes: Vec<_> = exits.iter().map(|exit| exit.exit_code).collect();
             if Path::new(&out).exists() {
                 same_tensors(out.as_ref(), &clipped);
