@@ -102,11 +102,7 @@ pub(crate) fn copy<'a>(
 
 /// Renames the copies to their targets, in order: all or none. The index is the last. An index that will be replaced is
 /// removed first, because it must not list old and new shards.
-pub(crate) fn place<'a>(
-    copies: Vec<(NamedTempFile, &'a PathBuf)>,
-    index: Option<&Path>,
-    force: bool,
-) -> Result<(), Failure> {
+pub(crate) fn place(copies: Vec<(NamedTempFile, &PathBuf)>, index: Option<&Path>, force: bool) -> Result<(), Failure> {
     let mut unfinished = unfinished();
     if let Some(index) = index.filter(|_| force) {
         match fs::remove_file(index) {
