@@ -47,7 +47,7 @@
 //!
 //! Nothing, if nothing is to be clipped: the store keeps its tensors. Otherwise a clipped copy, contiguous and detached, replaces
 //! the gradient in the store, one gradient after the other. Candle's tensors share their storage with clones and views, and
-//! candle does not show whether one does. So the old tensor is never written to, and other uses of it (you, another var, a
+//! candle does not show whether one does. So the old tensor is never written to, and other holders of it (you, another var, a
 //! view) see no change. Right after `backward` there is no other holder, and [`clip_in_place`] saves the copy.
 //!
 //! # The same every time

@@ -36,7 +36,8 @@ impl Write<'_> {
             return Err(replaced());
         };
         with_elements!(storage, elements => {
-            let Some(clipped) = self.copy_elements(elements.get(start..end).ok_or_else(replaced)?)? else { return Ok(None) };
+            let elements = elements.get(start..end).ok_or_else(replaced)?;
+            let Some(clipped) = self.copy_elements(elements)? else { return Ok(None) };
             Ok(Some(Tensor::from_vec(clipped, layout.shape(), &Device::Cpu)?))
         }, Err(replaced()))
     }
