@@ -302,7 +302,7 @@ fn one_plan_in_turning_buffers() {
     let mut plan = gpu().plan(&Clip::norm(1e9), &at(0)).expect("valid");
     let mut in_flight = InFlight::default();
     soak("buffers by turns", steps() / 5, |i| {
-        plan.update(&[&at(i % 3)).expect("the same shapes"]);
+        plan.update(&[&at(i % 3)]).expect("the same shapes");
         let mut encoder = encoder(gpu());
         plan.encode(&mut encoder).expect("the device works");
         in_flight.submit(encoder);

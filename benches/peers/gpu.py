@@ -111,7 +111,7 @@ def ours(size, cut, host_clock):
 
 
 def lengths(size, cut):
-    """Twins of `Set::new` and `transformer` in crates/gradclip-cli/src/subject.rs; each run checks that they are."""
+    """Twins of `TensorSet::new` and `transformer` in crates/gradclip-cli/src/bench/gradients.rs; each run checks that they are."""
     if cut == "one":
         return [size]
     if cut == "transformer":

@@ -242,7 +242,8 @@ impl GpuClipper {
             if right { Ok(()) } else { Err(Error::Device(format!("{what} of {bytes} bytes is wrong on this device"))) }
         };
 
-        let (spans, device_clock) = timed(device, SPEED_RUNS, |_, encoder, writes| read.record(encoder, writes)).await?;
+        let (spans, device_clock) =
+            timed(device, SPEED_RUNS, |_, encoder, writes| read.record(encoder, writes)).await?;
         let read = median_speed(bytes, &spans);
         check("a plain read").await?;
         let (spans, _) = timed(device, SPEED_RUNS, |_, encoder, writes| copy.record(encoder, writes)).await?;

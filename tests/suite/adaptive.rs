@@ -212,7 +212,7 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
 #[test]
 fn a_threshold_on_the_host_follows_gradients_on_the_device() {
     use crate::common::gpu::{Layout, download, encoder, gpu, upload, write};
-    use gradclip::gpu::PlanOptions;
+    use gradclip::gpu::{DeviceThreshold, PlanOptions};
     use gradclip::{Dtype, Error, wgpu};
     let clip = measuring(Clip::norm(f64::INFINITY));
     let mut random = Random(104);
@@ -251,7 +251,7 @@ fn a_threshold_on_the_host_follows_gradients_on_the_device() {
             assert_same_bits(&after, &set, &format!("step {step}"));
         }
     }
-    let of_the_device = PlanOptions::default().threshold(ZClip::new());
+    let of_the_device = PlanOptions::default().threshold(DeviceThreshold::ZClip(ZClip::new()));
     for other in [gpu().plan(&Clip::value(1.0), &tensors), gpu().plan_with(&[(clip, &tensors)], of_the_device)] {
         let followed = other.expect("valid").follow(&mut on_device).wait();
         assert!(matches!(followed, Err(Error::Usage(_))), "{followed:?}");

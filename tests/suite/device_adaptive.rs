@@ -351,8 +351,8 @@ fn thresholds_that_do_not_fit() {
         assert_says(&error, words);
     }
     for (threshold, words) in [
-        (ZClip::new().warm_up(0).into(), "warm_up is 0; it must be 1 or more"),
-        (AdaGc::new().beta(1.0).into(), "beta is 1; it must be 0 or more and below 1"),
+        (DeviceThreshold::ZClip(ZClip::new().warm_up(0)), "warm_up is 0; it must be 1 or more"),
+        (DeviceThreshold::AdaGc(AdaGc::new().beta(1.0)), "beta is 1; it must be 0 or more and below 1"),
     ] {
         assert_says(&plan(&norm, &threshold, &views).expect_err("a bad setting"), &[words]);
     }

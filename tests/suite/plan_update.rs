@@ -190,7 +190,8 @@ fn another_threshold_and_scale_are_as_if_planned_with_them() {
 fn a_threshold_on_the_device_keeps_its_bound_and_its_state() {
     let numbers = set(7, 1.0);
     let place = Placed::new(&numbers, 1, 1);
-    let thresholds = [(Scope::Global, DeviceThreshold::ZClip(ZClip::new())), (Scope::Tensor, DeviceThreshold::AdaGc(AdaGc::new()))];
+    let thresholds =
+        [(Scope::Global, DeviceThreshold::ZClip(ZClip::new())), (Scope::Tensor, DeviceThreshold::AdaGc(AdaGc::new()))];
     for (scope, mut state) in thresholds {
         let clip = Clip::norm(f64::INFINITY).scope(scope);
         let options = |state: &DeviceThreshold| PlanOptions::default().threshold(state.clone());
@@ -238,15 +239,15 @@ fn options_that_do_not_go_together() {
         (&[group][..], options().measure_only().norms(&tensors[1])),
         (&[group], options().measure_only().sums(&[])),
         (&[group], options().norms(&tensors[1]).sums(&[])),
-        (&[group], options().norms(&tensors[1]).threshold(ZClip::new())),
+        (&[group], options().norms(&tensors[1]).threshold(DeviceThreshold::ZClip(ZClip::new()))),
         (&[group, of_none], options().norms(&tensors[1])),
-        (&[group, of_none], options().threshold(ZClip::new())),
+        (&[group, of_none], options().threshold(DeviceThreshold::ZClip(ZClip::new()))),
         (&[], options()),
     ] {
         assert!(matches!(gpu().plan_with(groups, options), Err(Error::Usage(_))));
     }
     // A threshold for an optimizer that scales by itself.
-    let adaptive = options().threshold(ZClip::new()).measure_only();
+    let adaptive = options().threshold(DeviceThreshold::ZClip(ZClip::new())).measure_only();
     step(gpu(), &gpu().plan_with(&[group], adaptive).expect("they do"));
 }
 

@@ -1,5 +1,5 @@
-//! A step on a model with some 200 parameters: not clipped, clipped by burn per tensor, clipped by the global norm. By
-//! turns in one process on one wgpu device: what the host takes until the call returns, and what passes until the device
+//! A step on a model with some 200 parameters: not clipped, clipped by burn per tensor, clipped by the global norm. These
+//! alternate in one process on one wgpu device: the time until the call returns on the host, and the time until the device
 //! is done. Prints medians and minima in milliseconds.
 //!
 //! `cargo bench -p gradclip-burn --features wgpu`, with `-- --quick` for a few rounds.
@@ -23,7 +23,7 @@ struct Model {
     layers: Vec<Linear>,
 }
 
-/// Gradients as a backward pass leaves them: each fresh out of a kernel.
+/// Gradients as a backward pass leaves them: each just computed by a kernel.
 struct Backward<'a>(&'a mut GradientsParams);
 
 impl ModuleVisitor for Backward<'_> {
@@ -41,7 +41,7 @@ impl ModuleVisitor for PerTensor<'_> {
     }
 }
 
-/// What reads the gradients, as an optimizer does.
+/// Reads the gradients, as an optimizer does.
 struct Optimizer<'a>(&'a mut GradientsParams);
 
 impl ModuleVisitor for Optimizer<'_> {
@@ -56,7 +56,7 @@ fn main() {
     let device = gradclip_burn::open_wgpu(Device::wgpu_options()).unwrap_or_else(|error| panic!("{error}"));
     let layer = |_| LinearConfig::new(WIDTH, WIDTH).init(&device);
     let model = Model { layers: (0..LAYERS).map(layer).collect() };
-    // Materialises what is initialised lazily.
+    // Computes what is initialised lazily.
     drop(Tensor::<1>::random([1], Distribution::Default, &device).into_data());
     let mut global = GradClipper::new(Clip::norm(1e-3));
     let mut unclipped = GradClipper::new(Clip::norm(1e9));
@@ -91,11 +91,15 @@ fn main() {
     }
     println!("{} parameters, {} elements, {rounds} rounds", 2 * LAYERS, LAYERS * WIDTH * (WIDTH + 1));
     for (kind, (name, _)) in kinds.iter().enumerate() {
-        println!("{name:26} host {}   until done {}", told(&mut host[kind]), told(&mut whole[kind]));
+        println!(
+            "{name:26} host {}   until done {}",
+            median_and_minimum(&mut host[kind]),
+            median_and_minimum(&mut whole[kind])
+        );
     }
 }
 
-fn told(times: &mut [Duration]) -> String {
+fn median_and_minimum(times: &mut [Duration]) -> String {
     times.sort();
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     format!("{:8.2} ms (least {:8.2})", ms(times[times.len() / 2]), ms(times[0]))

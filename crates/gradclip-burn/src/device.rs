@@ -1,8 +1,8 @@
-//! Gradients on burn's wgpu devices, clipped where they lie.
+//! Clips gradients on burn's wgpu devices in place.
 //!
-//! burn keeps tensors in pages that it shares out, and records work by stream. So a step here goes: resolve what fusion has
-//! not computed yet; ask for each gradient's buffer and place in it, which schedules what makes it; flush, so that it is
-//! submitted; then submit the clip to the same queue, behind it. Whatever burn submits afterwards finds clipped gradients.
+//! burn allocates tensors in pages, and records work by stream. So a step: resolves what fusion has not computed yet; asks for
+//! the buffer and offset of each gradient, which schedules its computation; flushes, so that this is submitted; and submits
+//! the clip to the same queue. What burn submits afterwards sees clipped gradients.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
@@ -24,14 +24,14 @@ use gradclip::gpu::{DeviceThreshold, GpuClipper, GpuPlan, GpuTensor, PlanOptions
 use gradclip::{Clip, Dtype, UnitAxis, wgpu};
 
 use crate::Error;
-use crate::clipper::AdaptiveThreshold;
 use crate::gradients::{Gradient, known_dtype};
+use crate::threshold::AdaptiveThreshold;
 
-/// The devices whose handles are known. burn's own registry of devices lives as long, which is the process.
-static SHARED: Mutex<Vec<(CubeDevice, GpuClipper)>> = Mutex::new(Vec::new());
+/// The registered devices. They live as long as burn's own registry of devices: until the process ends.
+static REGISTERED: Mutex<Vec<(CubeDevice, GpuClipper)>> = Mutex::new(Vec::new());
 
-/// Opens burn's wgpu device in place of burn, so that gradients are clipped where they lie. Call it once, before anything
-/// else uses the device; afterwards `Device::default()` or `Device::wgpu(..)` of the same kind is this device.
+/// Opens a wgpu device for burn, and registers it, so that its gradients are clipped in place. Call it once, before anything
+/// else uses the device. Afterwards `Device::default()` or `Device::wgpu(..)` of the same kind is this device.
 ///
 /// ```no_run
 /// use burn::tensor::Device;
@@ -41,13 +41,13 @@ static SHARED: Mutex<Vec<(CubeDevice, GpuClipper)>> = Mutex::new(Vec::new());
 /// ```
 ///
 /// # Errors
-/// [`Error::Burn`] if there is no such device or it is in use already; [`Error::Clip`] if it cannot run the kernels.
+/// [`Error::Burn`] if there is no such device or it is already in use; [`Error::Clip`] if it cannot run the kernels.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn open_wgpu(options: WgpuOptions) -> Result<Device, Error> {
     opened(options.init_with_setup())
 }
 
-/// [`open_wgpu`] for browsers and whoever must not wait.
+/// [`open_wgpu`] for browsers, and for callers that must not wait.
 ///
 /// # Errors
 /// The same.
@@ -57,23 +57,23 @@ pub async fn open_wgpu_async(options: WgpuOptions) -> Result<Device, Error> {
 
 fn opened<E: std::fmt::Display>(opened: Result<(Device, WgpuSetup), E>) -> Result<Device, Error> {
     let (device, setup) = opened.map_err(|error| failed(&error))?;
-    share(&device, &setup)?;
+    register_wgpu(&device, &setup)?;
     Ok(device)
 }
 
-/// Tells which wgpu device and queue are behind a device of burn's, for programs that made them themselves or asked burn
-/// for them (`Device::wgpu_options().init_with_setup()`, `.setup(..)`).
+/// Registers the wgpu device and queue of a burn device, so that its gradients are clipped in place. For programs that created
+/// them or got them from burn (`Device::wgpu_options().init_with_setup()`, `.setup(..)`).
 ///
 /// # Errors
 /// [`Error::Burn`] if it is no wgpu device; [`Error::Clip`] if it cannot run the kernels.
-pub fn share(device: &Device, setup: &WgpuSetup) -> Result<(), Error> {
+pub fn register_wgpu(device: &Device, setup: &WgpuSetup) -> Result<(), Error> {
     let Some(cube) = cube_device(device.as_dispatch()) else {
         return Err(Error::Burn(format!("{device:?} is no wgpu device")));
     };
     let gpu = GpuClipper::new(&setup.device, &setup.queue)?;
-    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-    shared.retain(|(other, _)| *other != cube);
-    shared.push((cube, gpu));
+    let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    registered.retain(|(other, _)| *other != cube);
+    registered.push((cube, gpu));
     Ok(())
 }
 
@@ -88,24 +88,24 @@ fn cube_device(device: &DispatchDevice) -> Option<CubeDevice> {
     }
 }
 
-/// What clips gradients where they lie; None if they are to be clipped on the host.
-pub(crate) fn shared_by(gradients: &[Gradient]) -> Result<Option<GpuClipper>, Error> {
+/// The clipper of the device that all gradients are on; `None` if they are to be clipped on the host.
+pub(crate) fn registered_gpu(gradients: &[Gradient]) -> Result<Option<GpuClipper>, Error> {
     let mut devices = gradients.iter().filter_map(|gradient| gradient.tensor.as_ref()).map(TensorMetadata::device);
     let Some(device) = devices.next().as_ref().and_then(cube_device) else { return Ok(None) };
     if devices.any(|other| cube_device(&other).as_ref() != Some(&device)) {
         return Ok(None);
     }
-    let shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-    match shared.iter().find(|(known, _)| *known == device) {
+    let registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    match registered.iter().find(|(known, _)| *known == device) {
         Some((_, gpu)) => Ok(Some(gpu.clone())),
-        None => Err(Error::NotShared { device: format!("{device:?}") }),
+        None => Err(Error::NotRegistered { device: format!("{device:?}") }),
     }
 }
 
-/// A float tensor of the wgpu backend, which is another type with the feature `fusion` of burn than without. Whoever builds
-/// a program chooses that, so both are handled; `B` is the backend without fusion.
+/// A float tensor of the wgpu backend. Its type depends on burn's feature `fusion`, which the program chooses, so both types are
+/// handled. `B` is the backend without fusion.
 trait Primitive<B> {
-    /// Runs what fusion has put off.
+    /// Runs what fusion has deferred.
     fn resolve(self) -> CubeTensor;
     fn wrap(tensor: CubeTensor) -> Self;
 }
@@ -140,15 +140,15 @@ where
     }
 }
 
-/// Takes a float tensor of the wgpu backend. [`shared_by`] has seen that it is one; any other stays where it is.
-fn resolved(place: &mut Option<DispatchTensor>) -> Result<Option<CubeTensor>, Error> {
-    match place.take() {
+/// Takes a float tensor of the wgpu backend out of `tensor`. [`registered_gpu`] has checked that it is one; any other stays.
+fn resolved(tensor: &mut Option<DispatchTensor>) -> Result<Option<CubeTensor>, Error> {
+    match tensor.take() {
         None => Ok(None),
         Some(DispatchTensor { kind: DispatchTensorKind::Cube(BackendTensor::Float(tensor)), .. }) => {
             Ok(Some(Primitive::<CubeBackend>::resolve(tensor)))
         }
         other => {
-            *place = other;
+            *tensor = other;
             Err(Error::Burn("a tensor is of another backend than its device's".into()))
         }
     }
@@ -159,7 +159,7 @@ fn wrapped(tensor: CubeTensor) -> DispatchTensor {
     DispatchTensor { kind, autodiff: DispatchAutodiffContext::Disabled }
 }
 
-/// What burn panics with becomes an error: its device is lost, say.
+/// Turns a panic of burn into an error. A lost device causes one, for example.
 fn caught<T>(f: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
         let message = panic.downcast_ref::<String>().map(String::as_str);
@@ -172,7 +172,7 @@ fn failed(error: &impl std::fmt::Display) -> Error {
     Error::Burn(error.to_string())
 }
 
-/// A plan for the gradients of the last step, which goes on while they are the same parameters'.
+/// A plan for the gradients of the last step. It is kept while the same parameters have gradients.
 #[derive(Debug)]
 pub(crate) struct Planned {
     pub(crate) plan: GpuPlan,
@@ -186,7 +186,7 @@ struct Placed {
     id: ParamId,
     unit_axis: Option<UnitAxis>,
     gradient: Place,
-    /// If the clip goes by it.
+    /// If the clip uses it.
     parameter: Option<Place>,
 }
 
@@ -216,19 +216,13 @@ impl Planned {
         placed: Vec<Placed>,
         tensors: &[GpuTensor],
     ) -> Result<Self, Error> {
-        let plan = match threshold {
-            None => gpu.plan(clip, tensors)?,
-            Some(AdaptiveThreshold::ZClip(zclip)) => gpu.plan_with(
-                &[(*clip, tensors)],
-                PlanOptions::default().threshold(DeviceThreshold::ZClip(zclip.clone())),
-            )?,
-            Some(AdaptiveThreshold::AdaGc(adagc)) => gpu.plan_with(
-                &[(*clip, tensors)],
-                PlanOptions::default().threshold(DeviceThreshold::AdaGc(adagc.clone())),
-            )?,
-            Some(AdaptiveThreshold::AutoClip(_)) => gpu.plan(clip, tensors)?,
+        let options = PlanOptions::default();
+        let options = match threshold {
+            Some(AdaptiveThreshold::ZClip(zclip)) => options.threshold(DeviceThreshold::ZClip(zclip.clone())),
+            Some(AdaptiveThreshold::AdaGc(adagc)) => options.threshold(DeviceThreshold::AdaGc(adagc.clone())),
+            None | Some(AdaptiveThreshold::AutoClip(_)) => options,
         };
-        Ok(Self { plan, gpu: gpu.clone(), placed })
+        Ok(Self { plan: gpu.plan_with(&[(*clip, tensors)], options)?, gpu: gpu.clone(), placed })
     }
 
     /// Whether the plan can be updated to these: the same parameters, on the same device.
@@ -242,8 +236,8 @@ impl Planned {
     }
 }
 
-/// Clips gradients behind whatever burn recorded before, by the earlier plan if it fits. All of them are put back, clipped
-/// or, after an error, as they were.
+/// Submits a clip of the gradients behind the earlier work of burn, by the earlier plan if it fits. All gradients are put back,
+/// clipped, or unchanged after an error.
 pub(crate) fn clip(
     planned: &mut Option<Planned>,
     gpu: &GpuClipper,
@@ -269,11 +263,11 @@ pub(crate) fn clip(
         }
         Ok(())
     });
-    outcome.and(put_back).map_err(|error| told_by(&device, error))
+    outcome.and(put_back).map_err(|error| device_error(&device, error))
 }
 
-/// A lost device shows in many ways. burn knows whether it is lost, and why.
-fn told_by(device: &Device, error: Error) -> Error {
+/// A lost device causes many errors. burn knows whether it is lost, and why.
+fn device_error(device: &Device, error: Error) -> Error {
     match caught(|| device.sync().map_err(|error| failed(&error))) {
         Ok(()) => error,
         Err(cause) => cause,
@@ -298,8 +292,8 @@ fn submit(
         let parameter = resolved(&mut gradient.parameter)?;
         parameters.push(parameter.map(|p| if p.is_contiguous() { p } else { p.copy() }));
     }
-    // As long as they are held, burn neither moves nor reuses the memory. What it hands out after the submission is
-    // written by what it submits later.
+    // While these are held, burn neither moves nor reuses the memory. After the submission it may: only later submissions write
+    // to it.
     let mut held = Vec::new();
     let mut place = |tensor: &CubeTensor| -> Result<Place, Error> {
         let resource = tensor.client.get_resource::<WgpuServer<AutoCompiler>>(tensor.handle.clone());
@@ -329,7 +323,7 @@ fn submit(
         let views = views.collect::<Result<Vec<_>, _>>()?;
         match planned {
             Some(planned) if planned.fits(gpu, &placed) => {
-                planned.plan.update(&views)?;
+                planned.plan.update(&[&views])?;
                 planned.placed = placed;
             }
             _ => {
@@ -359,7 +353,7 @@ fn submit(
         }
         #[cfg(target_arch = "wasm32")]
         Some(AdaptiveThreshold::AutoClip(_)) => {
-            const WHY: &str = "AutoClip waits for the norm of each step, which nothing may in a browser; use ZClip";
+            const WHY: &str = "AutoClip waits for the norm at each step, which is not possible in a browser; use ZClip";
             Err(gradclip::Error::Usage(WHY.into()).into())
         }
         _ => record(&|encoder| plan.encode(encoder)),

@@ -1,4 +1,4 @@
-//! Gradients, taken out of their containers and put back.
+//! Takes gradients out of their containers, and puts them back.
 
 use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
@@ -8,7 +8,7 @@ use gradclip::{Dtype, UnitAxis};
 
 use crate::Error;
 
-/// A gradient, by its parameter.
+/// A gradient and its parameter.
 pub(crate) struct Gradient {
     pub(crate) id: ParamId,
     /// The parameter's path in the module.
@@ -18,14 +18,14 @@ pub(crate) struct Gradient {
     pub(crate) unit_axis: Option<UnitAxis>,
     /// None while it is being clipped.
     pub(crate) tensor: Option<DispatchTensor>,
-    /// The parameter itself, if the clip goes by it.
+    /// The parameter itself, if the clip uses it.
     pub(crate) parameter: Option<DispatchTensor>,
     pub(crate) ranked: Ranked,
     /// Which container it came from.
     source: usize,
 }
 
-/// What burn does only with the number of dimensions known to the compiler.
+/// Functions of burn that need the number of dimensions at compile time.
 #[derive(Clone, Copy)]
 pub(crate) struct Ranked {
     pub(crate) read: fn(DispatchTensor) -> Result<TensorData, Error>,
@@ -49,14 +49,14 @@ impl Ranked {
     }
 }
 
-/// The gradients of a module's parameters, which go back to where they came from when this is dropped.
+/// The gradients of a module's parameters. They go back into their containers when this is dropped.
 pub(crate) struct Taken<'a, 'b> {
     sources: &'a mut [&'b mut GradientsParams],
     pub(crate) gradients: Vec<Gradient>,
 }
 
 impl<'a, 'b> Taken<'a, 'b> {
-    /// Takes the gradient of each parameter that has one, in the module's order; with its parameter if wanted.
+    /// Takes the gradient of each parameter that has one, in the order of the module; with the parameter itself if asked for.
     pub(crate) fn from<M: Module>(
         sources: &'a mut [&'b mut GradientsParams],
         module: &M,
@@ -91,7 +91,7 @@ impl Drop for Taken<'_, '_> {
 struct Walk<'a, 'b> {
     taken: Taken<'a, 'b>,
     with_parameters: bool,
-    /// Names of the modules around, and what kind each of them is.
+    /// The names and kinds of the enclosing modules.
     path: Vec<(String, String)>,
     parameters: usize,
     error: Option<Error>,
@@ -121,7 +121,7 @@ impl ModuleVisitor for Walk<'_, '_> {
         let is_linear = self.path.last().is_some_and(|(_, kind)| kind == "Struct:Linear");
         let unit_axis = (is_linear && D == 2).then_some(UnitAxis::Last);
         for (source, gradient) in found {
-            // What was made of a tensor on the device that the model is trained on is part of a graph.
+            // A tensor computed on the training device is part of a graph.
             let gradient = gradient.without_autodiff().into_dispatch();
             let (burn_dtype, shape) = (gradient.dtype(), gradient.shape().to_vec());
             let parameter_shape = param.lazy_shape().to_vec();
@@ -150,7 +150,7 @@ impl ModuleVisitor for Walk<'_, '_> {
     }
 }
 
-/// By which a module is told from others.
+/// The first parameter, which identifies a module.
 pub(crate) fn first_parameter<M: Module>(module: &M) -> Option<ParamId> {
     struct First(Option<ParamId>);
     impl ModuleVisitor for First {
@@ -163,7 +163,7 @@ pub(crate) fn first_parameter<M: Module>(module: &M) -> Option<ParamId> {
     first.0
 }
 
-/// The dtype of what the walk has let through, or of a parameter.
+/// The dtype of a gradient that was checked, or of a parameter.
 pub(crate) fn known_dtype(dtype: DType) -> Result<Dtype, Error> {
     dtype_of(dtype).ok_or_else(|| Error::Burn(format!("a parameter is {dtype:?}")))
 }

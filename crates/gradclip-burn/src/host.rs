@@ -1,4 +1,4 @@
-//! Gradients of any device, clipped on the host as burn's tensor data.
+//! Clips gradients of any device on the host, as burn's tensor data.
 
 use burn::backend::TensorMetadata;
 use burn::tensor::{Device, TensorData};
@@ -7,8 +7,8 @@ use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut, Threshold};
 use crate::Error;
 use crate::gradients::{Gradient, known_dtype};
 
-/// Clips gradients on the host. burn's own CPU backend gives its memory away and takes it back, so nothing is copied there
-/// unless a tensor is shared or not contiguous; any other device is read and written.
+/// Clips gradients on the host. burn's CPU backend hands over its memory and takes it back, so a tensor is copied only if it is
+/// shared or not contiguous. Gradients of other devices are read and written.
 pub(crate) fn clip(
     clip: &Clip,
     threshold: Option<&mut dyn Threshold>,
@@ -56,7 +56,7 @@ pub(crate) fn clip(
     report
 }
 
-/// That no gradient lies on a wgpu device, where it ought to be clipped in place.
+/// Fails if a gradient is on a wgpu device, where it should be clipped in place.
 #[cfg(not(feature = "wgpu"))]
 pub(crate) fn check_not_wgpu(gradients: &[Gradient]) -> Result<(), Error> {
     let devices = gradients.iter().filter_map(|gradient| Some(Device::new(gradient.tensor.as_ref()?.device())));
@@ -66,13 +66,13 @@ pub(crate) fn check_not_wgpu(gradients: &[Gradient]) -> Result<(), Error> {
     }
 }
 
-/// By what burn calls the device: its type is there only with burn's own feature, which this crate may not know of.
+/// By the name of the device: its type exists only with a feature of burn, which this crate may not know of.
 #[cfg(any(test, not(feature = "wgpu")))]
 fn is_wgpu(device: &str) -> bool {
     device.contains("Wgpu(")
 }
 
-/// Without a name, for a gradient's is its parameter's.
+/// A parameter; it needs no name, because its gradient has it.
 fn view(data: &TensorData) -> Result<Tensor<'_>, Error> {
     Ok(Tensor::from_bytes(known_dtype(data.dtype())?, data.as_bytes())?.shape(data.shape())?)
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_are_told_apart_by_their_names() {
+    fn devices_are_distinguished_by_their_names() {
         assert!(!is_wgpu(&format!("{:?}", Device::flex())));
         assert!(!is_wgpu(&format!("{:?}", Device::flex().autodiff())));
         #[cfg(feature = "wgpu")]

@@ -18,13 +18,14 @@
 //! # }
 //! ```
 //!
-//! For every other clip, the norm, and thresholds that follow the run there is [`GradClipper`].
+//! Use [`GradClipper`] for every other clip, for the norm, and for thresholds that follow the run.
 //!
-//! With the feature `wgpu` of this crate (as of burn), the gradients on wgpu devices are clipped where they lie, if the device was
-//! opened by [`open_wgpu`] (one line where the program begins): burn hands a device and its queue only to who opens it. On
-//! others, and if gradients are spread over several devices, they are read, clipped on the host and written back; burn's CPU backend has them there already.
+//! With the feature `wgpu` of this crate and of burn, gradients on wgpu devices are clipped in place, if the device was opened by
+//! [`open_wgpu`] (one line at the start of the program): burn gives a device and its queue only to the caller that opens it.
+//! Gradients on other devices, or on several, are read, clipped on the host and written back. burn's CPU backend has them on the
+//! host already.
 //!
-//! [`explained`] tells what the clips do and which to choose.
+//! [`explained`] says what the clips do, and which to choose.
 
 #![cfg_attr(not(feature = "wgpu"), doc = "")]
 #![cfg_attr(not(feature = "wgpu"), doc = "[`open_wgpu`]: explained")]
@@ -35,17 +36,19 @@ mod device;
 mod error;
 mod gradients;
 mod host;
+mod threshold;
 
 #[doc = include_str!("../docs/explained.md")]
 pub mod explained {}
 
-pub use clipper::{AdaptiveThreshold, GradClipper, clip_grad_norm, clip_grad_value};
+pub use clipper::{GradClipper, clip_grad_norm, clip_grad_value};
 #[cfg(all(feature = "wgpu", not(target_arch = "wasm32")))]
 pub use device::open_wgpu;
 #[cfg(feature = "wgpu")]
-pub use device::{open_wgpu_async, share};
+pub use device::{open_wgpu_async, register_wgpu};
 pub use error::Error;
 pub use gradclip;
+pub use threshold::AdaptiveThreshold;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -46,12 +46,12 @@ fn figures(out: &Path, arguments: &[&str]) -> Value {
     serde_json::from_slice(&fs::read(out.join("explode.json")).expect("the figures")).expect("JSON")
 }
 
-/// Of a run that must fail: what it said.
+/// The error output of a run that must fail.
 fn refusal(out: &Path, arguments: &[&str], code: i32) -> String {
     let output = run(out, arguments);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
-    said
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
+    stderr
 }
 
 fn runs(figures: &Value) -> &[Value] {
@@ -143,8 +143,8 @@ fn killed_and_resumed_reaches_the_same_weights() {
             let began_anew = String::from_utf8_lossy(&output.stdout).contains("step 0, saved");
             resumed_midway += usize::from(kills > 0 && !began_anew);
             if output.status.signal().is_none() {
-                let said = String::from_utf8_lossy(&output.stderr);
-                assert!(output.status.success(), "{optimizer}: {said}");
+                let stderr = String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{optimizer}: {stderr}");
                 break;
             }
             kills += 1;
@@ -175,12 +175,12 @@ fn bad_checkpoints_are_refused_and_nothing_is_written() {
     let good = fs::read(&path).expect("a checkpoint");
     let resume = |more: &[&str], code, expected: &[&str]| {
         let before = files(out);
-        let said = refusal(out, &[&arguments, more].concat(), code);
+        let stderr = refusal(out, &[&arguments, more].concat(), code);
         for words in expected {
-            assert!(said.contains(words), "{words} is missing: {said}");
+            assert!(stderr.contains(words), "{words} is missing: {stderr}");
         }
-        assert!(said.lines().count() <= 2, "{said}");
-        assert!(files(out) == before, "files changed: {said}");
+        assert!(stderr.lines().count() <= 2, "{stderr}");
+        assert!(files(out) == before, "files changed: {stderr}");
     };
 
     resume(&[], 1, &["holds checkpoints", "--resume", "--force"]);
@@ -227,11 +227,11 @@ fn bad_options_are_usage_errors() {
         (["--loss", "squared"], "cross-entropy"),
         (["--activation", "cube"], "possible values"),
     ] {
-        let said = refusal(folder.path(), &bad, 2);
-        assert!(said.contains(expected), "{bad:?}: {said}");
+        let stderr = refusal(folder.path(), &bad, 2);
+        assert!(stderr.contains(expected), "{bad:?}: {stderr}");
     }
-    let said = refusal(folder.path(), &["--task", "regression", "--loss", "cross-entropy"], 2);
-    assert!(said.contains("squared or absolute"), "{said}");
+    let stderr = refusal(folder.path(), &["--task", "regression", "--loss", "cross-entropy"], 2);
+    assert!(stderr.contains("squared or absolute"), "{stderr}");
     assert_eq!(files(folder.path()).len(), 0);
 }
 

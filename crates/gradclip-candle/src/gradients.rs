@@ -1,4 +1,4 @@
-//! The gradients of a store: checked, and seen as the library's tensors.
+//! The gradients of a store: checked, and viewed as tensors of the library.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -6,7 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Layout, Storage, Tensor, Var};
 use gradclip::{Clip, ClipReport};
 
-use crate::error::{Error, check, gone};
+use crate::error::{Error, check, replaced};
 
 /// Calls `$body` with `$elements` standing for the vector in a storage; `$other` for dtypes that cannot be clipped.
 macro_rules! with_elements {
@@ -22,16 +22,16 @@ macro_rules! with_elements {
 }
 pub(crate) use with_elements;
 
-/// A gradient that is to be clipped.
+/// A gradient to clip.
 pub(crate) struct Gradient<'a> {
-    /// The place of its var in the caller's list.
-    pub(crate) place: usize,
-    /// What the library calls it.
+    /// The number of its var in the list of the caller.
+    pub(crate) number: usize,
+    /// Its name in reports and errors.
     name: String,
     pub(crate) var: &'a Var,
-    /// The gradient, of a dtype and on a device that are fit to be clipped; or a copy of it, if it is not contiguous.
+    /// The gradient, checked; or a contiguous copy of it.
     pub(crate) tensor: Tensor,
-    /// The var's value, contiguous, if adaptive gradient clipping can go by it.
+    /// The value of the var, contiguous, if adaptive gradient clipping can use it.
     parameter: Option<Tensor>,
 }
 
@@ -39,19 +39,19 @@ pub(crate) struct Gradient<'a> {
 pub(crate) fn gather<'a>(grads: &GradStore, vars: &[(Option<&str>, &'a Var)]) -> Result<Vec<Gradient<'a>>, Error> {
     let mut seen = HashSet::new();
     let mut gradients = Vec::new();
-    for (place, &(name, var)) in vars.iter().enumerate() {
+    for (number, &(name, var)) in vars.iter().enumerate() {
         if !seen.insert(var.id()) {
             continue;
         }
         let Some(gradient) = grads.get(var) else { continue };
-        let name = name.map_or_else(|| format!("vars[{place}]"), str::to_owned);
+        let name = name.map_or_else(|| format!("vars[{number}]"), str::to_owned);
         let label = || format!("the gradient of {name:?}");
         check(label, gradient)?;
         if gradient.shape() != var.shape() {
             return Err(Error::Shape { tensor: label(), gradient: gradient.shape().clone(), var: var.shape().clone() });
         }
         let parameter = if check_parameter(&name, var).is_ok() { Some(var.contiguous()?) } else { None };
-        gradients.push(Gradient { place, name, var, tensor: gradient.contiguous()?, parameter });
+        gradients.push(Gradient { number, name, var, tensor: gradient.contiguous()?, parameter });
     }
     Ok(gradients)
 }
@@ -60,7 +60,7 @@ fn check_parameter(name: &str, var: &Var) -> Result<(), Error> {
     check(|| format!("the var {name:?}"), var)
 }
 
-/// Where a tensor's storage is: tensors that share one have the same.
+/// The address of a tensor's storage. Tensors that share a storage have the same.
 pub(crate) fn storage_address(tensor: &Tensor) -> usize {
     let (storage, _) = tensor.storage_and_layout();
     std::ptr::from_ref(&*storage).addr()
@@ -74,8 +74,8 @@ pub(crate) fn with_views<R>(
     let tensors =
         || gradients.iter().flat_map(|gradient| [Some(&gradient.tensor), gradient.parameter.as_ref()]).flatten();
     let addresses: HashMap<_, _> = tensors().map(|tensor| (tensor.id(), storage_address(tensor))).collect();
-    // One lock for each storage, because a second one would wait for a writer that waits for the first; and in the order of
-    // addresses, as candle takes several, so that two threads do not wait for each other.
+    // One lock for each storage: a second lock would wait for a writer that waits for the first. In the order of addresses, as
+    // candle locks several, so that two threads do not wait for each other.
     let one_each: BTreeMap<_, _> = tensors().map(|tensor| (addresses[&tensor.id()], tensor)).collect();
     let locked: BTreeMap<_, _> =
         one_each.into_iter().map(|(address, tensor)| (address, tensor.storage_and_layout().0)).collect();
@@ -103,13 +103,13 @@ fn view<'s>(storage: &'s Storage, layout: &'s Layout) -> Result<gradclip::Tensor
         }
         _ => None,
     };
-    Ok(elements.ok_or_else(gone)?.shape(layout.dims())?)
+    Ok(elements.ok_or_else(replaced)?.shape(layout.dims())?)
 }
 
-/// The library's error, or why it was not given what it misses.
+/// The error of the library; or why a parameter that it needs was not usable.
 pub(crate) fn explain(mut error: gradclip::Error, clip: &Clip, gradients: &[Gradient<'_>]) -> Error {
     if let gradclip::Error::NonFinite(found) = &mut error {
-        found.tensor = gradients[found.tensor].place;
+        found.tensor = gradients[found.tensor].number;
     }
     let lacking = gradients.iter().find_map(|gradient| check_parameter(&gradient.name, gradient.var).err());
     match (&error, lacking) {
@@ -118,10 +118,10 @@ pub(crate) fn explain(mut error: gradclip::Error, clip: &Clip, gradients: &[Grad
     }
 }
 
-/// Makes the numbers of tensors in a report those of the caller's vars.
-pub(crate) fn renumber(report: &mut ClipReport, places: &[usize]) {
-    let numbers = report.segments.iter_mut().filter_map(|segment| segment.tensor.as_mut());
-    for number in numbers.chain(report.non_finite.as_mut().map(|found| &mut found.tensor)) {
-        *number = places[*number];
+/// Replaces the numbers of tensors in a report by those of the vars of the caller.
+pub(crate) fn renumber(report: &mut ClipReport, numbers: &[usize]) {
+    let tensors = report.segments.iter_mut().filter_map(|segment| segment.tensor.as_mut());
+    for number in tensors.chain(report.non_finite.as_mut().map(|found| &mut found.tensor)) {
+        *number = numbers[*number];
     }
 }

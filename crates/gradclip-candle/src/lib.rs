@@ -30,34 +30,33 @@
 //! With candle-nn that is `clip_grad_norm(&mut grads, &varmap.all_vars(), 1.0)?`, or with the map's names, which reports
 //! and errors then carry, `clip_grad_norm(&mut grads, &*varmap.data().lock().unwrap(), 1.0)?`.
 //!
-//! - [`clip_grad_norm`] and [`clip_grad_value`]: PyTorch's two.
-//! - [`clip`]: whatever a [`Clip`] describes: any norm, scope, loss scale and policy for NaN. Adaptive gradient clipping takes
-//!   each var's own value as its parameter, and its rows as units: candle's linear layers are [out, in].
+//! - [`clip_grad_norm`] and [`clip_grad_value`]: as in PyTorch.
+//! - [`clip`]: any [`Clip`], with any norm, scope, loss scale and policy for NaN. Adaptive gradient clipping uses the value of each
+//!   var as the parameter, and its rows as units: candle's linear layers are [out, in].
 //! - [`clip_adaptive`]: by a threshold that follows the run, such as [`ZClip`](gradclip::ZClip).
-//! - [`clip_in_place`]: the same where the gradients lie, for who knows that nobody else holds them.
+//! - [`clip_in_place`]: the same in place, if you know that nobody else holds the gradients.
 //!
 //! # What is clipped
 //!
-//! The gradients that the store has of the [`Vars`]: float16, bfloat16, float32 and float64, mixed as you like, whatever
-//! their strides. A var without a gradient is skipped. A var that is given twice counts once. Two vars that have one and the
-//! same tensor as gradient count as two, as they do in the optimizer. A gradient on CUDA or Metal, of another dtype, or of
-//! another shape than its var is an [`Error`], and nothing is clipped then.
+//! The gradients of the [`Vars`] in the store: float16, bfloat16, float32 and float64, mixed, with any strides. A var without
+//! a gradient is skipped. A var that is given twice counts once. If two vars have the same tensor as gradient, both count, as
+//! in the optimizer. A gradient on CUDA or Metal, of another dtype, or of another shape than its var is an [`Error`], and
+//! nothing is clipped then.
 //!
 //! # What is written
 //!
-//! Nothing where nothing is to be clipped: the store keeps the very tensor that it has. Otherwise a clipped copy takes the
-//! gradient's place in the store, contiguous and detached, one gradient after the other. Candle's tensors share their storage
-//! with their clones and views, and candle tells nobody whether one does; so the old tensor is never written to, and whoever
-//! else holds it (you, another var, a view) sees what was there. Right after `backward` nobody else holds one, and
-//! [`clip_in_place`] spares the copy.
+//! Nothing, if nothing is to be clipped: the store keeps its tensors. Otherwise a clipped copy, contiguous and detached, replaces
+//! the gradient in the store, one gradient after the other. Candle's tensors share their storage with clones and views, and
+//! candle does not show whether one does. So the old tensor is never written to, and other holders of it (you, another var, a
+//! view) see no change. Right after `backward` there is no other holder, and [`clip_in_place`] saves the copy.
 //!
 //! # The same every time
 //!
-//! The same gradients in the same order give the same bits, for every number of threads. `VarMap::all_vars` has another order
-//! in each process, because a `HashMap` has, and with the order the last bit of a norm that was summed in float64 may change.
-//! With names the order is theirs. Give them too where a state goes by the order: that of [`AdaGc`](gradclip::AdaGc) does.
+//! The same gradients in the same order give the same bits, for every number of threads. `VarMap::all_vars` has another order in
+//! each process, because a `HashMap` has, and the order may change the last bit of a norm. A map with names is sorted by them.
+//! Give names too if a state depends on the order, as that of [`AdaGc`](gradclip::AdaGc) does.
 //!
-//! Work runs on rayon's current pool, as candle's does.
+//! Work runs on rayon's current pool, as in candle.
 #![deny(unsafe_code)]
 
 mod error;
@@ -84,7 +83,7 @@ use write::Write;
 ///
 /// # Errors
 /// [`gradclip::Error::Setting`] for a negative or NaN `max_norm`, [`gradclip::Error::NonFinite`] if a gradient is NaN or
-/// infinite (both as [`Error::Clip`]), and the others of [`Error`] for what cannot be clipped here. The gradients are then as they were.
+/// infinite (both as [`Error::Clip`]), and the others of [`Error`] for what cannot be clipped here. The gradients are then unchanged.
 pub fn clip_grad_norm(grads: &mut GradStore, vars: &(impl Vars + ?Sized), max_norm: f64) -> Result<ClipReport, Error> {
     clip(grads, vars, &Clip::norm(max_norm))
 }
@@ -102,8 +101,8 @@ pub fn clip_grad_value(
     clip(grads, vars, &Clip::value(clip_value))
 }
 
-/// Clips the gradients of these vars as described. In the report, and in errors, a tensor's number is its var's place in
-/// `vars`, and a var without a name is called by it: `vars[3]`.
+/// Clips the gradients of these vars as described. In the report, and in errors, a tensor has the number of its var in
+/// `vars`. A var without a name is called by its number: `vars[3]`.
 ///
 /// ```
 /// use candle_core::{Device, Var};
@@ -122,9 +121,9 @@ pub fn clip_grad_value(
 ///
 /// # Errors
 /// Those of [`gradclip::Clipper::apply`] as [`Error::Clip`], and the others of [`Error`] for what cannot be clipped here. The
-/// gradients are then as they were.
+/// gradients are then unchanged.
 pub fn clip(grads: &mut GradStore, vars: &(impl Vars + ?Sized), clip: &Clip) -> Result<ClipReport, Error> {
-    run(grads, &vars.vars(), clip, None, Place::Copy)
+    run(grads, &vars.vars(), clip, None, Destination::Copy)
 }
 
 /// Clips by a threshold that follows the norms: [`ZClip`](gradclip::ZClip), [`AutoClip`](gradclip::AutoClip) or
@@ -151,23 +150,23 @@ pub fn clip(grads: &mut GradStore, vars: &(impl Vars + ?Sized), clip: &Clip) -> 
 ///
 /// # Errors
 /// Those of [`gradclip::Clipper::apply_adaptive`] as [`Error::Clip`], and the others of [`Error`] for what cannot be clipped
-/// here. The gradients are then as they were.
+/// here. The gradients are then unchanged.
 pub fn clip_adaptive(
     grads: &mut GradStore,
     vars: &(impl Vars + ?Sized),
     clip: &Clip,
     threshold: &mut dyn Threshold,
 ) -> Result<ClipReport, Error> {
-    run(grads, &vars.vars(), clip, Some(threshold), Place::Copy)
+    run(grads, &vars.vars(), clip, Some(threshold), Destination::Copy)
 }
 
-/// Clips where the gradients lie, as described and by a threshold that follows the norms, if there is one. That spares new
-/// memory, which takes most of a clip's time: 16 Mi float32 on two cores of a virtual machine 6.5 ms, by [`clip`] 52 ms, and by
-/// candle's own `sqr`, `sum_all` and `affine` 80 ms. (Where nothing is clipped both take the 3 ms of the norm.)
+/// Clips in place, as described, and by a threshold that follows the norms if there is one. It allocates no memory, which takes
+/// most of the time of a clip: 16 Mi float32 on two cores of a virtual machine 6.5 ms, by [`clip`] 52 ms, and by
+/// candle's own `sqr`, `sum_all` and `affine` 80 ms. (If nothing is clipped, both take the 3 ms of the norm.)
 ///
 /// **A clone or a view of a gradient that is kept elsewhere changes with it.** Right after `backward`, before anything was
-/// taken out of the store, there is none. What can be seen from here is looked for: a gradient that shares its storage with
-/// another tensor of the store or with one of the vars, or that is not contiguous, is replaced by a copy as [`clip`] does it.
+/// taken out of the store, there is none. Other tensors of the store and the vars are checked: a gradient that shares its storage
+/// with one of them, or is not contiguous, is replaced by a copy, as by [`clip`].
 ///
 /// ```
 /// use candle_core::{Device, Var};
@@ -182,23 +181,23 @@ pub fn clip_adaptive(
 /// ```
 ///
 /// # Errors
-/// Those of [`clip`] or [`clip_adaptive`]. The gradients are then as they were.
+/// Those of [`clip`] or [`clip_adaptive`]. The gradients are then unchanged.
 pub fn clip_in_place(
     grads: &mut GradStore,
     vars: &(impl Vars + ?Sized),
     clip: &Clip,
     threshold: Option<&mut dyn Threshold>,
 ) -> Result<ClipReport, Error> {
-    run(grads, &vars.vars(), clip, threshold, Place::There)
+    run(grads, &vars.vars(), clip, threshold, Destination::InPlace)
 }
 
 /// Where a clipped gradient is written.
 #[derive(Clone, Copy, PartialEq)]
-enum Place {
-    /// Into a tensor of its own.
+enum Destination {
+    /// Into a new tensor.
     Copy,
-    /// Into its own storage, as far as it is known to be shared with nobody.
-    There,
+    /// Into its own storage, if no other known tensor shares it.
+    InPlace,
 }
 
 fn run(
@@ -206,47 +205,46 @@ fn run(
     vars: &[(Option<&str>, &Var)],
     clip: &Clip,
     threshold: Option<&mut dyn Threshold>,
-    place: Place,
+    destination: Destination,
 ) -> Result<ClipReport, Error> {
     let gradients = gather(grads, vars)?;
     let clipper = Clipper::cpu();
-    // No gradients are no step of the run.
+    // Without gradients the threshold does not change.
     let threshold = threshold.filter(|_| !gradients.is_empty());
     let decided = with_views(&gradients, |views| match threshold {
         None => clipper.decide(clip, views),
         Some(threshold) => clipper.decide_adaptive(clip, threshold, views),
     })?;
     let decided = decided.map_err(|error| gradients::explain(error, clip, &gradients))?;
-    let holders = if place == Place::There { holders(grads, vars) } else { HashMap::new() };
-    let vars_of: Vec<_> = gradients.iter().map(|gradient| gradient.place).collect();
-    // Nothing can fail from here on, but for a bug. A gradient leaves the list as soon as it is done with, so that its old
-    // memory is free before the next one needs new.
+    let uses = if destination == Destination::InPlace { uses(grads, vars) } else { HashMap::new() };
+    let numbers: Vec<_> = gradients.iter().map(|gradient| gradient.number).collect();
+    // Nothing can fail from here on. A gradient is dropped as soon as it is clipped, so that its memory is free for the next.
     for (tensor, gradient) in gradients.into_iter().enumerate() {
         let Gradient { var, tensor: contiguous, .. } = gradient;
         if decided.is_unchanged(tensor, 0..contiguous.elem_count() as u64)? {
             continue;
         }
         let write = Write { decided: &decided, tensor };
-        // A copy that was made to be contiguous has no holder among them.
-        if holders.get(&storage_address(&contiguous)) == Some(&1) {
+        // A contiguous copy is not among them.
+        if uses.get(&storage_address(&contiguous)) == Some(&1) {
             contiguous.inplace_op1(&write)?;
         } else if let Some(clipped) = write.copy(&contiguous)? {
             grads.insert(var, clipped);
         }
     }
     let mut report = decided.report();
-    gradients::renumber(&mut report, &vars_of);
+    gradients::renumber(&mut report, &numbers);
     Ok(report)
 }
 
-/// By the address of a storage, how many of the tensors that can be seen from here have it.
-fn holders(grads: &GradStore, vars: &[(Option<&str>, &Var)]) -> HashMap<usize, usize> {
-    let mut holders = HashMap::new();
+/// How many of the tensors in the store and the vars use each storage, by its address.
+fn uses(grads: &GradStore, vars: &[(Option<&str>, &Var)]) -> HashMap<usize, usize> {
+    let mut uses = HashMap::new();
     let gradients = grads.get_ids().filter_map(|id| grads.get_id(*id));
     for tensor in gradients.chain(vars.iter().map(|(_, var)| var.as_tensor())) {
-        *holders.entry(storage_address(tensor)).or_insert(0) += 1;
+        *uses.entry(storage_address(tensor)).or_insert(0) += 1;
     }
-    holders
+    uses
 }
 
 /// The README's example compiles.

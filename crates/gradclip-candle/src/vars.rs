@@ -1,4 +1,4 @@
-//! [`Vars`]: the lists of vars that candle's users have at hand.
+//! [`Vars`]: lists of vars, as users of candle have them.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -12,9 +12,9 @@ use candle_core::Var;
 /// | the same of `(name, Var)` | yes | the list's |
 /// | `HashMap<name, Var>`, such as `VarMap::data` gives, and `BTreeMap` | yes | of the names |
 ///
-/// Implement it for your own model to hand it out whole.
+/// Implement it for your own model to pass the model itself.
 pub trait Vars {
-    /// The vars, each with its name if it has one. The order is that in which norms are summed and reports told.
+    /// The vars, each with its name if it has one. Norms are summed, and reports numbered, in this order.
     fn vars(&self) -> Vec<(Option<&str>, &Var)>;
 }
 

@@ -1,4 +1,4 @@
-//! Writing a gradient as was decided: into a tensor of its own, or in place.
+//! Writes a clipped gradient: into a new tensor, or in place.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -6,10 +6,10 @@ use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor, WithD
 use gradclip::{DecidedClip, Element, TensorMut};
 use rayon::prelude::*;
 
-use crate::error::{Error, gone};
+use crate::error::{Error, replaced};
 use crate::gradients::with_elements;
 
-/// Elements in a chunk, the unit of parallel work: the library's own.
+/// Elements in a chunk, the unit of parallel work. The library uses the same.
 const CHUNK: usize = 128 * 1024;
 
 /// How one gradient is clipped.
@@ -19,30 +19,31 @@ pub(crate) struct Write<'d> {
     pub(crate) tensor: usize,
 }
 
-/// What is known of a chunk.
-enum Looked<T> {
-    /// Nothing: another one was found to change before.
-    NotYet,
-    Same,
-    /// What it becomes.
-    Other(Vec<T>),
+/// The first pass over a chunk.
+enum Chunk<T> {
+    /// Not clipped yet, because another chunk has changed.
+    Pending,
+    Unchanged,
+    /// The clipped elements.
+    Clipped(Vec<T>),
 }
 
 impl Write<'_> {
-    /// The clipped gradient; None if no bit of it would differ. A contiguous tensor is asked for.
+    /// The clipped copy of a contiguous gradient; `None` if no bit differs.
     pub(crate) fn copy(&self, gradient: &Tensor) -> Result<Option<Tensor>, Error> {
         let (storage, layout) = gradient.storage_and_layout();
         let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
-            return Err(gone());
+            return Err(replaced());
         };
         with_elements!(storage, elements => {
-            let Some(clipped) = self.copy_elements(elements.get(start..end).ok_or_else(gone)?)? else { return Ok(None) };
+            let elements = elements.get(start..end).ok_or_else(replaced)?;
+            let Some(clipped) = self.copy_elements(elements)? else { return Ok(None) };
             Ok(Some(Tensor::from_vec(clipped, layout.shape(), &Device::Cpu)?))
-        }, Err(gone()))
+        }, Err(replaced()))
     }
 
-    /// Looks at chunks until one changes, which under a norm is the first and under a value clip may be none; only then is
-    /// there memory for a copy. Each chunk is clipped once, because a value clip counts what it meets.
+    /// Clips chunk after chunk until one changes, and only then allocates the copy. Under a norm the first chunk changes; under a
+    /// value clip maybe none. Each chunk is clipped once, because a value clip counts non-finite elements.
     fn copy_elements<T: Element + WithDType>(&self, from: &[T]) -> Result<Option<Vec<T>>, Error> {
         if from.len() <= CHUNK {
             let mut copy = from.to_vec();
@@ -50,30 +51,30 @@ impl Write<'_> {
             return Ok((!same_bits(from, &copy)).then_some(copy));
         }
         let changes = AtomicBool::new(false);
-        let look = |(i, chunk): (usize, &[T])| -> Result<_, Error> {
+        let clip = |(i, chunk): (usize, &[T])| -> Result<_, Error> {
             if changes.load(Ordering::Relaxed) {
-                return Ok(Looked::NotYet);
+                return Ok(Chunk::Pending);
             }
             let mut copy = chunk.to_vec();
             self.apply(i, &mut copy)?;
             if same_bits(chunk, &copy) {
-                return Ok(Looked::Same);
+                return Ok(Chunk::Unchanged);
             }
             changes.store(true, Ordering::Relaxed);
-            Ok(Looked::Other(copy))
+            Ok(Chunk::Clipped(copy))
         };
-        let looked: Vec<_> = from.par_chunks(CHUNK).enumerate().map(look).collect::<Result<_, _>>()?;
+        let first_pass: Vec<_> = from.par_chunks(CHUNK).enumerate().map(clip).collect::<Result<_, _>>()?;
         if !changes.into_inner() {
             return Ok(None);
         }
-        // Untouched by this thread, so that each page is first met, and given, where it is written.
+        // Not touched by this thread, so that each page is allocated by the thread that writes it.
         let mut to = bytemuck::zeroed_vec::<T>(from.len());
-        let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).zip(looked).enumerate();
-        chunks.try_for_each(|(i, ((to, from), looked))| {
-            match looked {
-                Looked::Other(clipped) => to.copy_from_slice(&clipped),
-                Looked::Same => to.copy_from_slice(from),
-                Looked::NotYet => {
+        let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).zip(first_pass).enumerate();
+        chunks.try_for_each(|(i, ((to, from), chunk))| {
+            match chunk {
+                Chunk::Clipped(clipped) => to.copy_from_slice(&clipped),
+                Chunk::Unchanged => to.copy_from_slice(from),
+                Chunk::Pending => {
                     to.copy_from_slice(from);
                     self.apply(i, to)?;
                 }
@@ -102,10 +103,10 @@ impl InplaceOp1 for Write<'_> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (start, end) = layout.contiguous_offsets().ok_or_else(gone)?;
+        let (start, end) = layout.contiguous_offsets().ok_or_else(replaced)?;
         with_elements!(storage, elements => {
-            Ok(self.in_place(elements.get_mut(start..end).ok_or_else(gone)?)?)
-        }, Err(gone().into()))
+            Ok(self.in_place(elements.get_mut(start..end).ok_or_else(replaced)?)?)
+        }, Err(replaced().into()))
     }
 }
 

@@ -141,16 +141,16 @@ fn every_kind_of_list_gives_the_same_vars() {
     let owned: Vec<_> = named.iter().map(|(name, var)| ((*name).to_owned(), var.clone())).collect();
     let hashed: HashMap<_, _> = owned.iter().cloned().collect();
     let sorted: BTreeMap<_, _> = named.iter().cloned().collect();
-    let told = |vars: Vec<(Option<&str>, &Var)>| -> Vec<_> {
+    let names_and_vars = |vars: Vec<(Option<&str>, &Var)>| -> Vec<_> {
         vars.into_iter().map(|(name, var)| (name.map(str::to_owned), var.id())).collect()
     };
     let of = |order: [usize; 3], with_names: bool| -> Vec<_> {
         order.map(|i| (with_names.then(|| names[i].to_owned()), vars[i].id())).into()
     };
-    assert_eq!(told(vars.vars()), of([0, 1, 2], false));
-    assert_eq!(told(vars[..].vars()), of([0, 1, 2], false));
-    assert_eq!(told(named.vars()), of([0, 1, 2], true));
-    assert_eq!(told(owned[..].vars()), of([0, 1, 2], true));
-    assert_eq!(told(hashed.vars()), of([1, 2, 0], true));
-    assert_eq!(told(sorted.vars()), of([1, 2, 0], true));
+    assert_eq!(names_and_vars(vars.vars()), of([0, 1, 2], false));
+    assert_eq!(names_and_vars(vars[..].vars()), of([0, 1, 2], false));
+    assert_eq!(names_and_vars(named.vars()), of([0, 1, 2], true));
+    assert_eq!(names_and_vars(owned[..].vars()), of([0, 1, 2], true));
+    assert_eq!(names_and_vars(hashed.vars()), of([1, 2, 0], true));
+    assert_eq!(names_and_vars(sorted.vars()), of([1, 2, 0], true));
 }

@@ -1,24 +1,24 @@
-//! Where to compute.
+//! The backend: the CPU or a GPU.
 
 use std::fmt;
 use std::sync::Arc;
 
 use gradclip::processes::ProcessGroup;
-use gradclip::{Clip, ClipReport, Clipper, DecidedClip, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
-    Dtype,
+    Clip, Dtype,
     gpu::{GpuClipper, adapters},
     wgpu,
 };
+use gradclip::{Clipper, Tensor};
 use indicatif::ProgressBar;
 use rayon::ThreadPool;
 
 use crate::args::{BackendArgs, BackendChoice};
 use crate::failure::Failure;
-use crate::report::plural;
+use crate::text::plural;
 
-/// The backend chosen, and the threads it may use.
+/// The chosen backend, and the threads that it uses.
 #[derive(Debug)]
 pub(crate) struct Backend {
     clipper: Clipper,
@@ -28,11 +28,11 @@ pub(crate) struct Backend {
     pub(crate) fallback: Option<String>,
 }
 
-/// What names a GPU.
+/// A GPU, and what it is called.
 #[derive(Debug)]
 struct Adapter {
     name: String,
-    /// The name and what else a reader wants to know.
+    /// The name and the graphics API.
     description: String,
     #[cfg(feature = "gpu")]
     gpu: GpuClipper,
@@ -63,9 +63,9 @@ impl Backend {
         Ok(Self { clipper, pool, adapter, fallback })
     }
 
-    /// Clips together with other processes.
-    pub(crate) fn within(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
-        self.clipper = self.clipper.processes(processes);
+    /// Clips within a process group.
+    pub(crate) fn processes(mut self, group: Arc<dyn ProcessGroup>) -> Self {
+        self.clipper = self.clipper.processes(group);
         self
     }
 
@@ -80,48 +80,37 @@ impl Backend {
         self.adapter.as_ref().map(|adapter| &adapter.gpu)
     }
 
-    /// Lets a bar follow the bytes that are measured.
+    /// Advances a progress bar by the bytes that are measured.
     pub(crate) fn show_progress(&mut self, bar: &ProgressBar) {
         let bar = bar.clone();
         self.clipper = self.clipper.clone().on_progress(move |bytes| bar.inc(bytes));
     }
 
-    pub(crate) fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Failure> {
-        Ok(self.pool.install(|| self.clipper.apply(clip, tensors))?)
-    }
-
-    /// Whether it can clip piece by piece; a GPU clips tensors whole.
+    /// Whether it can clip piece by piece. A GPU clips whole tensors.
     pub(crate) fn streams(&self) -> bool {
         self.adapter.is_none()
     }
 
-    pub(crate) fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Failure> {
-        Ok(self.pool.install(|| self.clipper.decide(clip, tensors))?)
-    }
-
-    pub(crate) fn measure(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<ClipReport, Failure> {
-        Ok(self.pool.install(|| self.clipper.measure(clip, tensors))?)
-    }
-
-    pub(crate) fn sum_examples(
+    /// Runs a clip on the backend.
+    pub(crate) fn run<T: Send>(
         &self,
-        clip: &Clip,
-        tensors: &[Tensor<'_>],
-        sums: &mut [TensorMut<'_>],
-    ) -> Result<ClipReport, Failure> {
-        Ok(self.pool.install(|| self.clipper.sum_examples(clip, tensors, sums))?)
+        clip: impl FnOnce(&Clipper) -> Result<T, gradclip::Error> + Send,
+    ) -> Result<T, Failure> {
+        Ok(self.pool.install(|| clip(&self.clipper))?)
     }
 
-    /// Runs other work on the same threads.
+    /// Runs other work on the threads of the backend.
     pub(crate) fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.pool.install(work)
     }
 
-    /// Clips copies of the tensors on a GPU, the chosen one if one was, and on the CPU.
+    /// Clips copies of the tensors on the CPU and on a GPU: the chosen one if there is one.
     #[cfg(feature = "gpu")]
     pub(crate) fn verify(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<gradclip::Verification, Failure> {
         if let Some(name) = float64(tensors) {
-            return Err(Failure::Float64OnGpu(name));
+            return Err(Failure::Setup(format!(
+                "tensor {name:?} is float64, which no GPU can clip; leave out --verify"
+            )));
         }
         let gpu = self.adapter.as_ref().map_or_else(|| GpuClipper::open().wait(), |adapter| Ok(adapter.gpu.clone()))?;
         Ok(self.pool.install(|| gradclip::verify(clip, tensors, &gpu).wait())?)
@@ -137,53 +126,53 @@ impl fmt::Display for Backend {
     }
 }
 
-/// The name of the first float64 tensor, which no GPU can clip.
+/// The name of the first float64 tensor. No GPU can clip it.
 #[cfg(feature = "gpu")]
 fn float64(tensors: &[Tensor<'_>]) -> Option<String> {
     let tensor = tensors.iter().find(|tensor| tensor.dtype() == Dtype::F64)?;
     Some(tensor.name().unwrap_or_default().to_owned())
 }
 
-/// A GPU that was asked for, software or not.
+/// Opens a GPU that was asked for, software or not.
 #[cfg(feature = "gpu")]
 fn open(named: Option<&str>, tensors: &[Tensor<'_>]) -> Result<Adapter, Failure> {
     if let Some(name) = float64(tensors) {
-        // The library's own error, but before anything is copied.
+        // The library would return the same error, but only after a copy.
         let tensor = format!("tensor {name:?}");
         return Err(gradclip::Error::UnsupportedDtype { tensor, dtype: Dtype::F64 }.into());
     }
     Ok(Adapter::new(open_gpu(named)?))
 }
 
-/// The named GPU, or the fastest.
+/// Opens the named GPU, or the fastest.
 #[cfg(feature = "gpu")]
 pub(crate) fn open_gpu(named: Option<&str>) -> Result<GpuClipper, gradclip::Error> {
     named.map_or_else(|| GpuClipper::open().wait(), |name| GpuClipper::open_named(name).wait())
 }
 
-/// A GPU of hardware that can clip these tensors, or why there is none.
+/// Opens a hardware GPU that can clip these tensors, or returns why there is none.
 #[cfg(feature = "gpu")]
 fn hardware(tensors: &[Tensor<'_>]) -> Result<Adapter, String> {
     if let Some(name) = float64(tensors) {
-        return Err(format!("tensor {name:?} is float64, which GPUs lack"));
+        return Err(format!("tensor {name:?} is float64, which GPUs do not support"));
     }
     let software = |info: &wgpu::AdapterInfo| info.device_type == wgpu::DeviceType::Cpu;
     let only_software = |info: &wgpu::AdapterInfo| format!("no GPU found (only the software device {})", info.name);
     let found: Vec<_> = adapters().wait().iter().map(wgpu::Adapter::get_info).collect();
     let first = found.first().ok_or("no GPU found")?;
-    // Listing is much quicker than opening a device to find that it is none.
+    // Listing adapters is much quicker than opening a device.
     if found.iter().all(software) {
         return Err(only_software(first));
     }
     let gpu = GpuClipper::open().wait().map_err(|error| format!("the GPU cannot be used ({error})"))?;
-    let info = gpu.adapter_info();
+    let info = gpu.device().adapter_info();
     if software(&info) { Err(only_software(&info)) } else { Ok(Adapter::new(gpu)) }
 }
 
 #[cfg(feature = "gpu")]
 impl Adapter {
     fn new(gpu: GpuClipper) -> Self {
-        let info = gpu.adapter_info();
+        let info = gpu.device().adapter_info();
         let software = if info.device_type == wgpu::DeviceType::Cpu { ", software" } else { "" };
         let description = format!("{} ({:?}{software})", info.name, info.backend);
         Self { name: info.name, description, gpu }

@@ -1,4 +1,4 @@
-//! `gradclip clip`: the gradients of a file, clipped into a new file.
+//! `gradclip clip`: clips the gradients of a file into a new file.
 
 use std::iter::once;
 use std::time::Instant;
@@ -8,17 +8,19 @@ use indicatif::HumanCount;
 
 use crate::args::ClipArgs;
 use crate::backend::Backend;
+use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
 use crate::input::{Input, explain, unchanged, with_parameters};
-use crate::names::{clamps, norm_name};
 use crate::output::Output;
+use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
+use crate::report::{Summary, segments};
+use crate::text::{number, shown, table};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     let clip = args.clip()?;
     let input = Input::open(&args.file)?;
-    let params = args.how.params.as_deref().map(Input::open).transpose()?;
+    let params = args.options.params.as_deref().map(Input::open).transpose()?;
     clip_file(args, &clip, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
 }
 
@@ -39,14 +41,14 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
 
     let start = Instant::now();
     let gradients = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
-    let follow = |backend: &mut Backend, doing| {
+    let show_progress = |backend: &mut Backend, doing| {
         let bar = progress::bytes(gradients, doing, hidden);
         backend.show_progress(&bar);
         bar
     };
     let report = if backend.streams() && !args.sum {
-        let bar = follow(&mut backend, "measuring");
-        let decided = backend.decide(clip, &tensors)?;
+        let bar = show_progress(&mut backend, "measuring");
+        let decided = backend.run(|clipper| clipper.decide(clip, &tensors))?;
         unchanged(output.inputs())?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
@@ -57,13 +59,15 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
         let bar = progress::bytes(output.bytes(), "copying", hidden);
         let copies = output.copy(&bar)?;
         bar.finish_and_clear();
-        let bar = follow(&mut backend, "clipping");
+        let bar = show_progress(&mut backend, "clipping");
         copies.clip(
             &parameters,
             |_| true,
             |written| {
-                let report =
-                    if args.sum { backend.sum_examples(clip, &tensors, written) } else { backend.apply(clip, written) };
+                let report = backend.run(|clipper| match args.sum {
+                    true => clipper.sum_examples(clip, &tensors, written),
+                    false => clipper.apply(clip, written),
+                });
                 bar.finish_and_clear();
                 report
             },
@@ -71,44 +75,44 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     };
     let (scope, sum, time) = (clip.scope, args.sum, start.elapsed());
     let (backend, tensors) = (&backend, &tensors[..]);
-    let outcome = Outcome { report: &report, scope, tensors, sum, backend, time, file: None, ranks: None };
+    let summary = Summary { report: &report, scope, tensors, sum, backend, time, file: None, ranks: None };
 
     if args.json {
-        return print_json(&outcome.json());
+        return print_json(&summary.json());
     }
     if args.quiet {
         return Ok(());
     }
-    let mut lines = lines(clip, &outcome);
-    lines.extend(outcome.lines(input.others(), input.bytes()));
+    let mut lines = lines(clip, &summary);
+    lines.extend(summary.lines(input.others(), input.bytes()));
     lines.push(("written to", args.out.display().to_string()));
     print(&table(&lines))
 }
 
-/// What was measured, and what became of it.
-pub(crate) fn lines(clip: &Clip, outcome: &Outcome<'_>) -> Vec<(&'static str, String)> {
-    let Outcome { report, scope, .. } = *outcome;
+/// The lines of a clip: what was measured, and the result.
+pub(crate) fn lines(clip: &Clip, summary: &Summary<'_>) -> Vec<(&'static str, String)> {
+    let Summary { report, scope, .. } = *summary;
     let mut lines = Vec::new();
     if !clamps(clip) {
         lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), norm_name(clip))));
         let least = if scope == Scope::Global { "" } else { " at the least" };
         lines.push(("coefficient", number(report.clip_coef, 9) + least));
     }
-    lines.extend(outcome.non_finite().map(|found| ("non-finite", found)));
-    lines.push(("result", result(clip, report, outcome.sum)));
+    lines.extend(summary.non_finite().map(|found| ("non-finite", found)));
+    lines.push(("result", result(clip, report, summary.sum)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
         lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
     }
-    for (i, segment) in outcome.largest(3).into_iter().enumerate() {
+    for (i, segment) in summary.largest(3).into_iter().enumerate() {
         let (norm, coefficient) = (number(segment.norm, 6), number(segment.clip_coef, 6));
-        let name = shown(&outcome.name(segment));
+        let name = shown(&summary.name(segment));
         lines.push((if i == 0 { "largest" } else { "" }, format!("{norm} times {coefficient}: {name}")));
     }
     lines
 }
 
-/// What became of the gradients, in words.
+/// The result of the clip, in words.
 fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
     let mut words = match (clip.mode, report.clipped) {
         (Mode::Norm(to) | Mode::Rms(to) | Mode::AverageNorm(to), true) => format!("clipped to {}", number(to, 9)),
@@ -127,8 +131,8 @@ fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
     match (&report.non_finite, clip.non_finite) {
         (Some(_), NonFinite::Skip) => "unchanged, because not all are finite".into(),
         (Some(_), NonFinite::Zero) if clip.scope == Scope::Global => "all set to 0, because not all are finite".into(),
-        (Some(_), NonFinite::Zero) => words + ", what shares a norm with non-finite elements set to 0",
-        (Some(_), NonFinite::Drop) if !report.clipped => "non-finite elements set to 0, else ".to_owned() + &words,
+        (Some(_), NonFinite::Zero) => words + ", gradients that share a norm with non-finite elements set to 0",
+        (Some(_), NonFinite::Drop) if !report.clipped => "non-finite elements set to 0, others ".to_owned() + &words,
         (Some(_), NonFinite::Drop) => words + ", non-finite elements set to 0",
         _ => words,
     }

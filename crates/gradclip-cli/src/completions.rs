@@ -1,11 +1,11 @@
-//! `gradclip completions`: what a shell needs to complete the program's arguments.
+//! `gradclip completions`: prints a script by which a shell completes arguments.
 
 use clap::CommandFactory;
 use clap_complete::Shell;
 
 use crate::args::{Cli, CompletionsArgs};
 use crate::failure::Failure;
-use crate::report::print_by;
+use crate::print::print_by;
 
 pub(crate) fn run(args: &CompletionsArgs) -> Result<(), Failure> {
     print_by(|stdout| stdout.write_all(&script(args.shell)))

@@ -1,11 +1,14 @@
-//! `gradclip devices`: what the GPU backend finds.
+//! `gradclip devices`: lists the devices that the GPU backend finds.
+
+use std::collections::BTreeMap;
 
 use gradclip::wgpu::{Adapter, DeviceType, Features};
 use serde::Serialize;
 
 use crate::args::DevicesArgs;
 use crate::failure::Failure;
-use crate::report::{plural, print, print_json, table};
+use crate::print::{print, print_json};
+use crate::text::{plural, table};
 
 /// The features that kernels or measurements can use.
 const FEATURES: [(&str, Features); 3] = [
@@ -13,11 +16,6 @@ const FEATURES: [(&str, Features); 3] = [
     ("SUBGROUP", Features::SUBGROUP),
     ("SHADER_F16", Features::SHADER_F16),
 ];
-
-#[derive(Serialize)]
-struct Devices {
-    adapters: Vec<Device>,
-}
 
 #[derive(Serialize)]
 struct Device {
@@ -36,7 +34,7 @@ struct Device {
 pub(crate) fn run(args: &DevicesArgs) -> Result<(), Failure> {
     let adapters: Vec<_> = gradclip::gpu::adapters().wait().iter().map(Device::of).collect();
     if args.json {
-        return print_json(&Devices { adapters });
+        return print_json(&BTreeMap::from([("adapters", adapters)]));
     }
     if adapters.is_empty() {
         return print("no device found; install a Vulkan driver (Debian: mesa-vulkan-drivers), or use --backend cpu\n");

@@ -1,34 +1,32 @@
-//! Everything that ends the program early, and the exit code it ends with.
+//! The errors of the program, and their exit codes.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use gradclip::NonFiniteElements;
 
-/// Why the program stops. `OUT` does not exist then, unless it did before.
+/// Why the program stops. OUT is then as it was before.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
-    /// The command line asks for something that makes no sense.
+    /// The command line makes no sense.
     #[error("{0}")]
     Usage(String),
-    /// A file cannot be read or written, or does not hold what it should.
+    /// A file cannot be read or written, or its contents are wrong.
     #[error("{}: {problem}", path.display())]
     File { path: PathBuf, problem: String },
-    /// The gradients hold NaN or infinity, under the policy `error`; `place` is empty or ` in FILE`.
+    /// The gradients hold NaN or infinity under the policy `error`. `place` is empty, or ` in FILE`.
     #[error("{found}{place}; nothing was written. To go on: --non-finite propagate, skip, zero or drop")]
     NonFinite { found: NonFiniteElements, place: String },
     /// GPU and CPU disagree.
     #[cfg(feature = "gpu")]
     #[error("{0}")]
     Mismatch(String),
-    /// A GPU is asked for.
+    /// A GPU was asked for.
     #[cfg(not(feature = "gpu"))]
-    #[error("this program was built without GPU support; build it with the cargo feature \"gpu\" (it is a default)")]
+    #[error(
+        "this program was built without GPU support; build it with the cargo feature \"gpu\", which is on by default"
+    )]
     BuiltWithoutGpu,
-    /// float64 where only a GPU will do.
-    #[cfg(feature = "gpu")]
-    #[error("tensor {0:?} is float64, which no GPU can check; leave --verify out")]
-    Float64OnGpu(String),
     /// The computation could not be set up.
     #[error("{0}")]
     Setup(String),
@@ -42,12 +40,12 @@ impl Failure {
         Self::File { path: path.to_owned(), problem: problem.into() }
     }
 
-    /// For `map_err`: `doing` says what could not be done to the file.
+    /// For `map_err`: `doing` is what could not be done to the file.
     pub(crate) fn io(path: &Path, doing: &str) -> impl FnOnce(io::Error) -> Self {
         move |error| Self::file(path, format!("cannot {doing}: {error}"))
     }
 
-    /// On one line, because messages of drivers may span many.
+    /// The message on one line, because messages of drivers may span many.
     pub(crate) fn message(&self) -> String {
         self.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
     }

@@ -1,5 +1,5 @@
-//! What fuzzing runs: each function takes any bytes, and panics if the program would break a promise on them. The targets
-//! in `fuzz/` call them, and so does a test, for each case in `fuzz/corpus`.
+//! The functions that fuzzing calls. Each takes any bytes, and panics if the program breaks a promise on them. The targets in
+//! `fuzz/` call them, and so does a test, for each case in `fuzz/corpus`.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -10,30 +10,30 @@ use gradclip::{Clip, Clipper, Mode, TensorMut};
 use safetensors::SafeTensors;
 
 use crate::args::{Cli, Command};
+use crate::description::{measuring, norm_name};
 use crate::failure::Failure;
 use crate::header::{self, Entry};
 use crate::input::Input;
-use crate::layout::Layout;
-use crate::names::{measuring, norm_name};
+use crate::layout::FileLayout;
 
-/// A file: what is accepted is consistent, and read as the crate `safetensors` reads it.
+/// A file. A file that is accepted is consistent, and read as the crate `safetensors` reads it.
 pub fn file(bytes: &[u8]) {
-    let theirs = SafeTensors::deserialize(bytes);
+    let reference = SafeTensors::deserialize(bytes);
     let (entries, metadata) = match header::parse(bytes) {
         Ok(accepted) => accepted,
         Err(problem) => {
             assert!(!problem.is_empty());
-            // Stricter on purpose: names are unique, and what cannot be clipped does not pass as if it had been.
+            // Stricter on purpose: names are unique, and a gradient that cannot be clipped does not pass as clipped.
             let on_purpose = ["twice", "cannot be clipped"].iter().any(|why| problem.contains(why));
-            assert!(theirs.is_err() || on_purpose, "{problem}");
+            assert!(reference.is_err() || on_purpose, "{problem}");
             return;
         }
     };
-    let theirs = theirs.expect("other readers accept it");
+    let reference = reference.expect("other readers accept it");
     let start = check_entries(&entries, bytes.len());
-    assert_eq!(theirs.len(), entries.len());
+    assert_eq!(reference.len(), entries.len());
     for Entry { name, kind, shape, bytes: range, .. } in &entries {
-        let view = theirs.tensor(name).expect("it is there");
+        let view = reference.tensor(name).expect("it is there");
         assert_eq!((view.dtype(), view.shape(), view.data()), (*kind, &shape[..], &bytes[range.clone()]), "{name}");
     }
 
@@ -52,7 +52,7 @@ pub fn file(bytes: &[u8]) {
     }
 }
 
-/// Checks that entries have names of their own and cover a file from the end of its header, which is returned.
+/// Checks that entries have unique names and cover a file from the end of its header, which is returned.
 fn check_entries(entries: &[Entry], length: usize) -> usize {
     let mut names = HashSet::new();
     let start = entries.first().map_or(length, |entry| entry.bytes.start);
@@ -69,7 +69,7 @@ fn check_entries(entries: &[Entry], length: usize) -> usize {
     start
 }
 
-/// What an index is called here, and its shards.
+/// The names of the index and its shards.
 const SET: [&str; 3] = ["set.safetensors.index.json", "a", "b"];
 
 /// An index and two shards: the lengths of the first two, of 2 bytes each, then the three of them.
@@ -93,48 +93,48 @@ fn set(path: &Path, shards: &[&[u8]]) {
     let input = match Input::open(path) {
         Ok(input) => input,
         Err(failure) => {
-            // Nothing in a file may write to a terminal but letters.
+            // A file must not send control characters to a terminal.
             assert!(failure.exit_code() == 1 && !failure.to_string().contains(char::is_control), "{failure}");
             return;
         }
     };
     let mut names = HashSet::new();
-    for part in &input.parts {
-        check_entries(&part.entries, part.bytes().len());
-        assert!(part.entries.iter().all(|entry| names.insert(&entry.name)), "a tensor in two shards");
-        assert!(shards.contains(&part.bytes()));
-        let copy = Layout::copy(part);
-        assert_eq!(copy.len(), part.bytes().len() as u64);
-        assert_eq!(copy.blocks().collect::<Vec<_>>().concat(), part.bytes());
+    for file in &input.files {
+        check_entries(&file.entries, file.bytes().len());
+        assert!(file.entries.iter().all(|entry| names.insert(&entry.name)), "a tensor in two shards");
+        assert!(shards.contains(&file.bytes()));
+        let copy = FileLayout::copy(file);
+        assert_eq!(copy.len(), file.bytes().len() as u64);
+        assert_eq!(copy.blocks().collect::<Vec<_>>().concat(), file.bytes());
         let mut end = 0;
         for piece in copy.pieces(16) {
             assert_eq!(
                 (piece.offset, piece.bytes),
-                (end, &part.bytes()[end as usize..end as usize + piece.bytes.len()])
+                (end, &file.bytes()[end as usize..end as usize + piece.bytes.len()])
             );
             end += piece.bytes.len() as u64;
         }
         assert_eq!(end, copy.len());
         // Sums may be larger than the file if there are no examples.
-        if let Ok(sums) = Layout::sums(part)
+        if let Ok(sums) = FileLayout::sums(file)
             && sums.len() < 1 << 20
         {
-            let mut file = sums.blocks().collect::<Vec<_>>().concat();
-            assert_eq!(file.len() as u64, sums.len());
-            let (entries, _) = header::parse(&file).expect("what is written can be read");
-            check_entries(&entries, file.len());
-            assert_eq!(sums.tensors_in(&mut file).expect("they fit").len(), copy.gradients());
+            let mut written = sums.blocks().collect::<Vec<_>>().concat();
+            assert_eq!(written.len() as u64, sums.len());
+            let (entries, _) = header::parse(&written).expect("what is written can be read");
+            check_entries(&entries, written.len());
+            assert_eq!(sums.tensors_in(&mut written).expect("they fit").len(), copy.gradients());
         }
     }
     let tensors = input.tensors().expect("what is accepted can be viewed");
     assert_eq!(tensors.len(), input.gradients().count());
     let measured = Clipper::cpu().measure(&measuring(Clip::norm(1.0)), &tensors).expect("it can be measured");
     assert_eq!(measured.elements, tensors.iter().map(|t| t.len() as u64).sum::<u64>());
-    // A set is a set of its own parameters.
+    // A set can be its own parameters.
     assert_eq!(input.parameters(Some(&input)).expect("they fit").len(), tensors.len());
 }
 
-/// Arguments, one a line: what is accepted means a clip, and what is not is a usage error.
+/// Arguments, one per line. Accepted arguments describe a valid clip; others are a usage error.
 pub fn arguments(data: &[u8]) {
     let Ok(text) = str::from_utf8(data) else { return };
     let cli = match Cli::try_parse_from(std::iter::once("gradclip").chain(text.split('\n'))) {
@@ -147,18 +147,18 @@ pub fn arguments(data: &[u8]) {
     let clip = match &cli.command {
         Command::Norm(args) => args.measure.clip(Clip::norm(f64::INFINITY)).map(Some),
         Command::Clip(args) => args.clip().map(Some),
-        Command::Verify(args) => args.how.clip(),
+        Command::Verify(args) => args.options.clip(),
         _ => return,
     };
     match clip.and_then(|clip| clip.map_or(Ok(None), |clip| Ok(clip.check().map(|()| Some(clip))?))) {
         Ok(None) => {}
-        Ok(Some(clip)) => means(&clip),
+        Ok(Some(clip)) => check_clip(&clip),
         Err(failure) => assert!(matches!(failure, Failure::Usage(_)) && failure.exit_code() == 2, "{failure}"),
     }
 }
 
-/// Checks that a clip which was accepted has parameters as documented, a text, and a meaning for gradients.
-fn means(clip: &Clip) {
+/// Checks that an accepted clip has settings as documented, can be printed, and clips gradients.
+fn check_clip(clip: &Clip) {
     match clip.mode {
         Mode::Agc(x) => assert!(x >= 0.0 && x.is_finite()),
         Mode::Value { min, max } => assert!(min <= max),

@@ -1,13 +1,13 @@
-//! The header of a safetensors file: which tensors lie where.
+//! The header of a safetensors file: where each tensor is.
 //!
 //! ```text
 //! file    = length of the header (8 bytes, little-endian), header (JSON), data
 //! header  = { "name": { "dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24] }, ..., "__metadata__": { ... } }
 //! ```
 //!
-//! Everything is checked here, so that what is read later can neither fall outside the file nor be written twice: names
-//! are unique, and the tensors cover the data without overlaps and without holes. The crate `safetensors` would accept
-//! a name twice and does not say which tensor is wrong; its list of dtypes is used.
+//! Everything is checked here: names are unique, and the tensors cover the data without overlaps and gaps. So nothing that is
+//! read later can be outside the file, and nothing is written twice. The crate `safetensors` accepts a name twice and does
+//! not say which tensor is wrong; only its list of dtypes is used.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -23,33 +23,33 @@ use serde_json::value::RawValue;
 /// The longest header that readers of the format accept.
 pub(crate) const MAX_HEADER: u64 = 100_000_000;
 
-/// The key that belongs to no tensor.
+/// The key of the metadata.
 const METADATA: &str = "__metadata__";
 
 /// One tensor of a file.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) name: String,
-    /// What the header calls its elements.
+    /// The dtype in the header.
     pub(crate) kind: safetensors::Dtype,
-    /// As what it is clipped; `None` for integers and booleans, which pass through.
+    /// The dtype as which it is clipped; `None` for integers and booleans, which pass through.
     pub(crate) dtype: Option<Dtype>,
     pub(crate) shape: Vec<usize>,
-    /// Where its bytes lie in the file.
+    /// Where its bytes are in the file.
     pub(crate) bytes: Range<usize>,
 }
 
 /// Reads the header of a whole file: its entries in the order of their data, and the text of its metadata.
 ///
-/// An error is a sentence about the file, to stand behind its name.
+/// An error is a sentence about the file, without its name.
 pub(crate) fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String> {
-    let not_one = "it is truncated, or not a safetensors file";
+    let hint = "it is truncated, or not a safetensors file";
     let Some((length, rest)) = file.split_first_chunk::<8>() else {
-        return Err(format!("the file has {} bytes, too few for a header: {not_one}", file.len()));
+        return Err(format!("the file has {} bytes, too few for a header: {hint}", file.len()));
     };
     let length = u64::from_le_bytes(*length);
     if length > rest.len() as u64 {
-        return Err(format!("the header claims {length} bytes, but only {} follow: {not_one}", rest.len()));
+        return Err(format!("the header claims {length} bytes, but only {} follow: {hint}", rest.len()));
     }
     if length > MAX_HEADER {
         return Err(format!("the header claims {length} bytes, more than the {MAX_HEADER} that the format allows"));
@@ -63,9 +63,8 @@ pub(crate) fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String>
     }
     let (metadata, tensors): (Vec<_>, Vec<_>) = tensors.into_iter().partition(|(name, _)| name == METADATA);
     if let Some((_, text)) = metadata.first() {
-        serde_json::from_str::<Option<Pairs<String>>>(text.get()).map_err(|error| {
-            format!("{METADATA:?} is not an object of strings, and no reader of the format accepts it ({error})")
-        })?;
+        serde_json::from_str::<Option<Pairs<String>>>(text.get())
+            .map_err(|error| format!("{METADATA:?} must be an object of strings ({error})"))?;
     }
     let mut entries = tensors
         .into_iter()
@@ -80,7 +79,7 @@ pub(crate) fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String>
     Ok((entries, metadata.first().map(|(_, text)| text.to_string())))
 }
 
-/// A header that describes these entries, padded so that the data behind it are aligned.
+/// A header of these entries, padded so that the data behind it are aligned.
 pub(crate) fn compose<'a>(entries: impl Iterator<Item = &'a Entry>, metadata: Option<&str>) -> Vec<u8> {
     let tensor = |Entry { name, kind, shape, bytes, .. }: &Entry| {
         let described = json!({ "dtype": kind, "shape": shape, "data_offsets": [bytes.start, bytes.end] });
@@ -93,7 +92,7 @@ pub(crate) fn compose<'a>(entries: impl Iterator<Item = &'a Entry>, metadata: Op
     [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat()
 }
 
-/// Checks one tensor by itself. The range is relative to the data.
+/// Checks one tensor. Its byte range is relative to the data.
 fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
     #[derive(serde::Deserialize)]
     struct Described {
@@ -102,10 +101,10 @@ fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
         data_offsets: (u64, u64),
     }
     let Described { dtype, shape, data_offsets: (start, end) } =
-        serde_json::from_str(tensor.get()).map_err(|error| format!("its description is not understood ({error})"))?;
+        serde_json::from_str(tensor.get()).map_err(|error| format!("its description is invalid ({error})"))?;
     let from_name: StrDeserializer<'_, DtypeError> = dtype.as_str().into_deserializer();
     let kind = safetensors::Dtype::deserialize(from_name)
-        .map_err(|_| format!("its dtype {dtype:?} is not one of the safetensors format"))?;
+        .map_err(|_| format!("its dtype {dtype:?} is not a dtype of the safetensors format"))?;
     if end < start {
         return Err(format!("its data ends at byte {end}, before it starts at byte {start}"));
     }
@@ -122,7 +121,7 @@ fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
     Ok(Entry { name: name.to_owned(), kind, dtype: clipped_as(kind)?, shape, bytes: start as usize..end as usize })
 }
 
-/// `None` for what is no gradient. What is one, but cannot be clipped, must not pass as if it had been.
+/// `None` for a tensor that is no gradient. A gradient that cannot be clipped is an error, because it must not pass as clipped.
 fn clipped_as(kind: safetensors::Dtype) -> Result<Option<Dtype>, String> {
     use safetensors::Dtype as Kind;
     match kind {
@@ -163,11 +162,11 @@ fn cover(entries: &[Entry], data: usize) -> Result<(), String> {
     if end < data { Err(format!("the last {} bytes of the file belong to no tensor", data - end)) } else { Ok(()) }
 }
 
-/// The pairs of a JSON object in their order, those with equal keys included.
+/// The pairs of a JSON object in order, including those with equal keys.
 #[derive(Debug)]
 pub(crate) struct Pairs<V>(pub(crate) Vec<(String, V)>);
 
-/// The first key that comes a second time.
+/// The first key that occurs twice.
 pub(crate) fn duplicate<V>(pairs: &[(String, V)]) -> Option<&str> {
     let mut seen = HashSet::new();
     pairs.iter().map(|(key, _)| key.as_str()).find(|key| !seen.insert(*key))

@@ -1,5 +1,5 @@
-//! Gradients in files: a safetensors file, or a sharded set through its index. Mapped, so that files larger than memory
-//! work.
+//! Gradients in files: a safetensors file, or a sharded set through its index. They are mapped, so that files larger than
+//! memory work.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsStr;
@@ -13,7 +13,7 @@ use crate::failure::Failure;
 use crate::header::{self, Entry, MAX_HEADER, Pairs};
 use crate::mapped::Mapped;
 
-/// How the name of a sharded set's index ends.
+/// The end of the name of an index.
 pub(crate) const INDEX_SUFFIX: &str = ".safetensors.index.json";
 
 /// True for the name of an index.
@@ -21,20 +21,20 @@ pub(crate) fn is_index(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(INDEX_SUFFIX))
 }
 
-/// What one FILE of the command line stands for, wholly checked.
+/// The files of one FILE argument, with all headers checked.
 #[derive(Debug)]
 pub(crate) struct Input {
-    /// As it was given.
+    /// The argument.
     pub(crate) path: PathBuf,
     /// The text of the index of a sharded set.
     pub(crate) index: Option<Vec<u8>>,
     /// The one file, or the shards in the order of their names.
-    pub(crate) parts: Vec<Part>,
+    pub(crate) files: Vec<InputFile>,
 }
 
 /// One safetensors file.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct InputFile {
     pub(crate) path: PathBuf,
     pub(crate) entries: Vec<Entry>,
     /// The text of the header's metadata.
@@ -44,56 +44,56 @@ pub(crate) struct Part {
 
 impl Input {
     pub(crate) fn open(path: &Path) -> Result<Self, Failure> {
-        let (index, parts) = if is_index(path) {
-            let (text, parts) = open_set(path)?;
-            (Some(text), parts)
+        let (index, files) = if is_index(path) {
+            let (text, files) = open_set(path)?;
+            (Some(text), files)
         } else {
-            (None, vec![Part::open(path)?])
+            (None, vec![InputFile::open(path)?])
         };
-        Ok(Self { path: path.to_owned(), index, parts })
+        Ok(Self { path: path.to_owned(), index, files })
     }
 
-    /// The gradients, in the order of the parts and of their data.
+    /// The gradients, in the order of the files and of their data.
     pub(crate) fn tensors(&self) -> Result<Vec<Tensor<'_>>, gradclip::Error> {
-        let parts = self.parts.iter();
-        parts.flat_map(|part| part.entries.iter().filter_map(|entry| part.tensor(entry).transpose())).collect()
+        let files = self.files.iter();
+        files.flat_map(|file| file.entries.iter().filter_map(|entry| file.tensor(entry).transpose())).collect()
     }
 
-    /// The parameters of the gradients, in their order: the tensors of the same names in another input, if there is one.
+    /// The parameters of the gradients, in the same order: the tensors of the same names in `params`.
     pub(crate) fn parameters<'p>(&self, params: Option<&'p Self>) -> Result<Vec<Tensor<'p>>, Failure> {
         let Some(params) = params else { return Ok(Vec::new()) };
-        let entries = |part: &'p Part| part.entries.iter().map(move |entry| (entry.name.as_str(), (part, entry)));
-        let found: HashMap<_, _> = params.parts.iter().flat_map(entries).collect();
+        let entries = |file: &'p InputFile| file.entries.iter().map(move |entry| (entry.name.as_str(), (file, entry)));
+        let found: HashMap<_, _> = params.files.iter().flat_map(entries).collect();
         let of = |gradient: &Entry| {
             let bad = |problem| Failure::file(&params.path, format!("tensor {:?} {problem}", gradient.name));
-            let Some((part, entry)) = found.get(gradient.name.as_str()) else {
+            let Some((file, entry)) = found.get(gradient.name.as_str()) else {
                 return Err(bad("is missing, but --agc needs the parameter of each gradient".into()));
             };
             if entry.shape != gradient.shape {
                 return Err(bad(format!("has the shape {:?}, but its gradient {:?}", entry.shape, gradient.shape)));
             }
-            part.tensor(entry)?.ok_or_else(|| bad(format!("is {}, but a parameter must be floating-point", entry.kind)))
+            file.tensor(entry)?.ok_or_else(|| bad(format!("is {}, but a parameter must be floating-point", entry.kind)))
         };
         self.gradients().map(of).collect()
     }
 
-    /// What the headers say of the gradients, in the same order.
+    /// The header entries of the gradients, in the same order.
     pub(crate) fn gradients(&self) -> impl Iterator<Item = &Entry> {
-        self.parts.iter().flat_map(|part| &part.entries).filter(|entry| entry.dtype.is_some())
+        self.files.iter().flat_map(|file| &file.entries).filter(|entry| entry.dtype.is_some())
     }
 
-    /// How large its files are together.
+    /// The size of all files together.
     pub(crate) fn bytes(&self) -> u64 {
-        self.parts.iter().map(|part| part.bytes().len() as u64).sum()
+        self.files.iter().map(|file| file.bytes().len() as u64).sum()
     }
 
-    /// How many tensors are no gradients.
+    /// The number of tensors that are no gradients.
     pub(crate) fn others(&self) -> usize {
-        self.parts.iter().flat_map(|part| &part.entries).filter(|entry| entry.dtype.is_none()).count()
+        self.files.iter().flat_map(|file| &file.entries).filter(|entry| entry.dtype.is_none()).count()
     }
 }
 
-impl Part {
+impl InputFile {
     fn open(path: &Path) -> Result<Self, Failure> {
         let file = open_regular(path)?;
         let map = Mapped::open(path, file)?;
@@ -119,17 +119,17 @@ impl Part {
     }
 }
 
-/// Fails if a file is not what it was when it was opened: what was read is then worth nothing.
+/// Fails if a file has changed since it was opened: what was read is then invalid.
 pub(crate) fn unchanged<'a>(inputs: impl IntoIterator<Item = &'a Input>) -> Result<(), Failure> {
-    inputs.into_iter().flat_map(|input| &input.parts).try_for_each(|part| part.map.unchanged())
+    inputs.into_iter().flat_map(|input| &input.files).try_for_each(|file| file.map.unchanged())
 }
 
-/// For `map_err`, around all that reads the inputs: one that changed is reason enough for any failure.
+/// For `map_err`: if an input has changed, that explains any failure of what reads it.
 pub(crate) fn explain<'a>(inputs: impl IntoIterator<Item = &'a Input>) -> impl FnOnce(Failure) -> Failure {
     move |failure| unchanged(inputs).err().unwrap_or(failure)
 }
 
-/// Gives each gradient its parameter, unless there are none.
+/// Gives each gradient its parameter, if there are any.
 pub(crate) fn with_parameters<'a>(mut gradients: Vec<Tensor<'a>>, parameters: &'a [Tensor<'a>]) -> Vec<Tensor<'a>> {
     for (gradient, parameter) in gradients.iter_mut().zip(parameters) {
         *gradient = gradient.parameter(parameter);
@@ -137,7 +137,7 @@ pub(crate) fn with_parameters<'a>(mut gradients: Vec<Tensor<'a>>, parameters: &'
     gradients
 }
 
-/// Opening anything else could block for ever (a pipe) or not be mapped.
+/// Opens a regular file. Anything else could block for ever (a pipe), or could not be mapped.
 fn open_regular(path: &Path) -> Result<File, Failure> {
     if !fs::metadata(path).map_err(Failure::io(path, "open"))?.is_file() {
         return Err(Failure::file(path, "not a regular file: name a safetensors file or an index"));
@@ -146,14 +146,14 @@ fn open_regular(path: &Path) -> Result<File, Failure> {
 }
 
 /// Opens every shard that an index lists, and checks the index and the shards against each other.
-fn open_set(index: &Path) -> Result<(Vec<u8>, Vec<Part>), Failure> {
+fn open_set(index: &Path) -> Result<(Vec<u8>, Vec<InputFile>), Failure> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: Pairs<String>,
     }
     let bad = |problem: String| Failure::file(index, problem);
     if open_regular(index)?.metadata().map_err(Failure::io(index, "read"))?.len() > MAX_HEADER {
-        return Err(bad(format!("the index is longer than {MAX_HEADER} bytes: is it one?")));
+        return Err(bad(format!("the index is longer than {MAX_HEADER} bytes: is it an index?")));
     }
     let text = fs::read(index).map_err(Failure::io(index, "read"))?;
     let Index { weight_map: Pairs(weight_map) } = serde_json::from_slice(&text).map_err(|error| {
@@ -162,17 +162,17 @@ fn open_set(index: &Path) -> Result<(Vec<u8>, Vec<Part>), Failure> {
     if let Some(name) = header::duplicate(&weight_map) {
         return Err(bad(format!("the index lists tensor {name:?} twice: each belongs to one shard")));
     }
-    // With one of its tensors, for the messages.
+    // Each with one of its tensors, for messages.
     let shards: BTreeMap<_, _> = weight_map.iter().map(|(tensor, shard)| (shard.as_str(), tensor)).collect();
-    let parts = shards
+    let files = shards
         .iter()
-        .map(|(shard, tensor)| Part::open(&shard_path(index, shard, tensor)?))
+        .map(|(shard, tensor)| InputFile::open(&shard_path(index, shard, tensor)?))
         .collect::<Result<Vec<_>, _>>()?;
 
     let listed: HashMap<_, _> = weight_map.iter().map(|(tensor, shard)| (tensor.as_str(), shard.as_str())).collect();
     let mut held = HashSet::new();
-    for (part, shard) in parts.iter().zip(shards.keys()) {
-        for Entry { name, .. } in &part.entries {
+    for (file, shard) in files.iter().zip(shards.keys()) {
+        for Entry { name, .. } in &file.entries {
             match listed.get(name.as_str()) {
                 Some(place) if place == shard => held.insert(name),
                 Some(place) => {
@@ -185,11 +185,11 @@ fn open_set(index: &Path) -> Result<(Vec<u8>, Vec<Part>), Failure> {
     if let Some((tensor, shard)) = weight_map.iter().find(|(tensor, _)| !held.contains(tensor)) {
         return Err(bad(format!("the index puts tensor {tensor:?} into {shard:?}, which does not hold it")));
     }
-    Ok((text, parts))
+    Ok((text, files))
 }
 
-/// Where a shard lies: beside the index and nowhere else, not even through a link, because an index from a stranger
-/// must not choose which files are read.
+/// The path of a shard. It must be in the folder of the index, not even behind a link, because an index from an untrusted
+/// source must not choose which files are read.
 fn shard_path(index: &Path, shard: &str, tensor: &str) -> Result<PathBuf, Failure> {
     let bad = |problem: &str| Failure::file(index, format!("shard {shard:?} of tensor {tensor:?} {problem}"));
     let mut components = Path::new(shard).components();
@@ -206,12 +206,12 @@ fn shard_path(index: &Path, shard: &str, tensor: &str) -> Result<PathBuf, Failur
         Ok(real) if real.parent() == Some(&folder) => Ok(path),
         Ok(_) => Err(bad("is a link that leaves the index's folder: put the file itself there")),
         Err(error) if error.kind() == ErrorKind::NotFound => Err(bad("is missing: put it beside the index")),
-        // The name is a stranger's, and must not reach a terminal as it is.
+        // The name is untrusted, and must not reach a terminal as it is.
         Err(error) => Err(bad(&format!("cannot be opened: {error}"))),
     }
 }
 
-/// The folder that a file lies in.
+/// The folder of a file.
 pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

@@ -1,13 +1,13 @@
-//! The program `gradclip`: measures, clips and verifies gradients in safetensors files, and tells how fast it is.
+//! The program `gradclip`: measures, clips and verifies gradients in safetensors files, and measures how fast it is.
 //!
-//! A library only so that tests and fuzzing reach what is inside: all it offers is [`main()`]. To clip in a program of your
-//! own, use the library `gradclip`.
+//! It is a library only so that tests and fuzzing can call it; it offers [`main()`] alone. To clip in your own program, use the
+//! library `gradclip`.
 //!
-//! One file a command ([`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]), and what they share:
-//! [`args`] is the command line, [`names`] what settings are called, [`input`], [`header`] and [`mapped`] read gradients,
-//! [`layout`], [`stream`] and [`output`] write them whole or not at all, [`backend`] chooses where to compute, [`report`] prints, [`plot`] draws norms
-//! and [`throughput`] speeds, [`made`] and [`subject`] make gradients, [`contender`] times a step on them, [`failure`] holds the exit codes.
-//! [`processes`] is the program `gradclip-mpi`, whose ranks do the same together.
+//! Each command has a file: [`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. [`args`] is the command
+//! line, [`values`] parses options, [`description`] makes the clip. [`input`], [`header`] and [`mapped`] read; [`layout`],
+//! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, and [`generated`] has gradients for
+//! it. [`report`], [`text`], [`print`], [`progress`] and [`plot`] show; [`failure`] has the exit codes. [`processes`] is the program
+//! `gradclip-mpi`, which does the same on many ranks.
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian, and gradclip computes on their bytes in place");
@@ -17,31 +17,32 @@ mod backend;
 mod bench;
 mod clip;
 mod completions;
-mod contender;
+mod description;
 #[cfg(feature = "gpu")]
 mod devices;
 mod failure;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(feature = "gpu")]
+mod generated;
 mod header;
 mod input;
 mod layout;
-#[cfg(feature = "gpu")]
-mod made;
 mod man;
 mod mapped;
-mod names;
 mod norm;
 mod output;
 mod plot;
+mod print;
 #[doc(hidden)]
 pub mod processes;
 mod progress;
 mod report;
 mod stream;
-mod subject;
-mod throughput;
+mod temporary;
+mod text;
+mod values;
 #[cfg(feature = "gpu")]
 mod verify;
 
@@ -53,12 +54,12 @@ use clap::Parser;
 use args::{Cli, Command};
 use failure::Failure;
 
-/// Does what the command line asks for, and says on stderr why if it cannot.
+/// Runs the command line, and prints errors to stderr.
 pub fn main() -> ExitCode {
     match run(&Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Nobody is left to tell if stderr is closed.
+            // If stderr is closed, nobody can read the message.
             let _ = writeln!(std::io::stderr(), "error: {}", failure.message());
             ExitCode::from(failure.exit_code())
         }

@@ -1,4 +1,4 @@
-//! `gradclip man`: the manual pages, made of what `--help` says.
+//! `gradclip man`: prints manual pages, with the texts of `--help`.
 
 use std::io;
 
@@ -7,10 +7,10 @@ use clap_mangen::Man;
 
 use crate::args::{Cli, ManArgs};
 use crate::failure::Failure;
-use crate::report::print_by;
+use crate::print::print_by;
 
 pub(crate) fn run(args: &ManArgs) -> Result<(), Failure> {
-    let mut command = all();
+    let mut command = program();
     if let Some(name) = &args.command {
         let found = command.find_subcommand(name).cloned();
         command = found.ok_or_else(|| Failure::Usage(format!("there is no command {name:?}: see gradclip --help")))?;
@@ -18,8 +18,8 @@ pub(crate) fn run(args: &ManArgs) -> Result<(), Failure> {
     print_by(|mut stdout| write(command, &mut stdout))
 }
 
-/// The program, each command with the name of its page.
-fn all() -> Command {
+/// The program; each command has the name of its page.
+fn program() -> Command {
     let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
     command
@@ -35,7 +35,7 @@ mod tests {
 
     #[test]
     fn every_command_has_a_page_with_every_option() {
-        let program = all();
+        let program = program();
         for command in program.get_subcommands().chain([&program]) {
             let mut page = Vec::new();
             write(command.clone(), &mut page).unwrap();

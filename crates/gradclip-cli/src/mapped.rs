@@ -1,9 +1,9 @@
-//! Mapped files, which other processes may change or cut short meanwhile.
+//! Mapped files. Other processes may change or truncate them meanwhile.
 //!
-//! Where a mapped file has lost its bytes, or the disk cannot deliver or take them, touching them raises SIGBUS. By itself
-//! that ends the process, without a word and with its temporary files left behind. So a handler puts zeros there and makes
-//! a note of it: the work goes on, with wrong numbers, as far as the check that comes before anything is told or put in
-//! place, and fails there like any other. (Windows lets nobody cut a mapped file short.)
+//! If a mapped file was truncated, or the disk fails, access to the missing bytes raises SIGBUS. By default that ends the
+//! process without a message, and leaves its temporary files behind. So a handler maps zeros there and sets a flag. The work
+//! goes on with wrong numbers up to the check that comes before anything is reported or renamed, and fails there. (Windows does
+//! not let a mapped file be truncated.)
 
 use std::fs::File;
 use std::ops::Deref;
@@ -21,12 +21,12 @@ pub(crate) struct Mapped {
     path: PathBuf,
     file: File,
     stamp: Stamp,
-    // In this order: what is not mapped any more must not be watched.
+    // Dropped in this order: unmapped memory must not be watched.
     watch: Watch,
     map: Mmap,
 }
 
-/// What a change of a file changes, too: as far as its file system tells, and as finely as it keeps the time.
+/// What shows that a file has changed, as precisely as its file system keeps it.
 #[derive(Debug, PartialEq)]
 struct Stamp {
     length: u64,
@@ -37,20 +37,23 @@ impl Mapped {
     pub(crate) fn open(path: &Path, file: File) -> Result<Self, Failure> {
         let stamp = Stamp::of(&file, path)?;
         // SAFETY: Nothing else in this process writes to the file: `Output` refuses targets that are inputs. Another
-        // process could. If it changes bytes, the tensors change under our eyes, which may give a wrong norm but, as
-        // every bit pattern is a valid byte and the header is read once, nothing worse; if it truncates the file, the
-        // bytes beyond its end become zeros (`watch`). `unchanged` finds either.
+        // process could. If it changes bytes, the norm may be wrong, but nothing worse: every bit pattern is a valid byte,
+        // and the header is read once. If it truncates the file, the bytes beyond its end become zeros (`watch`).
+        // `unchanged` finds either.
         let map = unsafe { Mmap::map(&file) }.map_err(Failure::io(path, "map the file into memory"))?;
         Ok(Self { path: path.to_owned(), file, stamp, watch: Watch::new(&map), map })
     }
 
-    /// Fails if the file is not what it was when it was opened: what was read is then worth nothing.
+    /// Fails if the file has changed since it was opened: what was read is then invalid.
     pub(crate) fn unchanged(&self) -> Result<(), Failure> {
         if Stamp::of(&self.file, &self.path)? != self.stamp {
-            return Err(Failure::file(&self.path, "changed while it was read: run it again when nothing writes to it"));
+            return Err(Failure::file(
+                &self.path,
+                "changed while it was read: run it again while nothing writes to it",
+            ));
         }
         if self.watch.lost() {
-            return Err(Failure::file(&self.path, "cannot be read to its end: does its disk fail?"));
+            return Err(Failure::file(&self.path, "cannot be read to its end: is the disk failing?"));
         }
         Ok(())
     }
@@ -79,16 +82,16 @@ pub(crate) struct MappedMut {
 }
 
 impl MappedMut {
-    /// `file` must be one that only this process knows; errors name its target.
+    /// `file` must be known to this process alone. Errors name `target`.
     pub(crate) fn open(file: &File, target: &Path) -> Result<Self, Failure> {
-        // SAFETY: The file was made by this process under a random name that no other one was told, and is mapped once. A
+        // SAFETY: This process created the file under a random name that no other process knows, and maps it once. A
         // process that finds and changes it nevertheless spoils the result; one that truncates it makes zeros of what it
         // cut off, which `finish` finds. Every bit pattern is a valid byte.
         let map = unsafe { MmapMut::map_mut(file) }.map_err(Failure::io(target, "map the copy into memory"))?;
         Ok(Self { watch: Watch::new(&map), map })
     }
 
-    /// Hands all to the file; what did not get there is an error.
+    /// Writes everything to the file, or fails.
     pub(crate) fn finish(self, target: &Path) -> Result<(), Failure> {
         self.map.flush().map_err(Failure::io(target, "write"))?;
         if self.watch.lost() {
@@ -106,30 +109,30 @@ mod watch {
     use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
     use std::sync::{Mutex, OnceLock, PoisonError};
 
-    /// Sees to a range of mapped memory until it is dropped.
+    /// Watches a range of mapped memory until it is dropped.
     #[derive(Debug)]
     pub(crate) struct Watch(&'static Watched);
 
-    /// Never freed, because a handler may be reading it: a few dozen bytes for each file that the program maps.
+    /// Never freed, because the handler may be reading it: a few dozen bytes per mapped file.
     #[derive(Debug)]
     struct Watched {
         start: usize,
-        /// `start` when it is watched no more.
+        /// Equal to `start` once it is no longer watched.
         end: AtomicUsize,
         page: usize,
         lost: AtomicBool,
         next: Option<&'static Self>,
     }
 
-    /// The last one; each leads to the one before.
+    /// The last of the list; each links to the one before.
     static LAST: AtomicPtr<Watched> = AtomicPtr::new(null_mut());
-    /// Held where the list grows.
+    /// Held while the list grows.
     static GROWING: Mutex<()> = Mutex::new(());
-    /// What SIGBUS did before.
+    /// The action of SIGBUS before.
     static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
     impl Watch {
-        /// `memory` must begin with a page, as a map does.
+        /// `memory` must begin at a page boundary, as a map does.
         pub(crate) fn new(memory: &[u8]) -> Self {
             let _growing = GROWING.lock().unwrap_or_else(PoisonError::into_inner);
             BEFORE.get_or_init(install);
@@ -177,7 +180,7 @@ mod watch {
         }
     }
 
-    /// Only atomics, and two calls of the system: a handler may do no more.
+    /// Uses only atomics and two system calls: a handler may do no more.
     extern "C" fn on_bus_error(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
         // SAFETY: The system hands over a valid `siginfo_t`, which for SIGBUS has an address.
         let address = unsafe { (*info).si_addr() }.addr();
@@ -188,7 +191,7 @@ mod watch {
             }
             each = watched.next;
         }
-        // Not ours: what was done before is done again, when the same access fails again.
+        // Not ours: restore the action of before, which runs when the same access fails again.
         let before = BEFORE.get().map_or(null(), |before| &raw const *before);
         // SAFETY: The action is one that the system itself handed over. Were there none yet, nothing would be set, and the
         // handler be called until there is.
@@ -196,7 +199,7 @@ mod watch {
     }
 
     impl Watched {
-        /// Puts zeros from the page of this address on, if it is watched.
+        /// Maps zeros from the page of this address on, if it is watched.
         fn replace(&self, address: usize) -> bool {
             let end = self.end.load(Ordering::Acquire);
             if !(self.start..end).contains(&address) {
@@ -220,7 +223,7 @@ mod watch {
 
 #[cfg(not(unix))]
 mod watch {
-    /// Nothing to see to: what is mapped cannot be cut short.
+    /// Nothing to watch: a mapped file cannot be truncated.
     #[derive(Debug)]
     pub(crate) struct Watch;
 
@@ -253,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_cut_off_are_zeros_and_an_error() {
+    fn truncated_bytes_are_zeros_and_an_error() {
         let (map, file) = mapped();
         let (kept, _other) = mapped();
         file.set_len(BYTES / 4).unwrap();
@@ -265,9 +268,9 @@ mod tests {
             }
         });
         assert_eq!(sum(), BYTES / 4);
-        let told = map.unchanged().unwrap_err().to_string();
-        assert!(told.starts_with("in: changed while it was read"), "{told}");
-        // It is not the length alone that tells.
+        let message = map.unchanged().unwrap_err().to_string();
+        assert!(message.starts_with("in: changed while it was read"), "{message}");
+        // The length alone does not decide.
         file.set_len(BYTES).unwrap();
         assert!(map.watch.lost() && map.unchanged().is_err());
         assert!(!kept.watch.lost() && kept.unchanged().is_ok());
@@ -279,8 +282,8 @@ mod tests {
         file.set_len(0).unwrap();
         assert_eq!(map[BYTES as usize - 1], 0);
         map.stamp = Stamp::of(&file, Path::new("in")).unwrap();
-        let told = map.unchanged().unwrap_err().to_string();
-        assert!(told.contains("in: cannot be read to its end"), "{told}");
+        let message = map.unchanged().unwrap_err().to_string();
+        assert!(message.contains("in: cannot be read to its end"), "{message}");
     }
 
     #[test]

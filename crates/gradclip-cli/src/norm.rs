@@ -1,33 +1,36 @@
-//! `gradclip norm`: one norm over all files, and which of its parts are the largest.
+//! `gradclip norm`: the norm over all files, and its largest segments.
 
 use std::time::Instant;
 
 use gradclip::{Clip, NonFiniteElements, NormType, Scope, SegmentReport};
 
-use crate::args::{NormArgs, refuse};
+use crate::args::NormArgs;
 use crate::backend::Backend;
+use crate::description::{measuring, norm_name, refuse};
 use crate::failure::Failure;
 use crate::header::Entry;
 use crate::input::{Input, explain, unchanged};
-use crate::names::{measuring, norm_name};
 use crate::output;
-use crate::plot::{self, Row};
+use crate::plot::{self, TensorNorm};
+use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::report::{Outcome, number, print, print_json, remark, segments, shown, table};
+use crate::report::{Summary, segments};
+use crate::text::{number, shown, table};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let asked = measuring(args.measure.clip(Clip::norm(f64::INFINITY))?);
     asked.check()?;
     let by_tensor = matches!(asked.scope, Scope::Global | Scope::Tensor);
     refuse(&[(args.plot.out.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
-    // Measured by tensor, everything has the same norm.
-    let parts = args.plot.out.is_some() || (args.top > 0 && !args.hidden());
-    let clip = if by_tensor && parts { asked.scope(Scope::Tensor) } else { asked };
+    // A global norm that is measured by tensor is the same.
+    let segments = args.plot.out.is_some() || (args.top > 0 && !(args.quiet || args.json));
+    let clip = if by_tensor && segments { asked.scope(Scope::Tensor) } else { asked };
     let inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
     measure(args, &asked, &clip, &inputs).map_err(explain(&inputs))
 }
 
 fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Result<(), Failure> {
+    let hidden = args.quiet || args.json;
     if let Some(plot) = &args.plot.out {
         output::check(std::slice::from_ref(plot), inputs.iter(), args.plot.force)?;
     }
@@ -35,46 +38,46 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();
     let tensors = tensors.concat();
     let mut backend = Backend::choose(&args.backend, &tensors)?;
-    if let Some(why) = backend.fallback.as_ref().filter(|_| !args.hidden()) {
+    if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
         remark(&format!("{why}: measuring on the CPU"));
     }
 
     let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
-    let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", args.hidden()));
+    let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", hidden));
     backend.show_progress(&bar);
-    let report = backend.measure(clip, &tensors)?;
+    let report = backend.run(|clipper| clipper.measure(clip, &tensors))?;
     let (scope, time) = (asked.scope, start.elapsed());
-    // With several files a name may not tell which.
-    let holder =
+    // With several files a name may not identify the tensor.
+    let file_of_element =
         |found: &NonFiniteElements| file_of(found.tensor, tensors_of.iter().copied()).map(|i| args.files[i].as_path());
-    let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(holder);
+    let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(file_of_element);
     let (backend, tensors) = (&backend, &tensors[..]);
-    let outcome = Outcome { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
+    let summary = Summary { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
-    let largest = if args.hidden() { String::new() } else { largest(&outcome, &entries, asked, args.top) };
-    let drawing = args.plot.out.as_ref().map(|path| (path, draw(&outcome, &title(args, asked))));
+    let largest = if hidden { String::new() } else { largest(&summary, &entries, asked, args.top) };
+    let drawing = args.plot.out.as_ref().map(|path| (path, draw(&summary, &title(args, asked))));
 
-    // Nothing is read any more.
+    // Nothing is read after this.
     unchanged(inputs)?;
     if let Some((path, drawing)) = &drawing {
         output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
     if args.json {
-        return print_json(&outcome.json());
+        return print_json(&summary.json());
     }
     if args.quiet {
         return print(&format!("{}\n", report.total_norm));
     }
-    let mut lines = outcome.measured(asked);
-    lines.extend(outcome.lines(inputs.iter().map(Input::others).sum(), bytes));
+    let mut lines = summary.measured(asked);
+    lines.extend(summary.lines(inputs.iter().map(Input::others).sum(), bytes));
     if let Some(path) = &args.plot.out {
         lines.push(("plot", path.display().to_string()));
     }
     print(&(table(&lines) + &largest))
 }
 
-/// In which file a tensor lies, if they hold so many.
+/// The number of the file that holds a tensor, given how many tensors each file holds.
 pub(crate) fn file_of(tensor: usize, tensors_of: impl IntoIterator<Item = usize>) -> Option<usize> {
     let mut before = 0;
     tensors_of.into_iter().position(|count| {
@@ -84,20 +87,20 @@ pub(crate) fn file_of(tensor: usize, tensors_of: impl IntoIterator<Item = usize>
 }
 
 /// A plot of the norm of each tensor.
-fn draw(outcome: &Outcome<'_>, title: &str) -> String {
+fn draw(summary: &Summary<'_>, title: &str) -> String {
     let row = |segment: &SegmentReport| {
-        let tensor = &outcome.tensors[segment.tensor.unwrap_or_default()];
-        let counts = || outcome.backend.install(|| tensor.counts());
+        let tensor = &summary.tensors[segment.tensor.unwrap_or_default()];
+        let counts = || summary.backend.install(|| tensor.counts());
         let non_finite = if segment.norm.is_finite() { 0 } else { counts().non_finite };
-        Row { label: shown(&outcome.name(segment)), norm: segment.norm, non_finite }
+        TensorNorm { label: shown(&summary.name(segment)), norm: segment.norm, non_finite }
     };
-    let rows: Vec<_> = outcome.report.segments.iter().map(row).collect();
-    plot::draw(title, &rows, outcome.report.total_norm)
+    let rows: Vec<_> = summary.report.segments.iter().map(row).collect();
+    plot::draw(title, &rows, summary.report.total_norm)
 }
 
-/// The largest norms, one a line.
-fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) -> String {
-    let (found, all) = (outcome.largest(top), outcome.report.segments.len());
+/// The largest norms, one per line.
+fn largest(summary: &Summary<'_>, entries: &[&Entry], asked: &Clip, top: usize) -> String {
+    let (found, all) = (summary.largest(top), summary.report.segments.len());
     if found.is_empty() {
         return String::new();
     }
@@ -107,13 +110,13 @@ fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) 
     let what = format!("largest {} of {}", found.len(), segments(asked.scope, all));
     let mut text = format!("\n{:>12} {share:>8}  {counts}{what}\n", "norm");
     for segment in found {
-        let share = percent(share_of(segment.norm, outcome.report.total_norm, asked.norm_type));
+        let share = percent(share_of(segment.norm, summary.report.total_norm, asked.norm_type));
         text += &format!("{:>12} {share:>8}  ", number(segment.norm, 6));
-        let name = shown(&outcome.name(segment));
+        let name = shown(&summary.name(segment));
         match segment.tensor.filter(|_| by_tensor) {
             Some(i) => {
-                let tensor = &outcome.tensors[i];
-                let counts = outcome.backend.install(|| tensor.counts());
+                let tensor = &summary.tensors[i];
+                let counts = summary.backend.install(|| tensor.counts());
                 let (non_finite, zeros) = (counts.non_finite, percent(counts.zeros as f64 / tensor.len() as f64));
                 let shape = &entries[i].shape;
                 text += &format!("{non_finite:>10} {zeros:>8}  {name} {shape:?} {}\n", tensor.dtype());
@@ -124,7 +127,7 @@ fn largest(outcome: &Outcome<'_>, entries: &[&Entry], asked: &Clip, top: usize) 
     text
 }
 
-/// The part of the sum under the total's root; for the largest absolute value, of that.
+/// The share of a segment in the sum under the root of the total norm; for the infinity norm, in the maximum.
 fn share_of(norm: f64, total: f64, norm_type: NormType) -> f64 {
     let of = norm / total;
     if norm_type == NormType::Inf { of } else { of.powf(norm_type.power()) }
@@ -134,7 +137,7 @@ fn percent(part: f64) -> String {
     if part.is_finite() { format!("{}%", number(100.0 * part, 3)) } else { "-".into() }
 }
 
-/// What a plot shows.
+/// The title of the plot.
 fn title(args: &NormArgs, asked: &Clip) -> String {
     let first = args.files.first().and_then(|file| file.file_name()).unwrap_or_default();
     let more = match args.files.len() {

@@ -1,31 +1,31 @@
-//! Norms as a picture: one row a tensor, on a logarithmic axis.
+//! A plot of norms: one row per tensor, on a logarithmic axis.
 
 use std::fmt::Write;
 
-use crate::report::number;
+use crate::text::number;
 
-/// A tensor of the picture.
+/// One row of the plot.
 #[derive(Debug)]
-pub(crate) struct Row {
+pub(crate) struct TensorNorm {
     pub(crate) label: String,
     pub(crate) norm: f64,
-    /// Counted only if the norm is not finite; even then 0 if that is merely too large.
+    /// How many elements are not finite. Counted only if the norm is not; then 0 means that the norm overflows.
     pub(crate) non_finite: u64,
 }
 
-/// Where things lie, in pixels.
+/// Positions and sizes, in pixels.
 pub(crate) const WIDTH: f64 = 960.0;
 const TOP: f64 = 84.0;
 const BOTTOM: f64 = 40.0;
-/// The height of all rows together, as long as each can be told from the next.
+/// The height of all rows together, if each is still legible.
 const ROWS: f64 = 960.0;
 /// The room that one label needs.
 const LABEL: f64 = 14.0;
 /// The longest label, in characters.
 const LONGEST: usize = 44;
 
-/// An SVG document of its own.
-pub(crate) fn draw(title: &str, rows: &[Row], total: f64) -> String {
+/// The plot as an SVG document.
+pub(crate) fn draw(title: &str, rows: &[TensorNorm], total: f64) -> String {
     let positive = |norm: &f64| norm.is_finite() && *norm > 0.0;
     let norms: Vec<_> = rows.iter().map(|row| row.norm).chain([total]).filter(positive).map(f64::log10).collect();
     let lowest = norms.iter().copied().fold(f64::INFINITY, f64::min).floor();
@@ -37,20 +37,13 @@ pub(crate) fn draw(title: &str, rows: &[Row], total: f64) -> String {
     let bottom = TOP + pitch * rows.len().max(1) as f64;
     let longest = rows.iter().map(|row| row.label.chars().count().min(LONGEST)).max().unwrap_or(0);
     let left = 24.0 + 6.6 * longest as f64;
-    // Zeros lie left of the axis, what is not finite right of it.
+    // Zeros are left of the axis, non-finite norms right of it.
     let start = if rows.iter().any(|row| row.norm == 0.0) { left + 56.0 } else { left + 12.0 };
     let end = if rows.iter().any(|row| !row.norm.is_finite()) { WIDTH - 150.0 } else { WIDTH - 24.0 };
     let x = |log: f64| start + (log - lowest) / decades * (end - start);
 
     let height = bottom + BOTTOM;
-    let mut svg = format!(
-        r##"<?xml version="1.0" encoding="UTF-8"?>
-<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12" fill="#333">
-<rect width="100%" height="100%" fill="#fff"/>
-<text x="24" y="30" font-size="16" font-weight="bold">{}</text>
-"##,
-        escaped(title)
-    );
+    let mut svg = document(title, height);
     let mut line = |x: f64, from: f64, style: &str| {
         let _ = writeln!(svg, r#"<line x1="{x:.1}" x2="{x:.1}" y1="{from}" y2="{bottom:.1}" {style}/>"#);
     };
@@ -78,7 +71,7 @@ pub(crate) fn draw(title: &str, rows: &[Row], total: f64) -> String {
     let tensors = format!("{count} tensor{}, total norm {}", if count == 1 { "" } else { "s" }, number(total, 6));
     text(24.0, 50.0, "start", &tensors);
     if positive(&total) {
-        // Near the right edge the words stand left of the line.
+        // Near the right edge the word stands left of the line.
         let at = x(total.log10());
         let anchor = if at > WIDTH - 80.0 { "end" } else { "middle" };
         text(at, TOP - 16.0, anchor, "total");
@@ -127,8 +120,20 @@ pub(crate) fn draw(title: &str, rows: &[Row], total: f64) -> String {
     svg + "</svg>\n"
 }
 
-/// Which rows have room for words, if they must be so many rows apart: first those that are not finite.
-fn labelled(rows: &[Row], apart: usize) -> Vec<bool> {
+/// The beginning of an SVG document with a title.
+pub(crate) fn document(title: &str, height: f64) -> String {
+    let title = escaped(title);
+    format!(
+        r##"<?xml version="1.0" encoding="UTF-8"?>
+<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12" fill="#333">
+<rect width="100%" height="100%" fill="#fff"/>
+<text x="24" y="30" font-size="16" font-weight="bold">{title}</text>
+"##
+    )
+}
+
+/// Which rows get a label, if labels must be this many rows apart. Rows that are not finite come first.
+fn labelled(rows: &[TensorNorm], apart: usize) -> Vec<bool> {
     let mut labelled = vec![false; rows.len()];
     for all in [false, true] {
         for i in (0..rows.len()).filter(|i| all || !rows[*i].norm.is_finite()) {
@@ -149,7 +154,7 @@ fn abbreviated(label: &str) -> String {
     head.iter().chain(&['…']).chain(tail).collect()
 }
 
-/// As XML wants text. Control characters are escaped before.
+/// Escapes text for XML. Control characters are escaped before.
 pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

@@ -9,12 +9,12 @@ pub(crate) fn bytes(length: u64, doing: &'static str, hidden: bool) -> ProgressB
     styled(Some(length), "{msg} {wide_bar} {bytes}/{total_bytes} {eta}", doing, hidden)
 }
 
-/// A bar for a number of things.
+/// A bar for a count.
 pub(crate) fn count(length: u64, doing: &'static str, hidden: bool) -> ProgressBar {
     styled(Some(length), "{msg} {wide_bar} {pos}/{len} {eta}", doing, hidden)
 }
 
-/// For work that cannot tell how far it is.
+/// For work whose progress is unknown.
 pub(crate) fn spinner(doing: &'static str, hidden: bool) -> ProgressBar {
     let spinner = styled(None, "{spinner} {msg} {elapsed}", doing, hidden);
     spinner.enable_steady_tick(Duration::from_millis(100));
@@ -22,7 +22,7 @@ pub(crate) fn spinner(doing: &'static str, hidden: bool) -> ProgressBar {
 }
 
 fn styled(length: Option<u64>, template: &str, doing: &'static str, hidden: bool) -> ProgressBar {
-    // Draws nothing by itself where stderr is no terminal.
+    // It draws nothing if stderr is no terminal.
     let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::with_draw_target(length, target).with_style(style).with_message(doing);

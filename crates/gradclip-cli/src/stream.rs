@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! for each piece of each file, from first to last, on every thread:
-//!     if the clip leaves it: write it from the mapped input
-//!     else:                  copy it into the thread's buffer, clip it there, write the buffer
+//!     if the clip does not change it: write it from the mapped input
+//!     else:                           copy it into the thread's buffer, clip it there, write the buffer
 //! ```
 
 use std::fs::File;
@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use crate::failure::Failure;
-use crate::layout::{Layout, Piece};
+use crate::layout::{FileLayout, Piece};
 
 /// Bytes in a piece; a multiple of 8, so that no element is cut. Milliseconds to write 512 MiB, all of it clipped, from
 /// page cache to page cache on two cores of an AMD EPYC (family 26), medians of 12: 64 KiB 255, 128 KiB 207, 256 KiB 206,
@@ -25,18 +25,18 @@ use crate::layout::{Layout, Piece};
 /// 1.3 s with `MADV_SEQUENTIAL` or `MADV_WILLNEED`, 2.3 s with `MADV_POPULATE_READ`; from the page cache, all the same.
 const PIECE: usize = 1 << 20;
 
-/// Fills files, each with the copy that its layout describes, clipped as was decided for all their gradients in order.
-/// Errors name the path beside the file. Runs on the threads of the current pool.
+/// Fills files as their layouts describe. `decided` holds for the gradients of all files, in order. Errors name the path
+/// beside the file. Runs on the threads of the current pool.
 pub(crate) fn write<'a>(
-    parts: impl Iterator<Item = (&'a Layout<'a>, &'a File, &'a Path)> + Clone + Send,
+    outputs: impl Iterator<Item = (&'a FileLayout<'a>, &'a File, &'a Path)> + Clone + Send,
     decided: &DecidedClip,
     progress: &ProgressBar,
 ) -> Result<(), Failure> {
-    for (layout, file, path) in parts.clone() {
+    for (layout, file, path) in outputs.clone() {
         file.set_len(layout.len()).map_err(Failure::io(path, "write"))?;
     }
     let mut gradients = 0;
-    let pieces = parts.flat_map(|(layout, file, path)| {
+    let pieces = outputs.flat_map(|(layout, file, path)| {
         let before = gradients;
         gradients += layout.gradients();
         layout.pieces(PIECE).map(move |piece| (before, piece, file, path))

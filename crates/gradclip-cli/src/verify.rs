@@ -1,65 +1,59 @@
-//! `gradclip verify`: the same clips on GPU and CPU.
+//! `gradclip verify`: runs the same clips on GPU and CPU, and compares the results.
 
 use std::iter::once;
 use std::path::PathBuf;
 
 use gradclip::gpu::GpuClipper;
 use gradclip::{Clip, ClipReport, Mode, NonFinite, NonFiniteElements, NormType, Scope, Tensor, Verification};
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::args::{VerifyArgs, refuse};
+use crate::args::VerifyArgs;
 use crate::backend;
+use crate::description::refuse;
 use crate::failure::Failure;
+use crate::generated::{TestCase, largest_norm};
 use crate::input::{Input, unchanged, with_parameters};
-use crate::made::{self, Case};
+use crate::print::{print, print_json};
 use crate::progress;
-use crate::report::{number, plural, print, print_json};
+use crate::text::{number, plural};
 
-/// The outcome of one clip.
+/// The comparison of one clip.
 struct Compared {
     clip: String,
     verification: Verification,
 }
 
-#[derive(Serialize)]
-struct Json<'a> {
-    adapter: &'a str,
-    agrees: bool,
-    cases: Vec<Value>,
-}
-
 pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
-    let clip = args.how.clip()?;
+    let clip = args.options.clip()?;
     let without_file = clip.is_some() && args.file.is_none();
-    refuse(&[(without_file, "made gradients come with clips of their own: name a FILE, or leave the mode out")])?;
+    refuse(&[(without_file, "generated gradients have generated clips: name a FILE, or leave out the mode")])?;
     let open = |path: &Option<PathBuf>| path.as_deref().map(Input::open).transpose();
-    let (input, params) = (open(&args.file)?, open(&args.how.params)?);
+    let (input, params) = (open(&args.file)?, open(&args.options.params)?);
     let gpu = backend::open_gpu(args.adapter.as_deref())?;
     let compared = match &input {
         Some(input) => {
             let parameters = input.parameters(params.as_ref())?;
             let tensors = with_parameters(input.tensors()?, &parameters);
             let clips = clip.map_or_else(|| clips_for(&tensors), |clip| Ok(vec![clip]));
-            let compared = clips.and_then(|clips| of_file(&tensors, &clips, &gpu, hidden));
-            // Both sides measured the same only if nobody wrote meanwhile.
+            let compared = clips.and_then(|clips| verify_file(&tensors, &clips, &gpu, hidden));
+            // GPU and CPU read the same only if nobody wrote meanwhile.
             unchanged(once(input).chain(&params))?;
             compared?
         }
-        None => of_made(args, &gpu, hidden)?,
+        None => verify_generated(args, &gpu, hidden)?,
     };
 
-    tell(&compared, &gpu.adapter_info().name, args.json, args.quiet)
+    report(&compared, &gpu.device().adapter_info().name, args.json, args.quiet)
 }
 
-/// Prints the outcome; a failure if anything disagrees.
-fn tell(compared: &[Compared], adapter: &str, json: bool, quiet: bool) -> Result<(), Failure> {
+/// Prints the comparisons; a failure if any disagrees.
+fn report(compared: &[Compared], adapter: &str, json: bool, quiet: bool) -> Result<(), Failure> {
     let differing = compared.iter().filter(|one| !one.verification.agrees()).count();
     let clips = plural(compared.len() as u64, "clip");
     if json {
-        let cases = compared.iter().map(Compared::json).collect();
-        print_json(&Json { adapter, agrees: differing == 0, cases })?;
+        let cases: Vec<_> = compared.iter().map(Compared::json).collect();
+        print_json(&json!({ "adapter": adapter, "agrees": differing == 0, "cases": cases }))?;
     } else {
         let shown = compared.iter().filter(|one| !quiet || !one.verification.agrees());
         let rows: String = shown.map(Compared::row).collect();
@@ -80,11 +74,10 @@ fn tell(compared: &[Compared], adapter: &str, json: bool, quiet: bool) -> Result
 
 /// Clips of every kind, with thresholds that suit the gradients.
 fn clips_for(tensors: &[Tensor<'_>]) -> Result<Vec<Clip>, Failure> {
-    let size = |clip: Clip| made::size(tensors, clip);
     // Half of the largest norm is exceeded by at least one segment.
     let half = |norm_type, scope| {
         let clip = Clip::norm(0.0).norm_type(norm_type).scope(scope);
-        Ok::<_, Failure>(with_mode(clip, Mode::Norm(0.5 * size(clip)?)))
+        Ok::<_, Failure>(with_mode(clip, Mode::Norm(0.5 * largest_norm(tensors, clip)?)))
     };
     let rms = Clip::rms(0.0).scope(Scope::Tensor);
     let l2 = half(NormType::L2, Scope::Global)?;
@@ -95,11 +88,11 @@ fn clips_for(tensors: &[Tensor<'_>]) -> Result<Vec<Clip>, Failure> {
         half(NormType::p(3.0), Scope::Global)?,
         half(NormType::L2, Scope::Tensor)?,
         half(NormType::L2, Scope::Unit)?,
-        with_mode(rms, Mode::Rms(0.5 * size(rms)?)),
+        with_mode(rms, Mode::Rms(0.5 * largest_norm(tensors, rms)?)),
         // A third of normally distributed elements lie beyond the root of their mean square.
-        Clip::value(size(Clip::rms(0.0))?),
-        Clip::norm(2.0 * size(l2)?),
-        // If there are non-finite elements, the norms above are refused on both sides; these are not.
+        Clip::value(largest_norm(tensors, Clip::rms(0.0))?),
+        Clip::norm(2.0 * largest_norm(tensors, l2)?),
+        // Both sides refuse the norms above if there are non-finite elements; not these.
         l2.non_finite(NonFinite::Propagate),
         l2.non_finite(NonFinite::Drop),
     ])
@@ -110,7 +103,12 @@ fn with_mode(mut clip: Clip, mode: Mode) -> Clip {
     clip
 }
 
-fn of_file(tensors: &[Tensor<'_>], clips: &[Clip], gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
+fn verify_file(
+    tensors: &[Tensor<'_>],
+    clips: &[Clip],
+    gpu: &GpuClipper,
+    hidden: bool,
+) -> Result<Vec<Compared>, Failure> {
     let bar = progress::count(clips.len() as u64, "verifying", hidden);
     let one = |clip: &Clip| {
         let verification = gradclip::verify(clip, tensors, gpu).wait()?;
@@ -120,11 +118,11 @@ fn of_file(tensors: &[Tensor<'_>], clips: &[Clip], gpu: &GpuClipper, hidden: boo
     clips.iter().map(one).collect()
 }
 
-fn of_made(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
+fn verify_generated(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {
     let cases = args.cases.get() as u64;
     let bar = progress::count(cases, "verifying", hidden);
     let one = |number| {
-        let case = Case::new(args.seed, number)?;
+        let case = TestCase::new(args.seed, number)?;
         let verification = case.verify(gpu)?;
         bar.inc(1);
         Ok(Compared { clip: format!("{number}: {:.2}", case.clip), verification })
@@ -137,7 +135,7 @@ impl Compared {
         let v = &self.verification;
         let disagreement = disagreement(v).map(|what| format!("    {what}\n")).unwrap_or_default();
         let verdict = if v.agrees() { "agree" } else { "DIFFER" };
-        // What is too long for the column stands on a line of its own.
+        // A text that is too long for the column gets a line of its own.
         let clip =
             if self.clip.len() > 54 { format!("{}\n{:54}", self.clip, "") } else { format!("{:<54}", self.clip) };
         format!("{clip} {:>10.1e} {:>5}  {verdict}\n{disagreement}", v.norm_error, ulps(v.worst_ulps))
@@ -161,7 +159,7 @@ impl Compared {
     }
 }
 
-/// What disagrees first, in words.
+/// The first disagreement, in words; `None` if both agree.
 pub(crate) fn disagreement(v: &Verification) -> Option<String> {
     if v.agrees() {
         None
@@ -190,7 +188,7 @@ fn found(side: &Result<ClipReport, NonFiniteElements>) -> String {
     found.map_or_else(|| "none".into(), ToString::to_string)
 }
 
-/// The distance between a number and NaN is the largest there is.
+/// `u64::MAX` is the distance between a number and NaN.
 fn ulps(ulps: u64) -> String {
     if ulps == u64::MAX { "NaN".into() } else { ulps.to_string() }
 }
@@ -199,24 +197,24 @@ fn ulps(ulps: u64) -> String {
 mod tests {
     use super::*;
 
-    /// Real verifications, tampered with, since devices that compute wrongly are rare.
+    /// Alters real verifications, because devices that compute wrongly are rare.
     #[test]
-    fn a_mismatch_is_told_and_ends_with_4() {
+    fn a_mismatch_is_reported_and_ends_with_4() {
         let gpu = backend::open_gpu(None).expect("a Vulkan device: apt-get install mesa-vulkan-drivers libvulkan1");
         let tensors = [Tensor::new(&[3.0f32, 4.0]).named("w")];
-        let mut compared = of_file(&tensors, &clips_for(&tensors).unwrap(), &gpu, true).unwrap();
-        assert!(tell(&compared, "card", false, true).is_ok());
+        let mut compared = verify_file(&tensors, &clips_for(&tensors).unwrap(), &gpu, true).unwrap();
+        assert!(report(&compared, "card", false, true).is_ok());
         assert_eq!(disagreement(&compared[0].verification), None);
 
         compared[0].verification.norm_error = 0.5;
         assert_eq!(disagreement(&compared[0].verification).unwrap(), "norm: CPU 5, GPU 5");
         let found = compared[1].verification.gpu.as_mut().unwrap();
         found.non_finite = gpu_found(&gpu);
-        let told = disagreement(&compared[1].verification).unwrap();
-        assert!(told.contains("CPU none, GPU 1 non-finite element"), "{told}");
+        let message = disagreement(&compared[1].verification).unwrap();
+        assert!(message.contains("CPU none, GPU 1 non-finite element"), "{message}");
 
         for json in [false, true] {
-            let failure = tell(&compared, "card", json, true).unwrap_err();
+            let failure = report(&compared, "card", json, true).unwrap_err();
             assert_eq!((failure.exit_code(), failure.to_string().contains("2 of 11 clips on card")), (4, true));
         }
         assert!(compared[0].row().contains("DIFFER\n    norm: CPU 5"), "{}", compared[0].row());
@@ -224,7 +222,7 @@ mod tests {
     }
 
     fn gpu_found(gpu: &GpuClipper) -> Option<NonFiniteElements> {
-        let clip = crate::names::measuring(Clip::norm(1.0));
+        let clip = crate::description::measuring(Clip::norm(1.0));
         gradclip::verify(&clip, &[Tensor::new(&[f32::NAN])], gpu).wait().unwrap().gpu.unwrap().non_finite
     }
 }

@@ -17,7 +17,7 @@ use gradclip_mpi::gradclip::{Clip, Clipper, TensorMut};
 use mpi::Threading;
 use mpi::collective::SystemOperation;
 use mpi::traits::{Communicator, CommunicatorCollectives};
-use regression::{BATCH, MAX_NORM, STEPS, WEIGHTS, by_one_process, check, descend, gradient, share};
+use regression::{BATCH, MAX_NORM, STEPS, WEIGHTS, by_one_process, check, descend, gradient, slice_range};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let (universe, _) = mpi::initialize_with_threading(Threading::Serialized).ok_or("MPI is initialised already")?;
@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut params = vec![0.0f32; WEIGHTS + 1];
     let mut norms = Vec::new();
     for step in 0..STEPS {
-        let (mine, my_loss) = gradient(step, share(BATCH, rank, ranks), &params);
+        let (mine, my_loss) = gradient(step, slice_range(BATCH, rank, ranks), &params);
 
         let (mut reduced, mut loss) = (vec![0.0f32; mine.len()], 0.0f32);
         world.all_reduce_into(&mine[..], &mut reduced[..], SystemOperation::sum());

@@ -19,7 +19,7 @@ use gradclip_mpi::gradclip::{Clip, Clipper, Tensor, TensorMut};
 use mpi::Threading;
 use mpi::collective::SystemOperation;
 use mpi::traits::{Communicator, CommunicatorCollectives};
-use regression::{BATCH, MAX_NORM, STEPS, WEIGHTS, by_one_process, check, descend, gradient, share};
+use regression::{BATCH, MAX_NORM, STEPS, WEIGHTS, by_one_process, check, descend, gradient, slice_range};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let (universe, _) = mpi::initialize_with_threading(Threading::Serialized).ok_or("MPI is initialised already")?;
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let clipper = Clipper::auto().processes(Arc::clone(&group) as Arc<dyn ProcessGroup>);
     let clip = Clip::norm(MAX_NORM);
 
-    let slice = share(WEIGHTS, rank, ranks);
+    let slice = slice_range(WEIGHTS, rank, ranks);
     let (mut weights, mut bias) = (vec![0.0f32; slice.len()], [0.0f32]);
     let name = format!("weights, slice {rank}");
     // Once, while the code is new: it sends every name.
@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut norms = Vec::new();
     for step in 0..STEPS {
         let params = gathered(&world, &weights, slice.start, bias[0]);
-        let (mine, my_loss) = gradient(step, share(BATCH, rank, ranks), &params);
+        let (mine, my_loss) = gradient(step, slice_range(BATCH, rank, ranks), &params);
         let (mut reduced, mut loss) = (vec![0.0f32; mine.len()], 0.0f32);
         world.all_reduce_into(&mine[..], &mut reduced[..], SystemOperation::sum());
         world.all_reduce_into(&my_loss, &mut loss, SystemOperation::sum());

@@ -1,4 +1,4 @@
-//! The calls of MPI that a group makes. Every one goes through [`Calls`], so none is made where MPI allows none.
+//! The MPI calls of a group. All go through [`Calls`], so that none is made where MPI does not allow it.
 
 use std::ffi::{c_char, c_int};
 use std::ptr::NonNull;
@@ -8,23 +8,23 @@ use gradclip::Error;
 use mpi::ffi::{self, MPI_Comm, MPI_Message, MPI_Request, MPI_Status};
 use mpi::{Threading, environment};
 
-/// Held during every call of this crate, whatever the group: `MPI_THREAD_SERIALIZED` allows one at a time. With it the
-/// number of the last group, by which messages of one that is gone are not taken for those of another.
+/// Held during every MPI call of this crate, by any group: `MPI_THREAD_SERIALIZED` allows one at a time. It holds the number of the
+/// last group, by which messages of a dropped group are not taken for those of another.
 static CALLS: Mutex<c_int> = Mutex::new(0);
 
-/// MPI has at least so many tags.
+/// How many tags MPI has at least.
 const TAGS: c_int = 32_768;
 
-/// That this thread may call MPI now: it runs, the threading level allows it, and no other thread is in a call of this
-/// crate.
+/// Permission to call MPI from this thread now: MPI runs, the threading level allows it, and no other thread is in a call of
+/// this crate.
 pub(crate) struct Calls(MutexGuard<'static, c_int>);
 
-/// A communicator that is nobody else's, and whose errors are returned.
+/// A communicator that only one group uses, and whose errors are returned.
 #[derive(Debug)]
 pub(crate) struct Communicator {
     handle: MPI_Comm,
-    /// Of every message. A communicator that is freed while a message is on its way nobody asks for may be followed by one
-    /// that MPI knows by the same number, and which would get it.
+    /// The tag of every message. If a communicator is freed while a message is still in transit, MPI may give its number to the
+    /// next one, which would receive that message.
     tag: c_int,
 }
 
@@ -34,10 +34,9 @@ unsafe impl Send for Communicator {}
 // SAFETY: The same. A shared reference can do nothing without `Calls`, of which there is one at a time.
 unsafe impl Sync for Communicator {}
 
-/// A message that is on its way, with the memory that MPI reads or writes meanwhile.
+/// A message in transit, with the memory that MPI reads or writes meanwhile.
 ///
-/// That memory is given back only by [`Calls::finish`], once MPI is done with it; if the transfer is dropped before,
-/// never.
+/// [`Calls::finish`] frees that memory once MPI has finished. If the transfer is dropped before, the memory is leaked.
 #[derive(Debug)]
 pub(crate) struct Transfer {
     request: MPI_Request,
@@ -99,7 +98,7 @@ impl Calls {
         Ok(Communicator { handle, tag: number % TAGS })
     }
 
-    /// Begins to send. The receiver need not have asked.
+    /// Begins to send. The receiver need not be waiting.
     pub(crate) fn send(&self, communicator: &Communicator, to: u32, message: &[u8]) -> Result<Transfer, Error> {
         let (Ok(count), Ok(rank)) = (c_int::try_from(message.len()), c_int::try_from(to)) else {
             return Err(Error::ProcessGroup(format!(
@@ -125,7 +124,7 @@ impl Calls {
                 &raw mut request,
             )
         };
-        // On an error the bytes are lost, not freed: nobody knows whether they are still read.
+        // On an error the bytes are leaked, because MPI may still read them.
         check("MPI_Isend", code)?;
         Ok(Transfer { request, bytes })
     }
@@ -168,7 +167,7 @@ impl Calls {
         Ok(Some(Transfer { request, bytes }))
     }
 
-    /// What was sent or received, once it was.
+    /// The message, once it was sent or received.
     pub(crate) fn finish(&self, mut transfer: Transfer) -> Result<Result<Box<[u8]>, Transfer>, Error> {
         let mut is_done = 0;
         // SAFETY: MPI runs and may be called (`self`). The request is active: one that is complete is not kept. No
@@ -183,21 +182,21 @@ impl Calls {
         Ok(Ok(unsafe { Box::from_raw(transfer.bytes.as_ptr()) }))
     }
 
-    /// Lets a transfer end by itself, some time: its memory is lost.
+    /// Lets a transfer end by itself; its memory is leaked.
     pub(crate) fn abandon(&self, mut transfer: Transfer) {
         // SAFETY: MPI runs and may be called (`self`), and the request is active. It goes on, and its bytes are never
         // freed.
         let _ = unsafe { ffi::MPI_Request_free(&raw mut transfer.request) };
     }
 
-    /// Gives a communicator back, which MPI keeps as long as something is on its way.
+    /// Frees a communicator. MPI keeps it while messages are in transit.
     pub(crate) fn free(&self, communicator: &mut Communicator) {
         // SAFETY: MPI runs and may be called (`self`). The communicator is live: this is called where it is dropped.
         let _ = unsafe { ffi::MPI_Comm_free(&raw mut communicator.handle) };
     }
 }
 
-/// The bytes of a box, for MPI and us to point to.
+/// The bytes of a box, as a pointer that MPI may hold too.
 fn owned(bytes: Box<[u8]>) -> NonNull<[u8]> {
     NonNull::from(Box::leak(bytes))
 }
@@ -211,7 +210,7 @@ fn is_main_thread() -> bool {
 
 const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
 
-/// MPI's own words for what went wrong in a call.
+/// Turns an error code into an error with the message of MPI.
 fn check(call: &str, code: c_int) -> Result<(), Error> {
     if code == SUCCESS {
         return Ok(());
@@ -221,6 +220,6 @@ fn check(call: &str, code: c_int) -> Result<(), Error> {
     // SAFETY: MPI runs and may be called, because it was just now. The text has the length that MPI writes at most.
     let known = unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast::<c_char>(), &raw mut len) } == SUCCESS;
     let written = usize::try_from(len).ok().filter(|_| known).and_then(|len| text.get(..len)).unwrap_or_default();
-    let said = String::from_utf8_lossy(written);
-    Err(Error::ProcessGroup(format!("{call} failed with code {code}: {}", said.trim())))
+    let message = String::from_utf8_lossy(written);
+    Err(Error::ProcessGroup(format!("{call} failed with code {code}: {}", message.trim())))
 }

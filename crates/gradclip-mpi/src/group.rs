@@ -15,10 +15,9 @@ use crate::calls::{Calls, Communicator, Transfer};
 
 /// The ranks of an MPI communicator, as the group that a clip is decided within.
 ///
-/// It sends on a communicator of its own, so that its messages and yours never meet. A message is a copy: `send`
-/// returns at once, and the copy is freed once MPI is done with it. If the group is dropped before, or MPI finalised,
-/// the message goes on its way, and its memory is lost; that happens only where a rank did not ask for what was sent to
-/// it.
+/// It sends on a communicator of its own, separate from your messages. A message is a copy: `send` returns at once, and
+/// the copy is freed once MPI has sent it. If the group is dropped or MPI finalised before, the message is still sent, and its
+/// memory is leaked. That happens only if a rank did not receive what was sent to it.
 ///
 /// # Threads
 ///
@@ -45,12 +44,12 @@ pub struct MpiGroup {
     transfers: Mutex<Transfers>,
 }
 
-/// What a rank has sent, without what MPI adds to it.
+/// What a rank has sent, without the overhead of MPI.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sent {
-    /// How many messages.
+    /// The number of messages.
     pub messages: u64,
-    /// How many bytes in them.
+    /// The number of bytes in them.
     pub bytes: u64,
 }
 
@@ -102,8 +101,8 @@ impl MpiGroup {
         Ok(Self { communicator, rank, size, timeout: None, calls, messages, bytes, transfers: Mutex::default() })
     }
 
-    /// Sets how long a call waits for the messages of other ranks before it ends in an error. Without one it waits as
-    /// long as MPI lets the process live; most `mpirun` end all ranks when one dies, and none when one merely stops.
+    /// Sets how long a call waits for messages of other ranks before it returns an error. Without a timeout it waits for ever.
+    /// Most `mpirun` end all ranks when one dies, but none when one merely stops.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
@@ -123,14 +122,14 @@ impl MpiGroup {
         Err(Error::ProcessGroup(format!("there is no rank {rank}, only {}", self.size)))
     }
 
-    /// Proves by `calls` that nobody waits for `Calls` while holding them.
+    /// `calls` proves that no thread waits for `Calls` while it holds this lock.
     fn transfers(&self, _calls: &Calls) -> MutexGuard<'_, Transfers> {
         self.transfers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Transfers {
-    /// Frees what has left.
+    /// Frees the messages that were sent.
     fn free_sent(&mut self, calls: &Calls) -> Result<(), Error> {
         let mut all = Ok(());
         for transfer in std::mem::take(&mut self.sent) {
@@ -201,7 +200,7 @@ impl ProcessGroup for MpiGroup {
 
 impl Drop for MpiGroup {
     fn drop(&mut self) {
-        // Where MPI may not be called any more, its handles are lost.
+        // If MPI may no longer be called, its handles are leaked.
         let Ok(calls) = Calls::enter() else { return };
         let mut transfers = std::mem::take(&mut *self.transfers(&calls));
         let _ = transfers.free_sent(&calls);
@@ -218,7 +217,7 @@ fn ranks_by_environment(variable: impl Fn(&str) -> Option<String>) -> Option<u64
     ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].iter().filter_map(|name| variable(name)?.parse().ok()).find(|ranks| *ranks > 1)
 }
 
-/// Which MPI this is, by its own words.
+/// The name of this MPI.
 fn library() -> String {
     let version = environment::library_version().unwrap_or_default();
     let words: Vec<_> = version.split_whitespace().map(|word| word.trim_matches(char::from(0))).collect();

@@ -15,7 +15,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! [`gradclip::processes`] says what ranks must call together, what they send each other, and what is measured once.
+//! [`gradclip::processes`] says what all ranks must call, what they send each other, and what is measured once.
 #![cfg_attr(
     feature = "gpu",
     doc = "On a GPU, [`GpuPlan::merge_across`](gradclip::gpu::GpuPlan::merge_across) stands between measuring and scaling."
@@ -68,27 +68,25 @@
 //!   fixed by the number of ranks. Another number of ranks is another order, and may change the last bits; with
 //!   half-precision gradients also where a tensor is cut, as four of their squares are added in float32 (2^-24 of the
 //!   norm at most).
-//! - **A NaN that one rank sees.** It skips the step and the others do not, or they wait for it for ever. Here all take
-//!   the same decision, by the policy of the [`Clip`](gradclip::Clip), and all know rank, tensor and index.
+//! - **A NaN that one rank sees.** That rank skips the step and the others do not, or they wait for it for ever. Here all ranks
+//!   decide the same, by the policy of the [`Clip`](gradclip::Clip), and all know rank, tensor and index.
 //! - **A group of the wrong ranks.** The world, where the data-parallel ranks hold the same gradients: the norm is too
 //!   large by √d.
 //!
 //! # What ranks wait for
 //!
-//! A call ends when all ranks of the group have come to it. Most `mpirun` end every rank as soon as one dies, and none
-//! when one merely stops; [`MpiGroup::with_timeout`] ends the call with an error then. After such an error ranks no
-//! longer know what others have done: one that came late may have clipped, by what the others had told it before they
-//! gave up. End the job (`communicator.abort(1)`) and go on from a checkpoint. So it is where a rank's own device fails after
-//! it has told the others what it measured. Whatever else a rank finds wrong before that reaches every rank, none has written,
-//! and the group is as good as before.
+//! A call returns when all ranks of the group have called it. Most `mpirun` end every rank as soon as one dies, but none when one
+//! merely stops; with [`MpiGroup::with_timeout`] the call then returns an error. After such an error ranks do not know what
+//! others have done: a late rank may have clipped, by the partials that it received before the others gave up. End the job
+//! (`communicator.abort(1)`) and resume from a checkpoint. The same holds if the device of a rank fails after the rank has sent
+//! its partials. Any earlier error reaches every rank. Then no rank has written, and the group can still be used.
 //!
 //! # Building
 //!
-//! An MPI and libclang must be there: on Debian `libopenmpi-dev openmpi-bin libclang-dev`, or `libmpich-dev mpich
-//! libclang-dev`. Of what is missing the build of the crate `mpi-sys` says "This library checks multiple methods to
-//! find an MPI library on your system" or "Unable to find libclang". Which MPI is used where there are several, the
-//! variable `MPICC` says at build time, and the program must be started by the `mpirun` of that one. OpenMPI 4.1 and
-//! MPICH 4.0 are tested.
+//! Install an MPI and libclang: on Debian `libopenmpi-dev openmpi-bin libclang-dev`, or `libmpich-dev mpich libclang-dev`. If one
+//! is missing, the build of the crate `mpi-sys` prints "This library checks multiple methods to find an MPI library on your
+//! system" or "Unable to find libclang". If several MPIs are installed, the variable `MPICC` chooses one at build time, and its
+//! `mpirun` must start the program. OpenMPI 4.1 and MPICH 4.0 are tested.
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod calls;

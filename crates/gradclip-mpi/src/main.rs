@@ -1,4 +1,4 @@
-//! The program `gradclip-mpi`: what `gradclip_cli::processes` does, as the ranks of an MPI job.
+//! The program `gradclip-mpi`: runs `gradclip_cli::processes` as the ranks of an MPI job.
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,22 +6,22 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gradclip_cli::processes::{Ended, run};
+use gradclip_cli::processes::{Exit, run};
 use gradclip_mpi::MpiGroup;
 use gradclip_mpi::gradclip::processes::agree;
 use mpi::Threading;
 use mpi::traits::Communicator;
 
-/// Seconds that a rank waits for a message of another; for ever without it.
+/// The variable with the number of seconds that a rank waits for a message of another; without it, for ever.
 const TIMEOUT: &str = "GRADCLIP_MPI_TIMEOUT";
 
-/// How long a rank that has failed waits for the others to come to the same end, before it ends them.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a rank that has failed waits for the others to fail too, before it aborts them.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The exit code of what cannot even begin.
-const COULD_NOT: u8 = 1;
+/// The exit code if the program cannot start.
+const FAILED: u8 = 1;
 
-/// As that of a panic.
+/// The exit code of a panic.
 const PANICKED: u8 = 101;
 
 fn main() -> ExitCode {
@@ -31,31 +31,31 @@ fn main() -> ExitCode {
         unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     }
     let Some((universe, _)) = mpi::initialize_with_threading(Threading::Serialized) else {
-        say("error: MPI is initialised already\n");
-        return ExitCode::from(COULD_NOT);
+        print_error("error: MPI is initialised already\n");
+        return ExitCode::from(FAILED);
     };
     let world = universe.world();
-    // The second is for the end, where the first may be of no use any more.
+    // The second is for the exit, because the first may be unusable then.
     let groups = timeout().and_then(|timeout| {
         let new = || MpiGroup::new(&world).map_err(|error| error.to_string());
         let group = new()?;
         let group = if let Some(timeout) = timeout { group.with_timeout(timeout) } else { group };
         Ok((group, new()?))
     });
-    let (group, at_end) = match groups {
-        Ok((group, at_end)) => (Arc::new(group), at_end.with_timeout(PATIENCE)),
+    let (group, exit_group) = match groups {
+        Ok((group, exit_group)) => (Arc::new(group), exit_group.with_timeout(EXIT_TIMEOUT)),
         Err(error) => {
-            say(&format!("error: {error}\n"));
-            world.abort(COULD_NOT.into());
+            print_error(&format!("error: {error}\n"));
+            world.abort(FAILED.into());
         }
     };
-    let ended = catch_unwind(AssertUnwindSafe(|| run(group, std::env::args_os().skip(1), &mut std::io::stdout())));
-    // The panic has told why; the others may wait for what this rank would have said.
-    let Ok(Ended { exit_code, message }) = ended else { world.abort(PANICKED.into()) };
-    say(&message);
-    // Finalising MPI waits for every rank, and one that has failed by itself would wait for ever. Where all have come
-    // to the same failure, which is the rule, each ends by itself and with its exit code.
-    if exit_code != 0 && agree(&at_end, true).is_err() {
+    let exit = catch_unwind(AssertUnwindSafe(|| run(group, std::env::args_os().skip(1), &mut std::io::stdout())));
+    // The panic has printed its message. Other ranks may wait for a message of this one.
+    let Ok(Exit { exit_code, message }) = exit else { world.abort(PANICKED.into()) };
+    print_error(&message);
+    // Finalising MPI waits for every rank, so a rank that failed alone would wait for ever. Usually all ranks have the same
+    // failure; then each exits with its exit code.
+    if exit_code != 0 && agree(&exit_group, true).is_err() {
         world.abort(exit_code.into());
     }
     ExitCode::from(exit_code)
@@ -68,7 +68,7 @@ fn timeout() -> Result<Option<Duration>, String> {
     timeout.map(Some).ok_or_else(|| format!("{TIMEOUT} is {given:?}; it must be a number of seconds above 0"))
 }
 
-/// Nobody is left to tell if stderr is closed.
-fn say(message: &str) {
+/// If stderr is closed, nobody can read the message.
+fn print_error(message: &str) {
     let _ = std::io::stderr().write_all(message.as_bytes());
 }

@@ -22,7 +22,7 @@ pub(crate) enum Targets {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Part {
+pub(crate) enum Split {
     Training,
     HeldOut,
 }
@@ -60,32 +60,32 @@ impl Data {
     }
 
     /// The next batch. All that it depends on is the state of `random`, which is thus the run's place in the data.
-    pub(crate) fn batch(&self, random: &mut Random, part: Part, device: &Device) -> Batch {
+    pub(crate) fn batch(&self, random: &mut Random, split: Split, device: &Device) -> Batch {
         match self.task {
-            Task::Text => self.characters(random, part, device),
+            Task::Text => self.characters(random, split, device),
             Task::Regression => self.adding(random, device),
         }
     }
 
     /// Pieces of the text from random places.
-    fn characters(&self, random: &mut Random, part: Part, device: &Device) -> Batch {
-        let (first, end) = match part {
-            Part::Training => (0, held_out()),
-            Part::HeldOut => (held_out(), self.text.len()),
+    fn characters(&self, random: &mut Random, split: Split, device: &Device) -> Batch {
+        let (first, end) = match split {
+            Split::Training => (0, held_out()),
+            Split::HeldOut => (held_out(), self.text.len()),
         };
-        let (batch, unroll, letters) = (self.batch_size, self.unroll, self.alphabet.len());
-        let mut inputs = vec![0.0_f32; unroll * batch * letters];
+        let (batch, unroll, characters) = (self.batch_size, self.unroll, self.alphabet.len());
+        let mut inputs = vec![0.0_f32; unroll * batch * characters];
         let mut targets = vec![0_i32; unroll * batch];
         for sequence in 0..batch {
             let start = first + random.below(end - first - unroll);
             for time in 0..unroll {
                 let place = time * batch + sequence;
-                inputs[place * letters + self.text[start + time]] = 1.0;
+                inputs[place * characters + self.text[start + time]] = 1.0;
                 targets[place] = self.text[start + time + 1] as i32;
             }
         }
         Batch {
-            inputs: Tensor::from_data(TensorData::new(inputs, [unroll, batch, letters]), device),
+            inputs: Tensor::from_data(TensorData::new(inputs, [unroll, batch, characters]), device),
             targets: Targets::Characters(Tensor::from_data(TensorData::new(targets, [unroll * batch]), device)),
         }
     }

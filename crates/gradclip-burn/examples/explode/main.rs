@@ -41,19 +41,19 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 struct Options {
     #[command(flatten)]
     settings: Settings,
-    /// Steps that each run takes
+    /// Number of steps of each run
     #[arg(long, value_name = "N", default_value_t = 3000, value_parser = settings::count)]
     steps: usize,
-    /// Save and validate every so many steps
+    /// Number of steps between checkpoints, which also validate
     #[arg(long, value_name = "N", default_value_t = 500, value_parser = settings::count)]
     save_every: usize,
     /// The folder for the picture, the figures and the checkpoints
     #[arg(long, value_name = "DIR", default_value = "target/explode")]
     out: PathBuf,
-    /// Go on from the checkpoints in the folder
+    /// Resume from the checkpoints in the folder
     #[arg(long)]
     resume: bool,
-    /// Begin anew where the folder holds checkpoints
+    /// Start again even if the folder holds checkpoints
     #[arg(long, conflicts_with = "resume")]
     force: bool,
 }
@@ -106,7 +106,7 @@ fn compare(options: &Options) -> Result<()> {
     report(options, model.num_params(), &runs)
 }
 
-/// The four runs, from their beginnings or their checkpoints; nothing is written before all are there.
+/// The four runs, new or from their checkpoints. Nothing is written before all are loaded.
 fn runs(options: &Options, folder: &Path, model: &Rnn, device: &Device) -> Result<Vec<Run>> {
     let paths = Clipping::ALL.map(|clipping| (clipping, folder.join(clipping.file_name())));
     let found = paths.iter().filter(|(_, path)| path.exists()).count();
@@ -132,8 +132,8 @@ fn runs(options: &Options, folder: &Path, model: &Rnn, device: &Device) -> Resul
 
 /// Trains the runs by turns, with bars on a terminal, and a line at each checkpoint.
 ///
-/// One thread does it all: graphs of burn's autodiff that have had a parameter in common lock each other out for ever if
-/// several threads use them (seen in burn 0.22.1).
+/// One thread runs everything: graphs of burn's autodiff that shared a parameter deadlock if several threads use them (seen in
+/// burn 0.22.1).
 fn train(runs: &mut [Run], options: &Options, data: &Data) -> Result<()> {
     let bars = MultiProgress::new();
     let style = ProgressStyle::with_template("{prefix:>14} {wide_bar} {pos}/{len} {msg:36}")?;

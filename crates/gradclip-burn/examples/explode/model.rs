@@ -66,7 +66,7 @@ impl Rnn {
         }
     }
 
-    /// Tells weights apart to the bit.
+    /// A hash of the bits of the weights.
     pub(crate) fn fingerprint(&self) -> Fingerprint {
         struct Visitor(Fingerprint);
         impl ModuleVisitor for Visitor {

@@ -33,25 +33,25 @@ pub(crate) struct Settings {
     /// The learning rate at the first step
     #[arg(long, default_value_t = 0.2, value_parser = positive)]
     pub(crate) lr: f64,
-    /// What is left of the learning rate after 1,000 steps
+    /// Fraction of the learning rate that is left after 1,000 steps
     #[arg(long, value_name = "F", default_value_t = 0.5, value_parser = fraction)]
     pub(crate) lr_decay: f64,
-    /// Value clipping: the largest size of an element
+    /// Value clipping: the largest absolute value of an element
     #[arg(long, value_name = "V", default_value_t = 0.03, value_parser = positive)]
     pub(crate) clip_value: f64,
     /// Norm clipping: the largest global norm
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = positive)]
     pub(crate) max_norm: f64,
-    /// ZClip: how many standard deviations above its mean a norm may lie
+    /// ZClip: how many standard deviations a norm may be above its mean
     #[arg(long, value_name = "Z", default_value_t = 2.5, value_parser = positive)]
     pub(crate) z_threshold: f64,
-    /// ZClip: how many steps are only measured
+    /// ZClip: for how many steps norms are only measured
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) z_warm_up: u32,
-    /// Of the first weights and of the batches
+    /// Seed of the first weights and of the batches
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
-    /// Where it is computed
+    /// The device to compute on
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     pub(crate) device: Backend,
 }
@@ -64,7 +64,7 @@ impl Settings {
         })
     }
 
-    /// What no single option shows to be wrong.
+    /// Checks options that contradict each other.
     pub(crate) fn check(&self, longest: usize) -> Result<(), String> {
         if (self.task == Task::Text) != (self.loss() == Loss::CrossEntropy) {
             return Err(match self.task {
@@ -83,7 +83,7 @@ impl Settings {
         self.lr * self.lr_decay.powf(step as f64 / 1000.0)
     }
 
-    /// Where two runs differ, in words; none if one may go on from the other's checkpoint.
+    /// The first difference between two runs, in words; none if one can resume from the checkpoint of the other.
     pub(crate) fn difference(&self, saved: &Self) -> Option<String> {
         let fields = |settings: &Self| match serde_json::to_value(settings) {
             Ok(serde_json::Value::Object(fields)) => fields,

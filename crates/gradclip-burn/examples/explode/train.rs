@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Result;
 use super::checkpoint::{Checkpoint, State};
-use super::data::{Data, Part, Random};
+use super::data::{Data, Random, Split};
 use super::model::Rnn;
 use super::optimizer::optimizer;
 use super::settings::{Clipping, Settings};
@@ -43,7 +43,7 @@ pub(crate) struct Run {
     device: Device,
     model: Rnn,
     optimizer: ModuleOptimizer,
-    /// Clips nothing and tells the norm, also where clipping needs none.
+    /// Clips nothing and reports the norm, also for clips that need none.
     measure: GradClipper,
     clipper: GradClipper,
     random: Random,
@@ -82,7 +82,7 @@ impl Run {
     }
 
     /// Saves and validates if it is time to, then takes a step; false once `steps` are done or the loss is no longer
-    /// finite. `validated` is told of validations.
+    /// finite. `validated` is called after a validation.
     pub(crate) fn advance(
         &mut self,
         data: &Data,
@@ -113,7 +113,7 @@ impl Run {
     }
 
     fn step(&mut self, data: &Data) -> Result<()> {
-        let batch = data.batch(&mut self.random, Part::Training, &self.device);
+        let batch = data.batch(&mut self.random, Split::Training, &self.device);
         let loss = self.model.loss(batch, self.settings.loss());
         let value = loss.clone().into_scalar::<f32>();
         if !value.is_finite() {
@@ -155,7 +155,7 @@ impl Run {
         let (model, device) = (self.model.valid(), self.device.clone().inner());
         let mut random = Random(!self.settings.seed);
         let mut loss = || {
-            let batch = data.batch(&mut random, Part::HeldOut, &device);
+            let batch = data.batch(&mut random, Split::HeldOut, &device);
             model.loss(batch, self.settings.loss()).into_scalar::<f32>()
         };
         let mean = (0..VALIDATION).map(|_| loss()).sum::<f32>() / VALIDATION as f32;

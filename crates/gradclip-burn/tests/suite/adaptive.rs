@@ -61,7 +61,7 @@ fn a_saved_threshold_goes_on_to_the_bit() {
     }
 }
 
-/// A run that goes from the GPU to the host and back, as when a device is shared out, keeps one threshold.
+/// A run that goes from the GPU to the host and back, as when a device is registered late, keeps one threshold.
 #[test]
 fn a_threshold_moves_with_the_gradients() {
     let (gpu, host) = (wgpu(), Device::flex());

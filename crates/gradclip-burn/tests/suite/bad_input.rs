@@ -106,21 +106,21 @@ fn nothing_to_report() {
 
 /// burn keeps the handles of devices that it opens to itself.
 #[test]
-fn a_wgpu_device_that_is_not_shared() {
+fn a_wgpu_device_that_is_not_registered() {
     let (_, setup) = WgpuOptions::default().device_kind(DeviceKind::Cpu).init_with_setup().expect("lavapipe");
     let device = Device::wgpu_options().setup(setup.clone()).init().expect("a device of its own");
     let net = Net::new(&device);
     let mut grads = ones(&net, &device);
-    let error = clip_grad_norm(&mut grads, &net, 1.0).expect_err("not shared").to_string();
+    let error = clip_grad_norm(&mut grads, &net, 1.0).expect_err("not registered").to_string();
     assert!(error.contains("open_wgpu") && error.contains("through_host"), "{error}");
     assert!(all_numbers(&net, &grads).concat().iter().all(|x| *x == 1.0), "nothing lost, nothing clipped");
     // Either way out works.
     GradClipper::new(Clip::norm(1.0)).through_host().clip(&mut grads, &net).expect("by the host");
     let norm = |grads: &GradientsParams| crate::common::norm(&all_numbers(&net, grads).concat());
     assert!((norm(&grads) - 1.0).abs() < 1e-5);
-    gradclip_burn::share(&device, &setup).expect("it can clip");
+    gradclip_burn::register_wgpu(&device, &setup).expect("it can clip");
     clip_grad_norm(&mut grads, &net, 0.5).expect("by the GPU");
     assert!((norm(&grads) - 0.5).abs() < 1e-5);
-    let error = gradclip_burn::share(&Device::flex(), &setup).expect_err("no wgpu device").to_string();
+    let error = gradclip_burn::register_wgpu(&Device::flex(), &setup).expect_err("no wgpu device").to_string();
     assert!(error.contains("no wgpu device"), "{error}");
 }

@@ -17,7 +17,7 @@ fn a_device_that_was_lost() {
     let backend = adapter.get_info().backend;
     let setup = burn::tensor::wgpu::WgpuSetup { instance, adapter, device, queue, backend };
     let device = Device::wgpu_options().setup(setup.clone()).init().expect("registered");
-    gradclip_burn::share(&device, &setup).expect("it can clip");
+    gradclip_burn::register_wgpu(&device, &setup).expect("it can clip");
     let net = Net::new(&device);
     let make = || gradients(&net, &device, DType::F32, |_, n| vec![1.0; n]);
     let (mut before, mut after) = (make(), make());
@@ -25,8 +25,8 @@ fn a_device_that_was_lost() {
     clipper.clip(&mut before, &net).expect("the device works");
     clipper.report().wait().expect("clipped");
     setup.device.destroy();
-    let told = clipper.clip(&mut after, &net).and_then(|()| clipper.report().wait());
-    let error = told.expect_err("the device is gone").to_string();
+    let result = clipper.clip(&mut after, &net).and_then(|()| clipper.report().wait());
+    let error = result.expect_err("the device is gone").to_string();
     assert!(error.contains("lost") || error.contains("destroyed") || error.contains("poisoned"), "{error}");
     // And again, with a plan anew.
     let mut clipper = GradClipper::new(Clip::norm(1.0));

@@ -82,9 +82,9 @@ fn several_threads_on_one_device() {
     });
 }
 
-/// Gradients that another thread made, and hands over.
+/// Gradients that another thread has computed.
 #[test]
-fn gradients_made_by_another_thread() {
+fn gradients_of_another_thread() {
     let device = wgpu();
     let two = Two::new([64, 256], 3, &device);
     let mut clipper = GradClipper::new(Clip::norm(1.0).eps(0.0));

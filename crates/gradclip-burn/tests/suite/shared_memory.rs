@@ -122,8 +122,8 @@ fn nothing_is_half_clipped_by_an_error() {
         let mut grads = pair.with(first, tensor(&numbers, [4, 6], &device));
         let before = all_numbers(&pair, &grads);
         let mut clipper = gradclip_burn::GradClipper::new(Clip::norm(1e-3));
-        let told = clipper.clip(&mut grads, &pair).and_then(|()| clipper.report().wait());
-        let message = told.expect_err("infinite").to_string();
+        let result = clipper.clip(&mut grads, &pair).and_then(|()| clipper.report().wait());
+        let message = result.expect_err("infinite").to_string();
         assert!(message.contains("second") && message.contains('7'), "{name}: {message}");
         assert_eq!(all_numbers(&pair, &grads), before, "{name}");
     }

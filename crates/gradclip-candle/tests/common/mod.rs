@@ -1,4 +1,4 @@
-//! What the tests share: made gradients, and what is true of tensors.
+//! What the tests share: generated gradients, and what is true of tensors.
 
 #![allow(dead_code, reason = "each test file uses a part")]
 

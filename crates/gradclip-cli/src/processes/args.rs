@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, Args, Parser, Subcommand};
 
-use crate::args::{BackendArgs, HowArgs, MeasureArgs};
+use crate::args::{BackendArgs, ClipOptions, MeasureArgs};
 
 #[derive(Debug, Parser)]
 #[command(name = "gradclip-mpi", version, about = ABOUT, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
@@ -17,21 +17,20 @@ const ABOUT: &str = "Measures and clips gradients in many safetensors files, on 
 
 const LONG: &str = "Measures and clips gradients in many safetensors files, on many processes, by one norm.
 
-Start it with mpirun: each process (rank) takes a share of the files, as equal in bytes as whole files allow, and all scale \
-by the norm of all gradients in all files. All ranks must see the files, and the folder that OUT is to be in, by the same \
-names: on one machine, or on a file system that the machines share. Ranks on one machine share its cores: --threads \
-divides them.
+Start it with mpirun. The files are divided among the processes (ranks), as evenly in bytes as whole files allow. All ranks \
+scale by the norm of all gradients in all files. All ranks must see the files, and the folder of OUT, under the same \
+names: on one machine, or on a shared file system. Ranks on one machine share its cores: divide them with --threads.
 
-A tensor name that several files have stands for slices of one tensor, each of which counts. Replicas of one tensor, such \
-as layer norms or biases beside sharded weights, would be counted many times: name them with --replicated.";
+If several files have a tensor of the same name, these are slices of one tensor, and each slice counts. Replicas of one \
+tensor, such as layer norms or biases beside sharded weights, would be counted several times: name them with --replicated.";
 
 const EXIT_CODES: &str = "Example:
   mpirun -n 4 gradclip-mpi clip shards/*.safetensors -o out --max-norm 1
 
-GRADCLIP_MPI_TIMEOUT=S limits the seconds that a rank waits for another.
+GRADCLIP_MPI_TIMEOUT=S limits how many seconds a rank waits for another.
 
-Exit codes, the same on every rank: 0 done; 1 could not (file, device, rank);
-2 usage; 3 non-finite gradients under --non-finite error.";
+Exit codes, the same on every rank: 0 success; 1 failure (file, device, rank);
+2 usage error; 3 non-finite gradients under --non-finite error.";
 
 const CLIP_USAGE: &str = "mpirun gradclip-mpi clip FILE... -o OUT --max-norm N [OPTIONS]
        mpirun gradclip-mpi clip FILE... -o OUT --max-rms R [OPTIONS]
@@ -43,10 +42,10 @@ const NORM_USAGE: &str = "mpirun gradclip-mpi norm FILE... [OPTIONS]";
 
 const CLIP_LONG: &str = "Clip the gradients of many files by one norm, into new files of the same names in the folder OUT.
 
-OUT appears whole or not at all: every rank writes into a folder beside OUT, and when all ranks are done it is renamed. If \
-one of them fails before that, there is no OUT, and the folder is removed.";
+OUT appears whole or not at all. Every rank writes into a folder beside OUT. When all ranks have finished, that folder is \
+renamed to OUT. If a rank fails before that, the folder is removed, and there is no OUT.";
 
-/// Hides what needs other scopes: it is accepted, to be refused with a reason.
+/// Hides options that need other scopes. They are parsed, so that the error can give a reason.
 fn by_one_norm(arg: Arg) -> Arg {
     let id = arg.get_id().as_str();
     let hidden = ["scope", "unit_axis", "budget", "agc", "agc_eps", "params"].contains(&id);
@@ -68,30 +67,30 @@ pub(super) struct NormArgs {
     #[command(flatten)]
     pub(super) measure: MeasureArgs,
     #[command(flatten)]
-    pub(super) shared: SharedArgs,
+    pub(super) common: CommonArgs,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct ClipArgs {
-    /// The folder that the clipped files go to
+    /// The folder to write the clipped files to
     #[arg(long, short, value_name = "OUT")]
     pub(super) out: PathBuf,
-    /// Replace OUT if it exists: a folder of safetensors files and nothing else
+    /// Replace OUT if it exists and holds nothing but safetensors files
     #[arg(long)]
     pub(super) force: bool,
     #[command(flatten)]
-    pub(super) how: HowArgs,
+    pub(super) options: ClipOptions,
     #[command(flatten)]
-    pub(super) shared: SharedArgs,
+    pub(super) common: CommonArgs,
 }
 
 #[derive(Debug, Args)]
-pub(super) struct SharedArgs {
+pub(super) struct CommonArgs {
     /// Safetensors files
     #[arg(value_name = "FILE", required = true)]
     pub(super) files: Vec<PathBuf>,
-    /// Tensors of this name, in which * stands for any characters, are replicas of one: count the first file's alone. May be
-    /// given again
+    /// Tensors of this name are replicas of one tensor: count only that of the first file. A * stands for any characters. May
+    /// be given several times
     #[arg(long, value_name = "NAME")]
     pub(super) replicated: Vec<String>,
     #[command(flatten)]
@@ -99,7 +98,7 @@ pub(super) struct SharedArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
-    /// Print only the norm, or for clip nothing but errors
+    /// Print only the norm; for clip, print nothing but errors
     #[arg(long, short)]
     pub(super) quiet: bool,
 }

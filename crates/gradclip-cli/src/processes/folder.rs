@@ -1,8 +1,8 @@
-//! The folder that turns into OUT when every rank has written its files into it.
+//! The folder that is renamed to OUT when every rank has written its files into it.
 //!
-//! Rank 0 makes it beside OUT, under a name of its own, and renames it in the end; the others know it by its name. Who fails,
-//! or is interrupted, removes it; but from when a rank says that its files are written, that is left to rank 0, because by
-//! then it may be OUT.
+//! Rank 0 creates it beside OUT, under a unique name, and renames it in the end; the other ranks open it by its name. A rank that
+//! fails or is interrupted removes it. Once a rank has reported that its files are written, only rank 0 may remove it,
+//! because the folder may be OUT by then.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::failure::Failure;
 use crate::input::folder_of;
-use crate::output::{exists, remove_folder, sync_folder_of, unfinished, watch_for_interrupts};
+use crate::temporary::{builder, exists, remove_folder, sync_folder_of, unfinished, watch_for_interrupts};
 
 #[derive(Debug)]
 pub(super) struct Folder {
@@ -23,28 +23,24 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// Makes it, if OUT may be written.
-    pub(super) fn make(out: &Path, files: &[PathBuf], force: bool) -> Result<Self, Failure> {
+    /// Creates the folder, if OUT may be written.
+    pub(super) fn create(out: &Path, files: &[PathBuf], force: bool) -> Result<Self, Failure> {
         check(out, files, force)?;
         watch_for_interrupts()?;
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".gradclip-").suffix(".tmp");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777)); // less the umask
         // One lock for both: an interrupt in between would miss the folder.
         let mut unfinished = unfinished();
-        let path = builder.tempdir_in(folder_of(out)).map_err(Failure::io(out, "write"))?.keep();
+        let path = builder(0o777).tempdir_in(folder_of(out)).map_err(Failure::io(out, "write"))?.keep();
         unfinished.push(path.clone());
         Ok(Self { path, out: out.to_owned(), force, removes: true })
     }
 
-    /// The folder that rank 0 has made.
-    pub(super) fn of_rank_0(out: &Path, name: &str) -> Result<Self, Failure> {
+    /// Opens the folder that rank 0 has created.
+    pub(super) fn open(out: &Path, name: &str) -> Result<Self, Failure> {
         watch_for_interrupts()?;
         let path = folder_of(out).join(name);
         if !path.is_dir() {
             let problem =
-                "rank 0 has begun to write it where this rank does not see it: OUT must lie where all ranks do";
+                "this rank does not see the folder that rank 0 has created: all ranks must see the folder of OUT";
             return Err(Failure::file(out, problem));
         }
         unfinished().push(path.clone());
@@ -55,40 +51,40 @@ impl Folder {
         &self.path
     }
 
-    /// What the other ranks know it by.
+    /// The name by which the other ranks open it.
     pub(super) fn name(&self) -> Option<&str> {
         self.path.file_name().and_then(OsStr::to_str)
     }
 
-    /// Leaves it to rank 0: for the others, before they say that their files are written.
-    pub(super) fn hand_over(&mut self) {
+    /// Leaves removal to rank 0. The other ranks call this before they report that their files are written.
+    pub(super) fn leave_to_rank_0(&mut self) {
         self.forget(&mut unfinished());
         self.removes = false;
     }
 
-    /// An interrupt need not remove it for this rank any more; others may be threads of the same process.
+    /// An interrupt need no longer remove it for this rank. Other ranks may be threads of the same process.
     fn forget(&self, unfinished: &mut Vec<PathBuf>) {
         if let Some(own) = unfinished.iter().position(|path| *path == self.path) {
             unfinished.swap_remove(own);
         }
     }
 
-    /// Turns it into OUT. What OUT was before, if that is to be replaced, is removed.
-    pub(super) fn place(self) -> Result<(), Failure> {
+    /// Renames it to OUT. An old OUT is removed, if it may be replaced.
+    pub(super) fn rename(self) -> Result<(), Failure> {
         // An interrupt waits.
         let _unfinished = unfinished();
-        let there = self.out.symlink_metadata().is_ok();
-        if there && !self.force {
+        let exists_already = self.out.symlink_metadata().is_ok();
+        if exists_already && !self.force {
             return Err(exists(&self.out));
         }
-        let placed = if there { replace(&self.path, &self.out) } else { fs::rename(&self.path, &self.out) };
-        placed.map_err(Failure::io(&self.out, "write"))?;
+        let renamed = if exists_already { replace(&self.path, &self.out) } else { fs::rename(&self.path, &self.out) };
+        renamed.map_err(Failure::io(&self.out, "write"))?;
         sync_folder_of(&self.out);
         Ok(())
     }
 
-    /// A failure in this folder is one of OUT.
-    pub(super) fn told(&self, failure: Failure) -> Failure {
+    /// Names OUT in a failure of a file in this folder.
+    pub(super) fn with_final_path(&self, failure: Failure) -> Failure {
         match failure {
             Failure::File { path, problem } => match path.strip_prefix(&self.path) {
                 Ok(file) => Failure::File { path: self.out.join(file), problem },
@@ -110,20 +106,20 @@ impl Drop for Folder {
     }
 }
 
-/// Puts a folder in the place of another, which is removed.
+/// Replaces a folder by another, and removes the old one.
 fn replace(new: &Path, out: &Path) -> io::Result<()> {
-    // At one stroke, where the system and the file system can.
+    // In one step, where the system and the file system can.
     #[cfg(target_os = "linux")]
     if rustix::fs::renameat_with(rustix::fs::CWD, new, rustix::fs::CWD, out, rustix::fs::RenameFlags::EXCHANGE).is_ok()
     {
         let _ = fs::remove_dir_all(new);
         return Ok(());
     }
-    replace_in_two(new, out)
+    replace_in_two_steps(new, out)
 }
 
-/// The same where a kill in between leaves both folders and no OUT.
-fn replace_in_two(new: &Path, out: &Path) -> io::Result<()> {
+/// The same in two renames. A kill in between leaves both folders and no OUT.
+fn replace_in_two_steps(new: &Path, out: &Path) -> io::Result<()> {
     let old = new.with_extension("old");
     fs::rename(out, &old)?;
     if let Err(error) = fs::rename(new, out) {
@@ -134,14 +130,14 @@ fn replace_in_two(new: &Path, out: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Checks that OUT can be written, and harms nothing but what it was before.
+/// Checks that OUT can be written, and that nothing but an old OUT is replaced.
 fn check(out: &Path, files: &[PathBuf], force: bool) -> Result<(), Failure> {
     if out.file_name().is_none() {
-        return Err(Failure::Usage(format!("OUT must name a folder to be made, which {:?} does not", out.display())));
+        return Err(Failure::Usage(format!("OUT must name a new folder, which {:?} does not", out.display())));
     }
     let folder = folder_of(out);
     if !folder.is_dir() {
-        return Err(Failure::file(folder, "not a folder, so OUT cannot be written there: make it first"));
+        return Err(Failure::file(folder, "not a folder, so OUT cannot be written there: create it first"));
     }
     match out.symlink_metadata() {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -157,7 +153,7 @@ fn check(out: &Path, files: &[PathBuf], force: bool) -> Result<(), Failure> {
             return Err(Failure::Usage(message));
         }
     }
-    // An old set may have had other names, but OUT is not to be somebody's home.
+    // An old set may have other names, but a folder with anything else is not replaced.
     for entry in out.read_dir().map_err(Failure::io(out, "read"))? {
         let entry = entry.map_err(Failure::io(out, "read"))?;
         let name = entry.file_name();
@@ -184,7 +180,7 @@ mod tests {
         path.read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
-    /// Other ranks may still be writing into it, and nobody comes back for it.
+    /// Other ranks may still be writing into it, and nobody removes it later.
     #[test]
     fn what_is_removed_stays_so() {
         let parent = tempfile::tempdir().unwrap();
@@ -203,15 +199,15 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_takes_the_place_of_another() {
-        for replace in [replace, replace_in_two] {
+    fn a_folder_replaces_another() {
+        for replace in [replace, replace_in_two_steps] {
             let parent = tempfile::tempdir().unwrap();
             let (new, out) = (parent.path().join("new.tmp"), parent.path().join("out"));
             folder(&new, "new");
             folder(&out, "old");
             replace(&new, &out).unwrap();
             assert_eq!((names(parent.path()), names(&out)), (vec!["out".to_owned()], vec!["new".to_owned()]));
-            // There is nothing to put in its place.
+            // There is no new folder any more.
             assert_eq!(replace(&new, &out).unwrap_err().kind(), ErrorKind::NotFound);
             assert_eq!((names(parent.path()), names(&out)), (vec!["out".to_owned()], vec!["new".to_owned()]));
         }

@@ -1,27 +1,27 @@
-//! The program `gradclip-mpi`: the files of a sharded model, measured or clipped by many processes and one norm. The crate of
-//! that name gives [`main()`] its process group, and is all that knows of MPI.
+//! The program `gradclip-mpi`: many processes measure or clip the files of a sharded model by one norm. The crate of that name
+//! gives [`main()`] its process group; only that crate uses MPI.
 //!
-//! Every rank goes through the same steps, and none goes on before all have done the one before ([`together`]):
+//! Every rank goes through the same steps. None begins a step before all have finished the one before ([`lockstep`]):
 //!
 //! ```text
 //! arguments   are the same on all ranks
-//! open        each rank has mapped its share of the files, and all know what is in them (share.rs)
-//! folder      rank 0 has made one beside OUT (folder.rs), and all see it
+//! open        each rank has mapped its files, and all know what is in them (assignment.rs)
+//! folder      rank 0 has created one beside OUT (folder.rs), and all see it
 //! ready       each rank has its backend, and on a GPU its copies
-//!             -> measure, exchange partials, decide: the library's part, within the group
+//!             -> the library measures, exchanges partials and decides within the group
 //! done        each rank has written its clipped files into the folder, and no input has changed
-//!             -> rank 0 makes the folder OUT, by one rename, and prints the report
-//! end         how that went
+//!             -> rank 0 renames the folder to OUT and prints the report
+//! end         whether that succeeded
 //! ```
 //!
-//! A rank that fails says so in the step that it was on the way to. So each rank ends there, with the same exit code, and
-//! nobody waits for what will not come.
+//! A rank that fails reports it in its next step. So every rank ends there, with the same exit code, and none waits for a message
+//! that will not come.
 
 mod args;
+mod assignment;
 mod folder;
-mod job;
-mod share;
-mod together;
+mod lockstep;
+mod operation;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -32,55 +32,45 @@ use clap::Parser;
 use gradclip::processes::ProcessGroup;
 
 use crate::failure::Failure;
-use crate::report;
+use crate::print::printed;
 use args::Cli;
-use job::Job;
-use together::{Stopped, Together};
+pub use lockstep::Exit;
+use lockstep::Lockstep;
+use operation::Operation;
 
-/// How a rank ended.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Ended {
-    /// The same on every rank.
-    pub exit_code: u8,
-    /// What the rank has to say on stderr: whole lines, or nothing.
-    pub message: String,
-}
-
-/// Does what the command line asks for, as one of the ranks of a group, and says on stderr why if it cannot. All ranks must
-/// call it.
+/// Runs the command line as one rank of a group, and prints errors to stderr. All ranks must call it.
 pub fn main(group: Arc<dyn ProcessGroup>) -> ExitCode {
-    let Ended { exit_code, message } = run(group, std::env::args_os().skip(1), &mut std::io::stdout());
-    // Nobody is left to tell if stderr is closed.
+    let Exit { exit_code, message } = run(group, std::env::args_os().skip(1), &mut std::io::stdout());
+    // If stderr is closed, nobody can read the message.
     let _ = std::io::stderr().write_all(message.as_bytes());
     ExitCode::from(exit_code)
 }
 
-/// The same with these arguments, without the program's name. Rank 0 alone writes to `stdout`.
-pub fn run(group: Arc<dyn ProcessGroup>, args: impl IntoIterator<Item = OsString>, stdout: &mut dyn Write) -> Ended {
+/// The same with these arguments, without the name of the program. Only rank 0 writes to `stdout`.
+pub fn run(group: Arc<dyn ProcessGroup>, args: impl IntoIterator<Item = OsString>, stdout: &mut dyn Write) -> Exit {
     let args: Vec<_> = args.into_iter().collect();
-    let together = Together::new(group);
-    match parse(&together, &args, stdout).and_then(|job| job.map_or(Ok(()), |job| job.run(&together, stdout))) {
-        Ok(()) => Ended { exit_code: 0, message: String::new() },
-        Err(Stopped { exit_code, message }) => Ended { exit_code, message },
-    }
+    let lockstep = Lockstep { group };
+    let operation = parse(&lockstep, &args, stdout);
+    let done = operation.and_then(|operation| operation.map_or(Ok(()), |operation| operation.run(&lockstep, stdout)));
+    done.err().unwrap_or(Exit { exit_code: 0, message: String::new() })
 }
 
-/// What is asked of all ranks; nothing if rank 0 has answered it already.
-fn parse(together: &Together, args: &[OsString], stdout: &mut dyn Write) -> Result<Option<Job>, Stopped> {
+/// The operation that all ranks perform; `None` if rank 0 has printed the answer (help, version).
+fn parse(lockstep: &Lockstep, args: &[OsString], stdout: &mut dyn Write) -> Result<Option<Operation>, Exit> {
     let other = |rank| Failure::Usage(format!("rank {rank} was given other arguments than rank 0: give all the same"));
-    together.same("arguments", Ok((env!("CARGO_PKG_VERSION"), args)), other)?;
+    lockstep.same("arguments", Ok((env!("CARGO_PKG_VERSION"), args)), other)?;
     let error = match Cli::try_parse_from([&OsString::from("gradclip-mpi")].into_iter().chain(args)) {
-        Ok(cli) => return Job::new(cli).map(Some).map_err(|failure| together.known_to_all(&failure)),
+        Ok(cli) => return Operation::new(cli).map(Some).map_err(|failure| lockstep.exit_with(&failure)),
         Err(error) => error,
     };
     let text = error.render().to_string();
     if error.use_stderr() {
-        return Err(Stopped { exit_code: 2, message: together.first_says(text) });
+        return Err(lockstep.exit(2, text));
     }
-    let shown = if together.is_first() {
-        report::printed(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))
+    let result = if lockstep.is_first() {
+        printed(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))
     } else {
         Ok(())
     };
-    together.step("help", shown.map(|()| ((), ()))).map(|_| None)
+    lockstep.step("help", result.map(|()| ((), ()))).map(|_| None)
 }

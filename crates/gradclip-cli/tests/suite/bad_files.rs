@@ -5,14 +5,14 @@ use std::io::Write;
 
 use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, raw};
 
-/// Checks that neither command accepts the file, and that both say what is wrong.
+/// Checks that neither command accepts the file, and that both messages contain these texts.
 #[track_caller]
-fn refused(bytes: &[u8], says: &[&str]) {
+fn refused(bytes: &[u8], expected: &[&str]) {
     let folder = Folder::new();
     let bad = folder.write("bad.safetensors", bytes);
-    let says = [&["bad.safetensors"], says].concat();
-    gradclip(["norm", "--backend", "cpu", bad.to_str().unwrap()]).failed(1, &says);
-    clip(&bad, &folder.path("out.safetensors"), &["--max-norm", "1"]).failed(1, &says);
+    let expected = [&["bad.safetensors"], expected].concat();
+    gradclip(["norm", "--backend", "cpu", bad.to_str().unwrap()]).failed(1, &expected);
+    clip(&bad, &folder.path("out.safetensors"), &["--max-norm", "1"]).failed(1, &expected);
     assert_eq!(folder.names(), ["bad.safetensors"]);
     assert_eq!(folder.read("bad.safetensors"), bytes);
 }
@@ -83,7 +83,10 @@ fn offsets() {
         &one(r#"{"dtype":"F32","shape":[],"data_offsets":[0,18446744073709551615]}"#, 4),
         &["tensor \"a\"", "ends at"],
     );
-    refused(&one(r#"{"dtype":"F32","shape":[],"data_offsets":[-4,0]}"#, 4), &["tensor \"a\"", "not understood"]);
+    refused(
+        &one(r#"{"dtype":"F32","shape":[],"data_offsets":[-4,0]}"#, 4),
+        &["tensor \"a\"", "its description is invalid"],
+    );
 }
 
 #[test]
@@ -95,7 +98,10 @@ fn shapes() {
     // 2^61 elements of 64 bits: 0 modulo 2^64.
     let wraps = r#"{"dtype":"F64","shape":[2305843009213693952],"data_offsets":[0,0]}"#;
     refused(&one(wraps, 0), &["tensor \"a\"", "does not fit"]);
-    refused(&one(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}"#, 4), &["tensor \"a\"", "not understood"]);
+    refused(
+        &one(r#"{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}"#, 4),
+        &["tensor \"a\"", "its description is invalid"],
+    );
 }
 
 /// The product of its sizes is 0, whatever the others are.
@@ -111,7 +117,7 @@ fn a_tensor_without_elements_may_have_any_shape() {
 fn descriptions() {
     refused(&one(r#"{"shape":[1],"data_offsets":[0,4]}"#, 4), &["tensor \"a\"", "dtype"]);
     refused(&one(r#"{"dtype":"F32","shape":[1]}"#, 4), &["tensor \"a\"", "data_offsets"]);
-    refused(&one("null", 4), &["tensor \"a\"", "not understood"]);
+    refused(&one("null", 4), &["tensor \"a\"", "its description is invalid"]);
     // Which of the two would count?
     refused(
         &one(r#"{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}"#, 4),
@@ -144,7 +150,7 @@ fn metadata_that_no_other_reader_accepts() {
     for metadata in ["5", "[]", r#"{"a":1}"#, r#"{"a":{"b":"c"}}"#] {
         refused(
             &raw(&format!(r#"{{"__metadata__":{metadata}}}"#), b""),
-            &["\"__metadata__\"", "not an object of strings"],
+            &["\"__metadata__\"", "must be an object of strings"],
         );
     }
 }
@@ -158,11 +164,11 @@ fn names_cannot_forge_the_message() {
 #[test]
 fn not_files() {
     let folder = Folder::new();
-    for (what, says) in
+    for (what, expected) in
         [(folder.path(""), "regular"), (folder.path("missing"), "cannot open"), ("/dev/zero".into(), "regular")]
     {
-        gradclip(["norm", what.to_str().unwrap()]).failed(1, &[says]);
-        clip(&what, &folder.path("out"), &["--max-norm", "1"]).failed(1, &[says]);
+        gradclip(["norm", what.to_str().unwrap()]).failed(1, &[expected]);
+        clip(&what, &folder.path("out"), &["--max-norm", "1"]).failed(1, &[expected]);
     }
     assert!(folder.names().is_empty());
 }

@@ -8,15 +8,15 @@ fn ones(name: &'static str, shape: &'static [usize]) -> Shaped<'static> {
     (name, "F32", shape, f32s(&vec![1.0; shape.iter().product()]))
 }
 
-/// Checks that the clip is refused, in words that say all this.
+/// Checks that the clip is refused, with a message that contains these texts.
 #[track_caller]
-fn refused(gradients: &[Shaped<'_>], options: &[&str], says: &[&str]) {
+fn refused(gradients: &[Shaped<'_>], options: &[&str], expected: &[&str]) {
     let (folder, out) = (Folder::new(), Folder::new());
     let input = folder.write("in", shaped_file(gradients));
-    clip(&input, &out.path("out"), &[&["--max-norm", "1"], options].concat()).failed(1, says);
+    clip(&input, &out.path("out"), &[&["--max-norm", "1"], options].concat()).failed(1, expected);
     assert!(out.names().is_empty());
     let options: Vec<_> = options.iter().filter(|option| **option != "--sum").collect();
-    gradclip(["norm", "--backend", "cpu", input.to_str().unwrap()].iter().chain(options)).failed(1, says);
+    gradclip(["norm", "--backend", "cpu", input.to_str().unwrap()].iter().chain(options)).failed(1, expected);
 }
 
 #[test]
@@ -34,12 +34,12 @@ fn a_unit_axis_for_a_scalar() {
 #[test]
 fn examples_that_disagree() {
     let tensors = [ones("w", &[4, 2]), ones("b", &[3])];
-    let says = ["\"b\"", "dimension 0 holds 3 examples", "\"w\" 4"];
+    let expected = ["\"b\"", "dimension 0 holds 3 examples", "\"w\" 4"];
     let scalar = [ones("w", &[4, 2]), ones("loss", &[])];
     for options in
         [&["--scope", "example"][..], &["--scope", "example", "--sum"], &["--scope", "example-tensor", "--sum"]]
     {
-        refused(&tensors, options, &says);
+        refused(&tensors, options, &expected);
         refused(&scalar, options, &["\"loss\"", "it is a scalar, and has no dimension 0"]);
     }
 }
@@ -57,12 +57,12 @@ fn sums_that_fit_nowhere() {
 
 /// Checks that AGC with these parameters is refused.
 #[track_caller]
-fn refused_parameters(parameters: Vec<u8>, says: &[&str]) {
+fn refused_parameters(parameters: Vec<u8>, expected: &[&str]) {
     let folder = Folder::new();
     let input = folder.write("in", shaped_file(&[ones("w", &[2, 3]), ones("b", &[2])]));
     let params = folder.write("params", parameters);
     let options = ["--agc", "0.01", "--params", params.to_str().unwrap()];
-    clip(&input, &folder.path("out"), &options).failed(1, &[&["params: "], says].concat());
+    clip(&input, &folder.path("out"), &options).failed(1, &[&["params: "], expected].concat());
     assert_eq!(folder.names(), ["in", "params"]);
 }
 
@@ -71,8 +71,8 @@ fn parameters_that_do_not_match() {
     let b = || ones("b", &[2]);
     refused_parameters(shaped_file(&[b()]), &["tensor \"w\" is missing"]);
     refused_parameters(shaped_file(&[b(), ones("W", &[2, 3])]), &["tensor \"w\" is missing"]);
-    let says = ["tensor \"w\" has the shape [3, 2], but its gradient [2, 3]"];
-    refused_parameters(shaped_file(&[ones("w", &[3, 2]), b()]), &says);
+    let expected = ["tensor \"w\" has the shape [3, 2], but its gradient [2, 3]"];
+    refused_parameters(shaped_file(&[ones("w", &[3, 2]), b()]), &expected);
     refused_parameters(
         shaped_file(&[("w", "U8", &[2, 3], vec![1; 6]), b()]),
         &["tensor \"w\" is U8", "floating-point"],

@@ -1,9 +1,9 @@
-//! Guards against figures that are of something else than they say: rows without their case, bytes that nobody moved, a
-//! plot or an object that cannot be read.
+//! Guards against figures of something else: rows without their case, bytes that were not moved, a plot or an object that
+//! cannot be read.
 
 use std::path::Path;
 
-use crate::common::{Folder, Run, gradclip};
+use crate::common::{Folder, Run, gradclip, well_formed};
 use serde_json::{Value, json};
 
 const FIELDS: [&str; 5] = ["adapter", "backend", "copy_gb_s", "read_gb_s", "rows"];
@@ -55,7 +55,7 @@ fn rows<'a>(object: &'a Value, backend: &str) -> &'a [Value] {
 fn every_case_of_every_size_and_dtype_on_both_backends() {
     for backend in backends() {
         let object = bench(backend, &["--sizes", "1,1000,4Ki", "--json", "--tensors", "one"]);
-        // Under --json nothing but the object; a clock other than the device's is told on stderr.
+        // Under --json nothing but the object; a clock other than the device's is reported on stderr.
         assert_eq!(object.code, Some(0), "{object:?}");
         let object = object.json();
         let found: Vec<_> = rows(&object, backend)
@@ -132,25 +132,6 @@ fn a_plot_is_a_whole_picture_and_never_replaces_a_file() {
     assert_eq!(folder.names(), ["out.svg"]);
 }
 
-/// Every tag is closed, in order; no text breaks out.
-#[track_caller]
-fn well_formed(svg: &str) {
-    let mut open = Vec::new();
-    let mut rest = svg.strip_prefix("<?xml version=\"1.0\" encoding=\"UTF-8\"?>").expect("a declaration");
-    while let Some(at) = rest.find('<') {
-        let end = at + rest[at..].find('>').expect("a tag ends");
-        let tag = &rest[at + 1..end];
-        assert_eq!(tag.matches('"').count() % 2, 0, "{tag}");
-        if let Some(name) = tag.strip_prefix('/') {
-            assert_eq!(open.pop(), Some(name));
-        } else if !tag.ends_with('/') {
-            open.push(tag.split_whitespace().next().expect("a name"));
-        }
-        rest = &rest[end + 1..];
-    }
-    assert!(open.is_empty() && rest.trim().is_empty(), "{open:?} {rest}");
-}
-
 #[test]
 fn what_makes_no_sense_is_2() {
     let cases: &[(&[&str], &str)] = &[
@@ -171,8 +152,8 @@ fn what_makes_no_sense_is_2() {
         (&["--host-clock"], "--host-clock"),
         (&["--adapter", "x"], "--adapter names a GPU"),
     ];
-    for (args, says) in cases {
-        gradclip([&["bench", "--backend", "cpu"], *args].concat()).failed(2, &[says]);
+    for (args, expected) in cases {
+        gradclip([&["bench", "--backend", "cpu"], *args].concat()).failed(2, &[expected]);
     }
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::{Folder, Run, f32s, file, sparse};
+use crate::common::{Folder, Run, f32s, file, sparse, text};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -35,7 +35,7 @@ enum Change {
     Grown,
     /// One element, in place.
     Changed,
-    /// To NaN: it is the change that must be told, not the NaN.
+    /// To NaN: the change must be reported, not the NaN.
     Poisoned,
     /// As `cp` does: emptied, and written anew.
     Rewritten,
@@ -67,7 +67,7 @@ impl Change {
     }
 }
 
-/// Runs the program, meets it half way, lets `change` happen, and tells how it ended.
+/// Runs the program, stops it half way, makes the change, and returns how it ended.
 #[track_caller]
 fn met(args: &[&str], out: &Folder, when: When, change: impl Fn()) -> Run {
     for _ in 0..50 {
@@ -126,10 +126,6 @@ fn done(child: &Child, out: &Folder, when: When) -> u64 {
         },
     };
     (100 * bytes).div_ceil(BYTES)
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// Every change, at this moment.

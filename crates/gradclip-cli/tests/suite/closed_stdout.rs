@@ -1,5 +1,5 @@
 //! Standard output that takes nothing: a reader that has gone (`| head -0`) is no failure, a full disk is one; neither is
-//! a panic, and OUT is in place before anything is told.
+//! a panic, and OUT is in place before anything is printed.
 
 use std::fs::{self, File};
 use std::io::pipe;
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use crate::common::{EXAMPLE, Folder, f32s, file, fixture};
 
-/// A command a line, each with much to say or little.
+/// Commands with long and short output.
 fn commands(folder: &Folder) -> Vec<Vec<String>> {
     let many: Vec<_> = (0..5000).map(|i| format!("tensor {i}")).collect();
     let many: Vec<_> = many.iter().map(|name| (name.as_str(), "F32", f32s(&[1.0]))).collect();
@@ -55,8 +55,8 @@ fn a_full_disk_is_1_and_says_so() {
     for args in commands(&folder) {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let (code, stderr) = ended(&args, full);
-        let says = "error: standard output: cannot write: No space left on device (os error 28)\n";
-        assert_eq!((code, stderr.as_str()), (Some(1), says), "{args:?}");
+        let expected = "error: standard output: cannot write: No space left on device (os error 28)\n";
+        assert_eq!((code, stderr.as_str()), (Some(1), expected), "{args:?}");
         assert_eq!(args[0] == "clip", fs::remove_file(folder.path("out")).is_ok(), "{args:?}");
     }
 }
@@ -72,7 +72,7 @@ fn closed_streams_are_no_failure() {
     }
 }
 
-/// What stops the program is told by its exit code, even where nobody listens.
+/// The exit code shows a failure even if nobody reads the message.
 #[test]
 fn an_error_that_nobody_reads() {
     for redirection in ["2>&-", "2>/dev/full"] {

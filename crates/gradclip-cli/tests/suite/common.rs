@@ -50,19 +50,19 @@ pub(crate) fn clip(file: &Path, out: &Path, more: &[&str]) -> Run {
 }
 
 impl Run {
-    /// The run did what it should, and complained about nothing.
+    /// The run succeeded without a message.
     #[track_caller]
     pub(crate) fn succeeded(self) -> Self {
         assert_eq!((self.code, self.stderr.as_str()), (Some(0), ""), "{self:?}");
         self
     }
 
-    /// The run ended with this code and a short error that says all of this.
+    /// The run ended with this code and a short error that contains all of these texts.
     #[track_caller]
-    pub(crate) fn failed(self, code: i32, says: &[&str]) -> Self {
+    pub(crate) fn failed(self, code: i32, expected: &[&str]) -> Self {
         assert_eq!((self.code, self.stdout.as_str()), (Some(code), ""), "{self:?}");
         assert!(self.stderr.starts_with("error: "), "{self:?}");
-        for part in says {
+        for part in expected {
             assert!(self.stderr.contains(part), "{part:?} is missing: {self:?}");
         }
         // Clap's own messages add the usage.
@@ -177,4 +177,30 @@ pub(crate) fn f32s(values: &[f32]) -> Vec<u8> {
 /// The float32 values at the end of a file, which is where a last tensor lies.
 pub(crate) fn last_f32s(file: &[u8], count: usize) -> Vec<f32> {
     file[file.len() - 4 * count..].chunks(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect()
+}
+
+/// A path as an argument.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Checks that every element is closed where it should be, and that text holds no markup: all that this SVG uses of XML.
+#[track_caller]
+pub(crate) fn well_formed(svg: &str) {
+    let mut open = Vec::new();
+    let body = svg.strip_prefix("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n").unwrap();
+    assert!(body.chars().all(|c| !c.is_control() || c == '\n'));
+    for piece in body.split('<').skip(1) {
+        let (tag, text) = piece.split_once('>').unwrap();
+        assert!(!text.contains('>') && tag.matches('"').count() % 2 == 0, "{piece}");
+        for entity in text.split('&').skip(1) {
+            assert!(["amp;", "lt;", "gt;", "quot;"].iter().any(|known| entity.starts_with(known)), "{piece}");
+        }
+        match tag.strip_prefix('/') {
+            Some(name) => assert_eq!(open.pop(), Some(name), "{piece}"),
+            None if tag.ends_with('/') => {}
+            None => open.push(tag.split(' ').next().unwrap()),
+        }
+    }
+    assert!(open.is_empty(), "{open:?}");
 }

@@ -45,18 +45,18 @@ fn usage_is_2_and_begins_nothing() {
         (&["--max-norm", "1", "--params", EXAMPLE], "--params goes with --agc"),
         (&["--max-norm", "1", "--agc-eps", "1"], "--agc-eps goes with --agc"),
         (&["--max-norm", "1", "--scope", "layer"], "possible values: global, tensor, unit, example, example-tensor"),
-        (&["--clip-value", "1", "--scope", "tensor"], "a clamp measures none"),
+        (&["--clip-value", "1", "--scope", "tensor"], "a clip by value measures no norm"),
         (&["--max-norm", "1", "--unit-axis", "last"], "--unit-axis needs --scope unit"),
         (&["--max-norm", "1", "--scope", "example", "--budget", "sized"], "--budget needs --scope example-tensor"),
-        (&["--max-norm", "1", "--sum"], "--sum adds up clipped examples: it needs --scope example or example-tensor"),
-        (&["--max-norm", "1", "--sum", "--scope", "unit"], "--sum adds up clipped examples"),
-        (&["--clip-value", "1", "--sum"], "--sum adds up clipped examples"),
+        (&["--max-norm", "1", "--sum"], "--sum adds the clipped examples: it needs --scope example or example-tensor"),
+        (&["--max-norm", "1", "--sum", "--scope", "unit"], "--sum adds the clipped examples"),
+        (&["--clip-value", "1", "--sum"], "--sum adds the clipped examples"),
         (&["--max-norm", "1", "--sum", "--scope", "example", "--verify"], "--verify compares"),
         (&["--max-norm", "1", "--sum", "--scope", "example", "--non-finite", "skip"], "another policy"),
     ];
     let folder = Folder::new();
-    for (args, says) in cases {
-        clip(Path::new(EXAMPLE), &folder.path("out"), args).failed(2, &[says]);
+    for (args, expected) in cases {
+        clip(Path::new(EXAMPLE), &folder.path("out"), args).failed(2, &[expected]);
         assert!(folder.names().is_empty(), "{args:?}");
     }
     gradclip(["norm"]).failed(2, &["required"]);
@@ -80,9 +80,9 @@ fn non_finite_gradients_are_3_and_write_nothing() {
         let bytes = file(&[("a", "F32", f32s(&[1.0; 3])), ("b", "F32", f32s(&[1.0, 2.0, bad, bad]))]);
         let input = folder.write("in", &bytes);
         for mode in [&["--max-norm", "1"][..], &["--clip-value", "1", "--non-finite", "error"]] {
-            let says =
+            let expected =
                 ["2 non-finite elements", "index 2 of tensor \"b\"", "--non-finite propagate, skip, zero or drop"];
-            clip(&input, &folder.path("out"), mode).failed(3, &says);
+            clip(&input, &folder.path("out"), mode).failed(3, &expected);
             assert_eq!((folder.names(), folder.read("in")), (vec!["in".to_owned()], bytes.clone()));
         }
     }
@@ -164,13 +164,13 @@ fn bash_completes_options_and_their_values() {
 fn without_gpu_support_what_needs_one_is_1() {
     let folder = Folder::new();
     let out = folder.path("out");
-    let says = ["built without GPU support", "gpu"];
+    let expected = ["built without GPU support", "gpu"];
     for args in
         [&["verify"][..], &["devices"], &["norm", EXAMPLE, "--backend", "gpu"], &["norm", EXAMPLE, "--adapter", "x"]]
     {
-        gradclip(args).failed(1, &says);
+        gradclip(args).failed(1, &expected);
     }
-    clip(Path::new(EXAMPLE), &out, &["--max-norm", "1", "--verify"]).failed(1, &says);
+    clip(Path::new(EXAMPLE), &out, &["--max-norm", "1", "--verify"]).failed(1, &expected);
     let run = gradclip(["norm", EXAMPLE]);
     assert_eq!((run.code, run.stderr.lines().count()), (Some(0), 1), "{run:?}");
     assert!(run.stderr.contains("measuring on the CPU"), "{run:?}");

@@ -1,24 +1,23 @@
 //! A disk that is full before OUT is written: an error that names OUT, and neither OUT nor a temporary file; what was there
 //! before stays. The disk is a small one in memory, mounted where only the program's own process sees it.
 
-use std::path::Path;
 use std::process::Command;
 
-use crate::common::{EXAMPLE, Folder, f32s, file, fixture, sparse};
+use crate::common::{EXAMPLE, Folder, f32s, file, fixture, sparse, text};
 
 /// Mounts a disk of so many KiB, prepares it, runs the program on it, and lists what is left there.
 const SCRIPT: &str = r#"
 mount -t tmpfs -o "size=${KIB}k" gradclip "$DISK" || exit 99
 cd "$DISK" && sh -c "$PREPARE" || exit 98
-"$@" >"$SAID/stdout" 2>"$SAID/stderr"
+"$@" >"$STREAMS/stdout" 2>"$STREAMS/stderr"
 code=$?
-ls -A "$DISK" >"$SAID/names"
+ls -A "$DISK" >"$STREAMS/names"
 exit $code
 "#;
 
 /// How a run ended.
 #[derive(Debug)]
-struct Ended {
+struct DiskRun {
     code: Option<i32>,
     stderr: String,
     /// What is on the disk.
@@ -27,19 +26,19 @@ struct Ended {
 
 /// Runs the program in a folder that is a disk of so many KiB, on which a shell did something before.
 #[track_caller]
-fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Ended {
+fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> DiskRun {
     // Root may mount, in a namespace of its own; others must become root of one first.
     for user in [&["--mount"][..], &["--mount", "--map-root-user"]] {
-        let (disk, said) = (Folder::new(), Folder::new());
+        let (disk, streams) = (Folder::new(), Folder::new());
         let run = ["sh", "-c", SCRIPT, "sh", env!("CARGO_BIN_EXE_gradclip")];
         let mut command = Command::new("unshare");
         command.args(user).arg("--").args(run).args(args).env("KIB", kib.to_string()).env("PREPARE", prepare);
-        command.env("DISK", disk.path("")).env("SAID", said.path(""));
+        command.env("DISK", disk.path("")).env("STREAMS", streams.path(""));
         let output = command.output().expect("unshare (util-linux) is installed");
-        let text = |name| String::from_utf8(said.read(name)).unwrap();
-        if said.names().contains(&"names".into()) {
+        let text = |name| String::from_utf8(streams.read(name)).unwrap();
+        if streams.names().contains(&"names".into()) {
             let names = text("names").split_whitespace().collect::<Vec<_>>().join(" ");
-            return Ended { code: output.status.code(), stderr: text("stderr"), names };
+            return DiskRun { code: output.status.code(), stderr: text("stderr"), names };
         }
         eprintln!("unshare {user:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -48,12 +47,12 @@ fn on_disk(kib: u64, prepare: &str, args: &[&str]) -> Ended {
     );
 }
 
-impl Ended {
+impl DiskRun {
     #[track_caller]
-    fn failed(&self, says: &str, names: &str) {
+    fn failed(&self, expected: &str, names: &str) {
         assert_eq!((self.code, self.names.as_str()), (Some(1), names), "{self:?}");
         assert!(self.stderr.starts_with("error: ") && self.stderr.lines().count() <= 2, "{self:?}");
-        assert!(self.stderr.contains(says), "{self:?}");
+        assert!(self.stderr.contains(expected), "{self:?}");
     }
 
     #[track_caller]
@@ -65,21 +64,17 @@ impl Ended {
 /// Clips, with OUT of so many KiB, onto disks with too little room for it, and onto one with just enough.
 #[track_caller]
 fn fills(kib: u64, out: &str, args: &[&str]) {
-    let says = format!("{out}: cannot write: No space left on device");
+    let expected = format!("{out}: cannot write: No space left on device");
     // The last one lacks one page.
     let disks = [4, kib / 2, kib - 4];
     for disk in disks {
-        on_disk(disk, "true", args).failed(&says, "");
+        on_disk(disk, "true", args).failed(&expected, "");
     }
     // An old file is neither lost nor replaced by half a new one.
     let forced = [args, &["--force"]].concat();
-    on_disk(kib, &format!("echo mine >{out}"), &forced).failed(&says, out);
+    on_disk(kib, &format!("echo mine >{out}"), &forced).failed(&expected, out);
     on_disk(kib, "true", args).succeeded(out);
     println!("full disk: {} disks without room: {}", disks.len() + 1, args[2..].join(" "));
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// 3 MiB, all of it clipped.

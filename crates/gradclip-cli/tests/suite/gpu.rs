@@ -76,16 +76,16 @@ fn float64_stays_off_the_gpu() {
     let input = folder.write("in", file(&[("a", "F32", f32s(&[1.0])), ("wide", "F64", 2f64.to_le_bytes().to_vec())]));
     let (input, out) = (input.to_str().unwrap(), folder.path("out"));
     let out = out.to_str().unwrap();
-    let says = ["\"wide\"", "float64"];
-    on_gpu(&["clip", input, "-o", out, "--max-norm", "1", "--backend", "gpu"]).failed(1, &says);
-    on_gpu(&["clip", input, "-o", out, "--max-norm", "1", "--backend", "cpu", "--verify"]).failed(1, &says);
-    on_gpu(&["norm", input, "--backend", "gpu"]).failed(1, &says);
-    on_gpu(&["verify", input]).failed(1, &says);
+    let expected = ["\"wide\"", "float64"];
+    on_gpu(&["clip", input, "-o", out, "--max-norm", "1", "--backend", "gpu"]).failed(1, &expected);
+    on_gpu(&["clip", input, "-o", out, "--max-norm", "1", "--backend", "cpu", "--verify"]).failed(1, &expected);
+    on_gpu(&["norm", input, "--backend", "gpu"]).failed(1, &expected);
+    on_gpu(&["verify", input]).failed(1, &expected);
     let grads = folder.write("grads", file(&[("wide", "F32", f32s(&[1.0]))]));
     let params = folder.write("params", file(&[("wide", "F64", 2f64.to_le_bytes().to_vec())]));
     let agc = ["clip", grads.to_str().unwrap(), "-o", out, "--agc", "1", "--params", params.to_str().unwrap()];
-    on_gpu(&[&agc[..], &["--backend", "gpu"]].concat()).failed(1, &says);
-    on_gpu(&[&agc[..], &["--backend", "cpu", "--verify"]].concat()).failed(1, &says);
+    on_gpu(&[&agc[..], &["--backend", "gpu"]].concat()).failed(1, &expected);
+    on_gpu(&[&agc[..], &["--backend", "cpu", "--verify"]].concat()).failed(1, &expected);
     assert_eq!(on_gpu(&agc).code, Some(0));
     assert_eq!(folder.names(), ["grads", "in", "out", "params"]);
     let run = on_gpu(&["norm", input]);
@@ -167,7 +167,7 @@ fn verify_non_finite_gradients() {
 }
 
 #[test]
-fn verify_made_gradients() {
+fn verify_generated_gradients() {
     let run = |seed| on_gpu(&["verify", "--json", "--cases", "12", "--seed", seed]).succeeded().json();
     let (one, again, other) = (run("1"), run("1"), run("2"));
     assert_eq!(one["cases"].as_array().unwrap().len(), 12);

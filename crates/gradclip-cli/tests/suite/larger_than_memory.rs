@@ -3,10 +3,9 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Folder, f32s, raw};
+use crate::common::{Folder, f32s, raw, text};
 
 /// 256 MiB of gradients.
 const BYTES: u64 = 256 << 20;
@@ -26,18 +25,14 @@ fn sparse(folder: &Folder, shape: &[u64], numbers: &[(u64, f32)]) -> std::path::
     path
 }
 
-/// Runs the program on two threads with little memory, and returns what it tells.
+/// Runs the program on two threads with little memory, and returns its JSON.
 #[track_caller]
 fn within_the_limit(args: &[&str]) -> serde_json::Value {
     let script = format!(r#"ulimit -d {LIMIT_KIB}; exec "$0" "$@" --backend cpu --threads 2 --json"#);
     let output = Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_gradclip")]).args(args).output().unwrap();
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {:?}, {told}", output.status);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {:?}, {stderr}", output.status);
     serde_json::from_slice(&output.stdout).expect("stdout is JSON")
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 #[test]
@@ -51,8 +46,8 @@ fn an_eighth_of_the_file_is_enough() {
     let cases: [(&[&str], [f32; 3]); 2] =
         [(&["--max-norm", "6.5", "--eps", "0"], [1.5, 2.0, 6.0]), (&["--clip-value", "5"], [3.0, 4.0, 5.0])];
     for (mode, want) in cases {
-        let told = within_the_limit(&[&["clip", input, "-o", output, "--force"], mode].concat());
-        assert_eq!(told["clipped"], true);
+        let object = within_the_limit(&[&["clip", input, "-o", output, "--force"], mode].concat());
+        assert_eq!(object["clipped"], true);
         let file = File::open(&out).unwrap();
         let length = file.metadata().unwrap().len();
         assert_eq!(length, path.metadata().unwrap().len());

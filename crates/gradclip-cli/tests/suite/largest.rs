@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::{EXAMPLE, Folder, Run, f32s, file, gradclip, shaped_file};
+use crate::common::{EXAMPLE, Folder, Run, f32s, file, gradclip, shaped_file, well_formed};
 
 fn norm(input: &Path, more: &[&str]) -> Run {
     gradclip([&["norm", "--backend", "cpu", input.to_str().unwrap()], more].concat())
@@ -88,27 +88,6 @@ fn plotted(folder: &Folder, input: &Path, more: &[&str]) -> String {
     let svg = String::from_utf8(folder.read("plot.svg")).unwrap();
     well_formed(&svg);
     svg
-}
-
-/// Checks that every element is closed where it should be, and that text holds no markup: all that this SVG uses of XML.
-#[track_caller]
-fn well_formed(svg: &str) {
-    let mut open = Vec::new();
-    let body = svg.strip_prefix("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n").unwrap();
-    assert!(body.chars().all(|c| !c.is_control() || c == '\n'));
-    for piece in body.split('<').skip(1) {
-        let (tag, text) = piece.split_once('>').unwrap();
-        assert!(!text.contains('>') && tag.matches('"').count() % 2 == 0, "{piece}");
-        for entity in text.split('&').skip(1) {
-            assert!(["amp;", "lt;", "gt;", "quot;"].iter().any(|known| entity.starts_with(known)), "{piece}");
-        }
-        match tag.strip_prefix('/') {
-            Some(name) => assert_eq!(open.pop(), Some(name), "{piece}"),
-            None if tag.ends_with('/') => {}
-            None => open.push(tag.split(' ').next().unwrap()),
-        }
-    }
-    assert!(open.is_empty(), "{open:?}");
 }
 
 #[test]

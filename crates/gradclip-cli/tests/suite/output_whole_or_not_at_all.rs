@@ -80,8 +80,8 @@ fn places_that_cannot_be_written() {
         // Replacing a device by a file would harm the whole machine.
         cases.push(("/dev/null".into(), "/dev/null: not a regular file"));
     }
-    for (out, says) in cases {
-        clip(&input, &out, &[&MODE[..], &["--force"]].concat()).failed(1, &[says]);
+    for (out, expected) in cases {
+        clip(&input, &out, &[&MODE[..], &["--force"]].concat()).failed(1, &[expected]);
         assert_eq!(folder.names(), names);
     }
     clip(&input, &folder.path(".."), &MODE).failed(2, &["must name a file"]);

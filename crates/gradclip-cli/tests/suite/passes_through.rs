@@ -23,7 +23,7 @@ fn metadata_and_other_tensors() {
     // The norm of four eights is 16.
     let args = ["--max-norm", "4", "--eps", "0", "--threads", "3"];
     let run = clip(&input, &folder.path("out"), &args).succeeded();
-    assert!(run.stdout.contains("4 in 5 tensors (4 others passed by)"), "{run:?}");
+    assert!(run.stdout.contains("4 in 5 tensors (4 others passed through)"), "{run:?}");
     let mut expected = mixed();
     let data = expected.len() - 29;
     expected[data + 3..data + 11].copy_from_slice(&2f64.to_le_bytes());

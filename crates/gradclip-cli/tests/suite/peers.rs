@@ -118,9 +118,9 @@ fn by_library(input: &str, params: Option<&str>, clip: &Clip) -> (Value, Vec<u8>
     }
     let report = Clipper::cpu().apply(clip, &mut tensors).unwrap();
     let segments: Vec<_> = report.segments.iter().map(|s| json!([s.norm, s.clip_coef])).collect();
-    let told = json!([report.total_norm, report.clip_coef, report.clipped, segments]);
+    let written = json!([report.total_norm, report.clip_coef, report.clipped, segments]);
     // Read as the program's answer is: not every last bit survives that.
-    (serde_json::from_str(&told.to_string()).unwrap(), file)
+    (serde_json::from_str(&written.to_string()).unwrap(), file)
 }
 
 #[test]
@@ -165,8 +165,8 @@ fn options_reach_the_library() -> Result<(), gradclip::Error> {
         let object = clip(&folder, "per_example_f32", "cpu", options).json();
         let segments = object["segments"].as_array().into_iter().flatten();
         let segments: Vec<_> = segments.map(|s| json!([s["norm"], s["clip_coef"]])).collect();
-        let told = json!([object["total_norm"], object["clip_coef"], object["clipped"], segments]);
-        assert_eq!((&told, object["clipped"] == true), (&report, true), "{options}");
+        let written = json!([object["total_norm"], object["clip_coef"], object["clipped"], segments]);
+        assert_eq!((&written, object["clipped"] == true), (&report, true), "{options}");
         assert!(folder.read("out") == bytes, "{options}");
     }
     Ok(())

@@ -103,11 +103,11 @@ fn a_set_is_clipped_as_a_whole() {
         assert_eq!(report.clipped, want != shards);
         let out = Folder::new();
         let more = ["--json", "--threads", ["1", "3"][i % 2]];
-        let told = clip(&path, &out.path(index), &[mode, &more].concat()).succeeded().json();
-        assert_eq!(told["clipped"], report.clipped, "{mode:?}");
+        let object = clip(&path, &out.path(index), &[mode, &more].concat()).succeeded().json();
+        assert_eq!(object["clipped"], report.clipped, "{mode:?}");
         // A value clip has no norm.
         let norm = report.total_norm.is_finite().then_some(report.total_norm);
-        assert_eq!(told["total_norm"].as_f64(), norm, "{mode:?}");
+        assert_eq!(object["total_norm"].as_f64(), norm, "{mode:?}");
         for (name, want) in names.iter().zip(&want) {
             // Millions of numbers: not to be printed.
             assert!(out.read(name) == *want, "{mode:?} {name}");

@@ -12,54 +12,60 @@ use std::time::Duration;
 
 use crate::common::{Folder, clip, f32s, file, gradclip, repeats, shaped_file};
 use gradclip::processes::{ProcessGroup, thread_group};
-use gradclip_cli::processes::{Ended, run};
+use gradclip_cli::processes::{Exit, run};
 use serde_json::Value;
 
 /// How all ranks ended.
 #[derive(Debug)]
 struct Ranks {
-    ended: Vec<Ended>,
+    exits: Vec<Exit>,
     stdout: String,
 }
 
-/// Runs so many ranks with the same arguments, on the CPU.
+/// Runs ranks with the same arguments, on the CPU.
 fn ranks(count: u32, args: &[&str]) -> Ranks {
     each_rank(count, |_| [args, &["--backend", "cpu", "--threads", "1"]].concat())
 }
 
-/// Runs so many ranks, each with arguments of its own.
+/// Runs ranks, each with its own arguments.
 fn each_rank<'a>(count: u32, args: impl Fn(u32) -> Vec<&'a str>) -> Ranks {
-    let groups = thread_group(count, Some(Duration::from_secs(60))).into_iter().zip(0..).map(|(group, rank)| {
-        let args: Vec<_> = args(rank).into_iter().map(OsString::from).collect();
+    let groups = thread_group(count, Some(Duration::from_secs(60)));
+    run_groups(groups.into_iter().zip(0..).map(|(group, rank)| (group, args(rank))))
+}
+
+/// Runs ranks, each with its group and arguments.
+fn run_groups<'a>(groups: impl IntoIterator<Item = (Arc<dyn ProcessGroup>, Vec<&'a str>)>) -> Ranks {
+    let groups = groups.into_iter().map(|(group, args)| {
+        let args: Vec<_> = args.into_iter().map(OsString::from).collect();
         thread::spawn(move || {
             let mut stdout = Vec::new();
             (run(group, args, &mut stdout), String::from_utf8(stdout).expect("stdout is text"))
         })
     });
     let ranks = groups.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no rank panics"));
-    let (ended, mut stdout): (Vec<_>, Vec<_>) = ranks.unzip();
+    let (exits, mut stdout): (Vec<_>, Vec<_>) = ranks.unzip();
     let first = stdout.remove(0);
     assert!(stdout.iter().all(String::is_empty), "others than rank 0 print: {stdout:?}");
-    Ranks { ended, stdout: first }
+    Ranks { exits, stdout: first }
 }
 
 impl Ranks {
     #[track_caller]
     fn succeeded(self) -> Self {
-        assert!(self.ended.iter().all(|ended| *ended == Ended { exit_code: 0, message: String::new() }), "{self:?}");
+        assert!(self.exits.iter().all(|exit| *exit == Exit { exit_code: 0, message: String::new() }), "{self:?}");
         self
     }
 
-    /// Every rank ended with this code, and together they say all of this, once.
+    /// Every rank ended with this code, and their messages contain each of these texts once.
     #[track_caller]
-    fn failed(self, code: u8, says: &[&str]) -> Self {
-        assert!(self.ended.iter().all(|ended| ended.exit_code == code) && self.stdout.is_empty(), "{self:?}");
-        let all: String = self.ended.iter().map(|ended| &*ended.message).collect();
-        for part in says {
+    fn failed(self, code: u8, expected: &[&str]) -> Self {
+        assert!(self.exits.iter().all(|exit| exit.exit_code == code) && self.stdout.is_empty(), "{self:?}");
+        let all: String = self.exits.iter().map(|exit| &*exit.message).collect();
+        for part in expected {
             assert_eq!(all.matches(part).count(), 1, "{part:?}: {self:?}");
         }
         assert!(all.starts_with("error: "), "{self:?}");
-        assert!(self.ended.iter().all(|ended| ended.message.lines().count() <= 2), "{self:?}");
+        assert!(self.exits.iter().all(|exit| exit.message.lines().count() <= 2), "{self:?}");
         self
     }
 
@@ -248,7 +254,7 @@ fn a_norm_is_that_of_all_files() {
     assert!((alone / json - 1.0).abs() < 1e-15, "{alone} {json}");
     let table = ranks(3, &set.args(&["norm"], &[])).succeeded().stdout;
     assert!(
-        table.contains("in 7 tensors (1 other passed by)") && table.contains("3 ranks, the first on CPU"),
+        table.contains("in 7 tensors (1 other passed through)") && table.contains("3 ranks, the first on CPU"),
         "{table}"
     );
     set.is_as_it_was();
@@ -272,9 +278,10 @@ fn a_rank_that_cannot_begin_stops_all() {
     let names = set.folder.names();
     let broken = set.folder.write("broken", "no safetensors file");
     for count in [1, 2, 3, 8] {
-        for (bad, says) in [(broken.to_str().unwrap(), "broken: the header claims"), ("none", "none: cannot open")] {
+        for (bad, expected) in [(broken.to_str().unwrap(), "broken: the header claims"), ("none", "none: cannot open")]
+        {
             for command in [&["clip", "-o", &out, "--max-norm", "1"][..], &["norm"]] {
-                ranks(count, &set.args(command, &[bad])).failed(1, &[says]);
+                ranks(count, &set.args(command, &[bad])).failed(1, &[expected]);
             }
         }
     }
@@ -306,16 +313,16 @@ fn places_that_cannot_be_written() {
     let mut cases = vec![
         (set.folder.path("none/out"), 1, "not a folder, so OUT cannot be written"),
         (inside, 1, "not a folder, so OUT cannot be written"),
-        (set.folder.path(".."), 2, "OUT must name a folder to be made"),
+        (set.folder.path(".."), 2, "OUT must name a new folder"),
         (set.folder.path("whole"), 1, "whole: not a folder"),
     ];
     if cfg!(target_os = "linux") {
         cases.push(("/proc/out".into(), 1, "/proc/out: cannot write"));
     }
-    for (out, code, says) in cases {
+    for (out, code, expected) in cases {
         for count in [1, 3] {
             let args = set.args(&["clip"], &["-o", out.to_str().unwrap(), "--max-norm", "1", "--force"]);
-            ranks(count, &args).failed(code, &[says]);
+            ranks(count, &args).failed(code, &[expected]);
             set.is_as_it_was();
         }
     }
@@ -425,10 +432,10 @@ fn on_a_gpu() {
     // Whatever stops them, the copies vanish.
     let bad = folder.write("bad", file(&[("b", "F32", f32s(&[f32::NAN]))]));
     let double = folder.write("double", file(&[("b", "F64", vec![0; 8])]));
-    for (file, code, says) in [(bad, 3, "tensor \"b\" on rank"), (double, 1, "is float64")] {
+    for (file, code, expected) in [(bad, 3, "tensor \"b\" on rank"), (double, 1, "is float64")] {
         let args = ["clip", "-o", out.to_str().unwrap(), "--max-norm", "1", "--backend", "gpu", file.to_str().unwrap()];
         let args = [&args[..], &files.each_ref().map(String::as_str)].concat();
-        each_rank(3, |_| args.clone()).failed(code, &[says]);
+        each_rank(3, |_| args.clone()).failed(code, &[expected]);
     }
     assert_eq!(folder.names(), ["0", "1", "2", "bad", "double"]);
 }
@@ -444,7 +451,7 @@ fn replicas_that_are_none() {
                 let args = ["norm", "--replicated", replicated].into_iter().chain(files.iter().map(String::as_str));
                 ranks(count, &args.collect::<Vec<_>>())
             };
-            norm("*").failed(1, &[r#"1: tensor "ln.bias" is"#, "replicas of one tensor are alike"]);
+            norm("*").failed(1, &[r#"1: tensor "ln.bias" is"#, "replicas of one tensor must be alike"]);
             norm("ln").failed(2, &[r#"--replicated "ln": no gradient in the files has this name"#]);
         }
     }
@@ -472,40 +479,34 @@ fn a_rank_that_never_comes() {
     for gone in 0..3 {
         let mut groups = thread_group(3, None);
         drop(groups.remove(gone));
-        let ranks = groups.into_iter().map(|group| {
-            let args: Vec<_> = args.iter().map(OsString::from).collect();
-            thread::spawn(move || run(group, args, &mut Vec::new()))
-        });
-        for rank in ranks.collect::<Vec<_>>() {
-            let ended = rank.join().unwrap();
-            assert!(ended.exit_code == 1, "{ended:?}");
-        }
+        let run = run_groups(groups.into_iter().map(|group| (group, args.clone())));
+        assert!(run.exits.iter().all(|exit| exit.exit_code == 1), "{run:?}");
         set.is_as_it_was();
     }
 }
 
-/// What is wrong with the command line is said once.
+/// An error of the command line is printed once.
 #[test]
 fn usage() {
     let set = set(&[]);
     let out = set.out();
-    let scope = "needs no other file: use gradclip";
+    let scope = "use gradclip on each file";
     let cases: [(&[&str], &str); 9] = [
         (&["clip", "-o", &out], "a mode is required"),
         (&["clip", "-o", &out, "--max-norm", "-1"], "max_norm is -1"),
         (&["clip", "--max-norm", "1"], "--out <OUT>"),
         (&["clip", "-o", &out, "--max-norm", "1", "--scope", "tensor"], scope),
         (&["clip", "-o", &out, "--agc", "0.1", "--params", "p"], scope),
-        (&["clip", "-o", &out, "--clip-value", "1", "--replicated", "a"], "a clamp measures none"),
+        (&["clip", "-o", &out, "--clip-value", "1", "--replicated", "a"], "a clip by value measures no norm"),
         (&["clip", "-o", &out, "--max-norm", "1", &set.files[0]], r#"two files are called "0.safetensors""#),
         (&["norm", "--scope", "unit"], scope),
-        (&["norm", "x.safetensors.index.json"], "is an index: give the files"),
+        (&["norm", "x.safetensors.index.json"], "is an index: name the files"),
     ];
-    for (args, says) in cases {
+    for (args, expected) in cases {
         let run = each_rank(3, |_| set.args(args, &[]));
-        let all: String = run.ended.iter().map(|ended| &*ended.message).collect();
-        assert!(run.ended.iter().all(|ended| ended.exit_code == 2) && all.matches(says).count() == 1, "{run:?}");
-        assert!(run.ended[1..].iter().all(|ended| ended.message.is_empty()), "{run:?}");
+        let all: String = run.exits.iter().map(|exit| &*exit.message).collect();
+        assert!(run.exits.iter().all(|exit| exit.exit_code == 2) && all.matches(expected).count() == 1, "{run:?}");
+        assert!(run.exits[1..].iter().all(|exit| exit.message.is_empty()), "{run:?}");
     }
     set.is_as_it_was();
     let help = each_rank(2, |_| vec!["clip", "--help"]).succeeded().stdout;
@@ -528,8 +529,8 @@ fn a_closed_stdout_stops_all() {
     let ranks = thread_group(3, None)
         .into_iter()
         .map(|group| thread::spawn(move || run(group, [OsString::from("--help")], &mut Full)));
-    let ended: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
-    assert!(ended.iter().all(|ended| ended.exit_code == 1), "{ended:?}");
+    let exits: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
+    assert!(exits.iter().all(|exit| exit.exit_code == 1), "{exits:?}");
 }
 
 /// Whether a folder in this one has files.
@@ -553,14 +554,12 @@ fn an_input_that_changes_stops_all() {
         let args: Vec<_> =
             args.into_iter().chain([&out, &small, &large].map(|path| path.to_str().unwrap().to_owned())).collect();
         let ranks = thread::spawn(move || ranks(2, &args.iter().map(String::as_str).collect::<Vec<_>>()));
-        let writing =
-            || outs.names().iter().any(|name| fs::read_dir(outs.path(name)).is_ok_and(|mut of| of.next().is_some()));
-        while !writing() {
+        while !has_begun(&outs) {
             assert!(!ranks.is_finished(), "it ended without writing");
         }
         fs::OpenOptions::new().write(true).open(&large).unwrap().set_len(1 << 20).unwrap();
         let ranks = ranks.join().unwrap();
-        if ranks.ended[0].exit_code == 1 {
+        if ranks.exits[0].exit_code == 1 {
             ranks.failed(1, &["large: changed while it was read"]);
             assert!(outs.names().is_empty(), "{:?}", outs.names());
             met += 1;
@@ -631,20 +630,19 @@ fn a_rank_that_dies() {
     for dies in 0..3 {
         let mut placed = 0;
         for left in 0.. {
-            let ranks = thread_group(3, None).into_iter().zip(0..).map(|(group, rank)| {
-                let args: Vec<_> = args.iter().map(OsString::from).collect();
+            let run = run_groups(thread_group(3, None).into_iter().zip(0..).map(|(group, rank)| {
                 let left = AtomicU32::new(if rank == dies { left } else { u32::MAX });
-                thread::spawn(move || run(Arc::new(Dying { group, left }), args, &mut Vec::new()))
-            });
-            let ended: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
-            let codes: Vec<_> = ended.iter().map(|ended| ended.exit_code).collect();
+                (Arc::new(Dying { group, left }) as Arc<dyn ProcessGroup>, args.clone())
+            }));
+            let exits = run.exits;
+            let codes: Vec<_> = exits.iter().map(|exit| exit.exit_code).collect();
             if Path::new(&out).exists() {
                 same_tensors(out.as_ref(), &clipped);
                 fs::remove_dir_all(&out).unwrap();
                 placed += 1;
             } else {
-                assert_eq!(codes, [1; 3], "{ended:?}");
-                assert!(ended.iter().any(|ended| !ended.message.is_empty()), "{ended:?}");
+                assert_eq!(codes, [1; 3], "{exits:?}");
+                assert!(exits.iter().any(|exit| !exit.message.is_empty()), "{exits:?}");
             }
             set.is_as_it_was();
             if codes == [0; 3] {
@@ -657,7 +655,7 @@ fn a_rank_that_dies() {
     }
 }
 
-/// Runs a test of this file again in a process of its own, in which `folder` is known, and which is told of by the shell.
+/// Runs a test of this file again in another process, which gets `folder` by its environment and is started by a shell.
 #[cfg(unix)]
 fn again(test: &str, folder: &Folder, before: &str) -> std::process::Command {
     let mut command = std::process::Command::new("bash");

@@ -19,12 +19,12 @@ fn set(index: &str) -> (Folder, PathBuf) {
 
 /// Neither command takes the set, and the folder stays as it is.
 #[track_caller]
-fn refused((folder, index): (Folder, PathBuf), says: &[&str]) {
+fn refused((folder, index): (Folder, PathBuf), expected: &[&str]) {
     let out = Folder::new();
     let names = folder.names();
-    let says = [&[INDEX], says].concat();
-    gradclip(["norm", "--backend", "cpu", index.to_str().unwrap()]).failed(1, &says);
-    clip(&index, &out.path(INDEX), &["--max-norm", "1"]).failed(1, &says);
+    let expected = [&[INDEX], expected].concat();
+    gradclip(["norm", "--backend", "cpu", index.to_str().unwrap()]).failed(1, &expected);
+    clip(&index, &out.path(INDEX), &["--max-norm", "1"]).failed(1, &expected);
     assert_eq!((folder.names(), out.names()), (names, vec![]));
 }
 

@@ -1,4 +1,4 @@
-//! What the examples train: a linear model on made samples, of which every process can make any.
+//! What the examples train: a linear model on generated samples. Every process can generate any of them.
 
 use std::ops::Range;
 
@@ -6,13 +6,13 @@ use gradclip_mpi::gradclip::{Clip, Clipper, Error, TensorMut};
 
 /// Weights, and one bias behind them.
 pub(crate) const WEIGHTS: usize = 65_536;
-/// Samples in a step, of all ranks together.
+/// Samples in a step, over all ranks.
 pub(crate) const BATCH: usize = 48;
 pub(crate) const STEPS: usize = 12;
 pub(crate) const MAX_NORM: f64 = 5.0;
 pub(crate) const RATE: f32 = 0.5;
 
-/// A number from -1 to 1 that goes with a feature of a sample, or with a weight that is to be learnt.
+/// A number from -1 to 1: a feature of a sample, or a weight that is to be learnt.
 fn number(of: usize, feature: usize) -> f32 {
     let mut bits =
         (of as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (feature as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
@@ -22,7 +22,7 @@ fn number(of: usize, feature: usize) -> f32 {
     (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0
 }
 
-/// The part that some samples of a step have in the gradient of the mean squared error, and in the error.
+/// What some samples of a step contribute to the gradient of the mean squared error, and to the error.
 pub(crate) fn gradient(step: usize, samples: Range<usize>, params: &[f32]) -> (Vec<f32>, f32) {
     let (mut gradient, mut loss) = (vec![0.0; params.len()], 0.0);
     for sample in samples {
@@ -36,8 +36,8 @@ pub(crate) fn gradient(step: usize, samples: Range<usize>, params: &[f32]) -> (V
     (gradient, loss)
 }
 
-/// Which of so many things are a rank's.
-pub(crate) fn share(count: usize, rank: usize, ranks: usize) -> Range<usize> {
+/// The range of `count` items that a rank holds.
+pub(crate) fn slice_range(count: usize, rank: usize, ranks: usize) -> Range<usize> {
     count * rank / ranks..count * (rank + 1) / ranks
 }
 
@@ -45,7 +45,7 @@ pub(crate) fn descend(params: &mut [f32], gradient: &[f32]) {
     params.iter_mut().zip(gradient).for_each(|(p, g)| *p -= RATE * g);
 }
 
-/// What one process comes to that takes every sample itself: each step's norm, and the parameters.
+/// The same training in one process, with every sample: the norm of each step, and the parameters.
 pub(crate) fn by_one_process() -> Result<(Vec<f64>, Vec<f32>), Error> {
     let clip = Clip::norm(MAX_NORM);
     let (mut norms, mut params) = (Vec::new(), vec![0.0; WEIGHTS + 1]);

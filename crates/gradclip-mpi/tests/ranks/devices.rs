@@ -14,8 +14,8 @@ use crate::norms::same_on_all;
 /// Two gradients of float32, which a device measures within 1e-6.
 fn model() -> Vec<Gradient> {
     vec![
-        Gradient::made("embedding", Dtype::F32, &[300, 211], 0.02, 1),
-        Gradient::made("head", Dtype::F32, &[1001], 0.1, 5),
+        Gradient::random("embedding", Dtype::F32, &[300, 211], 0.02, 1),
+        Gradient::random("head", Dtype::F32, &[1001], 0.1, 5),
     ]
 }
 
@@ -112,7 +112,7 @@ pub(crate) fn plans_on_a_gpu(group: &Arc<MpiGroup>) {
             // With the one element left out, if it is bad.
             let mut whole = model();
             if is_bad {
-                let begin = crate::gradients::share(whole[1].len(), bad_rank, group.size()).start;
+                let begin = crate::gradients::slice_range(whole[1].len(), bad_rank, group.size()).start;
                 whole[1].set(begin + 3, 0.0);
             }
             Clipper::cpu().apply(&Clip::norm(1.0), &mut views_mut(&mut whole)).expect("finite");

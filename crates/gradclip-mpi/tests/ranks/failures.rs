@@ -62,8 +62,8 @@ pub(crate) fn another_number_of_segments(group: &Arc<MpiGroup>) {
     // As many segments, of other tensors.
     let shape = if group.rank() == 0 { [8, 1] } else { [4, 2] };
     let units = vec![
-        Gradient::made("a", Dtype::F32, &shape, 1.0, 1),
-        Gradient::made("b", Dtype::F32, &[12 - shape[0], 1], 1.0, 2),
+        Gradient::random("a", Dtype::F32, &shape, 1.0, 1),
+        Gradient::random("b", Dtype::F32, &[12 - shape[0], 1], 1.0, 2),
     ];
     let per_unit = norm().scope(Scope::Unit).unit_axis(UnitAxis::First);
     let error = clip(group, &per_unit, &units).expect_err("ranks disagree");
@@ -77,7 +77,7 @@ pub(crate) fn a_rank_that_fails_before_it_measures(group: &Arc<MpiGroup>) {
     let wanted = if rank == bad_rank { Clip::agc(0.01) } else { norm() };
     let error = clip(group, &wanted, &slices(&model(), rank, group.size())).expect_err("one has failed");
     match error {
-        Error::PeerFailed { rank: told } => assert!(rank != bad_rank && told == bad_rank),
+        Error::PeerFailed { rank: reported } => assert!(rank != bad_rank && reported == bad_rank),
         own => assert_eq!(rank, bad_rank, "{own:?}"),
     }
     goes_on(group);
@@ -91,8 +91,7 @@ pub(crate) fn a_rank_that_comes_late(group: &Arc<MpiGroup>) {
     if hasty.rank() == late {
         // Until all others have given up.
         barrier();
-        // They have told it all they knew before they gave up: it may clip as they would have, or learn that one has
-        // failed.
+        // The others sent their partials before they gave up: it may clip as they would have, or learn that one has failed.
         match clip(&hasty, &norm(), &mine) {
             Ok(report) => assert!(report.clipped, "{report:?}"),
             Err(error) => assert!(matches!(error, Error::PeerFailed { .. } | Error::ProcessGroup(_)), "{error:?}"),
@@ -111,7 +110,7 @@ pub(crate) fn a_rank_that_comes_late(group: &Arc<MpiGroup>) {
     goes_on(group);
 }
 
-/// Clips among ranks of which one does something else; tells how it went, and ends all.
+/// Clips among ranks of which one does something else; prints the result, and ends all.
 fn clip_without_rank_1(instead: impl FnOnce()) -> ! {
     let world = SimpleCommunicator::world();
     let group = Arc::new(MpiGroup::new(&world).expect("a group").with_timeout(Duration::from_secs(2)));
@@ -127,7 +126,7 @@ fn clip_without_rank_1(instead: impl FnOnce()) -> ! {
         Ok(report) => println!("rank {} clipped: {report:?}", group.rank()),
         Err(error) => println!("rank {} ends untouched: {error}", group.rank()),
     }
-    // The others are to tell as well.
+    // Time for the others to print too.
     thread::sleep(Duration::from_secs(3));
     world.abort(1);
 }

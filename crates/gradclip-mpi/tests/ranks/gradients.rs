@@ -16,8 +16,8 @@ pub(crate) struct Gradient {
 }
 
 impl Gradient {
-    /// Numbers around `scale` that no other seed gives.
-    pub(crate) fn made(name: &str, dtype: Dtype, shape: &[usize], scale: f64, seed: u64) -> Self {
+    /// Pseudo-random numbers from -scale to scale.
+    pub(crate) fn random(name: &str, dtype: Dtype, shape: &[usize], scale: f64, seed: u64) -> Self {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut bytes = Vec::new();
         for _ in 0..shape.iter().product() {
@@ -74,33 +74,33 @@ impl Gradient {
         Self { bytes, shape: vec![self.shape[0], of.len()], ..self.clone() }
     }
 
-    /// Makes one float32 element what it is told.
+    /// Sets one float32 element.
     pub(crate) fn set(&mut self, index: usize, value: f32) {
         self.bytes[4 * index..4 * index + 4].copy_from_slice(&value.to_le_bytes());
     }
 }
 
-/// A bit of everything: matrices, a bias, nothing, every dtype.
+/// Matrices, a bias and an empty tensor, of every dtype.
 pub(crate) fn model() -> Vec<Gradient> {
     vec![
-        Gradient::made("embedding", Dtype::F32, &[300, 211], 0.02, 1),
-        Gradient::made("attention", Dtype::BF16, &[64, 65], 0.5, 2),
-        Gradient::made("empty", Dtype::F32, &[0], 1.0, 3),
-        Gradient::made("norm", Dtype::F64, &[77], 3.0, 4),
-        Gradient::made("head", Dtype::F16, &[1001], 0.1, 5),
-        Gradient::made("bias", Dtype::F32, &[3], 7.0, 6),
+        Gradient::random("embedding", Dtype::F32, &[300, 211], 0.02, 1),
+        Gradient::random("attention", Dtype::BF16, &[64, 65], 0.5, 2),
+        Gradient::random("empty", Dtype::F32, &[0], 1.0, 3),
+        Gradient::random("norm", Dtype::F64, &[77], 3.0, 4),
+        Gradient::random("head", Dtype::F16, &[1001], 0.1, 5),
+        Gradient::random("bias", Dtype::F32, &[3], 7.0, 6),
     ]
 }
 
-/// Which elements of so many a rank holds: the higher, the more, and the first none.
-pub(crate) fn share(len: usize, rank: u32, size: u32) -> Range<usize> {
+/// The elements that a rank holds, of `len`: higher ranks hold more, and the first none.
+pub(crate) fn slice_range(len: usize, rank: u32, size: u32) -> Range<usize> {
     let begin = |rank: u32| len * (rank * rank.saturating_sub(1)) as usize / (size * (size - 1)).max(1) as usize;
     if size == 1 { 0..len } else { begin(rank)..begin(rank + 1) }
 }
 
-/// A rank's share of each gradient.
+/// The slices of all gradients that a rank holds.
 pub(crate) fn slices(of: &[Gradient], rank: u32, size: u32) -> Vec<Gradient> {
-    of.iter().map(|whole| whole.slice(share(whole.len(), rank, size))).collect()
+    of.iter().map(|whole| whole.slice(slice_range(whole.len(), rank, size))).collect()
 }
 
 pub(crate) fn views(of: &[Gradient]) -> Vec<Tensor<'_>> {

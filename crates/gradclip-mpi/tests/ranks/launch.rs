@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use gradclip_mpi::mpi::environment;
 
-/// The variable that tells a rank what to do.
+/// The variable with the cases that a rank runs.
 pub(crate) const CASES: &str = "GRADCLIP_TEST_CASES";
 
 /// Longer than any job takes.

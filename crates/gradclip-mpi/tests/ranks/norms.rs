@@ -11,7 +11,7 @@ use gradclip_mpi::gradclip::{
 use gradclip_mpi::mpi::topology::SimpleCommunicator;
 use gradclip_mpi::mpi::traits::CommunicatorCollectives;
 
-use crate::gradients::{Gradient, model, share, slices, views, views_mut};
+use crate::gradients::{Gradient, model, slice_range, slices, views, views_mut};
 use crate::transport::barrier;
 
 /// Clips by one norm, of which some clip and some do not.
@@ -159,7 +159,7 @@ pub(crate) fn pieces_as_they_come(group: &Arc<MpiGroup>) {
 
 pub(crate) fn any_number_of_threads(group: &Arc<MpiGroup>) {
     // Large enough to be measured by several.
-    let large = vec![Gradient::made("large", Dtype::F32, &[3 << 20], 0.1, 7)];
+    let large = vec![Gradient::random("large", Dtype::F32, &[3 << 20], 0.1, 7)];
     let mine = slices(&large, group.rank(), group.size());
     let clip = Clip::norm(1.0);
     let measure = |threads: u32| {
@@ -175,14 +175,14 @@ pub(crate) fn any_number_of_threads(group: &Arc<MpiGroup>) {
 pub(crate) fn many_norms_are_one_message(group: &Arc<MpiGroup>) {
     let (rank, size) = (group.rank(), group.size());
     let many: Vec<_> =
-        (0..1000).map(|i| Gradient::made(&i.to_string(), Dtype::F32, &[5 + i % 7], 1.0, i as u64)).collect();
-    let matrix = vec![Gradient::made("matrix", Dtype::F32, &[300, 64], 1.0, 8)];
+        (0..1000).map(|i| Gradient::random(&i.to_string(), Dtype::F32, &[5 + i % 7], 1.0, i as u64)).collect();
+    let matrix = vec![Gradient::random("matrix", Dtype::F32, &[300, 64], 1.0, 8)];
     let per_tensor = Clip::norm(0.9).scope(Scope::Tensor);
     as_one_process(group, &per_tensor, &many, EXACT, |whole| slices(whole, rank, size));
     // Every rank has some columns of each row.
     let per_unit = Clip::norm(0.9).scope(Scope::Unit).unit_axis(UnitAxis::First);
     as_one_process(group, &per_unit, &matrix, EXACT, |whole| {
-        let begin = |rank: u32| if rank == 0 { 0 } else { 1 + share(63, rank, size).start };
+        let begin = |rank: u32| if rank == 0 { 0 } else { 1 + slice_range(63, rank, size).start };
         vec![whole[0].columns(begin(rank)..if rank + 1 == size { 64 } else { begin(rank + 1) })]
     });
 
@@ -202,8 +202,8 @@ pub(crate) fn one_nan_is_known_to_all(group: &Arc<MpiGroup>) {
     let policies = [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
     for (policy, is_late) in policies.into_iter().flat_map(|policy| [(policy, false), (policy, true)]) {
         let clip = Clip::norm(1.0).non_finite(policy);
-        let sound = slices(&[Gradient::made("w", Dtype::F32, &[4000], 1.0, 9)], rank, size);
-        let mut mine = vec![Gradient::made("own", Dtype::F32, &[8], 1.0, u64::from(rank)), sound[0].clone()];
+        let sound = slices(&[Gradient::random("w", Dtype::F32, &[4000], 1.0, 9)], rank, size);
+        let mut mine = vec![Gradient::random("own", Dtype::F32, &[8], 1.0, u64::from(rank)), sound[0].clone()];
         if rank == bad_rank {
             mine[1].set(3, f32::NAN);
         }
@@ -261,7 +261,7 @@ pub(crate) fn only_the_description_must_agree(group: &Arc<MpiGroup>) {
 pub(crate) fn nobody_waits_for_who_is_done(group: &Arc<MpiGroup>) {
     const COMPUTES: Duration = Duration::from_millis(1500);
     // So much that MPI does not copy it before the receiver has asked.
-    let many: Vec<_> = (0..4000).map(|i| Gradient::made(&i.to_string(), Dtype::F32, &[8], 1.0, i)).collect();
+    let many: Vec<_> = (0..4000).map(|i| Gradient::random(&i.to_string(), Dtype::F32, &[8], 1.0, i)).collect();
     let mine = slices(&many, group.rank(), group.size());
     let per_tensor = Clip::norm(0.9).scope(Scope::Tensor);
     let within = Clipper::cpu().processes(Arc::clone(group) as _);

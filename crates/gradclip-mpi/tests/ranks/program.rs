@@ -30,7 +30,7 @@ fn header(name: &str, elements: usize) -> Vec<u8> {
 /// Five files of uneven sizes.
 fn shards(folder: &Path) -> Vec<String> {
     let shard = |i: usize| {
-        let gradient = Gradient::made(&format!("w{i}"), Dtype::F32, &[1000 * i + 7], 0.5, i as u64);
+        let gradient = Gradient::random(&format!("w{i}"), Dtype::F32, &[1000 * i + 7], 0.5, i as u64);
         let path = folder.join(format!("{i}.safetensors"));
         fs::write(&path, [header(&gradient.name, gradient.len()), gradient.bytes].concat()).expect("written");
         path.to_str().expect("text").to_owned()

@@ -1,56 +1,56 @@
-//! Made gradients for `gradclip verify`: sets of tensors with all that is awkward, from a seed.
+//! Generated gradients for `gradclip verify`: sets of tensors with awkward shapes and values, from a seed.
 
 use gradclip::gpu::GpuClipper;
 use gradclip::{Budget, Clip, Clipper, Dtype, Mode, NonFinite, NormType, Scope, Tensor, UnitAxis, Verification};
 use half::{bf16, f16};
 
+use crate::description::{by_example, measuring};
 use crate::failure::Failure;
 use crate::input::with_parameters;
-use crate::names::{by_example, measuring};
 
-/// Lengths at which kernels change their ways, and a few that need many workgroups.
+/// Lengths at which kernels take another path, and a few that need many workgroups.
 const LENGTHS: [usize; 16] = [0, 1, 2, 3, 4, 5, 31, 255, 256, 257, 1023, 4096, 4097, 65_535, 65_537, 300_001];
 
-/// Sizes of a dimension behind others.
+/// Sizes of the dimensions after the first.
 const INNER: [usize; 8] = [1, 2, 3, 31, 64, 255, 257, 1000];
 
-/// Gradients and how to clip them.
+/// Gradients and a clip of them.
 #[derive(Debug)]
-pub(crate) struct Case {
-    gradients: Vec<Made>,
+pub(crate) struct TestCase {
+    gradients: Vec<GeneratedTensor>,
     /// One for each gradient if the clip needs them.
-    parameters: Vec<Made>,
+    parameters: Vec<GeneratedTensor>,
     pub(crate) clip: Clip,
 }
 
-/// One made tensor.
+/// One generated tensor.
 #[derive(Debug)]
-struct Made {
+struct GeneratedTensor {
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: Vec<u8>,
 }
 
-impl Case {
-    /// The case of a number; the same for the same seed.
+impl TestCase {
+    /// The case with this number; it depends on seed and number alone.
     pub(crate) fn new(seed: u64, number: u64) -> Result<Self, Failure> {
         let mut random = SplitMix64(seed.wrapping_mul(0x2545_f491_4f6c_dd1d).wrapping_add(number));
         let mut clip = clip(&mut random);
         let examples = by_example(&clip).then(|| random.choose(&[1, 2, 7, 32]));
         let non_finite = random.below(4) == 0;
         let shapes: Vec<_> = (0..random.below(9)).map(|_| shape(&mut random, examples)).collect();
-        let mut made = |non_finite| -> Vec<_> {
+        let mut generate = |non_finite| -> Vec<_> {
             let each = shapes.iter().enumerate();
-            each.map(|(i, shape)| Made::new(&mut random, i, shape, non_finite)).collect()
+            each.map(|(i, shape)| GeneratedTensor::new(&mut random, i, shape, non_finite)).collect()
         };
-        let gradients = made(non_finite);
-        let parameters = if clip.needs_parameters() { made(false) } else { Vec::new() };
+        let gradients = generate(non_finite);
+        let parameters = if clip.needs_parameters() { generate(false) } else { Vec::new() };
         clip.mode = threshold(&mut random, &clip, &views(&gradients)?, &views(&parameters)?)?;
         Ok(Self { gradients, parameters, clip })
     }
 
-    /// Clips on both.
+    /// Clips on GPU and CPU.
     pub(crate) fn verify(&self, gpu: &GpuClipper) -> Result<Verification, Failure> {
         let parameters = views(&self.parameters)?;
         let gradients = with_parameters(views(&self.gradients)?, &parameters);
@@ -58,11 +58,11 @@ impl Case {
     }
 }
 
-fn views(tensors: &[Made]) -> Result<Vec<Tensor<'_>>, gradclip::Error> {
-    tensors.iter().map(Made::view).collect()
+fn views(tensors: &[GeneratedTensor]) -> Result<Vec<Tensor<'_>>, gradclip::Error> {
+    tensors.iter().map(GeneratedTensor::view).collect()
 }
 
-/// Of one of the lengths, or somewhat less, with one to three dimensions; the first of so many examples.
+/// A shape of one to three dimensions with about one of the lengths; dimension 0 has the number of examples, if given.
 fn shape(random: &mut SplitMix64, examples: Option<usize>) -> Vec<usize> {
     let inner: Vec<_> = (0..random.below(3)).map(|_| random.choose(&INNER)).collect();
     let length = random.choose(&LENGTHS);
@@ -72,7 +72,7 @@ fn shape(random: &mut SplitMix64, examples: Option<usize>) -> Vec<usize> {
     }
 }
 
-impl Made {
+impl GeneratedTensor {
     fn view(&self) -> Result<Tensor<'_>, gradclip::Error> {
         Tensor::from_bytes(self.dtype, &self.bytes)?.named(&self.name).shape(&self.shape)
     }
@@ -93,39 +93,24 @@ impl Made {
             Dtype::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
         };
-        Self { name: format!("made.{number}"), dtype, shape: shape.to_vec(), bytes }
+        Self { name: format!("generated.{number}"), dtype, shape: shape.to_vec(), bytes }
     }
 }
 
-/// A clip of any kind, but for its threshold.
+/// A clip of any kind, without its threshold.
 fn clip(random: &mut SplitMix64) -> Clip {
-    let norm = Clip::norm(0.0);
-    let modes = [
-        norm,
-        norm,
-        norm,
-        Clip::rms(0.0),
-        Clip::average_norm(0.0),
-        Clip::agc(0.0),
-        Clip::value(0.0),
-        Clip::range(-1.0, 0.0),
-    ];
+    use Scope::{Example, ExampleTensor, Global, Unit};
+    let (norm, rms, average, agc) = (Clip::norm(0.0), Clip::rms(0.0), Clip::average_norm(0.0), Clip::agc(0.0));
+    let modes = [norm, norm, norm, rms, average, agc, Clip::value(0.0), Clip::range(-1.0, 0.0)];
     let mut clip = random.choose(&modes);
     clip.scope = match clip.mode {
-        Mode::Value { .. } => Scope::Global,
-        Mode::Agc(_) => random.choose(&[Scope::Unit, Scope::Unit, Scope::Tensor, Scope::Global]),
-        _ => random.choose(&[
-            Scope::Global,
-            Scope::Global,
-            Scope::Tensor,
-            Scope::Unit,
-            Scope::Example,
-            Scope::ExampleTensor,
-        ]),
+        Mode::Value { .. } => Global,
+        Mode::Agc(_) => random.choose(&[Unit, Unit, Scope::Tensor, Global]),
+        _ => random.choose(&[Global, Global, Scope::Tensor, Unit, Example, ExampleTensor]),
     };
     match clip.scope {
-        Scope::Unit => clip.unit_axis = Some(random.choose(&[UnitAxis::First, UnitAxis::Last])),
-        Scope::ExampleTensor => clip.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
+        Unit => clip.unit_axis = Some(random.choose(&[UnitAxis::First, UnitAxis::Last])),
+        ExampleTensor => clip.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
         _ => {}
     }
     if let Mode::Norm(_) = clip.mode {
@@ -139,30 +124,30 @@ fn clip(random: &mut SplitMix64) -> Clip {
     clip.grad_scale(random.choose(&[1.0, 1.0, 65_536.0, 3.0])).non_finite(random.choose(&policies))
 }
 
-/// The mode with a threshold that lies somewhere around what these tensors hold.
+/// The mode with a threshold near the norms of these tensors.
 fn threshold(
     random: &mut SplitMix64,
     clip: &Clip,
     gradients: &[Tensor<'_>],
     parameters: &[Tensor<'_>],
 ) -> Result<Mode, Failure> {
-    let largest = || size(gradients, Clip::norm(0.0).norm_type(NormType::Inf).grad_scale(clip.grad_scale));
+    let largest = || largest_norm(gradients, Clip::norm(0.0).norm_type(NormType::Inf).grad_scale(clip.grad_scale));
     let part = random.choose(&[0.0, 1e-3, 0.1, 0.5, 0.9, 2.0]);
     // Of a norm of 0, infinity would be NaN.
-    let norm = || Ok::<_, Failure>(size(gradients, *clip)?.max(f64::MIN_POSITIVE));
+    let norm = || Ok::<_, Failure>(largest_norm(gradients, *clip)?.max(f64::MIN_POSITIVE));
     let part_or_all = if random.below(7) == 0 { f64::INFINITY } else { part };
     Ok(match clip.mode {
         Mode::Rms(_) => Mode::Rms(part_or_all * norm()?),
         Mode::AverageNorm(_) => Mode::AverageNorm(part_or_all * norm()?),
-        Mode::Agc(_) => Mode::Agc(part * norm()? / size(parameters, clip.grad_scale(1.0))?.max(1e-3)),
+        Mode::Agc(_) => Mode::Agc(part * norm()? / largest_norm(parameters, clip.grad_scale(1.0))?.max(1e-3)),
         Mode::Value { max: 0.0, min: -1.0 } => Mode::Value { min: -part * largest()?, max: 0.1 * largest()? },
         Mode::Value { .. } => Mode::Value { min: -part * largest()?, max: part * largest()? },
         _ => Mode::Norm(part_or_all * norm()?),
     })
 }
 
-/// The largest norm that the finite elements have in any segment, on the CPU.
-pub(crate) fn size(tensors: &[Tensor<'_>], clip: Clip) -> Result<f64, Failure> {
+/// The largest norm of any segment, of its finite elements, on the CPU.
+pub(crate) fn largest_norm(tensors: &[Tensor<'_>], clip: Clip) -> Result<f64, Failure> {
     let report = Clipper::cpu().measure(&measuring(clip).non_finite(NonFinite::Drop), tensors)?;
     let norms = report.segments.iter().map(|segment| segment.norm);
     Ok(if report.segments.is_empty() { report.total_norm } else { norms.fold(0.0, f64::max) })
@@ -179,7 +164,7 @@ impl SplitMix64 {
         z ^ (z >> 31)
     }
 
-    /// One of `0..n`; the slight bias does not matter here.
+    /// A number in `0..n`; the slight bias does not matter here.
     fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }

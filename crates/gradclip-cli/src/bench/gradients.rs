@@ -1,39 +1,32 @@
-//! What `gradclip bench` clips: gradients whose norm is known, cut into tensors.
+//! The gradients of a benchmark: a pattern whose norm is known, cut into tensors.
 
 use std::ops::Range;
 
 use gradclip::Dtype;
 use half::{bf16, f16};
 
+use crate::values::Cut;
+
 /// Where tensors may begin, in elements: 512 bytes of float32, as PyTorch's allocator has it.
 const ALIGNMENT: u64 = 128;
-
-/// What a size is cut into.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cut {
-    One,
-    Transformer,
-    /// So many, long and short by turns.
-    Many(u64),
-}
 
 /// How many times a long tensor of [`Cut::Many`] is as long as a short one: 64 x 64 beside 64.
 const LONG: u64 = 64;
 
-/// Tensors in one run of memory.
+/// Tensors in one allocation.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Set {
+pub(super) struct TensorSet {
     /// Where each tensor lies, in elements.
-    pub(crate) tensors: Vec<Range<u64>>,
+    pub(super) tensors: Vec<Range<u64>>,
     /// How many they hold.
-    pub(crate) elements: u64,
+    pub(super) elements: u64,
     /// How many the memory holds, gaps too.
-    pub(crate) span: u64,
+    pub(super) span: u64,
 }
 
-impl Set {
-    /// At most so many elements; `None` if they are too few for the cut.
-    pub(crate) fn new(cut: Cut, size: u64) -> Option<Self> {
+impl TensorSet {
+    /// Tensors of at most `size` elements together; `None` if that is too few for the cut.
+    pub(super) fn new(cut: Cut, size: u64) -> Option<Self> {
         let lengths = match cut {
             Cut::One => vec![size],
             Cut::Transformer => {
@@ -77,12 +70,12 @@ fn transformer(divisor: u64) -> Vec<u64> {
     layer.iter().copied().cycle().take(32 * layer.len()).chain(ends).collect()
 }
 
-/// Gradients without end: a block over and over again.
+/// Gradients of any length: one block, repeated.
 #[derive(Debug)]
-pub(crate) struct Pattern {
-    pub(crate) dtype: Dtype,
+pub(super) struct Pattern {
+    pub(super) dtype: Dtype,
     /// The block, little-endian.
-    pub(crate) bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     /// The sums of the squares of the first elements, and of the clamped ones.
     squares: [Vec<f64>; 2],
 }
@@ -91,15 +84,15 @@ pub(crate) struct Pattern {
 const BLOCK: u64 = 1 << 20;
 
 /// What the case `value` clamps to: half of the elements lie outside.
-pub(crate) const BOUND: f64 = 0.5;
+pub(super) const BOUND: f64 = 0.5;
 
 impl Pattern {
-    pub(crate) fn new(dtype: Dtype) -> Self {
+    pub(super) fn new(dtype: Dtype) -> Self {
         let mut bytes = Vec::new();
         let mut squares = [vec![0.0], vec![0.0]];
         let mut sums = [0.0, 0.0];
         for i in 0..BLOCK as u32 {
-            // Between -1 and 1, and no order to speak of.
+            // Between -1 and 1, in scattered order.
             let x = (i.wrapping_mul(2_654_435_761) >> 8 & 0xffff) as f32 / 32_768.0 - 1.0;
             let x = match dtype {
                 Dtype::F16 => {
@@ -126,7 +119,7 @@ impl Pattern {
     }
 
     /// The norm of the tensors; if `clamped`, that of their elements clamped to [`BOUND`].
-    pub(crate) fn norm(&self, set: &Set, clamped: bool) -> f64 {
+    pub(super) fn norm(&self, set: &TensorSet, clamped: bool) -> f64 {
         let squares = &self.squares[usize::from(clamped)];
         let up_to = |n: u64| ((n / BLOCK) as f64, squares[(n % BLOCK) as usize]);
         let of = |tensor: &Range<u64>| {
@@ -137,97 +130,20 @@ impl Pattern {
     }
 }
 
-/// A size: a number, with Ki, Mi or Gi behind it.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
-    let text = text.trim();
-    let units = [("Ki", 10), ("Mi", 20), ("Gi", 30), ("", 0)];
-    let (digits, shift) =
-        units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift))).unwrap_or((text, 0));
-    let wrong = || "a size is a number of elements like 1000, 64Ki, 16Mi or 1Gi".to_owned();
-    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(wrong());
-    }
-    let too_large = || format!("more than {LARGEST} elements, which no memory holds");
-    let number: u64 = digits.parse().map_err(|_| too_large())?;
-    match number.checked_mul(1 << shift).filter(|size| *size <= LARGEST) {
-        Some(0) => Err("0 elements are clipped in no time: at least 1 is needed".into()),
-        Some(size) => Ok(size),
-        None => Err(too_large()),
-    }
-}
-
-/// Below, no number of bytes overflows.
-const LARGEST: u64 = 1 << 50;
-
-/// As [`size`] reads it.
-pub(crate) fn size_label(elements: u64) -> String {
-    for (unit, shift) in [("Gi", 30), ("Mi", 20), ("Ki", 10)] {
-        if elements.trailing_zeros() >= shift {
-            return format!("{}{unit}", elements >> shift);
-        }
-    }
-    elements.to_string()
-}
-
-pub(crate) fn dtype(text: &str) -> Result<Dtype, String> {
-    match text {
-        "f32" | "float32" => Ok(Dtype::F32),
-        "f16" | "float16" => Ok(Dtype::F16),
-        "bf16" | "bfloat16" => Ok(Dtype::BF16),
-        _ => Err("a dtype is f32, f16 or bf16".into()),
-    }
-}
-
-pub(crate) fn cut(text: &str) -> Result<Cut, String> {
-    match text {
-        "one" => Ok(Cut::One),
-        "transformer" => Ok(Cut::Transformer),
-        _ => match text.parse() {
-            Ok(count @ 1..=1_000_000) => Ok(Cut::Many(count)),
-            _ => Err("one, transformer, or a number of tensors from 1 to 1000000 is needed".into()),
-        },
-    }
-}
-
-pub(crate) fn seconds(text: &str) -> Result<f64, String> {
-    let seconds = text.parse().ok().filter(|seconds: &f64| (0.0..=3600.0).contains(seconds));
-    seconds.ok_or_else(|| "a number of seconds from 0 to 3600 is needed".into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn sizes_read_like_people_write_them() {
-        let cases =
-            [("1", 1), ("1000", 1000), ("64Ki", 65_536), (" 16Mi", 16 << 20), ("1Gi", 1 << 30), ("3Gi", 3 << 30)];
-        for (text, elements) in cases {
-            assert_eq!(size(text), Ok(elements), "{text}");
-            assert_eq!(size(&size_label(elements)), Ok(elements), "{text}");
-        }
-        assert_eq!([1000, 1 << 10, 3 << 20, 1 << 30].map(size_label), ["1000", "1Ki", "3Mi", "1Gi"]);
-        for text in ["", "Ki", "-1", "1.5Mi", "1k", "64KiB", "0x10", "１", "1Ti", "+1", "1 Ki"] {
-            assert!(size(text).is_err_and(|why| why.contains("64Ki")), "{text}");
-        }
-        for text in ["0", "0Gi"] {
-            assert!(size(text).is_err_and(|why| why.contains("at least 1")), "{text}");
-        }
-        for text in ["18446744073709551616", "18446744073709551615Gi", "2000000Gi"] {
-            assert!(size(text).is_err_and(|why| why.contains("no memory")), "{text}");
-        }
-    }
-
-    #[test]
     fn sets_fit_their_size() {
-        let of = |cut, size| Set::new(cut, size).map(|set| (set.tensors.len(), set.elements));
+        let of = |cut, size| TensorSet::new(cut, size).map(|set| (set.tensors.len(), set.elements));
         assert_eq!(of(Cut::One, 1), Some((1, 1)));
         assert_eq!(of(Cut::Transformer, 1 << 34), Some((291, 6_738_415_616)));
         assert_eq!(of(Cut::Many(2000), 4_160_000), Some((2000, 4_160_000)));
         assert_eq!(of(Cut::Many(1), 64), Some((1, 64)));
         assert_eq!((of(Cut::Transformer, 290), of(Cut::Many(2000), 64_999), of(Cut::Many(1), 63)), (None, None, None));
         for size in (9..33).map(|power| 1 << power) {
-            let set = Set::new(Cut::Transformer, size).expect("it fits");
+            let set = TensorSet::new(Cut::Transformer, size).expect("it fits");
             assert!(set.elements <= size && set.tensors.len() == 291, "{size}: {}", set.elements);
             // From the divisor 2 to 1 the set grows fourfold.
             assert!(size < 1 << 12 || set.elements > size / 5, "{size}: {}", set.elements);
@@ -249,7 +165,7 @@ mod tests {
                 }
             };
             for (cut, size) in [(Cut::One, 1000), (Cut::One, 2 * BLOCK + 7), (Cut::Many(7), 3 * BLOCK)] {
-                let set = Set::new(cut, size).unwrap();
+                let set = TensorSet::new(cut, size).unwrap();
                 for clamped in [false, true] {
                     let bound = if clamped { BOUND } else { 1.0 };
                     let squares =

@@ -1,4 +1,4 @@
-//! Which rank takes which file, and which file's replica of a tensor counts.
+//! Which rank takes which file, and which replica of a tensor counts.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -12,14 +12,14 @@ use crate::header::Entry;
 use crate::input::Input;
 use crate::norm::file_of;
 
-/// The rank of each file: the largest comes first, and each goes to the rank that has the least so far.
+/// The rank of each file. The largest file comes first, and each goes to the rank with the fewest bytes so far.
 pub(super) fn owners(sizes: &[u64], ranks: u32) -> Vec<u32> {
     let mut files: Vec<_> = (0..sizes.len()).collect();
     files.sort_by_key(|&i| Reverse(sizes[i]));
-    let mut shares: BinaryHeap<_> = (0..ranks).map(|rank| Reverse((0, rank))).collect();
+    let mut loads: BinaryHeap<_> = (0..ranks).map(|rank| Reverse((0, rank))).collect();
     let mut owners = vec![0; sizes.len()];
     for i in files {
-        if let Some(mut least) = shares.peek_mut() {
+        if let Some(mut least) = loads.peek_mut() {
             let Reverse((bytes, rank)) = &mut *least;
             owners[i] = *rank;
             *bytes += sizes[i];
@@ -28,15 +28,15 @@ pub(super) fn owners(sizes: &[u64], ranks: u32) -> Vec<u32> {
     owners
 }
 
-/// What every rank knows of a file, once its own rank has opened it.
+/// What every rank knows of a file, once its owner has opened it.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Opened {
-    /// Where it stands among the files.
-    pub(super) place: usize,
+pub(super) struct FileSummary {
+    /// Its number among all files.
+    pub(super) number: usize,
     pub(super) rank: u32,
     pub(super) bytes: u64,
     pub(super) gradients: usize,
-    /// How many tensors are none.
+    /// How many tensors are no gradients.
     pub(super) others: usize,
     /// The gradients that `--replicated` names.
     pub(super) replicas: Vec<Replica>,
@@ -50,8 +50,8 @@ pub(super) struct Replica {
     pub(super) shape: Vec<usize>,
 }
 
-impl Opened {
-    pub(super) fn new(place: usize, rank: u32, input: &Input, replicated: &[String]) -> Self {
+impl FileSummary {
+    pub(super) fn new(number: usize, rank: u32, input: &Input, replicated: &[String]) -> Self {
         let is_replicated = |entry: &&Entry| replicated.iter().any(|pattern| fits(&entry.name, pattern));
         let replica = |entry: &Entry| Replica {
             name: entry.name.clone(),
@@ -59,7 +59,7 @@ impl Opened {
             shape: entry.shape.clone(),
         };
         Self {
-            place,
+            number,
             rank,
             bytes: input.bytes(),
             gradients: input.gradients().count(),
@@ -69,28 +69,32 @@ impl Opened {
     }
 }
 
-/// All files together, as every rank knows them.
+/// All files, as every rank knows them.
 #[derive(Debug)]
-pub(super) struct Whole<'a> {
+pub(super) struct AllFiles<'a> {
     paths: &'a [PathBuf],
-    pub(super) opened: Vec<Opened>,
+    pub(super) opened: Vec<FileSummary>,
     /// The file that counts each replicated tensor: the first that holds it.
     counted_in: HashMap<String, usize>,
 }
 
-impl<'a> Whole<'a> {
-    /// Checks that replicas are alike. A name that no tensor has is refused, lest someone rely on it.
-    pub(super) fn new(paths: &'a [PathBuf], mut opened: Vec<Opened>, replicated: &[String]) -> Result<Self, Failure> {
-        opened.sort_by_key(|file| file.place);
+impl<'a> AllFiles<'a> {
+    /// Checks that replicas are alike. A name that fits no tensor is an error, so that nobody relies on it.
+    pub(super) fn new(
+        paths: &'a [PathBuf],
+        mut opened: Vec<FileSummary>,
+        replicated: &[String],
+    ) -> Result<Self, Failure> {
+        opened.sort_by_key(|file| file.number);
         let mut first: HashMap<&str, (usize, &Replica)> = HashMap::new();
-        for (file, replica) in opened.iter().flat_map(|file| file.replicas.iter().map(|replica| (file.place, replica)))
+        for (file, replica) in opened.iter().flat_map(|file| file.replicas.iter().map(|replica| (file.number, replica)))
         {
             let Replica { name, dtype, shape } = replica;
             let (of, same) = *first.entry(name).or_insert((file, replica));
             if same != replica {
                 let there = format!("{} {:?} in {}", same.dtype, same.shape, paths[of].display());
                 let problem =
-                    format!("tensor {name:?} is {dtype} {shape:?}, but {there}: replicas of one tensor are alike");
+                    format!("tensor {name:?} is {dtype} {shape:?}, but {there}: replicas of one tensor must be alike");
                 return Err(Failure::file(&paths[file], problem));
             }
         }
@@ -101,32 +105,32 @@ impl<'a> Whole<'a> {
         Ok(Self { paths, opened, counted_in })
     }
 
-    /// Whether the tensor of this name in the file at this place counts.
-    pub(super) fn counts(&self, name: &str, place: usize) -> bool {
-        self.counted_in.get(name).is_none_or(|first| *first == place)
+    /// Whether the tensor of this name counts in the file of this number.
+    pub(super) fn counts(&self, name: &str, number: usize) -> bool {
+        self.counted_in.get(name).is_none_or(|first| *first == number)
     }
 
-    /// How many tensors do not count.
+    /// How many tensors are not counted.
     pub(super) fn uncounted(&self) -> usize {
         self.opened.iter().map(|file| file.replicas.len()).sum::<usize>() - self.counted_in.len()
     }
 
-    /// How many do.
+    /// How many tensors are counted.
     pub(super) fn tensors(&self) -> usize {
         self.opened.iter().map(|file| file.gradients).sum::<usize>() - self.uncounted()
     }
 
     /// The file of a non-finite element.
     pub(super) fn file_of(&self, found: &NonFiniteElements) -> Option<&'a Path> {
-        // A group of one does not tell.
+        // A group of one rank reports none.
         let rank = found.rank.unwrap_or_default();
         let files: Vec<_> = self.opened.iter().filter(|file| file.rank == rank).collect();
         let file = file_of(found.tensor, files.iter().map(|file| file.gradients))?;
-        Some(&self.paths[files[file].place])
+        Some(&self.paths[files[file].number])
     }
 }
 
-/// Whether a name fits a pattern, in which `*` stands for any characters, be it none.
+/// Whether a name fits a pattern, in which `*` stands for any characters, or none.
 pub(super) fn fits(name: &str, pattern: &str) -> bool {
     let Some((start, rest)) = pattern.split_once('*') else { return name == pattern };
     let Some(mut name) = name.strip_prefix(start) else { return false };
@@ -145,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_largest_files_are_shared_out_first() {
+    fn the_largest_files_are_assigned_first() {
         assert_eq!(owners(&[1, 5, 3, 4, 1], 2), [0, 0, 1, 1, 0]);
         assert_eq!(owners(&[7, 7, 7], 3), [0, 1, 2]);
         assert_eq!(owners(&[7, 7], 4), [0, 1]);

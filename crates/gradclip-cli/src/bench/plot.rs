@@ -1,15 +1,15 @@
-//! Throughput as a picture: a panel for each dtype, a curve for each case, and the copy speed as the ceiling.
+//! A plot of throughput: a panel for each dtype, a curve for each case, and lines at the copy and the read speed.
 
 use std::fmt::Write;
 
 use gradclip::Dtype;
 
-use crate::bench::{CASES, Case, Row};
-use crate::plot::{WIDTH, escaped};
-use crate::report::{number, plural};
-use crate::subject::size_label;
+use super::case::{CASES, Case, Row};
+use crate::plot::{WIDTH, document, escaped};
+use crate::text::{number, plural};
+use crate::values::size_label;
 
-/// Where things lie, in pixels.
+/// Positions and sizes, in pixels.
 const LEFT: f64 = 64.0;
 const RIGHT: f64 = WIDTH - 150.0;
 const TOP: f64 = 88.0;
@@ -17,7 +17,7 @@ const PANEL: f64 = 220.0;
 const GAP: f64 = 48.0;
 const BOTTOM: f64 = 48.0;
 
-/// Told apart in grey, too: by lightness, and by the mark.
+/// The cases differ in lightness and mark too, so that they can be distinguished in grey.
 fn colour(case: Case) -> &'static str {
     match case {
         Case::Norm => "#2166ac",
@@ -27,8 +27,8 @@ fn colour(case: Case) -> &'static str {
     }
 }
 
-/// An SVG document of its own; `limits` are the copy and the read speed, in GB/s.
-pub(crate) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> String {
+/// The plot as an SVG document; `copy` and `read` are speeds in GB/s.
+pub(super) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> String {
     let mut dtypes: Vec<Dtype> = Vec::new();
     for row in rows.iter().filter(|row| row.gb_s.is_finite()) {
         if !dtypes.contains(&row.dtype) {
@@ -45,22 +45,16 @@ pub(crate) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> Strin
     let most = (fastest.max(1e-9) * 1.04 / step).ceil() * step;
 
     let height = TOP + dtypes.len() as f64 * (PANEL + GAP) - GAP + BOTTOM;
-    let mut svg = format!(
-        r##"<?xml version="1.0" encoding="UTF-8"?>
-<svg xmlns="http://www.w3.org/2000/svg" version="1.1" width="{WIDTH}" height="{height:.0}" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12" fill="#333">
-<rect width="100%" height="100%" fill="#fff"/>
-<text x="24" y="30" font-size="16" font-weight="bold">{}</text>
-<text x="24" y="50">GB/s of the bytes that a case must move, against the number of elements; hollow: cut into many tensors</text>
-"##,
-        escaped(title)
-    );
+    let mut svg = document(title, height);
+    svg += r#"<text x="24" y="50">GB/s of the bytes that a case must move, against the number of elements; hollow: cut into many tensors</text>"#;
+    svg.push('\n');
     for (panel, dtype) in dtypes.iter().enumerate() {
         let top = TOP + panel as f64 * (PANEL + GAP);
         let y = |speed: f64| top + PANEL * (1.0 - speed / most);
         let rows: Vec<_> = rows.iter().filter(|row| row.dtype == *dtype && row.gb_s.is_finite()).collect();
         axes(&mut svg, (top, step, most), (lowest, highest));
         let _ = writeln!(svg, r#"<text x="{LEFT}" y="{:.1}" font-weight="bold">{dtype}</text>"#, top - 8.0);
-        // At the right end: what is drawn, each name at its curve's height, but apart from the others.
+        // At the right end: the names, each at the height of its curve, but not on top of another.
         let mut names = vec![(y(copy), format!("copy {}", number(copy, 3)), "#333")];
         if y(read) - y(copy) > 1.0 || y(copy) - y(read) > 1.0 {
             names.push((y(read), format!("read {}", number(read, 3)), "#777"));
@@ -167,7 +161,7 @@ fn nice_step(least: f64) -> f64 {
     found.unwrap_or(10.0) * power
 }
 
-/// Moves names apart that would lie on each other, and back into the panel.
+/// Moves names apart that would overlap, and back into the panel.
 fn spread(names: &mut [(f64, String, &str)], top: f64, bottom: f64) {
     const APART: f64 = 14.0;
     names.sort_by(|a, b| a.0.total_cmp(&b.0));

@@ -1,0 +1,120 @@
+//! From the command line to the library's description of a clip.
+
+use gradclip::{Clip, Mode, NonFinite, NormType, Scope};
+
+use crate::args::{ClipArgs, ClipOptions, MeasureArgs, ModeArgs};
+use crate::failure::Failure;
+
+impl MeasureArgs {
+    /// The description `clip` with these settings.
+    pub(crate) fn clip(&self, mut clip: Clip) -> Result<Clip, Failure> {
+        if let Some(p) = self.norm_type {
+            clip = clip.norm_type(NormType::p(p));
+        }
+        clip.scope = self.scope.unwrap_or(clip.scope);
+        clip.unit_axis = self.unit_axis;
+        clip.grad_scale = self.grad_scale.unwrap_or(clip.grad_scale);
+        refuse(&[(self.unit_axis.is_some() && clip.scope != Scope::Unit, "--unit-axis needs --scope unit")])?;
+        Ok(clip)
+    }
+}
+
+impl ClipOptions {
+    /// The clip that the options describe; `None` without a mode.
+    pub(crate) fn clip(&self) -> Result<Option<Clip>, Failure> {
+        let ModeArgs { max_norm, max_rms, max_average_norm, agc, clip_value, clip_range } = self.mode;
+        let modes = [
+            max_norm.map(Clip::norm),
+            max_rms.map(Clip::rms),
+            max_average_norm.map(Clip::average_norm),
+            agc.map(Clip::agc),
+            clip_value.map(Clip::value),
+            clip_range.map(|(min, max)| Clip::range(min, max)),
+        ];
+        let Some(mode) = modes.into_iter().flatten().next() else {
+            refuse(&[(*self != Self::default(), MODE_NEEDED)])?;
+            return Ok(None);
+        };
+        let mut clip = self.measure.clip(mode)?;
+        let by_norm = max_norm.is_some();
+        refuse(&[
+            (self.measure.norm_type.is_some() && !by_norm, "--norm-type goes with --max-norm only"),
+            (self.eps.is_some() && !by_norm, "--eps goes with --max-norm only"),
+            (
+                self.measure.scope.is_some() && clamps(&clip),
+                "--scope sets which gradients share a norm; a clip by value measures no norm",
+            ),
+            (self.budget.is_some() && clip.scope != Scope::ExampleTensor, "--budget needs --scope example-tensor"),
+            (
+                agc.is_some() && by_example(&clip),
+                "--agc needs --scope unit, tensor or global: parameters have no examples",
+            ),
+            (agc.is_some() && self.params.is_none(), "--agc needs the parameters of the gradients: --params FILE"),
+            (agc.is_none() && self.params.is_some(), "--params goes with --agc only"),
+            (agc.is_none() && self.agc_eps.is_some(), "--agc-eps goes with --agc only"),
+        ])?;
+        clip.budget = self.budget.unwrap_or(clip.budget);
+        clip.eps = self.eps.or(clip.eps);
+        clip.agc_eps = self.agc_eps.or(clip.agc_eps);
+        clip.non_finite = self.non_finite.unwrap_or(clip.non_finite);
+        clip.check()?;
+        Ok(Some(clip))
+    }
+}
+
+impl ClipArgs {
+    /// The clip that the options describe.
+    pub(crate) fn clip(&self) -> Result<Clip, Failure> {
+        let clip = self.options.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
+        let skips = clip.non_finite == NonFinite::Skip;
+        refuse(&[
+            (
+                self.sum && !by_example(&clip),
+                "--sum adds the clipped examples: it needs --scope example or example-tensor",
+            ),
+            (self.sum && skips, "--sum cannot be used with --non-finite skip: choose another policy"),
+            (self.sum && self.verify, "--verify compares clipped gradients, not sums: leave out --verify or --sum"),
+        ])?;
+        Ok(clip)
+    }
+}
+
+pub(crate) const MODE_NEEDED: &str = "a mode is required: --max-norm N, --max-rms R, --max-average-norm A, \
+    --agc FACTOR --params FILE, --clip-value V or --clip-range MIN,MAX";
+
+/// Returns the message of the first condition that is true as an error. An option without effect is an error, so that nobody
+/// relies on it.
+pub(crate) fn refuse(conditions: &[(bool, &str)]) -> Result<(), Failure> {
+    let first = conditions.iter().find(|(is_true, _)| *is_true);
+    first.map_or(Ok(()), |(_, message)| Err(Failure::Usage((*message).into())))
+}
+
+/// A clip that measures the same norm and changes nothing.
+pub(crate) fn measuring(mut clip: Clip) -> Clip {
+    clip.mode = match clip.mode {
+        Mode::Rms(_) => Mode::Rms(f64::INFINITY),
+        Mode::AverageNorm(_) => Mode::AverageNorm(f64::INFINITY),
+        _ => Mode::Norm(f64::INFINITY),
+    };
+    clip.agc_eps = None;
+    clip.non_finite(NonFinite::Propagate)
+}
+
+/// Whether the clip measures no norm.
+pub(crate) fn clamps(clip: &Clip) -> bool {
+    matches!(clip.mode, Mode::Value { .. })
+}
+
+/// Whether dimension 0 counts examples.
+pub(crate) fn by_example(clip: &Clip) -> bool {
+    matches!(clip.scope, Scope::Example | Scope::ExampleTensor)
+}
+
+/// The name of the norm.
+pub(crate) fn norm_name(clip: &Clip) -> String {
+    match clip.mode {
+        Mode::Rms(_) => "RMS".into(),
+        Mode::AverageNorm(_) => "average".into(),
+        _ => clip.norm_type.to_string(),
+    }
+}

@@ -1,0 +1,266 @@
+//! The operation of all ranks: to measure the files, or to clip them into OUT.
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use gradclip::{Clip, ClipReport, Scope, Tensor};
+
+use super::args::{Cli, ClipArgs, Command, CommonArgs, NormArgs};
+use super::assignment::{AllFiles, FileSummary, owners};
+use super::folder::Folder;
+use super::lockstep::{Exit, Lockstep};
+use crate::backend::Backend;
+use crate::clip;
+use crate::description::{MODE_NEEDED, clamps, measuring, refuse};
+use crate::failure::Failure;
+use crate::input::{Input, explain, is_index, unchanged};
+use crate::output::{Copies, Output};
+use crate::print::{printed, remark};
+use crate::progress;
+use crate::report::{Ranks, Summary};
+use crate::text::{plural, table};
+
+/// What all ranks do.
+#[derive(Debug)]
+pub(super) struct Operation {
+    clip: Clip,
+    args: CommonArgs,
+    /// OUT, and whether it may be replaced; `None` if the gradients are only measured.
+    out: Option<(PathBuf, bool)>,
+}
+
+/// The files of this rank.
+#[derive(Debug)]
+struct OwnFiles {
+    inputs: Vec<Input>,
+    /// Their numbers among all files.
+    numbers: Vec<usize>,
+}
+
+/// What a rank has when it begins to measure.
+struct Prepared<'o, 'a> {
+    tensors: Vec<Tensor<'a>>,
+    /// Which of them count.
+    counted: Vec<bool>,
+    backend: Backend,
+    /// The copies that a GPU clips.
+    copies: Option<Copies<'o, 'a>>,
+}
+
+impl Operation {
+    pub(super) fn new(cli: Cli) -> Result<Self, Failure> {
+        let (clip, args, out) = match cli.command {
+            Command::Norm(NormArgs { measure, common }) => {
+                (measuring(measure.clip(Clip::norm(f64::INFINITY))?), common, None)
+            }
+            Command::Clip(ClipArgs { out, force, options, common }) => {
+                let clip = options.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
+                (clip, common, Some((out, force)))
+            }
+        };
+        refuse(&[
+            (
+                clip.scope != Scope::Global || clip.needs_parameters(),
+                "ranks compute one norm of all gradients; for other scopes and for --agc, use gradclip on each file",
+            ),
+            (
+                clamps(&clip) && !args.replicated.is_empty(),
+                "--replicated names tensors that a norm counts once; a clip by value measures no norm",
+            ),
+        ])?;
+        if let Some(index) = args.files.iter().find(|file| is_index(file)) {
+            let message = format!("{} is an index: name the files that it lists instead", index.display());
+            return Err(Failure::Usage(message));
+        }
+        let mut names: Vec<_> = args.files.iter().filter_map(|file| file.file_name()).collect();
+        names.sort();
+        if let Some(name) = names.windows(2).find(|pair| pair[0] == pair[1]).filter(|_| out.is_some()) {
+            return Err(Failure::Usage(format!("two files are called {:?}, and OUT can hold only one", name[0])));
+        }
+        clip.check()?;
+        Ok(Self { clip, args, out })
+    }
+
+    pub(super) fn run(&self, lockstep: &Lockstep, stdout: &mut dyn Write) -> Result<(), Exit> {
+        let other = |rank| {
+            Failure::Setup(format!("rank {rank} sees other files than rank 0: all ranks must see the same files"))
+        };
+        let sizes = lockstep.same("sizes", self.sizes(), other)?;
+        let opened = self.open(&owners(&sizes, lockstep.group.size()), lockstep.group.rank());
+        let (own, opened) = lockstep.step("open", opened)?;
+        let opened = opened.into_iter().flatten().collect();
+        let all_files = AllFiles::new(&self.args.files, opened, &self.args.replicated);
+        let all_files = all_files.map_err(|failure| lockstep.exit_with(&failure))?;
+
+        let mut folder = self.folder(lockstep)?;
+        let output = folder.as_ref().map(|folder| Output::into_folder(&own.inputs, folder.path()));
+        let explained = |failure| {
+            let failure = explain(&own.inputs)(located(failure, &all_files));
+            folder.iter().fold(failure, |failure, folder| folder.with_final_path(failure))
+        };
+        let prepared = self.prepare(lockstep, &own, &all_files, output.as_ref()).map_err(&explained);
+        let (mut prepared, fallbacks) = lockstep.step(
+            "ready",
+            prepared.map(|prepared| {
+                let fallback = prepared.backend.fallback.clone();
+                (prepared, fallback)
+            }),
+        )?;
+        if let Some(why) = fallbacks.iter().flatten().next().filter(|_| !self.hidden(lockstep)) {
+            let count = fallbacks.iter().flatten().count();
+            remark(&format!("{why}: {count} of {} ranks compute on the CPU", lockstep.group.size()));
+        }
+
+        let start = Instant::now();
+        let written = self.write(lockstep, &own, &mut prepared, output.as_ref()).map_err(&explained);
+        if let (Some(folder), true) = (&mut folder, written.is_ok() && !lockstep.is_first()) {
+            folder.leave_to_rank_0();
+        }
+        let (report, _) = lockstep.step("done", written.map(|report| (report, ())))?;
+
+        let time = start.elapsed();
+        let finish = || {
+            if lockstep.is_first() {
+                folder.map_or(Ok(()), Folder::rename)?;
+                let text = self.text((&report, time), &prepared, &all_files, lockstep.group.size())?;
+                printed(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))?;
+            }
+            Ok(((), ()))
+        };
+        lockstep.step("end", finish()).map(|_| ())
+    }
+
+    /// Whether this rank shows no progress.
+    fn hidden(&self, lockstep: &Lockstep) -> bool {
+        self.args.quiet || self.args.json || !lockstep.is_first()
+    }
+
+    /// The sizes of all files.
+    fn sizes(&self) -> Result<Vec<u64>, Failure> {
+        let size = |file: &PathBuf| Ok(fs::metadata(file).map_err(Failure::io(file, "open"))?.len());
+        self.args.files.iter().map(size).collect()
+    }
+
+    /// Opens this rank's files.
+    fn open(&self, owners: &[u32], rank: u32) -> Result<(OwnFiles, Vec<FileSummary>), Failure> {
+        let numbers: Vec<_> = (0..owners.len()).filter(|&number| owners[number] == rank).collect();
+        let files = numbers.iter().map(|&number| &self.args.files[number]);
+        let inputs = files.map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
+        let opened = inputs.iter().zip(&numbers);
+        let opened =
+            opened.map(|(input, &number)| FileSummary::new(number, rank, input, &self.args.replicated)).collect();
+        Ok((OwnFiles { inputs, numbers }, opened))
+    }
+
+    /// The folder that will be renamed to OUT. Rank 0 creates it, and the others open it.
+    fn folder(&self, lockstep: &Lockstep) -> Result<Option<Folder>, Exit> {
+        let Some((out, force)) = &self.out else { return Ok(None) };
+        let created = lockstep.is_first().then(|| Folder::create(out, &self.args.files, *force)).transpose();
+        let named = created.map(|folder| {
+            let name = folder.as_ref().and_then(Folder::name).map(str::to_owned);
+            (folder, name)
+        });
+        let (created, mut names) = lockstep.step("folder", named)?;
+        let seen = match (created, names.swap_remove(0)) {
+            (None, Some(name)) => Folder::open(out, &name).map(Some),
+            (created, _) => Ok(created),
+        };
+        Ok(lockstep.step("seen", seen.map(|folder| (folder, ())))?.0)
+    }
+
+    /// Everything that can fail on one rank alone, before all ranks measure.
+    fn prepare<'o, 'a>(
+        &self,
+        lockstep: &Lockstep,
+        OwnFiles { inputs, numbers }: &'a OwnFiles,
+        all_files: &AllFiles<'_>,
+        output: Option<&'o Output<'a>>,
+    ) -> Result<Prepared<'o, 'a>, Failure> {
+        let (mut tensors, mut counted) = (Vec::new(), Vec::new());
+        for (input, &number) in inputs.iter().zip(numbers) {
+            counted.extend(input.gradients().map(|entry| all_files.counts(&entry.name, number)));
+            tensors.append(&mut input.tensors()?);
+        }
+        tensors = tensors.into_iter().zip(&counted).map(|(tensor, &counted)| tensor.replica(!counted)).collect();
+        let backend = Backend::choose(&self.args.backend, &tensors)?.processes(lockstep.group.clone());
+        let copies = output.filter(|_| !backend.streams()).map(|output| {
+            let bar = progress::bytes(output.bytes(), "copying", self.hidden(lockstep));
+            output.copy(&bar)
+        });
+        Ok(Prepared { tensors, counted, backend, copies: copies.transpose()? })
+    }
+
+    /// Measures with the other ranks, and writes the files of this rank.
+    fn write(
+        &self,
+        lockstep: &Lockstep,
+        OwnFiles { inputs, .. }: &OwnFiles,
+        Prepared { tensors, counted, backend, copies }: &mut Prepared<'_, '_>,
+        output: Option<&Output<'_>>,
+    ) -> Result<ClipReport, Failure> {
+        let hidden = self.hidden(lockstep);
+        let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
+        let bar = progress::bytes(bytes, if copies.is_some() { "clipping" } else { "measuring" }, hidden);
+        backend.show_progress(&bar);
+        if let Some(copies) = copies.take() {
+            return copies.clip(
+                &[],
+                |i| counted[i],
+                |written| backend.run(|clipper| clipper.apply(&self.clip, written)),
+            );
+        }
+        let Some(output) = output else {
+            let report = backend.run(|clipper| clipper.measure(&self.clip, tensors))?;
+            return unchanged(inputs).map(|()| report);
+        };
+        let decided = backend.run(|clipper| clipper.decide(&self.clip, tensors))?;
+        unchanged(inputs)?;
+        bar.finish_and_clear();
+        let bar = progress::bytes(output.bytes(), "writing", hidden);
+        backend.install(|| output.stream(&decided, &bar))?;
+        Ok(decided.report())
+    }
+
+    /// What rank 0 prints.
+    fn text(
+        &self,
+        (report, time): (&ClipReport, Duration),
+        Prepared { tensors, backend, .. }: &Prepared<'_, '_>,
+        all_files: &AllFiles<'_>,
+        count: u32,
+    ) -> Result<String, Failure> {
+        let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found));
+        let (scope, ranks) = (Scope::Global, Some(Ranks { count, tensors: all_files.tensors() }));
+        let summary = Summary { report, scope, tensors, sum: false, backend, time, file, ranks };
+        if self.args.json {
+            let json = serde_json::to_string(&summary.json());
+            return json.map(|json| json + "\n").map_err(|error| Failure::Setup(error.to_string()));
+        }
+        let mut lines = match (&self.out, self.args.quiet) {
+            (None, true) => return Ok(format!("{}\n", report.total_norm)),
+            (Some(_), true) => return Ok(String::new()),
+            (None, false) => summary.measured(&self.clip),
+            (Some(_), false) => clip::lines(&self.clip, &summary),
+        };
+        if all_files.uncounted() > 0 {
+            lines.push(("replicas", format!("{} not counted", plural(all_files.uncounted() as u64, "tensor"))));
+        }
+        let others = all_files.opened.iter().map(|file| file.others).sum();
+        lines.extend(summary.lines(others, all_files.opened.iter().map(|file| file.bytes).sum()));
+        lines.extend(self.out.as_ref().map(|(out, _)| ("written to", out.display().to_string())));
+        Ok(table(&lines))
+    }
+}
+
+/// Adds the file of a non-finite element to the failure.
+fn located(failure: Failure, all_files: &AllFiles<'_>) -> Failure {
+    match failure {
+        Failure::NonFinite { found, .. } => {
+            let place = all_files.file_of(&found).map(|file| format!(" in {}", file.display()));
+            Failure::NonFinite { found, place: place.unwrap_or_default() }
+        }
+        other => other,
+    }
+}

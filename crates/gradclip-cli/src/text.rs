@@ -1,0 +1,63 @@
+//! Numbers, counts, names and tables as text.
+
+use indicatif::HumanCount;
+
+/// A name from a file as it is printed: control characters are escaped.
+pub(crate) fn shown(name: &str) -> String {
+    name.escape_debug().to_string()
+}
+
+/// Lines of labels and their values.
+pub(crate) fn table(lines: &[(&'static str, String)]) -> String {
+    lines.iter().map(|(label, text)| format!("{label:<12} {text}\n")).collect()
+}
+
+/// `1 tensor`, `2,000 tensors`.
+pub(crate) fn plural(count: u64, what: &str) -> String {
+    format!("{} {what}{}", HumanCount(count), if count == 1 { "" } else { "s" })
+}
+
+/// A number with this many significant digits, without trailing zeros.
+pub(crate) fn number(x: f64, digits: i32) -> String {
+    if x == 0.0 {
+        return "0".into();
+    }
+    if !x.is_finite() {
+        return x.to_string();
+    }
+    let exponent = x.abs().log10().floor() as i32;
+    let decimals = (digits - 1 - exponent).max(0) as usize;
+    let (text, power) = if (-4..9).contains(&exponent) {
+        (format!("{x:.decimals$}"), String::new())
+    } else {
+        let text = format!("{x:.*e}", (digits - 1) as usize);
+        text.split_once('e').map(|(text, power)| (text.to_owned(), format!("e{power}"))).unwrap_or_default()
+    };
+    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{text}{power}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::number;
+
+    #[test]
+    fn numbers_are_short_and_right() {
+        let cases = [
+            (0.0, "0"),
+            (-0.0, "0"),
+            (0.5, "0.5"),
+            (-0.25, "-0.25"),
+            (65536.0, "65536"),
+            (100.0, "100"),
+            (0.524_587_283_495, "0.5245873"),
+            (1e20, "1e20"),
+            (-1.25e-25, "-1.25e-25"),
+            (f64::INFINITY, "inf"),
+            (f64::NAN, "NaN"),
+        ];
+        for (x, text) in cases {
+            assert_eq!(number(x, 7), text);
+        }
+    }
+}
