@@ -1,4 +1,4 @@
-//! [`NormAccumulator`]: a norm that is measured piece by piece.
+//! [`NormAccumulator`]: a norm that is measured in pieces.
 
 use crate::cpu::decide::Given;
 use crate::partial::{Location, Partial};
@@ -6,10 +6,10 @@ use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge
 use crate::segment::Segments;
 use crate::{Clip, ClipReport, Error, NonFiniteElements, Scope, Tensor, Waiting};
 
-/// What is known of the gradients so far: the mergeable part of a global norm.
+/// A running partial: the mergeable state of a global norm.
 ///
-/// It takes a gradient as soon as backward has produced it, a chunk of a file, or a micro-batch; two of them merge. Once
-/// everything is in, it gives the report, and [`Clipper::finish`](crate::Clipper::finish) clips by it.
+/// It takes a gradient as soon as backward has produced it, a chunk of a file, or a micro-batch. Two running partials
+/// merge. Once everything is in, it gives the report, and [`Clipper::finish`](crate::Clipper::finish) clips by it.
 ///
 /// ```
 /// use gradclip::{Clip, Clipper, NormAccumulator, Tensor, TensorMut};
@@ -32,15 +32,15 @@ pub struct NormAccumulator {
     elements: u64,
     /// The name of the tensor with the first non-finite element.
     bad_name: Option<String>,
-    /// Once those of all processes are in: which of them has it, if one has.
+    /// Some once the partials of all processes are in: the rank that holds that tensor, if there is one.
     across: Option<Option<u32>>,
 }
 
 impl NormAccumulator {
-    /// Knows nothing yet.
+    /// An empty running partial.
     ///
     /// # Errors
-    /// [`Error::Usage`] unless the clip measures a norm of everything: by norm, RMS or average norm, with
+    /// [`Error::Usage`] unless the clip measures one norm of everything: by norm, RMS or average norm, with
     /// [`Scope::Global`].
     pub fn new(clip: &Clip) -> Result<Self, Error> {
         clip.check()?;
@@ -50,7 +50,7 @@ impl NormAccumulator {
         Ok(Self { clip: *clip, partial: Partial::EMPTY, tensors: 0, elements: 0, bad_name: None, across: None })
     }
 
-    /// Takes in another one, whose tensors come after these.
+    /// Merges another running partial, whose tensors come after these.
     ///
     /// # Errors
     /// [`Error::Usage`] if the clips differ, or after [`NormAccumulator::merge_across`].
@@ -64,12 +64,13 @@ impl NormAccumulator {
         Ok(())
     }
 
-    /// Takes in those of all processes of a group: then each knows what all have accumulated, and the same, to the bit. Do it once,
-    /// when everything is in: [`NormAccumulator::report`] and [`Clipper::finish`](crate::Clipper::finish) then go by the norm of all.
+    /// Merges the running partials of all processes of a group. Each process then holds the same total, to the bit.
+    /// Call it once, when everything is in: [`NormAccumulator::report`] and [`Clipper::finish`](crate::Clipper::finish)
+    /// then use the norm of all processes.
     ///
     /// # Errors
-    /// [`Error::Usage`] if it was done already; [`Error::PeerFailed`], [`Error::Disagreement`] and [`Error::ProcessGroup`]
-    /// ([`processes`](crate::processes)). The running partial is then as it was.
+    /// [`Error::Usage`] after an earlier call; [`Error::PeerFailed`], [`Error::Disagreement`] and
+    /// [`Error::ProcessGroup`] ([`processes`](crate::processes)). The running partial is then unchanged.
     pub fn merge_across<'a>(&'a mut self, processes: &'a dyn ProcessGroup) -> Waiting<'a, Result<(), Error>> {
         Waiting::new(self.merged(processes))
     }
@@ -87,7 +88,7 @@ impl NormAccumulator {
         Ok(())
     }
 
-    /// That no other process has a part in it yet, because its part would count twice.
+    /// Checks that the parts of other processes are not in yet, because they would count twice.
     pub(crate) fn check_open(&self) -> Result<(), Error> {
         if self.across.is_some() {
             return Err(Error::usage(
@@ -97,7 +98,7 @@ impl NormAccumulator {
         Ok(())
     }
 
-    /// What is not finite so far.
+    /// The non-finite elements so far.
     fn non_finite(&self) -> Option<NonFiniteElements> {
         let found = self.partial.non_finite_elements(|_| self.bad_name.as_deref())?;
         Some(NonFiniteElements { rank: self.across.flatten(), ..found })
@@ -119,7 +120,7 @@ impl NormAccumulator {
         self.elements += elements;
     }
 
-    /// What a clip of everything accumulated so far reports. Tensors are counted in the order in which they came.
+    /// What a clip of everything accumulated so far reports. Tensors are numbered in the order in which they came.
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy.

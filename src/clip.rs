@@ -1,4 +1,4 @@
-//! [`Clip`]: what to clip and how, as data. It is checked where it is used.
+//! [`Clip`]: what to clip and how, as data. Every use checks it.
 
 use std::fmt;
 
@@ -6,9 +6,9 @@ use crate::Error;
 
 /// Which norm is measured: (Σ |g|^p)^(1/p).
 ///
-/// On the CPU the relative error of a norm is at most 1e-7 for p of 1/1024 and more; on the GPU 1e-6 for p of 1 and more, and
-/// 1e-6 / p below, where the root magnifies what the sum has lost. Beyond 2^50 a larger p changes no norm, and is
-/// taken for 2^50; the GPU takes p for one from 2^-20 to 2^22, which puts up to 5e-6 on the norm of 2^30 equal elements.
+/// On the CPU the relative error of a norm is at most 1e-7 for p from 1/1024 up. On the GPU it is 1e-6 for p from 1 up,
+/// and 1e-6 / p below, where the root magnifies the sum's error. A p above 2^50 counts as 2^50, because a larger p
+/// changes no norm. The GPU limits p to 2^-20 to 2^22, which puts up to 5e-6 on the norm of 2^30 equal elements.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum NormType {
@@ -24,7 +24,7 @@ pub enum NormType {
 }
 
 impl NormType {
-    /// The p-norm, by its name if it has one.
+    /// The p-norm, as the named variant if it has one.
     #[must_use]
     pub fn p(p: f64) -> Self {
         match p {
@@ -47,7 +47,7 @@ impl NormType {
     }
 }
 
-/// Which elements share one norm and one coefficient, that is: what a segment is.
+/// Which elements share one norm and one coefficient: the definition of a segment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Scope {
@@ -60,8 +60,8 @@ pub enum Scope {
     /// dimensions is one unit.
     Unit,
     /// Each example by itself, over all tensors: dimension 0 of every tensor is the example, and all must agree on its
-    /// size. With [`Clipper::sum_examples`](crate::Clipper::sum_examples) the clipping of DP-SGD (Abadi et al. 2016,
-    /// "Deep learning with differential privacy").
+    /// size. [`Clipper::sum_examples`](crate::Clipper::sum_examples) makes this the clipping of DP-SGD (Abadi et al.
+    /// 2016, "Deep learning with differential privacy").
     Example,
     /// Each example of each tensor by itself, with a share of the threshold by [`Clip::budget`].
     ExampleTensor,
@@ -70,15 +70,14 @@ pub enum Scope {
 /// Which axis of a tensor counts its units.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum UnitAxis {
-    /// The first: units are rows, and everything behind the first axis belongs to one. PyTorch's layout of weights,
-    /// and timm's units.
+    /// The first: a unit is a row with everything behind the first axis. PyTorch's layout, and timm's units.
     #[default]
     First,
-    /// The last: units are columns. The layout of JAX and burn, and Optax's units for matrices.
+    /// The last: a unit is a column. The layout of JAX and burn, and Optax's units for matrices.
     Last,
 }
 
-/// How the threshold of [`Scope::ExampleTensor`] is shared out to K tensors.
+/// How the threshold of [`Scope::ExampleTensor`] is divided among K tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Budget {
     /// `max_norm` for each tensor.
@@ -86,7 +85,8 @@ pub enum Budget {
     Each,
     /// `max_norm / sqrt(K)`: together they stay below `max_norm`. Optax's `per_example_layer_norm_clip`, uniform.
     Uniform,
-    /// `max_norm * sqrt(n_i / n)` for the n_i elements that tensor i has of the n in an example. Optax's, not uniform.
+    /// `max_norm * sqrt(n_i / n)`, where tensor i has n_i of the n elements of an example. Optax's
+    /// `per_example_layer_norm_clip`, not uniform.
     Sized,
 }
 
@@ -95,19 +95,19 @@ pub enum Budget {
 pub enum NonFinite {
     /// Write nothing and return [`Error::NonFinite`]. The default of every clip that measures a norm.
     Error,
-    /// Compute with them as PyTorch does: a NaN makes every gradient NaN; an infinite norm makes the finite ones 0
-    /// and the infinite ones NaN. A value clip keeps NaN and takes an infinity to its bound; there it is the default.
+    /// Compute with them as PyTorch does: a NaN makes every gradient NaN; an infinite norm makes the finite gradients 0
+    /// and the infinite ones NaN. A value clip, whose default this is, keeps NaN and clamps infinity.
     Propagate,
     /// Write nothing, and let the report say so.
     Skip,
-    /// Set the segments that have one to 0.
+    /// Set every segment that holds a non-finite element to 0.
     Zero,
     /// Set the non-finite elements to 0 and clip the rest by the norm of the rest.
     Drop,
 }
 
-/// What is compared with which threshold; [`Clip`] has the formulas. All that a mode is, beside its lines in `Clip::weight`
-/// and `Clip::max_norm`.
+/// The quantity that is compared, with its threshold; [`Clip`] has the formulas. The rest is in `Clip::weight` and
+/// `Clip::max_norm`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Mode {
@@ -134,13 +134,13 @@ const EPS: f64 = 1e-6;
 /// The `eps` of the paper on AGC.
 pub(crate) const AGC_EPS: f64 = 1e-3;
 
-/// What AGC divides by at least.
+/// The smallest divisor of AGC.
 pub(crate) const AGC_FLOOR: f64 = 1e-6;
 
 /// What to clip and how: one description for every backend.
 ///
-/// With N the norm of a segment's gradients divided by `grad_scale`, each of its gradients is multiplied by
-/// `c / grad_scale`. [`Scope`] says what a segment is, and the mode what c is:
+/// N is the norm of a segment's gradients divided by `grad_scale`. Each gradient of the segment is multiplied by
+/// `c / grad_scale`. [`Scope`] says what a segment is, and the mode gives c:
 ///
 /// | mode | N | c | source |
 /// |---|---|---|---|
@@ -152,32 +152,34 @@ pub(crate) const AGC_FLOOR: f64 = 1e-6;
 ///
 /// # What a clip leaves
 ///
-/// The norm afterwards is at most `max_norm (1 + r) + z`, where `max_norm` is what the mode has in its place, shared out by
-/// [`Clip::budget`], and
+/// The norm afterwards is at most `max_norm (1 + r) + z`. `max_norm` is the mode's threshold, as [`Clip::budget`]
+/// divides it.
 ///
-/// - r is 1e-6 for float32 and float64: the error of the norm that was measured, and the rounding of the coefficient and of
-///   each element. (For norms of any other p than 1, 2 and infinity it is what [`NormType::p`] tells and 1.2e-7 for these
-///   roundings; under AGC, whose threshold has an error of its own, 2.2e-6.) Halves are rounded to 11 or 8 bits, to nearest:
-///   r is 4.9e-4 (2^-11) more for float16 and 3.9e-3 (2^-8) more for bfloat16. A coefficient below the normal numbers of a
-///   float64, 2.2e-308, has fewer digits, and for it no r is promised;
-/// - z is half the smallest number of the dtype for each of the n elements, n^(1/p) times that together: 3.0e-8 n^(1/p) for
-///   float16, 4.6e-41 n^(1/p) for bfloat16. It only matters where most elements are that small. It is divided as N is under
-///   [`Clip::rms`] and [`Clip::average_norm`]; for p below 1 it is p-th powers that add up.
+/// - r is 1e-6 for float32 and float64. It covers the error of the measured norm and the rounding of the coefficient
+///   and of each element. For p other than 1, 2 and infinity it is the error that [`NormType`] gives, and 1.2e-7 for
+///   these roundings. Under AGC, where the threshold has an error too, it is 2.2e-6. Half precision rounds to nearest,
+///   to 11 or 8 bits: r is 4.9e-4 (2^-11) more for float16 and 3.9e-3 (2^-8) more for bfloat16. A coefficient below
+///   2.2e-308, the smallest normal float64, has fewer digits, and no r is promised for it.
+/// - z is n^(1/p) times half the smallest number of the dtype, because each of the n elements may be off by that half:
+///   3.0e-8 n^(1/p) for float16, 4.6e-41 n^(1/p) for bfloat16. It only matters where most elements are that small.
+///   Under [`Clip::rms`] and [`Clip::average_norm`] it is divided as N is; for p below 1 the p-th powers add up.
 ///
-/// *Clipping twice.* A second clip by the same description (the loss scale is out by then) multiplies by no less than
-/// `1 - eps (1 - c) / max_norm - r - z / max_norm - 1.1e-6`. With an `eps` of 0 that is rounding alone: where all elements are
-/// float32, or all are of one half precision, and p is 1, 2 or infinity, the CPU moves none by more than two units in its
-/// last place in any test, a GPU by three, and both mostly none at all; but that a second clip finds nothing to clip cannot
-/// be promised. An `eps` pulls the norm to `max_norm - eps`, nearer with each clip, because that
-/// is where PyTorch's formula comes to rest; so a `max_norm` near `eps` shrinks gradients every time. Likewise AGC with a
-/// threshold below 1e-6, which is the least that it divides by. A value clip leaves bits that a second one does not touch (but for
-/// a 0 outside its bounds, which [`NonFinite::Zero`] and [`NonFinite::Drop`] leave).
+/// *Clipping twice.* A second clip by the same description (without the loss scale, which the first took out)
+/// multiplies by at least `1 - eps (1 - c) / max_norm - r - z / max_norm - 1.1e-6`.
+///
+/// - With an `eps` of 0 only rounding is left. Where all elements are float32, or all are of one half precision, and p
+///   is 1, 2 or infinity, the CPU moves no element by more than two units in its last place in any test, and a GPU by
+///   no more than three. Mostly neither moves any. But it cannot be promised that a second clip finds nothing to clip.
+/// - An `eps` pulls the norm to `max_norm - eps`, nearer with each clip, because PyTorch's formula comes to rest there.
+///   So a `max_norm` near `eps` shrinks gradients every time, as does AGC with a threshold below its smallest divisor,
+///   1e-6.
+/// - A value clip leaves bits that a second one does not change, except for a 0 outside its bounds, which
+///   [`NonFinite::Zero`] and [`NonFinite::Drop`] leave.
 ///
 /// # Settings
 ///
-/// A description is data: its fields can be read and printed, and nothing is checked until it is used. Whatever uses it then
-/// tells what is wrong with it ([`Error::Setting`]): a number that cannot be, or a setting that the mode or the scope does
-/// not use.
+/// A description is data: its fields can be read and printed, and it is not checked until it is used. Every use then
+/// reports what is wrong ([`Error::Setting`]): an invalid number, or a setting that the mode or the scope does not use.
 ///
 /// ```
 /// use gradclip::{Clip, Clipper, Mode, NonFinite, NormType, Scope, Tensor};
@@ -191,19 +193,19 @@ pub(crate) const AGC_FLOOR: f64 = 1e-6;
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Clip {
-    /// What is compared with which threshold.
+    /// The quantity that is compared, with its threshold.
     pub mode: Mode,
     /// The norm of [`Clip::norm`]; L2 in every other mode.
     pub norm_type: NormType,
-    /// What shares a norm.
+    /// Which elements share a norm.
     pub scope: Scope,
     /// The units of [`Scope::Unit`]. None: rows, and a scalar is one unit.
     pub unit_axis: Option<UnitAxis>,
-    /// How [`Scope::ExampleTensor`] shares the threshold out.
+    /// How [`Scope::ExampleTensor`] divides the threshold.
     pub budget: Budget,
-    /// What [`Clip::norm`] adds to the norm; None in every other mode.
+    /// The number that [`Clip::norm`] adds to the norm; None in every other mode.
     pub eps: Option<f64>,
-    /// What [`Clip::agc`] takes the norm of a parameter for at least; None in every other mode.
+    /// The least norm that [`Clip::agc`] assumes for a parameter's unit; None in every other mode.
     pub agc_eps: Option<f64>,
     /// The loss scale that the gradients carry.
     pub grad_scale: f64,
@@ -212,29 +214,29 @@ pub struct Clip {
 }
 
 impl Clip {
-    /// Clips by norm. `max_norm`, 0 or more: 0 sets every gradient to 0; infinity clips
-    /// nothing, and all else that the description asks for still happens.
+    /// Clips by norm. `max_norm` is 0 or more. With 0 every gradient becomes 0. With infinity nothing is clipped, but
+    /// everything else that the description asks for still happens.
     #[must_use]
     pub fn norm(max_norm: f64) -> Self {
         Self { eps: Some(EPS), ..Self::new(Mode::Norm(max_norm), NonFinite::Error) }
     }
 
-    /// Clips by root mean square: sqrt(mean g²), of everything or, with [`Scope::Tensor`], of each tensor. `max_rms` is 0 or
-    /// more.
+    /// Clips by root mean square: sqrt(mean g²) of everything or, by [`Scope::Tensor`], of each tensor. `max_rms` is 0
+    /// or more.
     #[must_use]
     pub fn rms(max_rms: f64) -> Self {
         Self::new(Mode::Rms(max_rms), NonFinite::Error)
     }
 
-    /// Clips by average norm: the L2 norm divided by the number of elements, of everything or, with [`Scope::Tensor`],
-    /// of each tensor. `max_average_norm` is 0 or more.
+    /// Clips by average norm: the L2 norm divided by the number of elements, over everything or, with
+    /// [`Scope::Tensor`], over each tensor. `max_average_norm` is 0 or more.
     #[must_use]
     pub fn average_norm(max_average_norm: f64) -> Self {
         Self::new(Mode::AverageNorm(max_average_norm), NonFinite::Error)
     }
 
     /// Adaptive gradient clipping: each unit's norm stays below `clip_factor` (finite, 0 or more) times the norm of the
-    /// parameter's unit. The scope is [`Scope::Unit`] if not changed. Every gradient must be given its parameter
+    /// parameter's unit. The default scope is [`Scope::Unit`]. Every gradient needs its parameter
     /// ([`TensorMut::parameter`](crate::TensorMut::parameter)). A unit whose parameter is not finite is not clipped.
     #[must_use]
     pub fn agc(clip_factor: f64) -> Self {
@@ -268,53 +270,52 @@ impl Clip {
         }
     }
 
-    /// Chooses the norm of [`Clip::norm`]; L2 if not called.
+    /// Chooses the norm of [`Clip::norm`]; the default is L2.
     #[must_use]
     pub fn norm_type(mut self, norm_type: NormType) -> Self {
         self.norm_type = norm_type;
         self
     }
 
-    /// Chooses what shares a norm; everything if not called, units for [`Clip::agc`]. A value clip measures none.
+    /// Chooses which elements share a norm; the default is all, and for [`Clip::agc`] a unit. Value clips have no norm.
     #[must_use]
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
         self
     }
 
-    /// Chooses the units of [`Scope::Unit`]: rows if not called. Once chosen, a scalar (no dimensions) is an error,
-    /// because it has no axis; otherwise it is one unit.
+    /// Chooses the units of [`Scope::Unit`]; the default is rows. Once this is called, a scalar (no dimensions) is an
+    /// error, because it has no axis; otherwise it is one unit.
     #[must_use]
     pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
         self.unit_axis = Some(axis);
         self
     }
 
-    /// Chooses how [`Scope::ExampleTensor`] shares the threshold out. [`Clip::agc`] has none to share: its threshold is each
-    /// unit's own.
+    /// Chooses how [`Scope::ExampleTensor`] divides the threshold. [`Clip::agc`] has one threshold for each unit.
     #[must_use]
     pub fn budget(mut self, budget: Budget) -> Self {
         self.budget = budget;
         self
     }
 
-    /// Sets what [`Clip::norm`] adds to the norm before dividing, finite and 0 or more: 1e-6 if not called, as in PyTorch;
-    /// 0 gives the arithmetic of Optax and TensorFlow, which clip only where N > `max_norm`.
+    /// Sets the number that [`Clip::norm`] adds to the norm before dividing, finite and 0 or more. The default is 1e-6,
+    /// as in PyTorch; 0 gives the arithmetic of Optax and TensorFlow, which clip only where N > `max_norm`.
     #[must_use]
     pub fn eps(mut self, eps: f64) -> Self {
         self.eps = Some(eps);
         self
     }
 
-    /// Sets what [`Clip::agc`] takes the norm of a parameter's unit for at least, finite and 0 or more: 1e-3 if not called,
-    /// so that units that start at 0 can move.
+    /// Sets the least norm that [`Clip::agc`] assumes for a parameter's unit, finite and 0 or more. The default is
+    /// 1e-3, so that units that start at 0 can move.
     #[must_use]
     pub fn agc_eps(mut self, eps: f64) -> Self {
         self.agc_eps = Some(eps);
         self
     }
 
-    /// The loss scale that the gradients carry, a finite number above 0: they are divided by it, in the same pass.
+    /// Sets the loss scale that the gradients carry, a finite number above 0. They are divided by it in the same pass.
     #[must_use]
     pub fn grad_scale(mut self, grad_scale: f64) -> Self {
         self.grad_scale = grad_scale;
@@ -328,17 +329,17 @@ impl Clip {
         self
     }
 
-    /// Tells what is wrong with the description, as whatever uses it does.
+    /// Reports what is wrong with the description. Every use of a clip runs this check.
     ///
     /// # Errors
-    /// [`Error::Setting`] if a setting has a value that cannot be, or if the mode or the scope does not use it.
+    /// [`Error::Setting`] if a setting has an invalid value, or if the mode or the scope does not use it.
     pub fn check(&self) -> Result<(), Error> {
         match self.mode {
             Mode::Norm(max_norm) => at_least_0("max_norm", max_norm)?,
             Mode::Rms(max_rms) => at_least_0("max_rms", max_rms)?,
             Mode::AverageNorm(max_average_norm) => at_least_0("max_average_norm", max_average_norm)?,
             Mode::Agc(clip_factor) => finite("clip_factor", clip_factor)?,
-            // A negative clip_value is a range that ends before it begins, and may have been given as one.
+            // A negative clip_value is a range whose end comes before its start, and may have been given as one.
             Mode::Value { min, max } if min > max && -min == max => {
                 let value = format!("{}, a range of {} to {}", number(max), number(min), number(max));
                 setting(false, "clip_value", value, "it must be 0 or more")?;
@@ -375,7 +376,7 @@ impl Clip {
         setting(valid, "grad_scale", number(scale), "it must be a finite number above 0")
     }
 
-    /// The same with another `max_norm`, or what the mode has in its place.
+    /// The same clip with another threshold, whatever the mode calls it.
     ///
     /// # Errors
     /// [`Error::Usage`] for a value clip.
@@ -388,7 +389,7 @@ impl Clip {
         Ok(self)
     }
 
-    /// The same with the p of a p-norm taken for one in this range.
+    /// The same clip with the p of a p-norm limited to this range.
     #[cfg(feature = "gpu")]
     pub(crate) fn with_power_in(mut self, range: std::ops::RangeInclusive<f64>) -> Self {
         if let NormType::P(p) = &mut self.norm_type {
@@ -410,7 +411,7 @@ impl Clip {
         }
     }
 
-    /// What the measured norm of so many elements is multiplied by to be the mode's N.
+    /// The measured norm of `elements` elements times this is the mode's N.
     pub(crate) fn weight(&self, elements: u64) -> f64 {
         let elements = elements.max(1) as f64;
         match self.mode {
@@ -420,8 +421,8 @@ impl Clip {
         }
     }
 
-    /// What the measured norm of a segment of so many elements is compared with. `share` is the segment's part of the
-    /// threshold, `parameter` the norm of its parameter (0 if the mode asks for none).
+    /// The threshold on the measured norm of a segment of `elements` elements. `share` is the segment's part of the
+    /// threshold, `parameter` the norm of its parameter (0 if the mode needs none).
     pub(crate) fn max_norm(&self, elements: u64, share: f64, parameter: f64) -> f64 {
         let elements = elements.max(1) as f64;
         match self.mode {
@@ -434,8 +435,8 @@ impl Clip {
         }
     }
 
-    /// What is added to the measured norm before it is compared and divided by, and what it is taken for at least when
-    /// it is divided by.
+    /// The number added to the measured norm for comparison and division, and the lower bound on the norm as the
+    /// divisor.
     pub(crate) fn eps_and_floor(&self) -> (f64, f64) {
         match self.mode {
             Mode::Norm(_) => (self.eps.unwrap_or(EPS), 0.0),
@@ -444,7 +445,7 @@ impl Clip {
         }
     }
 
-    /// That norms decide, and nothing else does.
+    /// Checks that norms alone decide.
     ///
     /// # Errors
     /// [`Error::Usage`], and those of [`Clip::check`]
@@ -458,25 +459,25 @@ impl Clip {
         Ok(())
     }
 
-    /// Whether each gradient must be given its parameter: AGC goes by them.
+    /// Whether each gradient needs its parameter, as AGC does.
     #[must_use]
     pub fn needs_parameters(&self) -> bool {
         matches!(self.mode, Mode::Agc(_))
     }
 
-    /// Whether gradients must be read before the first may be written: always for a norm; for a value clip only if
-    /// one non-finite element decides about the others.
+    /// Whether gradients must be read before the first is written. A clip by norm always needs this. A value clip needs
+    /// it only if one non-finite element decides about the others.
     pub(crate) fn reads_first(&self) -> bool {
         self.measured().is_some() || matches!(self.non_finite, NonFinite::Error | NonFinite::Skip | NonFinite::Zero)
     }
 
-    /// Whether a non-finite element anywhere keeps everything as it is.
+    /// Whether a non-finite element anywhere leaves everything unchanged.
     pub(crate) fn refuses_non_finite(&self) -> bool {
         matches!(self.non_finite, NonFinite::Error | NonFinite::Skip)
     }
 }
 
-/// That a setting is as it must be.
+/// Checks a setting.
 ///
 /// # Errors
 /// [`Error::Setting`]
@@ -489,18 +490,18 @@ pub(crate) fn setting(
     if valid { Ok(()) } else { Err(Error::Setting { name, value: value.to_string(), reason }) }
 }
 
-/// That a threshold, which may be infinite, is one.
+/// Checks a threshold, which may be infinite.
 fn at_least_0(name: &'static str, value: f64) -> Result<(), Error> {
     setting(value >= 0.0, name, number(value), "it must be 0 or more")
 }
 
-/// That a number is finite and not negative.
+/// Checks that a number is finite and not negative.
 fn finite(name: &'static str, value: f64) -> Result<(), Error> {
     let valid = (0.0..f64::INFINITY).contains(&value);
     setting(valid, name, number(value), "it must be a finite number, 0 or more")
 }
 
-/// A number as people write it.
+/// A number in plain notation, or with an exponent if it is very small or large.
 pub(crate) fn number(x: f64) -> String {
     let plain = x == 0.0 || !x.is_finite() || (1e-4..1e16).contains(&x.abs());
     if plain { x.to_string() } else { format!("{x:e}") }
@@ -559,8 +560,9 @@ impl fmt::Display for NonFinite {
     }
 }
 
-/// On one line, without what is as it is unless chosen: `norm 1 (L2), per tensor, grad_scale 65536, non-finite: skip`. With a
-/// precision, as in `{:.2}`, the threshold has so many digits behind its first.
+/// One line, without the settings that have their defaults:
+/// `norm 1 (L2), per tensor, grad_scale 65536, non-finite: skip`. A precision, as in `{:.2}`, is the number of digits
+/// of the threshold after its first.
 impl fmt::Display for Clip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let digits = f.precision();

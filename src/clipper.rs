@@ -1,4 +1,4 @@
-//! [`Clipper`]: host tensors, clipped by whichever backend was chosen; and the one-line functions.
+//! [`Clipper`] clips host tensors on a chosen backend. Beside it stand the one-line functions.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::wait::block_on;
 ///
 #[cfg_attr(
     feature = "gpu",
-    doc = "Gradients that lie in GPU memory already are clipped there by [`GpuClipper`](crate::gpu::GpuClipper)."
+    doc = "[`GpuClipper`](crate::gpu::GpuClipper) clips gradients that already lie in GPU memory."
 )]
 #[derive(Clone, Debug)]
 pub struct Clipper {
@@ -33,22 +33,22 @@ enum Backend {
 }
 
 impl Clipper {
-    /// The backend that is fastest for gradients in host memory: the CPU. A GPU would have to be sent each byte over a bus
-    /// that is slower than the memory, and to send back what it clips; [`Clipper::gpu`] does so if asked.
+    /// The fastest backend for gradients in host memory: the CPU. A GPU would receive each byte, and return what it
+    /// clips, over a bus that is slower than the memory ([`Clipper::gpu`]).
     #[must_use]
     pub fn auto() -> Self {
         Self::cpu()
     }
 
-    /// The CPU, on rayon's current pool: install one of your own to choose the number of threads. The calling thread works
-    /// with them, and alone for small sets and where no thread can be started.
+    /// The CPU, on rayon's current pool: install one of your own to choose the number of threads. The calling thread
+    /// works with them. It works alone on small sets and where no thread can be started.
     #[must_use]
     pub fn cpu() -> Self {
         Self::on(Backend::Cpu)
     }
 
-    /// A GPU: tensors are uploaded, clipped there, and read back if anything was changed. They need not fit into its memory
-    /// together ([`GpuClipper::with_memory_budget`]).
+    /// A GPU: tensors are uploaded, clipped there, and read back if anything was changed. Together they may exceed its
+    /// memory ([`GpuClipper::with_memory_budget`]).
     #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
     #[must_use]
     pub fn gpu(gpu: GpuClipper) -> Self {
@@ -59,8 +59,8 @@ impl Clipper {
         Self { backend, progress: Progress::default(), processes: single_process() }
     }
 
-    /// Calls `f` while tensors are measured, with the number of bytes done since its last call, from any thread that
-    /// works on them; on a GPU, while they are uploaded. Scaling comes after all bytes were measured and is not told.
+    /// Calls `f` while tensors are measured (on a GPU, while they are uploaded), from any thread that works on them,
+    /// with the number of bytes done since its last call. Scaling comes later and is not reported.
     #[must_use]
     pub fn on_progress(mut self, f: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.progress = Progress::new(f);
@@ -71,9 +71,9 @@ impl Clipper {
         Context { progress: &self.progress, processes: &*self.processes }
     }
 
-    /// Clips together with the other processes of a group, each of which holds a part of the gradients: every norm is that of
-    /// all parts. [`processes`](crate::processes) says what must be called together. [`Clipper::scale`],
-    /// [`Clipper::accumulate`] and [`Clipper::finish`] measure no norm that others have a part in, and ask nobody.
+    /// Clips together with the other processes of a group. Each process holds a part of the gradients, and every norm
+    /// is that of all parts. [`processes`](crate::processes) says what must be called together. [`Clipper::scale`],
+    /// [`Clipper::accumulate`] and [`Clipper::finish`] measure no shared norm and exchange no messages.
     #[cfg(not(target_arch = "wasm32"))]
     #[must_use]
     pub fn processes(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
@@ -95,18 +95,18 @@ impl Clipper {
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy; on a GPU also [`Error::UnsupportedDtype`] for float64 and the device's
-    /// own errors. The gradients are then as they were.
+    /// own errors. The gradients are then unchanged.
     pub fn apply(&self, clip: &Clip, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         let mut reports = self.apply_groups(&mut [(*clip, tensors)])?;
         // One group has one report.
         Ok(reports.swap_remove(0))
     }
 
-    /// Clips groups of tensors in place, each by a clip of its own. The reports are theirs, in order; a tensor's place in
-    /// a report, or in an error, is that in its group.
+    /// Clips groups of tensors in place, each by a clip of its own. It returns one report for each group, in order. A
+    /// tensor's place in a report or an error is its place in its group.
     ///
-    /// The clips must agree on `grad_scale` and on the policy for non-finite gradients, which holds for all groups
-    /// together: under [`NonFinite::Error`](crate::NonFinite::Error) one bad element leaves all of them as they are.
+    /// The clips must have the same `grad_scale` and the same policy for non-finite gradients. The policy holds for all
+    /// groups together: under [`NonFinite::Error`](crate::NonFinite::Error) one bad element leaves all unchanged.
     ///
     /// ```
     /// use gradclip::{Clip, Clipper, TensorMut};
@@ -133,9 +133,9 @@ impl Clipper {
     /// bound; infinity sets none.
     ///
     /// # Errors
-    /// [`Error::ThresholdState`] if the threshold is that of other tensors, [`Error::Usage`] if the clip has no norm to
-    /// follow, and those of [`Clipper::apply`]. If a GPU fails after it has told the norms, the threshold has followed them
-    /// though nothing was clipped: keep a clone to go on from where that matters.
+    /// [`Error::ThresholdState`] if the threshold's state belongs to other tensors, [`Error::Usage`] if the clip has no
+    /// norm to follow, and those of [`Clipper::apply`]. If a GPU fails after it has returned the norms, the threshold
+    /// has taken them in although nothing was clipped. Keep a clone of the threshold where that matters.
     pub fn apply_adaptive(
         &self,
         clip: &Clip,
@@ -161,11 +161,11 @@ impl Clipper {
         }
     }
 
-    /// Measures and decides what [`Clipper::apply`] would do, on the CPU, and leaves it to the caller to clip the tensors piece
-    /// by piece: those that do not fit memory, or that are to be written elsewhere. [`DecidedClip`] has an example.
+    /// Measures and decides what [`Clipper::apply`] would do, on the CPU. The caller then clips the tensors piece by
+    /// piece, for example if they exceed memory or are to be written elsewhere. [`DecidedClip`] has an example.
     ///
     /// A value clip under [`NonFinite::Propagate`](crate::NonFinite::Propagate) or
-    /// [`NonFinite::Drop`](crate::NonFinite::Drop) needs no first look, and nothing is read.
+    /// [`NonFinite::Drop`](crate::NonFinite::Drop) decides without reading the tensors.
     ///
     /// # Errors
     /// Those of [`Clipper::apply`].
@@ -174,8 +174,8 @@ impl Clipper {
         Ok(DecidedClip::new(decided, tensors))
     }
 
-    /// Measures and decides what [`Clipper::apply_adaptive`] would do, on the CPU, as [`Clipper::decide`] does. The threshold
-    /// takes the step into its state here.
+    /// Measures and decides what [`Clipper::apply_adaptive`] would do, on the CPU, as [`Clipper::decide`] does. The
+    /// threshold takes the step into its state at this point.
     ///
     /// # Errors
     /// Those of [`Clipper::apply_adaptive`].
@@ -189,13 +189,12 @@ impl Clipper {
         Ok(DecidedClip::new(decided, tensors))
     }
 
-    /// Clips in place by norms that were measured elsewhere: one N for each segment, in the order of
-    /// [`ClipReport::segments`], as a report would tell it (divided by `grad_scale`). Under
-    /// [`Scope::Global`](crate::Scope::Global) that is one.
+    /// Clips in place by norms that were measured elsewhere: one N for each segment, divided by `grad_scale`, in the
+    /// order of [`ClipReport::segments`]. [`Scope::Global`](crate::Scope::Global) has one.
     ///
-    /// Nothing is read before it is written, so that the report counts no non-finite elements, and its `total_norm` is NaN
-    /// under any other scope. What an infinite norm leads to is the policy's choice; `Error` and `Drop` cannot go by one,
-    /// and refuse it. A NaN is never a norm.
+    /// Elements are not read before they are written. So the report counts no non-finite elements, and its `total_norm`
+    /// is NaN under any other scope. The policy decides what an infinite norm leads to; under `Error` and `Drop` it is
+    /// an error. A NaN norm is always an error.
     ///
     /// ```
     /// use gradclip::{Clip, Clipper, TensorMut};
@@ -207,15 +206,14 @@ impl Clipper {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Usage`] if the number of norms is not that of segments; [`Error::Setting`] if one is negative, or
-    /// not finite under these policies; [`Error::Usage`] for a clip by value and for AGC. The gradients are as they were.
+    /// [`Error::Usage`] if there is not one norm for each segment, for a clip by value and for AGC; [`Error::Setting`]
+    /// if a norm is NaN or negative, or infinite under these policies. The gradients are then unchanged.
     pub fn scale(&self, clip: &Clip, norms: &[f64], tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        // One read and one write on the host: no bus is worth crossing for that.
+        // The host reads and writes each element once, which is cheaper than sending it over a bus.
         cpu::scale(clip, Given::Norms(norms), tensors)
     }
 
-    /// Takes tensors into a running partial, on the CPU: their elements count as measured, and as those of the next
-    /// tensors in the list.
+    /// Adds tensors to a running partial, on the CPU. They count as measured, and as the next tensors in the list.
     ///
     /// # Errors
     /// [`Error::Usage`] after [`NormAccumulator::merge_across`].
@@ -226,25 +224,24 @@ impl Clipper {
         Ok(())
     }
 
-    /// Clips tensors in place by a running partial: by the norm of all that it has accumulated. Call it for each of the
-    /// sets that were accumulated, once all were.
+    /// Clips tensors in place by the norm of everything that a running partial has accumulated. Call it for each
+    /// accumulated set, once all sets are in.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] under that policy, wherever the element is.
+    /// [`Error::NonFinite`] under that policy, whichever set holds the element.
     pub fn finish(&self, running: &NormAccumulator, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-        // First, because it names the bad element whichever set it was in.
+        // Comes first, because it names the bad element whichever set holds it.
         let report = running.report()?;
         cpu::scale(running.clip(), running.given(), tensors)?;
         Ok(report)
     }
 
-    /// Clips each example by itself and sums the clipped ones: `sums[i]` becomes the sum over dimension 0 of the clipped
-    /// `tensors[i]`, which stay as they are. This is the gradient of DP-SGD before the noise; Optax's
-    /// `differentially_private_aggregate` computes it.
+    /// Clips each example by itself and sums the clipped examples: `sums[i]` becomes the sum over dimension 0 of the
+    /// clipped `tensors[i]`. The tensors themselves stay unchanged. This is the gradient of DP-SGD before the noise;
+    /// Optax's `differentially_private_aggregate` computes it.
     ///
     /// The scope must be [`Scope::Example`](crate::Scope::Example) or
-    /// [`Scope::ExampleTensor`](crate::Scope::ExampleTensor). Sums are float64 for gradients of float64 and float32 for all
-    /// others, whatever the gradients' precision.
+    /// [`Scope::ExampleTensor`](crate::Scope::ExampleTensor). Sums are float64 for float64 gradients, else float32.
     ///
     /// ```
     /// use gradclip::{Clip, Clipper, Scope, Tensor, TensorMut};
@@ -260,9 +257,9 @@ impl Clipper {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Usage`] under another scope, or if the sums are not as many; [`Error::Tensor`] if one is not as
-    /// long; those of [`Clipper::apply`]. The sums are then as they were, as they are under
-    /// [`NonFinite::Skip`](crate::NonFinite::Skip) if anything is not finite.
+    /// [`Error::Usage`] under another scope, or unless each tensor has one sum; [`Error::Tensor`] if a sum has another
+    /// length than an example; those of [`Clipper::apply`]. The sums are then unchanged. They also stay unchanged under
+    /// [`NonFinite::Skip`](crate::NonFinite::Skip) if an element is not finite.
     pub fn sum_examples(
         &self,
         clip: &Clip,

@@ -1,4 +1,4 @@
-//! What goes with a clip beside its description and the tensors.
+//! What a clip gets besides its description and the tensors.
 
 use std::sync::Arc;
 
@@ -8,12 +8,12 @@ use crate::processes::ProcessGroup;
 #[derive(Clone, Copy)]
 pub(crate) struct Context<'a> {
     pub(crate) progress: &'a Progress,
-    /// Whose parts of the gradients count too.
+    /// The processes whose parts of the gradients count too.
     pub(crate) processes: &'a dyn ProcessGroup,
 }
 
 impl Context<'_> {
-    /// Nothing but the tensors.
+    /// No progress function and no other processes.
     #[cfg(feature = "gpu")]
     pub(crate) fn alone() -> Self {
         use crate::processes::single_process;
@@ -23,13 +23,13 @@ impl Context<'_> {
         Self { progress: &PROGRESS, processes: &**ALONE }
     }
 
-    /// Whether the tensors are read before anything is written. Of many processes another may fail, and no one writes then.
+    /// Whether the tensors are read before anything is written. If another process fails, none may write.
     pub(crate) fn reads_first(self, clip: &Clip) -> bool {
         clip.reads_first() || self.processes.size() > 1
     }
 }
 
-/// A function to call with the number of bytes that were measured since the last call, if anyone wants to know.
+/// A function to call with the number of bytes measured since the last call, if there is one.
 #[derive(Clone, Default)]
 pub(crate) struct Progress(Option<Arc<dyn Fn(u64) + Send + Sync>>);
 

@@ -1,5 +1,4 @@
-//! What becomes of a segment: its norm and coefficient, and what is done with its elements. The GPU's twin is
-//! `shaders/finalise.wgsl`.
+//! A segment's norm and coefficient, and what is done with its elements. The GPU's twin is `shaders/finalise.wgsl`.
 
 use crate::partial::Partial;
 use crate::{Clip, NonFinite};
@@ -24,7 +23,7 @@ pub(crate) struct Outcome {
     pub(crate) clip_coef: f64,
     /// Whether c is below 1, or NaN, or the segment becomes 0.
     pub(crate) clipped: bool,
-    /// `c / grad_scale`: what elements are multiplied by.
+    /// `c / grad_scale`: the number that elements are multiplied by.
     pub(crate) factor: f64,
     pub(crate) action: Action,
 }
@@ -32,15 +31,15 @@ pub(crate) struct Outcome {
 /// What is known of a segment when its outcome is decided.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Known {
-    /// The measured norm, divided by `grad_scale`; NaN or infinite if an element is, except under
-    /// [`NonFinite::Drop`]; NaN if none is measured.
+    /// The measured norm, divided by `grad_scale`. NaN or infinite if an element is, except under [`NonFinite::Drop`].
+    /// NaN if no norm is measured.
     pub(crate) norm: f64,
     /// Whether there are non-finite elements.
     pub(crate) bad: bool,
 }
 
 impl Clip {
-    /// What a merged partial tells of its segment.
+    /// What a merged partial says about its segment.
     pub(crate) fn known(&self, partial: &Partial) -> Known {
         let bad = partial.non_finite > 0;
         let norm = match self.measured() {
@@ -54,8 +53,8 @@ impl Clip {
         Known { norm, bad }
     }
 
-    /// What to do with a segment, given what its measured norm is compared with, what that norm is multiplied by to be
-    /// N, and whether non-finite elements anywhere forbid to write.
+    /// Decides what to do with a segment. Its measured norm is compared with `max_norm`, and multiplied by `weight` it
+    /// is N. `refused` says that non-finite elements anywhere forbid every write.
     pub(crate) fn outcome(&self, known: Known, max_norm: f64, weight: f64, refused: bool) -> Outcome {
         let Known { norm, bad } = known;
         let wanted_coef = match self.measured() {

@@ -1,4 +1,4 @@
-//! [`Dtype`]: the types of elements, and the Rust types that hold them.
+//! [`Dtype`]: the element types, and the Rust types that hold them.
 
 use half::{bf16, f16};
 

@@ -8,19 +8,19 @@ use crate::Dtype;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting has a value that cannot be, or one that the mode or the scope does not use.
+    /// A setting has an invalid value, or the mode or the scope does not use it.
     #[error("{name} is {value}; {reason}")]
     Setting {
         /// The setting's name.
         name: &'static str,
-        /// What was given.
+        /// The given value.
         value: String,
-        /// What is accepted, or what uses it.
+        /// Which values are accepted, or what uses the setting.
         reason: &'static str,
     },
-    /// A tensor is not what it is said to be or asked for: its shape or its range does not fit its elements, its buffer or the
-    /// scope; it lacks the parameter that adaptive gradient clipping needs, or has that of another; it shares elements with
-    /// another; a piece is none of it; or it counts twice in a group of processes.
+    /// A tensor does not fit its use. Its shape or its range does not fit its elements, its buffer or the scope; it
+    /// lacks the parameter that adaptive gradient clipping needs, or has that of another tensor; it shares elements
+    /// with another tensor; a piece is not part of it; or it counts twice in a group of processes.
     #[error("{tensor}: {reason}")]
     Tensor {
         /// The tensor: its name, or its place in the list.
@@ -28,15 +28,15 @@ pub enum Error {
         /// What is wrong, and what to do about it.
         reason: String,
     },
-    /// What was asked for does not go together: clips of one call that differ, norms or sums that are too few, a clip that
-    /// cannot do what is asked of it.
+    /// A call does not fit together: the clips of one call differ, norms or sums are missing, or the clip cannot do
+    /// this.
     #[error("{0}")]
     Usage(Cow<'static, str>),
-    /// A threshold's state is that of other tensors, or of another version.
+    /// A threshold's state belongs to other tensors, or to another version.
     #[error("the threshold's state does not fit: {0}")]
     ThresholdState(String),
     /// The gradients hold NaN or infinity and the clip's policy is [`NonFinite::Error`](crate::NonFinite::Error).
-    /// Nothing was written. Mend the step that made them, or choose another policy.
+    /// Nothing was written. Correct the step that made them, or choose another policy.
     #[error("{0}; nothing was written (another non-finite policy would go on: propagate, skip, zero or drop)")]
     NonFinite(NonFiniteElements),
     /// The GPU has no arithmetic for this dtype. Clip the tensor on the CPU.
@@ -50,13 +50,13 @@ pub enum Error {
     /// No adapter fits. Install a driver, or use the CPU path.
     #[error("no GPU adapter found{0}; install a Vulkan driver (Debian: mesa-vulkan-drivers) or use the CPU")]
     NoAdapter(String),
-    /// A limit is too low: one of the device, which must be requested with a higher one, or one on what can be addressed.
+    /// A limit is too low: one of the device, which must be requested with a higher one, or one of this library.
     #[error("{0}")]
     Limit(String),
     /// The device ran out of memory. The gradients are as they were; free memory or clip in smaller sets.
     #[error("the GPU is out of memory ({0}); the gradients are untouched: free memory, or use the CPU")]
     OutOfMemory(String),
-    /// The device refused what we recorded: a bug here, or a buffer that was destroyed or belongs to another device.
+    /// The device refused the work: a bug in this library, or a buffer that is destroyed or belongs to another device.
     #[error("the GPU device refused the work: {0}")]
     Device(String),
     /// The device is gone (unplugged, reset or destroyed). Make a new device and new plans.
@@ -65,10 +65,10 @@ pub enum Error {
     /// A report was asked for, but nothing that this plan encoded has run since the last one.
     #[error("nothing to report: no encoded step of this plan has run; submit the encoder before asking for the report")]
     NotSubmitted,
-    /// Another process of the group failed before anything was decided, and says why itself. Nothing was written.
-    #[error("rank {rank} of the process group failed, and tells why itself; nothing was written")]
+    /// Another process of the group failed before the decision, and reports the reason itself. Nothing was written.
+    #[error("rank {rank} of the process group failed and reports the reason itself; nothing was written")]
     PeerFailed {
-        /// One that did.
+        /// A rank that failed.
         rank: u32,
     },
     /// The processes of a group were not called with the same clip and the same segments. Nothing was written.
@@ -76,10 +76,10 @@ pub enum Error {
     Disagreement {
         /// The first rank that differs from rank 0.
         rank: u32,
-        /// In what it differs.
+        /// How it differs.
         reason: String,
     },
-    /// The other processes of a group cannot be heard.
+    /// The other processes of a group cannot be reached.
     #[error("the process group: {0}")]
     ProcessGroup(String),
 }
@@ -102,7 +102,7 @@ pub struct NonFiniteElements {
     pub count: u64,
     /// The first process of a group that holds one; None outside a group ([`processes`](crate::processes)).
     pub rank: Option<u32>,
-    /// The first tensor that holds one, by its place in the list of that process.
+    /// The first tensor that holds one: its place in the list of that process.
     pub tensor: usize,
     /// That tensor's name, if it has one.
     pub name: Option<String>,
@@ -119,7 +119,7 @@ impl std::fmt::Display for NonFiniteElements {
     }
 }
 
-/// How messages call tensor number `index`: by its name, or by its place.
+/// What messages call tensor number `index`: its name, or its place.
 pub(crate) fn tensor_label(name: Option<&str>, index: usize) -> String {
     name.map_or_else(|| format!("tensor {index}"), |name| format!("tensor {name:?}"))
 }

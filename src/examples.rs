@@ -1,10 +1,10 @@
-//! Sums of clipped examples: whether a clip has any, and whether each tensor was given a place for its sum.
+//! Checks of sums of clipped examples.
 
 use crate::error::tensor_label;
 use crate::tensor::Spec;
 use crate::{Clip, Dtype, Error, Scope};
 
-/// That a clip sums examples, and that each tensor has a sum that is as long as one example, in the wider type.
+/// Checks that the clip is by example, and that each tensor has a sum as long as one example, in the wider type.
 ///
 /// # Errors
 /// [`Error::Usage`], [`Error::Tensor`], and those of [`Clip::check`].
@@ -29,7 +29,7 @@ pub(crate) fn check_sums<'a>(
         if tensor.rank() == 0 {
             return fail("it is a scalar, and has no dimension 0 to take examples along".into());
         }
-        // Without examples, their length is unknown.
+        // Without examples, the length of one is unknown.
         let elements = tensor.first().and_then(|examples| tensor.len.checked_div(examples));
         if let Some(elements) = elements.filter(|elements| *elements != sum.len) {
             return fail(format!("an example has {elements} elements, its sum {}", sum.len));

@@ -1,5 +1,5 @@
-//! What fuzzing runs: each function takes any bytes, makes a case of them, and panics if the library breaks a promise. The
-//! targets in `fuzz/` call them, and so does a test, for each case in `fuzz/corpus`.
+//! What fuzzing runs. Each function takes any bytes, makes a case of them, and panics if the library breaks a promise.
+//! The targets in `fuzz/` call them, and so does a test for each case in `fuzz/corpus`.
 
 use arbitrary::{Result, Unstructured};
 
@@ -8,13 +8,13 @@ use crate::{Budget, Clip, Clipper, Dtype, Error, Mode, NonFinite, NormType, Scop
 #[cfg(feature = "gpu")]
 pub use crate::gpu::tests::tables_hold::fuzz as tables;
 
-/// The library's builder and CPU path: any parameters, on any tensors.
+/// The library's builder and CPU path: any settings, on any tensors.
 pub fn builder(data: &[u8]) {
-    // An error is that the bytes are too few for a case.
+    // It fails if the bytes are too few for a case.
     let _ = builder_case(&mut Unstructured::new(data));
 }
 
-/// A number that means something, or any bits.
+/// A typical number, or any bits.
 fn number(u: &mut Unstructured<'_>) -> Result<f64> {
     const SOME: [f64; 14] = [
         0.0,
@@ -35,7 +35,7 @@ fn number(u: &mut Unstructured<'_>) -> Result<f64> {
     if u.arbitrary()? { Ok(*u.choose(&SOME)?) } else { Ok(f64::from_bits(u.arbitrary()?)) }
 }
 
-/// A clip, and whether each of its settings can be and is used: then alone it is taken.
+/// A clip, and whether each of its settings is valid and used. Only then is the clip accepted.
 fn clip(u: &mut Unstructured<'_>) -> Result<(Clip, bool)> {
     let (a, b) = (number(u)?, number(u)?);
     let finite = |x: f64| x >= 0.0 && x.is_finite();
@@ -49,7 +49,7 @@ fn clip(u: &mut Unstructured<'_>) -> Result<(Clip, bool)> {
     };
     let (by_norm, by_agc) = (matches!(made.mode, Mode::Norm(_)), made.needs_parameters());
     let by_value = matches!(made.mode, Mode::Value { .. });
-    // What is not used is seldom set.
+    // Settings that are not used are seldom set.
     let sets = |u: &mut Unstructured<'_>, is_used| if is_used { u.arbitrary() } else { u.ratio(1, 16) };
     if sets(u, by_norm)? {
         let p = number(u)?;
@@ -125,7 +125,7 @@ impl Owned {
         tensor.shape(&self.shape).expect("fits").named("t")
     }
 
-    /// The bytes of each element, but for the payload of a NaN.
+    /// The bytes of each element, without the payload of a NaN.
     fn elements(&self) -> Vec<Option<&[u8]>> {
         let tensor = Tensor::from_bytes(self.dtype, &self.bytes[self.back..]).expect("whole elements");
         let is_nan = |x: &[u8]| match (self.dtype, x) {
@@ -149,7 +149,7 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
     let (clip, valid) = clip(u)?;
     let mut tensors = Vec::new();
     let mut parameters = Vec::new();
-    // Scopes by example want the same number everywhere.
+    // Scopes by example need the same number everywhere.
     let examples = if u.arbitrary()? { Some(u.int_in_range(0..=5)?) } else { None };
     for _ in 0..u.int_in_range(0..=4)? {
         let mut shape = shape(u)?;
@@ -191,7 +191,7 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
             assert!(report.total_norm.is_nan() || report.total_norm >= 0.0, "{report:?}");
             assert!(report.clip_coef.is_nan() || (0.0..=1.0).contains(&report.clip_coef), "{report:?}");
             assert_eq!(report.elements, tensors.iter().map(|t| t.elements().len() as u64).sum::<u64>());
-            // What is neither clipped, scaled nor replaced keeps every bit.
+            // Elements that are neither clipped, scaled nor replaced keep every bit.
             let replaces = report.non_finite.is_some() && clip.non_finite != NonFinite::Skip;
             assert!(!changed || report.clipped || clip.grad_scale != 1.0 || replaces, "{clip:?}: {report:?}");
             assert!(tensors.iter().zip(&before).all(|(t, before)| t.bytes[..t.back] == before[..t.back]));
@@ -218,7 +218,7 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
         }
     }
 
-    // By norms from outside, however many.
+    // Clips by any number of norms from outside.
     let now: Vec<_> = tensors.iter().map(|t| t.bytes.clone()).collect();
     let mut views: Vec<_> = tensors.iter_mut().map(Owned::view_mut).collect();
     if let Err(error) = clipper.scale(&clip, &norms, &mut views) {
@@ -229,7 +229,7 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Sums of examples, into tensors that fit more often than not.
+/// Sums examples into tensors that mostly fit.
 fn sums(u: &mut Unstructured<'_>, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<()> {
     let mut sums = Vec::new();
     for tensor in tensors {

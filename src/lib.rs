@@ -1,7 +1,6 @@
-//! Gradient clipping at the speed of memory, with a norm that can be trusted: on any GPU that wgpu reaches, and on the
-//! CPU.
+//! Gradient clipping at the speed of memory, with a norm that can be trusted, on the CPU and any GPU that wgpu reaches.
 //!
-//! One description, [`Clip`], says what to clip and how; every backend follows it:
+//! One description, [`Clip`], says what to clip and how. Every backend follows it:
 //!
 //! - Slices in host memory: [`clip_grad_norm`] and [`clip_grad_value`], one line each.
 //!
@@ -23,7 +22,7 @@
 //!   assert_eq!((bad.count, bad.name.as_deref(), bad.index), (1, Some("decoder.weight"), 1));
 //!   # Ok::<(), gradclip::Error>(())
 //!   ```
-//! - The clip that a trainer has elsewhere, by its name there:
+//! - The clip of another library, by its name there:
 //!
 //!   | there | here |
 //!   |---|---|
@@ -39,28 +38,27 @@
 //!   | timm `adaptive_clip_grad`, Optax `adaptive_grad_clip` | `Clip::agc(f)`, for Optax with `.unit_axis(UnitAxis::Last)` |
 //!   | Optax `per_example_global_norm_clip`, Opacus flat clipping | [`Clipper::sum_examples`] with `Scope::Example` |
 //!   | Optax `per_example_layer_norm_clip`, Opacus per-layer clipping | the same with `Scope::ExampleTensor` and a [`Budget`] |
-//! - A threshold that follows the run: [`ZClip`], [`AutoClip`] and [`AdaGc`], with [`Clipper::apply_adaptive`] or, wholly
-//!   on the device, [`gpu::PlanOptions::threshold`].
-//! - Norm and scaling apart: [`Clipper::measure`], [`Clipper::scale`], [`NormAccumulator`], and on the device
-//!   [`gpu::PlanOptions`], [`gpu::GpuPlan::coefficients`] and
-//!   [`gpu::GpuNormAccumulator`].
-//! - Gradients larger than memory: [`Clipper::decide`] measures them where they lie, say in a mapped file, and
-//!   [`DecidedClip`] clips them piece by piece, from any thread.
-//! - Gradients that are spread over processes, clipped by the one norm of all: [`processes`], with [`Clipper::processes`].
+//! - A threshold that follows the norms of a run: [`ZClip`], [`AutoClip`] and [`AdaGc`], with
+//!   [`Clipper::apply_adaptive`] or, entirely on the device, [`gpu::PlanOptions::threshold`].
+//! - Norm and scaling as separate steps: [`Clipper::measure`], [`Clipper::scale`], [`NormAccumulator`], and on the
+//!   device [`gpu::PlanOptions`], [`gpu::GpuPlan::coefficients`] and [`gpu::GpuNormAccumulator`].
+//! - Gradients larger than memory: [`Clipper::decide`] measures them where they lie, for example in a mapped file.
+//!   [`DecidedClip`] then clips them piece by piece, from any thread.
+//! - Gradients spread over processes, clipped by the one norm of all: [`processes`], with [`Clipper::processes`].
 //! - Gradients in wgpu buffers: [`gpu::GpuClipper`] plans once and records each step into the caller's own encoder,
 //!   without a wait, a copy or an allocation. Its page has an example.
-//! - Whether GPU and CPU agree on a clip: [`verify`].
+//! - A check that GPU and CPU agree on a clip: [`verify`].
 //!
-//! # What holds
+//! # Promises
 //!
 //! - When nothing is to be clipped, not one byte is written.
-//! - The norm's relative error is at most 1e-7 on the CPU and 1e-6 on the GPU, at any length, and neither 1e20-sized nor
-//!   1e-25-sized gradients overflow or underflow.
-//! - The same input gives the same bits on the same adapter, run after run; on the CPU also for every number of threads and
-//!   every instruction set (but for the payload of a NaN that a NaN is multiplied by).
-//! - Non-finite gradients are counted and located, and by default nothing is written then ([`NonFinite`]).
+//! - The norm's relative error is at most 1e-7 on the CPU and 1e-6 on the GPU, at any length. Gradients around 1e20 do
+//!   not overflow, and gradients around 1e-25 do not underflow.
+//! - The same input gives the same bits on the same adapter, run after run. On the CPU this holds for every number of
+//!   threads and every instruction set (except for the payload of a NaN that is multiplied by a NaN).
+//! - Non-finite gradients are counted and located. By default nothing is written then ([`NonFinite`]).
 //!
-//! # Where it differs from its peers on purpose
+//! # Deliberate differences from its peers
 //!
 //! | peer | what it does | what this does |
 //! |---|---|---|
@@ -68,11 +66,11 @@
 //! | PyTorch | float32 gradients around 1e20 overflow its norm, and the clip zeroes them | they are scaled |
 //! | PyTorch | a negative `max_norm` turns the gradients round | an error |
 //! | PyTorch | p = ∞ raises on a tensor without elements | its norm is 0 |
-//! | PyTorch | the norm of half-precision gradients is rounded to half precision | it is summed in float32 or better, and told in float64 |
+//! | PyTorch | the norm of half-precision gradients is rounded to half precision | it is summed in float32 or better, and reported in float64 |
 //! | Optax | N = `max_norm` = 0 gives NaN | zeros are left alone |
 //! | TensorFlow | gradients below the threshold change in their last bits | they keep every bit |
 //! | timm | a NaN in a parameter makes the gradients of its unit NaN | the unit is not clipped |
-//! | timm | AGC clips a unit whose N is the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
+//! | timm | AGC clips a unit whose N equals the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
 //!
 //! # Features
 //!
@@ -81,7 +79,7 @@
 //! - `serde`: [`ZClip`], [`AutoClip`] and [`AdaGc`] can be saved and restored with a checkpoint.
 //!
 //! The crate [`wgpu`] is part of this one's interface: its next major version is our next major version too.
-// What is not there without the feature leads to what the feature is.
+// Without the feature, links to its items lead to the list of features.
 #![cfg_attr(not(feature = "gpu"), doc = "")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`wgpu`]: #features")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`gpu::GpuClipper`]: #features")]
@@ -133,7 +131,7 @@ pub use wait::Waiting;
 #[cfg(feature = "gpu")]
 pub use wgpu;
 
-/// The README's examples compile.
+/// The README's examples must compile.
 #[cfg(all(doctest, feature = "gpu"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -1,9 +1,9 @@
-//! [`Partial`], the mergeable result of a piece of a segment, and the norm that follows. The GPU's twin of the merge is
-//! `shaders/shared/partial.wgsl`.
+//! [`Partial`], the mergeable result of a piece of a segment, and the norm computed from it. The GPU's twin of the
+//! merge is `shaders/shared/partial.wgsl`.
 
 use crate::{NonFiniteElements, NormType};
 
-/// Where an element is: the tensor's place in the list and the element's in the tensor.
+/// Where an element is: the tensor's place in the list, and the element's index in the tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Location {
     pub(crate) tensor: usize,
@@ -11,16 +11,16 @@ pub(crate) struct Location {
 }
 
 impl Location {
-    /// So many elements further on in the tensor.
+    /// The location this many elements further on in the tensor.
     pub(crate) fn ahead(self, elements: usize) -> Self {
         Self { index: self.index + elements as u64, ..self }
     }
 }
 
-/// What is known of some elements of a segment. Partials of disjoint pieces merge into that of their union.
+/// What was measured of some elements of a segment. Partials of disjoint pieces merge into the partial of their union.
 ///
 /// The sum is kept as `sum * 2^exponent`, so that neither the square of 1e300 nor that of 1e-300 is lost. Merging is
-/// commutative but, as floating-point sums are, not associative to the last bit: everything merges in a fixed order.
+/// commutative but, like floating-point addition, not associative to the last bit, so its order is fixed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Partial {
     /// Σ |g|^p over the finite elements, times 2^-exponent. Not used for the infinity norm.
@@ -61,7 +61,7 @@ impl Partial {
         }
     }
 
-    /// What a report says of the elements that are not finite.
+    /// What a report says about the elements that are not finite.
     pub(crate) fn non_finite_elements<'a>(
         &self,
         name_of: impl Fn(usize) -> Option<&'a str>,
@@ -75,8 +75,8 @@ impl Partial {
         })
     }
 
-    /// The norm of the finite elements divided by `scale`: divided before it leaves its own exponent, because the norm
-    /// alone may overflow or lose digits where the quotient does not.
+    /// The norm of the finite elements divided by `scale`. The division comes before the exponent is applied, because
+    /// the norm alone may overflow or lose digits where the quotient does not.
     pub(crate) fn finite_norm(&self, norm_type: NormType, scale: f64) -> f64 {
         match norm_type {
             NormType::L1 => ldexp(self.sum / scale, self.exponent),
@@ -90,8 +90,8 @@ impl Partial {
     }
 }
 
-/// The p-th root of `sum * 2^exponent`: 2 to the power of its logarithm over p, in two steps, because the first factor
-/// alone may overflow.
+/// The p-th root of `sum * 2^exponent`: 2 to the power of its logarithm over p, in two steps, because the first alone
+/// may overflow.
 fn root(sum: f64, exponent: i64, p: f64) -> f64 {
     if sum == 0.0 {
         return 0.0;
@@ -108,7 +108,7 @@ fn add_scaled(a: (f64, i64), b: (f64, i64)) -> (f64, i64) {
     } else if a.0 == 0.0 {
         b
     } else {
-        // To the larger exponent, so that nothing overflows; what underflows there is below the other's last bit,
+        // To the larger exponent, so that nothing overflows. What underflows there is below the other's last bit,
         // because every stored sum lies between 2^-900 and 2^964.
         let (low, high) = if a.1 < b.1 { (a, b) } else { (b, a) };
         (ldexp(low.0, low.1 - high.1) + high.0, high.1)

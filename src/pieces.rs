@@ -1,4 +1,4 @@
-//! [`DecidedClip`]: a clip that is applied piece by piece.
+//! [`DecidedClip`]: a clip that is decided once and then applied piece by piece.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,13 +11,13 @@ use crate::partial::{Location, Partial};
 use crate::tensor::Spec;
 use crate::{ClipReport, Dtype, Error, Tensor, TensorMut};
 
-/// A clip of some tensors that has been decided and is yet to be applied, piece by piece: in any order, from any thread,
-/// on any copy of the elements. Made by [`Clipper::decide`](crate::Clipper::decide) and
-/// [`Clipper::decide_adaptive`](crate::Clipper::decide_adaptive).
+/// A clip of some tensors that has been decided and not yet applied. It is applied piece by piece: in any order, from
+/// any thread, to any copy of the elements. [`Clipper::decide`](crate::Clipper::decide) and
+/// [`Clipper::decide_adaptive`](crate::Clipper::decide_adaptive) make one.
 ///
-/// It holds the coefficients and not the tensors, so that of tensors larger than memory no more than a piece needs to be
-/// there at a time. Once each element was in one piece, the elements are what [`Clipper::apply`](crate::Clipper::apply)
-/// makes of them, bit for bit, and so is the report.
+/// It holds the coefficients and not the tensors, so tensors larger than memory need only one piece in memory at a
+/// time. Once each element was in one piece, the elements and the report are those of
+/// [`Clipper::apply`](crate::Clipper::apply), bit for bit.
 ///
 /// ```
 /// use gradclip::{Clip, Clipper, Tensor, TensorMut};
@@ -39,11 +39,11 @@ use crate::{ClipReport, Dtype, Error, Tensor, TensorMut};
 pub struct DecidedClip {
     decision: Decision,
     tensors: Vec<Described>,
-    /// What clamped pieces held.
+    /// What was found in the pieces clamped so far.
     met: Mutex<Partial>,
 }
 
-/// What is known of a tensor that is not there.
+/// The description of a tensor, without its elements.
 #[derive(Debug)]
 struct Described {
     name: Option<String>,
@@ -62,12 +62,12 @@ impl DecidedClip {
         Self { decision, tensors, met: Mutex::new(Partial::EMPTY) }
     }
 
-    /// Clips a piece in place, on the calling thread: the elements of tensor number `tensor` from number `first` on, of its
-    /// dtype, wherever they lie. A name or a shape of the piece does not matter.
+    /// Clips a piece in place, on the calling thread. The piece holds elements of tensor number `tensor`, from element
+    /// number `first` on, in the tensor's dtype; it may lie anywhere. Its name and shape do not matter.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if there is no such tensor, if it ends before the piece does, or if its dtype is another. The piece
-    /// is then as it was.
+    /// [`Error::Tensor`] if there is no such tensor, if it ends before the piece does, or if the dtypes differ. The
+    /// piece is then unchanged.
     pub fn apply(&self, tensor: usize, first: u64, piece: &mut TensorMut<'_>) -> Result<(), Error> {
         let described = self.find(tensor, first, first.saturating_add(piece.len() as u64))?;
         if piece.dtype() != described.dtype {
@@ -90,8 +90,8 @@ impl DecidedClip {
         Ok(())
     }
 
-    /// Whether [`DecidedClip::apply`] would leave these elements of tensor number `tensor` as they are, so that the work
-    /// can be spared. A value clip looks at each element, so that the answer is yes only where its policy leaves everything.
+    /// Whether [`DecidedClip::apply`] would leave these elements of tensor number `tensor` unchanged, so that the
+    /// caller can skip them. A value clip looks at each element: the answer is yes only if its policy leaves all.
     ///
     /// # Errors
     /// [`Error::Tensor`] if there is no such tensor, or if it ends before the elements do.
@@ -101,9 +101,9 @@ impl DecidedClip {
         Ok(self.decision.segments.layouts[tensor].leaves(&self.decision.outcomes, start..end))
     }
 
-    /// What [`Clipper::apply`](crate::Clipper::apply) would report. For a clip that needed no first look
-    /// ([`Clipper::decide`](crate::Clipper::decide)), `clipped` and `non_finite` tell of the pieces so far, and of one that
-    /// was applied twice, twice.
+    /// What [`Clipper::apply`](crate::Clipper::apply) would report. For a clip that reads nothing first
+    /// ([`Clipper::decide`](crate::Clipper::decide)), `clipped` and `non_finite` cover the pieces applied so far. A
+    /// piece that was applied twice counts twice.
     #[must_use]
     pub fn report(&self) -> ClipReport {
         self.decision.report(&self.met(), |i| self.tensors[i].name.as_deref())
@@ -113,7 +113,7 @@ impl DecidedClip {
         self.met.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The tensor that is to have these elements.
+    /// The tensor, if it has these elements.
     fn find(&self, tensor: usize, start: u64, end: u64) -> Result<&Described, Error> {
         let Some(described) = self.tensors.get(tensor) else {
             return Err(self.fail(tensor, format!("there are only {} tensors", self.tensors.len())));

@@ -1,4 +1,4 @@
-//! [`ClipReport`]: what a clip tells about itself.
+//! [`ClipReport`]: what a clip reports.
 
 use crate::decision::{Action, Outcome};
 use crate::segment::Segments;
@@ -8,15 +8,14 @@ use crate::{Clip, Error, NonFinite, NonFiniteElements, Scope};
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ClipReport {
-    /// N over all gradients, whatever the scope, as the mode defines it ([`Clip`](crate::Clip) has the table): divided by
-    /// `grad_scale`, before anything was clipped. NaN or infinite if a gradient is, except under
-    /// [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip, which measures no
-    /// norm.
+    /// N over all gradients, whatever the scope, as the mode defines it ([`Clip`](crate::Clip) has the table). It is
+    /// divided by `grad_scale`, and measured before anything is clipped. NaN or infinite if a gradient is, except under
+    /// [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip.
     pub total_norm: f64,
-    /// The factor c that gradients were multiplied by, beside `1 / grad_scale`; the smallest of all segments, NaN if one
-    /// is. 1 when nothing was clipped, and for a value clip.
+    /// The factor c that gradients were multiplied by, beside `1 / grad_scale`. It is the smallest of all segments, and
+    /// NaN if one is NaN. It is 1 when nothing was clipped, and for a value clip.
     pub clip_coef: f64,
-    /// Whether there was anything to clip: the norm of a segment exceeded its threshold (by less than a rounding,
+    /// Whether there was anything to clip: the norm of a segment exceeded its threshold (if by less than a rounding,
     /// `clip_coef` may still be 1), a segment became 0 or NaN, or an element lay outside the bounds of a value clip.
     /// Dividing by `grad_scale` alone, or dropping non-finite elements, does not count.
     pub clipped: bool,
@@ -24,14 +23,14 @@ pub struct ClipReport {
     pub elements: u64,
     /// The NaN and infinite elements, if there were any.
     pub non_finite: Option<NonFiniteElements>,
-    /// Each segment of a scope other than [`Scope::Global`](crate::Scope::Global), in the order of the tensors, and of
-    /// the units or examples within them. Empty under `Global`, where the totals say it all.
+    /// Each segment of a scope other than [`Scope::Global`](crate::Scope::Global), ordered by tensor, then by unit or
+    /// example. Empty under `Global`, where the totals are complete.
     pub segments: Vec<SegmentReport>,
 }
 
 impl ClipReport {
-    /// Whether a gradient was NaN or infinite: what mixed-precision training asks before it takes a step, and lowers the
-    /// loss scale by. PyTorch calls it `found_inf`.
+    /// Whether a gradient was NaN or infinite. Mixed-precision training then skips the step and lowers the loss scale.
+    /// PyTorch calls this `found_inf`.
     #[must_use]
     pub fn has_non_finite(&self) -> bool {
         self.non_finite.is_some()
@@ -44,13 +43,13 @@ impl ClipReport {
     }
 }
 
-/// What became of one segment.
+/// The outcome of one segment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SegmentReport {
     /// The place of its tensor in the list; None for an example over all tensors.
     pub tensor: Option<usize>,
-    /// Which unit or example of its tensor, or of all, it is; None for a whole tensor.
+    /// The number of the unit or example, in its tensor or over all tensors; None for a whole tensor.
     pub index: Option<u64>,
     /// N, as the mode defines it.
     pub norm: f64,
@@ -61,8 +60,8 @@ pub struct SegmentReport {
 }
 
 impl Clip {
-    /// The report on a clip, given N over everything, whether an element lies outside a value clip's bounds, how many
-    /// elements there are, and which of them are not finite.
+    /// The report on a clip. It takes N over everything, whether an element lies outside a value clip's bounds, the
+    /// number of elements, and the non-finite elements.
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy.

@@ -1,5 +1,5 @@
-//! Segments: which elements share a norm and a coefficient, and what each segment's threshold is. One description for
-//! both backends: a scope becomes, for each tensor, a matrix whose rows or columns are consecutive segments.
+//! Segments: which elements share a norm and a coefficient, and each segment's threshold. Both backends use this one
+//! description: a scope makes each tensor a matrix whose rows or columns are consecutive segments.
 
 use std::hash::{Hash, Hasher};
 
@@ -8,14 +8,14 @@ use crate::error::tensor_label;
 use crate::tensor::Spec;
 use crate::{Budget, Clip, Error, Scope, UnitAxis};
 
-/// How the elements of a tensor, taken as a matrix in row-major order, belong to segments.
+/// How the elements of a tensor, seen as a matrix in row-major order, belong to segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
-    /// All of them to one segment.
+    /// All elements belong to one segment.
     Whole,
-    /// Each row to the next.
+    /// Each row is a segment.
     Rows,
-    /// Each column to the next.
+    /// Each column is a segment.
     Columns,
 }
 
@@ -25,7 +25,7 @@ pub(crate) struct SegmentLayout {
     pub(crate) by: By,
     /// The length of a row; the whole length for [`By::Whole`].
     pub(crate) columns: u64,
-    /// The first of its segments.
+    /// The tensor's first segment.
     pub(crate) segment: u32,
 }
 
@@ -37,11 +37,11 @@ impl SegmentLayout {
             By::Rows => element / self.columns,
             By::Columns => element % self.columns,
         };
-        // There are fewer than 2^32 segments: `Segments::new` saw to it.
+        // `Segments::new` allows fewer than 2^32 segments.
         self.segment + step as u32
     }
 
-    /// The outcomes of the tensor's own segments, out of those of all. It has `len` elements.
+    /// The outcomes of the tensor's own segments, out of those of all segments. The tensor has `len` elements.
     pub(crate) fn own<'o>(&self, outcomes: &'o [Outcome], len: u64) -> &'o [Outcome] {
         let Some(last) = len.checked_sub(1) else { return &[] };
         let last = match self.by {
@@ -51,7 +51,7 @@ impl SegmentLayout {
         &outcomes[self.segment as usize..=last as usize]
     }
 
-    /// Whether elements of the tensor are left as they are, given the outcomes of all segments.
+    /// Whether these elements of the tensor are left as they are, given the outcomes of all segments.
     pub(crate) fn leaves(&self, outcomes: &[Outcome], elements: std::ops::Range<u64>) -> bool {
         let std::ops::Range { start, end } = elements;
         let is_left = |segment: u32| outcomes[segment as usize].action == Action::Leave;
@@ -68,18 +68,18 @@ impl SegmentLayout {
     }
 }
 
-/// Consecutive segments that look alike.
+/// Consecutive segments with the same properties.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Family {
     first: u32,
     count: u32,
     /// Elements in each.
     pub(crate) elements: u64,
-    /// The part of the threshold that is theirs.
+    /// The segment's share of the threshold.
     pub(crate) share: f64,
-    /// The tensor that they are of, unless they are of all.
+    /// The tensor that the segments belong to; None if they span all tensors.
     tensor: Option<usize>,
-    /// Whether they are told apart by a unit or an example.
+    /// Whether each segment is one unit or one example.
     indexed: bool,
 }
 
@@ -93,11 +93,11 @@ pub(crate) struct Segments {
 }
 
 impl Segments {
-    /// The segments of a clip. Checks the clip and the shapes: whatever uses a clip comes by here.
+    /// The segments of a clip. Every use of a clip calls this, because it checks the clip and the shapes.
     ///
     /// # Errors
-    /// Those of [`Clip::check`]; [`Error::Tensor`] if a tensor has no such segments; [`Error::Limit`] if there are 2^32 of
-    /// them.
+    /// Those of [`Clip::check`]; [`Error::Tensor`] if a tensor has no such segments; [`Error::Limit`] from 2^32
+    /// segments on.
     pub(crate) fn new(clip: &Clip, tensors: &[Spec<'_>]) -> Result<Self, Error> {
         clip.check()?;
         let label = |i: usize| tensor_label(tensors[i].name, i);
@@ -194,17 +194,17 @@ impl Segments {
         Ok(())
     }
 
-    /// Takes in what tells segments apart, and not how many elements they have: what processes must have in common.
+    /// Hashes what tells segments apart, which processes must have in common. How many elements each has may differ.
     pub(crate) fn describe(&self, digest: &mut impl Hasher) {
         for Family { first, count, tensor, indexed, .. } in &self.families {
             (first, count, tensor, indexed).hash(digest);
         }
     }
 
-    /// Says how many elements each segment has, of all processes together.
+    /// Sets the number of elements of each segment, over all processes together.
     pub(crate) fn set_elements(&mut self, clip: &Clip, elements: &[u64]) {
         for family in &mut self.families {
-            // All of a family are as long on each process, and so on all together.
+            // All segments of a family have the same length on each process, so they have it over all processes too.
             family.elements = elements.get(family.first as usize).copied().unwrap_or(0);
         }
         if (clip.scope, clip.budget) == (Scope::ExampleTensor, Budget::Sized) {
@@ -215,7 +215,7 @@ impl Segments {
         }
     }
 
-    /// How many elements all segments have.
+    /// The number of elements in all segments.
     pub(crate) fn elements(&self) -> u64 {
         self.families.iter().map(|family| u64::from(family.count) * family.elements).sum()
     }
@@ -225,20 +225,20 @@ impl Segments {
         self.families.iter().flat_map(|family| std::iter::repeat_n(family, family.count as usize))
     }
 
-    /// What the measured norm of each segment is compared with. `parameters` are the norms of the parameters, and
-    /// `thresholds` those of an adaptive threshold, each empty if there are none.
+    /// The threshold on the measured norm of each segment. `parameters` are the norms of the parameters and
+    /// `thresholds` those of an adaptive threshold; either is empty if there are none.
     pub(crate) fn max_norms(&self, clip: &Clip, parameters: &[f64], thresholds: &[f64]) -> Vec<f64> {
         let of = |(i, family): (usize, &Family)| {
             let parameter = parameters.get(i).copied().unwrap_or(0.0);
             let own = clip.max_norm(family.elements, family.share, parameter);
-            // An adaptive threshold is in units of N, as the report's norms are.
+            // An adaptive threshold applies to N, as the report gives it.
             let adaptive = thresholds.get(i).map_or(f64::INFINITY, |t| t / clip.weight(family.elements));
             own.min(adaptive)
         };
         self.families().enumerate().map(of).collect()
     }
 
-    /// What becomes of each segment: see [`Clip::outcome`].
+    /// The outcome of each segment: see [`Clip::outcome`].
     pub(crate) fn outcomes(&self, clip: &Clip, known: &[Known], max_norms: &[f64], refused: bool) -> Vec<Outcome> {
         let of = |((family, known), max_norm): ((&Family, &Known), &f64)| {
             clip.outcome(*known, *max_norm, clip.weight(family.elements), refused)
@@ -246,12 +246,12 @@ impl Segments {
         self.families().zip(known).zip(max_norms).map(of).collect()
     }
 
-    /// Which tensor, and which unit or example, each segment is.
+    /// For each segment its tensor, and its unit or example.
     pub(crate) fn places(&self) -> impl Iterator<Item = (Option<usize>, Option<u64>)> {
         self.families.iter().flat_map(|f| (0..f.count).map(|i| (f.tensor, f.indexed.then_some(u64::from(i)))))
     }
 
-    /// How messages and states call each segment.
+    /// The name of each segment in messages and saved states.
     pub(crate) fn labels<'a>(&self, name_of: impl Fn(usize) -> Option<&'a str>) -> Vec<String> {
         let label = |place| match place {
             (None, None) => "all tensors".into(),
@@ -263,7 +263,7 @@ impl Segments {
     }
 }
 
-/// That clips are such as can be, and that those which run together take the same decision about non-finite gradients.
+/// Checks clips, and that those of one call share the loss scale and the policy for non-finite gradients.
 ///
 /// # Errors
 /// [`Error::Usage`], and those of [`Clip::check`]
@@ -278,7 +278,7 @@ pub(crate) fn check_groups<'a>(mut clips: impl Iterator<Item = &'a Clip> + Clone
     }
 }
 
-/// That a gradient comes with its parameter, if the clip needs them.
+/// Checks that a gradient comes with its parameter, if the clip needs parameters.
 ///
 /// # Errors
 /// [`Error::Tensor`], which names the gradient, number `i`.
@@ -372,7 +372,7 @@ mod tests {
         assert_eq!(segments(Scope::Global, &[]).count, 1);
         assert_eq!(segments(Scope::Tensor, &[]).count, 0);
         assert_eq!(segments(Scope::Example, &[&[0, 3]]).count, 0);
-        // As many as its shape has: a process that holds no column of a matrix has all its rows.
+        // The shape decides: a process that holds no column of a matrix still has all its rows.
         assert_eq!(segments(Scope::Unit, &[&[0, 3], &[4, 0], &[0]]).count, 5);
         assert_eq!(segments(Scope::Unit, &[&[]]).count, 1);
     }

@@ -1,18 +1,18 @@
-//! Views of gradients in host memory, and [`TensorSpec`], which describes a tensor in whichever memory.
+//! Views of gradients in host memory, and [`TensorSpec`], which describes a tensor in any memory.
 
 use std::ops::Deref;
 
 use crate::{Dtype, Element, Error, UnitAxis};
 
-/// What is known of a tensor beside its elements. Names and shapes are borrowed by host tensors, and owned by others.
+/// The description of a tensor, without its elements. Host tensors borrow names and shapes, other tensors own them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TensorSpec<N, S> {
     pub(crate) name: Option<N>,
     pub(crate) dtype: Dtype,
     pub(crate) len: u64,
-    /// None for a tensor of one dimension that was given no shape.
+    /// None for a one-dimensional tensor that was given no shape.
     pub(crate) shape: Option<S>,
-    /// In place of the clip's, if there is one.
+    /// Replaces the clip's `unit_axis`, if there is one.
     pub(crate) unit_axis: Option<UnitAxis>,
     /// Whether its norm is measured.
     pub(crate) counted: bool,
@@ -32,7 +32,7 @@ impl<N: Deref<Target = str>, S: Deref<Target = [usize]>> TensorSpec<N, S> {
         TensorSpec { name: name.as_deref(), dtype, len, shape: shape.as_deref(), unit_axis, counted }
     }
 
-    /// That the shape holds all elements.
+    /// Checks that the shape holds all elements.
     pub(crate) fn check_shape(&self) -> Result<(), Error> {
         let (shape, len) = (self.shape.as_deref().unwrap_or_default(), self.len);
         let product = shape.iter().try_fold(1u64, |product, n| product.checked_mul(*n as u64));
@@ -47,7 +47,7 @@ impl<N: Deref<Target = str>, S: Deref<Target = [usize]>> TensorSpec<N, S> {
 }
 
 impl Spec<'_> {
-    /// How many elements norms count.
+    /// The number of elements that norms count.
     pub(crate) fn counted_len(self) -> u64 {
         if self.counted { self.len } else { 0 }
     }
@@ -76,8 +76,8 @@ impl Spec<'_> {
     }
 }
 
-/// A gradient in host memory: a [`Tensor`], which is only read, or a [`TensorMut`], which may be written. It has elements of
-/// one dtype, at any alignment.
+/// A gradient in host memory: a [`Tensor`], which is only read, or a [`TensorMut`], which may be written. Its elements
+/// have one dtype and any alignment.
 #[derive(Clone, Copy, Debug)]
 pub struct HostTensor<'a, D> {
     pub(crate) spec: Spec<'a>,
@@ -178,14 +178,14 @@ impl<'a, D: Deref<Target = [u8]>> HostTensor<'a, D> {
 /// The settings of a tensor, for a type with a `spec` and a `parameter`.
 macro_rules! settings {
     ($name:ty, $shape:ty, $parameter:ty) => {
-        /// Gives the tensor a name, which errors and reports then carry.
+        /// Gives the tensor a name, which errors and reports use.
         #[must_use]
         pub fn named(mut self, name: $name) -> Self {
             self.spec.name = Some(From::from(name));
             self
         }
 
-        /// Gives the tensor its shape, in row-major order, which scopes by unit or example need; without one it is
+        /// Gives the tensor its shape, in row-major order. Scopes by unit or example need it. Without it the tensor is
         /// one-dimensional. `&[]` is a scalar.
         ///
         /// # Errors
@@ -196,24 +196,25 @@ macro_rules! settings {
         }
 
         /// Chooses this tensor's units under [`Scope::Unit`](crate::Scope::Unit), in place of the clip's
-        /// [`unit_axis`](crate::Clip::unit_axis): layers of one model differ in where they keep their outputs. Other scopes
-        /// ignore it.
+        /// [`unit_axis`](crate::Clip::unit_axis), because layers of one model differ in which axis holds their outputs.
+        /// Others ignore it.
         #[must_use]
         pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
             self.spec.unit_axis = Some(axis);
             self
         }
 
-        /// Says whether the tensor is a replica of what another process of a group counts ([`processes`](crate::processes)): it
-        /// is scaled and not measured, and its non-finite elements go unnoticed.
+        /// Says whether the tensor is a replica of one that another process of a group counts
+        /// ([`processes`](crate::processes)). A replica is scaled but not measured, and its non-finite elements go
+        /// unnoticed.
         #[must_use]
         pub fn replica(mut self, replica: bool) -> Self {
             self.spec.counted = !replica;
             self
         }
 
-        /// Says which parameter the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). Its shape must be the
-        /// gradient's, and so must its name if it has one; its dtype may differ.
+        /// Sets the parameter that the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). The two must have the
+        /// same shape, and the same name if both have one. Their dtypes may differ.
         #[must_use]
         pub fn parameter(mut self, parameter: $parameter) -> Self {
             self.parameter = Some(From::from(parameter));

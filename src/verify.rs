@@ -1,4 +1,4 @@
-//! Whether the GPU and the CPU agree on a clip.
+//! Checks that the GPU and the CPU agree on a clip.
 
 use half::{bf16, f16};
 
@@ -7,13 +7,13 @@ use crate::cpu::decide as cpu;
 use crate::gpu::GpuClipper;
 use crate::{Clip, ClipReport, Dtype, Error, NonFiniteElements, SegmentReport, Tensor, TensorMut, Waiting};
 
-/// How far the norms may be apart, relatively: what GPU and CPU promise together, as [`NormType::p`](crate::NormType::p)
-/// tells it.
+/// The tolerated relative difference of the norms: the sum of the errors that GPU and CPU promise
+/// ([`NormType`](crate::NormType)).
 fn norm_tolerance(clip: &Clip) -> f64 {
     1e-6 / clip.measured().map_or(1.0, |norm_type| norm_type.power().min(1.0)) + 1e-7
 }
 
-/// How a clip on the GPU compares with the same clip on the CPU. The tensors given are not changed.
+/// How a clip on the GPU compares with the same clip on the CPU.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Verification {
@@ -23,14 +23,14 @@ pub struct Verification {
     pub gpu: Result<ClipReport, NonFiniteElements>,
     /// |GPU's norm - CPU's| / CPU's, the largest over the total and all segments; 0 where both are NaN, infinite or 0.
     pub norm_error: f64,
-    /// What of it was tolerated.
+    /// The largest `norm_error` that is tolerated.
     pub norm_tolerance: f64,
-    /// Whether both clipped, or neither did, in each segment. Where the norms fall on either side of the threshold but within
-    /// `norm_tolerance` of each other, the decision may differ.
+    /// Whether, in each segment, both clipped or neither did. The decisions may differ where the norms fall on either
+    /// side of the threshold but within `norm_tolerance` of each other.
     pub same_decision: bool,
     /// The largest distance between two corresponding elements, in units of the last place of their dtype.
     pub worst_ulps: u64,
-    /// What of it was tolerated in each dtype, and why.
+    /// The distance that is tolerated in each dtype, and why.
     pub tolerated: Vec<Tolerance>,
     /// The first element that lies outside the tolerance.
     pub first_mismatch: Option<Mismatch>,
@@ -44,7 +44,7 @@ pub struct Verification {
 pub struct Tolerance {
     /// The dtype it is for.
     pub dtype: Dtype,
-    /// The distance tolerated.
+    /// The tolerated distance.
     pub ulps: u64,
     /// Why.
     pub why: &'static str,
@@ -83,11 +83,11 @@ impl Verification {
     }
 }
 
-/// Runs the same clip on copies of the tensors, on the GPU and on the CPU, and compares reports and every element.
+/// Runs the same clip on copies of the tensors, on the GPU and on the CPU, and compares the reports and every element.
 ///
 /// # Errors
-/// [`Error::UnsupportedDtype`] for float64 tensors, and the device's own errors. That the clip refuses non-finite
-/// elements is a result to compare, not an error.
+/// [`Error::UnsupportedDtype`] for float64 tensors, and the device's own errors. If the clip refuses non-finite
+/// elements, that is a result to compare and not an error.
 pub fn verify<'a>(
     clip: &'a Clip,
     tensors: &'a [Tensor<'a>],
@@ -101,7 +101,7 @@ async fn verified(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Resu
     let (mut on_cpu, mut on_gpu) = (copies(), copies());
     let cpu = found(cpu::apply(&mut [(*clip, &mut views(&mut on_cpu, tensors))], None, Context::alone()))?;
     let gpu = found(gpu.applied(&mut [(*clip, &mut views(&mut on_gpu, tensors))], Context::alone()).await)?;
-    // Where a parameter's norm is the threshold, the coefficient has the error of both.
+    // Under AGC the threshold comes from a parameter's norm, so the coefficient has the errors of both norms.
     let coef_tolerance = norm_tolerance(clip) * if clip.needs_parameters() { 2.0 } else { 1.0 };
     let (norm_error, same_decision) = match (&cpu, &gpu) {
         (Ok(cpu), Ok(gpu)) => {
@@ -138,9 +138,9 @@ async fn verified(clip: &Clip, tensors: &[Tensor<'_>], gpu: &GpuClipper) -> Resu
     Ok(verification)
 }
 
-/// The error of the norm, and whether the decision is the same: given norm, coefficient and decision of each.
+/// The relative error of the norm, and whether the decision is the same, from each norm, coefficient and decision.
 fn compare_decisions(cpu: (f64, f64, bool), gpu: (f64, f64, bool), tolerance: f64) -> (f64, bool) {
-    // A value clip measures no norm, so that its coefficients, both 1, excuse nothing.
+    // A value clip measures no norm. Its coefficients are both 1, so they must not excuse a different decision.
     let tie = !cpu.0.is_nan() && (cpu.1 - gpu.1).abs() <= tolerance;
     (relative_error(gpu.0, cpu.0), cpu.2 == gpu.2 || tie)
 }
@@ -168,7 +168,7 @@ fn relative_error(a: f64, b: f64) -> f64 {
     }
 }
 
-/// For elements that were multiplied by coefficients with such a relative tolerance.
+/// For elements multiplied by coefficients that have this relative tolerance.
 fn tolerance(dtype: Dtype, coefficient: f64) -> Tolerance {
     match dtype {
         Dtype::F16 | Dtype::BF16 => {

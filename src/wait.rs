@@ -1,4 +1,4 @@
-//! [`Waiting`]: the one way to wait, for a device or for other processes.
+//! [`Waiting`]: the one way to wait for a device or for other processes.
 
 use std::cell::Cell;
 use std::fmt;
@@ -10,26 +10,28 @@ type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 #[cfg(target_arch = "wasm32")]
 type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
-/// What has to be waited for: `.await` it, or put the thread to sleep until it is there with `.wait()`, which browsers lack.
+/// A result to wait for. Either `.await` it, or call `.wait()`, which puts the thread to sleep until the result is
+/// there. Browsers have no `.wait()`.
 ///
-/// Awaited, it looks whenever it is polled and asks to be polled again, so any executor moves it on. Nothing begins before that.
+/// Nothing begins before one of the two is used. Each poll looks for the result and asks for another poll, so any
+/// executor will do.
 #[must_use = "nothing happens until it is awaited or waited for"]
 pub struct Waiting<'a, T>(Boxed<'a, T>);
 
 impl<'a, T> Waiting<'a, T> {
-    /// Waits for what this future waits for.
+    /// Wraps a future.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn new(future: impl Future<Output = T> + Send + 'a) -> Self {
         Self(Box::pin(future))
     }
 
-    /// Waits for what this future waits for.
+    /// Wraps a future.
     #[cfg(target_arch = "wasm32")]
     pub fn new(future: impl Future<Output = T> + 'a) -> Self {
         Self(Box::pin(future))
     }
 
-    /// Sleeps until it is there.
+    /// Sleeps until the result is there.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn wait(self) -> T {
         block_on(self.0)
@@ -51,7 +53,7 @@ impl<T> fmt::Debug for Waiting<'_, T> {
 }
 
 thread_local! {
-    /// Whether this thread has nothing else to do than to wait for the future that it polls.
+    /// Whether this thread has nothing to do but wait for the future that it polls.
     static MAY_SLEEP: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -60,7 +62,7 @@ pub(crate) fn may_sleep() -> bool {
     MAY_SLEEP.get()
 }
 
-/// The outcome of a future, which may sleep when it is polled.
+/// The result of a future. A poll may put this thread to sleep.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Restore(bool);
     impl Drop for Restore {

@@ -1,8 +1,8 @@
-//! Takes each element of a chunk to the bounds of a value clip. Twin of `shaders/clamp.wgsl`.
+//! Clamps each element of a chunk to the bounds of a value clip. Twin of `shaders/clamp.wgsl`.
 //!
-//! Block by block: a look at it, and a write if anything changes. The second sweep finds the block in the first-level
-//! cache. Both compare bits as integers, which order like the numbers, so that an element that stays keeps every bit, a NaN
-//! its payload. Where a loss scale is taken out, both work on a copy of the block in the type that is computed in.
+//! It works block by block: a look at the block, and a write if anything changes. The write finds the block in the
+//! first-level cache. Both compare bits as integers, which order like the numbers. So an element that stays keeps every
+//! bit, and a NaN its payload. With a loss scale, both work on an unscaled copy of the block in the type to compute in.
 
 use super::count::count;
 use super::element::{Bits, Wide, Widen, elements};
@@ -14,14 +14,14 @@ use crate::clip::Mode;
 use crate::partial::{Location, Partial};
 use crate::{Clip, NonFinite};
 
-/// Looks, and writes nothing.
+/// Looks at a chunk, and writes nothing.
 pub(super) fn scan<T: Widen>(clip: &Clip, at: Location, data: &[u8]) -> Partial {
     let (clamp, mut wide) = (Clamp::<T>::new(clip), [[T::Wide::ZERO; LANES]; BLOCK / LANES]);
     let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| chunk.merge(clamp.look(at.ahead(i * BLOCK), block, &mut wide)))
 }
 
-/// Clamps and tells what it met. Blocks in which nothing changes are not written.
+/// Clamps a chunk and returns what it found. Blocks in which nothing changes are not written.
 pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Partial {
     let (clamp, mut wide) = (Clamp::<T>::new(clip), [[T::Wide::ZERO; LANES]; BLOCK / LANES]);
     let blocks = data.chunks_mut(BLOCK * size_of::<T>()).enumerate();
@@ -51,8 +51,8 @@ struct Clamp<T: Widen> {
 }
 
 impl<T: Widen> Clamp<T> {
-    /// Bounds are rounded to the stored type first: rounding is monotonic, so clamping to rounded bounds is the same
-    /// as clamping and then rounding, and an element that is stored at the bound counts as inside.
+    /// Rounds the bounds to the stored type first. Rounding is monotonic, so clamping to rounded bounds is the same as
+    /// clamping and then rounding, and an element stored at the bound counts as inside.
     fn new(clip: &Clip) -> Self {
         let (min, max) = match clip.mode {
             Mode::Value { min, max } => (min, max),
@@ -62,8 +62,7 @@ impl<T: Widen> Clamp<T> {
         Self { min, max, factor: 1.0 / clip.grad_scale, drop: clip.non_finite == NonFinite::Drop }
     }
 
-    /// What the block has outside the bounds or not finite. Where there is a loss scale, it leaves the block without it in
-    /// `wide`.
+    /// Finds what is outside the bounds or not finite. With a loss scale, it leaves the unscaled block in `wide`.
     fn look(self, at: Location, block: &[u8], wide: &mut Unscaled<T::Wide>) -> Partial {
         let [mut outside, non_finite] = run(Look { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
         if self.factor != 1.0 {
@@ -73,7 +72,7 @@ impl<T: Widen> Clamp<T> {
             }
             let (bounds, unscaled) = (self.wide_bounds(), &wide.as_flattened()[..block.len() / size_of::<T>()]);
             outside = if self.drop && non_finite {
-                // By what they were: one that overflows only now is not dropped.
+                // The stored element decides: one that overflows only when unscaled is not dropped.
                 let mut was = elements::<T>(block).zip(unscaled);
                 was.any(|(x, wide)| x.bits().magnitude() < T::INFINITY && bounds.exclude(*wide))
             } else {
@@ -89,7 +88,7 @@ impl<T: Widen> Clamp<T> {
         let unscaled = &mut wide.as_flattened_mut()[..block.len() / size_of::<T>()];
         run(Write { bounds: self.wide_bounds(), drop: false, block: bytemuck::cast_slice_mut(unscaled) });
         if drops {
-            // By what they were: an element may be infinite now because it is divided by so small a loss scale.
+            // The stored element decides: an element may be infinite only because the loss scale is so small.
             let was = elements::<T>(block).zip(unscaled);
             was.filter(|(x, _)| x.bits().magnitude() >= T::INFINITY).for_each(|(_, wide)| *wide = T::Wide::ZERO);
         }
@@ -101,7 +100,7 @@ impl<T: Widen> Clamp<T> {
     }
 }
 
-/// The bounds, and the integers that they are compared as.
+/// The bounds, and the integers that stand for them in comparisons.
 #[derive(Clone, Copy)]
 struct Bounds<T: Widen> {
     min: T::Bits,
@@ -113,7 +112,7 @@ struct Bounds<T: Widen> {
 impl<T: Widen> Bounds<T> {
     fn new(min: T, max: T) -> Self {
         let (min, max) = (min.bits(), max.bits());
-        // Both zeros are within a bound of 0: 0 comes after -0.
+        // Both zeros are within a bound of 0, although 0 comes after -0.
         let zero = |bound: T::Bits| bound.magnitude() == T::Bits::ZERO;
         let low = if zero(min) { T::Bits::NEGATIVE_ZERO } else { min }.ordered();
         let high = if zero(max) { T::Bits::ZERO } else { max }.ordered();
@@ -126,7 +125,7 @@ impl<T: Widen> Bounds<T> {
     }
 }
 
-/// Whether anything is outside the bounds, and whether anything is not finite.
+/// Finds whether anything is outside the bounds, and whether anything is not finite.
 struct Look<'a, T: Widen> {
     bounds: Bounds<T>,
     drop: bool,
@@ -138,7 +137,7 @@ impl<T: Widen> Kernel for Look<'_, T> {
     #[inline(always)]
     fn on<I: Isa>(self, _: I) -> [bool; 2] {
         let Bounds { low, high, .. } = self.bounds;
-        // A NaN is not outside; nor is an infinity that will be dropped.
+        // Neither a NaN nor an infinity that will be dropped counts as outside.
         let greatest = if self.drop { T::INFINITY.below() } else { T::INFINITY };
         let (mut outside, mut non_finite) = (T::Bits::ZERO, T::Bits::ZERO);
         for x in elements::<T>(self.block) {
@@ -150,7 +149,7 @@ impl<T: Widen> Kernel for Look<'_, T> {
     }
 }
 
-/// Clamps.
+/// Clamps a block.
 struct Write<'a, T: Widen> {
     bounds: Bounds<T>,
     drop: bool,
@@ -162,7 +161,7 @@ impl<T: Widen> Kernel for Write<'_, T> {
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
         let Bounds { min, max, low, high } = self.bounds;
-        // What is dropped becomes 0, be that within the bounds or not.
+        // A dropped element becomes 0, even if 0 is outside the bounds.
         let dropped_from = if self.drop { T::INFINITY } else { T::Bits::MAX };
         for bytes in self.block.chunks_exact_mut(size_of::<T>()) {
             let bits = bytemuck::pod_read_unaligned::<T::Bits>(bytes);

@@ -1,7 +1,7 @@
 //! The norms of columns, read row by row. Twin of `shaders/norm_each.wgsl`.
 //!
-//! Each column is summed in a float64 of its own, four rows at a time, by the same tree as a run. A column that this does
-//! not suffice for, because it holds a non-finite element or its sum cannot be trusted, is gathered and walked like one.
+//! Each column has its own float64 sum, of four rows at a time, by the same tree as a run. If a column holds a
+//! non-finite element, or its sum cannot be trusted, it is gathered and walked like a run.
 
 use super::element::{Bits, Widen, elements};
 use super::isa::{Isa, Kernel, LANES, run};
@@ -11,8 +11,8 @@ use super::tuning::COLUMNS;
 use crate::NormType;
 use crate::partial::{Location, Partial};
 
-/// The norms of adjacent columns, as many as `slots`, of a matrix with `stride` elements to a row, of which `data` begins
-/// with the first element of the first of these columns.
+/// The norms of adjacent columns of a matrix, one for each slot. A row has `stride` elements, and `data` begins with
+/// the first element of the first of these columns.
 pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], stride: usize, slots: &mut [Partial]) {
     let (size, width) = (size_of::<T>(), slots.len());
     let rows = data.len().div_ceil(stride * size);
@@ -43,7 +43,7 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], st
     }
 }
 
-/// Takes a row into the largest magnitudes of its columns.
+/// Updates the largest magnitudes of columns with a row.
 struct RowMaxima<'a, B> {
     row: &'a [u8],
     maxima: &'a mut [B],

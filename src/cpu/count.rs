@@ -1,4 +1,4 @@
-//! Counts what is not finite and what is zero, in one sweep.
+//! Counts non-finite elements and zeros, in one sweep.
 
 use std::marker::PhantomData;
 
@@ -10,7 +10,7 @@ use crate::Tensor;
 use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
 
-/// What a tensor holds beside ordinary numbers: [`Tensor::counts`](crate::Tensor::counts).
+/// The zeros and non-finite elements of a tensor: [`Tensor::counts`](crate::Tensor::counts).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TensorCounts {
@@ -18,11 +18,11 @@ pub struct TensorCounts {
     pub zeros: u64,
     /// How many are NaN or infinite.
     pub non_finite: u64,
-    /// Where the first of these is.
+    /// The index of the first NaN or infinite element.
     pub first_non_finite: Option<u64>,
 }
 
-/// What was counted in a chunk.
+/// The counts of a chunk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
     zeros: u64,
@@ -32,14 +32,14 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// As a partial, if element number i is at `place(i)`.
+    /// The partial, if element number i is at `place(i)`.
     pub(super) fn partial(&self, place: impl Fn(usize) -> Location) -> Partial {
         Partial { non_finite: self.non_finite, nan: self.nan, first: self.first.map(place), ..Partial::EMPTY }
     }
 }
 
 impl Tensor<'_> {
-    /// Counts what is zero and what is not finite, in one sweep on rayon's current pool.
+    /// Counts zeros and non-finite elements, in one sweep on rayon's current pool.
     ///
     /// ```
     /// let counts = gradclip::Tensor::new(&[0.0f32, 1.0, f32::NAN, -0.0]).counts();
@@ -76,7 +76,7 @@ pub(super) fn count<T: Widen>(data: &[u8]) -> Counts {
     })
 }
 
-/// How many elements of a block are zero, not finite, NaN. A block has so few that integers of an element's size suffice.
+/// Counts the zeros, non-finite elements and NaNs of a block. Integers of an element's size suffice for a block.
 struct Count<'a, T> {
     block: &'a [u8],
     of: PhantomData<T>,

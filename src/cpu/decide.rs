@@ -1,4 +1,4 @@
-//! What a clip does with host tensors: measured, decided, and on the CPU applied.
+//! What a clip does with host tensors: it measures, decides, and on the CPU applies.
 
 use super::pool::in_parallel;
 use super::task::merged;
@@ -25,12 +25,12 @@ pub(crate) struct Decision {
     /// By segment.
     pub(crate) outcomes: Vec<Outcome>,
     report: ClipReport,
-    /// Whether the elements were read. If not, the report is that of no elements until they are written.
+    /// Whether the elements were read. If not, the report covers no elements until they are written.
     read: bool,
 }
 
 impl Decision {
-    /// What is reported once the tensors are written, given the partial of what was met on the way.
+    /// The report once the tensors are written, given the partial of what the writes found.
     pub(crate) fn report<'a>(&self, met: &Partial, name_of: impl Fn(usize) -> Option<&'a str>) -> ClipReport {
         let mut report = self.report.clone();
         if !self.read {
@@ -40,7 +40,7 @@ impl Decision {
         report
     }
 
-    /// Clips the tensors that it is about.
+    /// Clips the tensors that the decision is about.
     fn apply(&self, tensors: &mut [TensorMut<'_>], progress: &Progress) -> ClipReport {
         let progress = if self.read { None } else { Some(progress) };
         let met = write(&self.clip, (&self.segments, &self.outcomes), tensors, progress);
@@ -48,7 +48,7 @@ impl Decision {
     }
 }
 
-/// What is to be done with groups of tensors, each by a clip of its own. A `threshold` follows the norms of the one group.
+/// Decides about groups of tensors, each by a clip of its own. A `threshold` follows the norms of a single group.
 pub(crate) fn decide(
     groups: &[(Clip, Vec<Tensor<'_>>)],
     threshold: Option<&mut dyn Threshold>,
@@ -60,7 +60,7 @@ pub(crate) fn decide(
     })
 }
 
-/// Clips groups of tensors in place. The reports are theirs, in order. A `threshold` follows the norms of the one group.
+/// Clips groups of tensors in place, and reports on each in order. A `threshold` follows the norms of a single group.
 pub(crate) fn apply(
     groups: &mut [(Clip, &mut [TensorMut<'_>])],
     threshold: Option<&mut dyn Threshold>,
@@ -78,14 +78,14 @@ pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], context: Context<'_>)
     Ok(measured(clip, tensors, call, context.progress)?.report)
 }
 
-/// As [`decide`], of elements that are read in any case.
+/// Decides like [`decide`], but always reads the elements.
 fn measured(clip: &Clip, tensors: &[Tensor<'_>], call: GroupCall<'_>, progress: &Progress) -> Result<Decision, Error> {
     let groups = [(*clip, tensors.to_vec())];
     let read = |clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments| Some(part(clip, tensors, segments, progress));
     Ok(decide_by(&groups, None, call, read)?.swap_remove(0))
 }
 
-/// Decides by what `read` measures; None of what is not read. All checks come before.
+/// Decides by what `read` measures, which is None for a group that is not read. All checks come first.
 fn decide_by(
     groups: &[(Clip, Vec<Tensor<'_>>)],
     mut threshold: Option<&mut dyn Threshold>,
@@ -131,7 +131,7 @@ pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]
     Ok(found.decide(refused, true)?.apply(tensors, &Progress::default()))
 }
 
-/// Measures examples, and writes the sum of the clipped ones: one sum for each tensor.
+/// Measures examples, and writes the sum of the clipped examples: one sum for each tensor.
 pub(crate) fn sum_examples(
     clip: &Clip,
     tensors: &[Tensor<'_>],
@@ -146,7 +146,7 @@ pub(crate) fn sum_examples(
     }
     let drop = clip.non_finite == NonFinite::Drop;
     for ((tensor, layout), sum) in tensors.iter().zip(&segments.layouts).zip(sums) {
-        // One example is a whole tensor; else every row is an example.
+        // A single example is a whole tensor; otherwise every row is an example.
         let columns = usize::try_from(layout.columns).unwrap_or(usize::MAX);
         let rows = tensor.len().checked_div(columns).unwrap_or(0);
         let outcomes = &outcomes[layout.segment as usize..][..rows];
@@ -160,7 +160,7 @@ pub(crate) fn sum_examples(
     Ok(report)
 }
 
-/// The partial of everything.
+/// The partial of all tensors together.
 pub(crate) fn partial(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Partial, Error> {
     Ok(part(clip, tensors, &segments_of(clip, tensors)?, progress).total(|_| None).partial)
 }
@@ -180,7 +180,7 @@ pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segment
     Ok(segments)
 }
 
-/// What the first pass measures here.
+/// What the first pass of this process measures.
 fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Progress) -> GroupPartials {
     let partials = merged(tensors, segments, |task, slots| {
         progress.measured(task.bytes());
@@ -197,31 +197,31 @@ fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Pro
     part
 }
 
-/// What the first pass found out, of all processes together.
+/// What the first pass found, over all processes.
 struct Measured {
     clip: Clip,
     segments: Segments,
     /// By segment.
     known: Vec<Known>,
-    /// What the norms are compared with, by segment.
+    /// The threshold on the measured norm, by segment.
     max_norms: Vec<f64>,
-    /// N of everything.
+    /// N over everything.
     total_norm: f64,
     elements: u64,
     /// Whether an element lies outside the bounds of a value clip.
     outside: bool,
     /// Whether anything is not finite.
     bad: bool,
-    /// What is not, if it is known.
+    /// The non-finite elements, if they are known.
     non_finite: Option<NonFiniteElements>,
 }
 
-/// A decision that is not measured here.
+/// Norms that come from elsewhere.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Given<'a> {
     /// N by segment.
     Norms(&'a [f64]),
-    /// The merged partial of so many elements of everything.
+    /// The merged partial of everything, and its number of elements.
     Partial(&'a Partial, u64),
 }
 
@@ -258,7 +258,7 @@ impl Measured {
                 if norms.len() as u64 != expected {
                     return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
                 }
-                // These two policies cannot go by an infinity.
+                // These two policies cannot use an infinite norm.
                 let (greatest, reason) = match clip.non_finite {
                     NonFinite::Error | NonFinite::Drop => {
                         (f64::MAX, "it must be 0 or more, and finite under this policy")
@@ -270,7 +270,7 @@ impl Measured {
                 }
                 let nothing = GroupTotal { partial: Partial::EMPTY, non_finite: None };
                 let mut found = Self::new(GroupPartials::new(clip, segments, Vec::new()), nothing);
-                // Nothing is known of single elements: a policy that drops some looks for them wherever it writes.
+                // Single elements are unknown, so `Drop` must look for non-finite elements wherever it writes.
                 let known = |(family, norm): (&Family, &f64)| Known {
                     norm: norm / clip.weight(family.elements),
                     bad: !norm.is_finite() || clip.non_finite == NonFinite::Drop,
@@ -287,17 +287,17 @@ impl Measured {
     fn follow(&mut self, threshold: &mut dyn Threshold) {
         let norm = |(family, known): (&Family, &Known)| known.norm * self.clip.weight(family.elements);
         let norms: Vec<_> = self.segments.families().zip(&self.known).map(norm).collect();
-        // A non-finite element counts as such even where the policy measures the rest.
+        // A non-finite element makes the step non-finite, even where the policy measures the rest.
         let total_norm = if self.bad { f64::NAN } else { self.total_norm };
         self.max_norms = self.segments.max_norms(&self.clip, &[], &threshold.max_norms(total_norm, &norms));
     }
 
-    /// Whether the policy keeps everything as it is.
+    /// Whether the policy leaves everything unchanged.
     fn is_refused(&self) -> bool {
         self.bad && self.clip.refuses_non_finite()
     }
 
-    /// Under a refusal every segment is left as it is.
+    /// With `refused`, every segment is left as it is.
     fn decide(self, refused: bool, read: bool) -> Result<Decision, Error> {
         let Self { clip, segments, known, max_norms, total_norm, elements, outside, non_finite, .. } = self;
         let outcomes = segments.outcomes(&clip, &known, &max_norms, refused);

@@ -1,4 +1,4 @@
-//! Elements: how groups of [`LANES`] of them come from bytes at any alignment into registers, and back.
+//! Elements: how groups of [`LANES`] of them get from bytes at any alignment into registers, and back.
 
 use half::{bf16, f16};
 
@@ -7,22 +7,22 @@ use crate::Element;
 
 /// An element type.
 pub(super) trait Widen: Element {
-    /// What is computed in: float32 for everything up to 32 bits, float64 for itself.
+    /// The type to compute in: float32 for everything up to 32 bits, float64 for itself.
     type Wide: Wide;
-    /// What squares are computed and added up in: float32, where squares are exact in it, else float64.
+    /// The type to compute and add squares in: float32 if it holds the squares exactly, else float64.
     type Squares: Wide;
     /// An unsigned integer of the same size.
     type Bits: Bits;
-    /// The bits of infinity: those of every finite magnitude are smaller, those of every NaN larger.
+    /// The bits of infinity. The bits of every finite magnitude are smaller, those of every NaN larger.
     const INFINITY: Self::Bits;
-    /// Half precision: from where on a sum of squares that were added in float32 is right. Below it, float32 may have
-    /// underflowed; above its range it has overflowed to infinity.
+    /// Half precision: the smallest sum of squares in float32 that is right. A smaller sum may have underflowed. A sum
+    /// above the range of float32 is infinite.
     const SQUARES_IN_F32_FROM: Option<f64>;
 
-    /// A group, widened exactly.
+    /// Widens a group exactly.
     fn widen<I: Isa>(isa: I, group: [Self; LANES]) -> Lanes<I, Self>;
 
-    /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
+    /// Rounds to nearest, ties to even. A NaN becomes quiet and keeps its upper payload.
     fn narrow<I: Isa>(isa: I, wide: Lanes<I, Self>) -> [Self; LANES];
 
     fn square<I: Isa>(isa: I, wide: Lanes<I, Self>) -> Lanes<I, Self::Squares>;
@@ -30,7 +30,7 @@ pub(super) trait Widen: Element {
     /// One element, widened.
     fn wide(self) -> Self::Wide;
 
-    /// Rounds to this type: what a bound is once it is stored.
+    /// Rounds to this type, as a bound must be.
     fn round(x: f64) -> Self;
 
     fn bits(self) -> Self::Bits;
@@ -40,12 +40,12 @@ pub(super) trait Widen: Element {
 /// A group in registers.
 pub(super) type Lanes<I, T> = <<T as Widen>::Wide as Wide>::Lanes<I>;
 
-/// The bits of an element. Without the sign, magnitudes order like them.
+/// The bits of an element. Magnitudes order like their bits without the sign.
 pub(super) trait Bits: Copy + Ord + bytemuck::Pod {
     const ZERO: Self;
     const NEGATIVE_ZERO: Self;
     const MAX: Self;
-    /// Without the sign.
+    /// The bits without the sign.
     fn magnitude(self) -> Self;
     /// 1 if it holds.
     fn count(holds: bool) -> Self;
@@ -54,12 +54,12 @@ pub(super) trait Bits: Copy + Ord + bytemuck::Pod {
     /// The next smaller one.
     fn below(self) -> Self;
     fn to_u64(self) -> u64;
-    /// Integers, as if signed, that order like the numbers; -0 is next below 0.
+    /// Signed integers that order like the numbers; -0 comes just before 0.
     fn ordered(self) -> Self::Signed;
     type Signed: Copy + Ord;
 }
 
-/// The types that are computed in.
+/// The types to compute in.
 pub(super) trait Wide: Widen<Wide = Self> + PartialOrd + Into<f64> {
     type Lanes<I: Isa>: Copy;
     const ZERO: Self;
@@ -75,7 +75,7 @@ pub(super) trait Wide: Widen<Wide = Self> + PartialOrd + Into<f64> {
     fn is_finite(self) -> bool;
     /// x · factor in float64, rounded once.
     fn times(self, factor: f64) -> Self;
-    /// The factor in this type, if it is neither too large nor too small for it; else elements go through [`Wide::times`].
+    /// The factor in this type, if it is neither too large nor too small for it. Otherwise use [`Wide::times`].
     fn factor(factor: f64) -> Option<Self>;
 }
 
@@ -160,7 +160,7 @@ macro_rules! widen_half {
 }
 // The square of the smallest float16 is 2^-48.
 widen_half!(f16, widen_f16, narrow_f16, 0.0);
-// A square that is no normal float32 is off by up to 2^-150: 2^17 of them, a whole chunk, by 2^-70 of this.
+// A square that is no normal float32 is off by up to 2^-150. A chunk has 2^17 of them: 2^-70 of this bound.
 widen_half!(bf16, widen_bf16, narrow_bf16, 1.0 / (1u64 << 63) as f64);
 
 macro_rules! bits {
@@ -195,7 +195,7 @@ macro_rules! bits {
             }
             #[inline(always)]
             fn ordered(self) -> $signed {
-                // All bits but the sign are turned where it is set.
+                // If the sign is set, all other bits are inverted.
                 let sign = (self as $signed) >> (<$t>::BITS - 1);
                 self as $signed ^ (sign & <$signed>::MAX)
             }
@@ -306,7 +306,7 @@ pub(super) fn elements<T: bytemuck::Pod>(data: &[u8]) -> impl ExactSizeIterator<
     data.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
 }
 
-/// Calls `f` with the bytes of each group; behind the last elements stand zeros.
+/// Calls `f` with the bytes of each group. Zeros fill up the last group.
 #[inline(always)]
 pub(super) fn for_groups<T: Widen>(data: &[u8], mut f: impl FnMut(&[u8])) {
     let size = const { group_size::<T>() };
@@ -322,7 +322,7 @@ pub(super) fn for_groups<T: Widen>(data: &[u8], mut f: impl FnMut(&[u8])) {
     }
 }
 
-/// Puts what `f` returns in place of each group; behind the last elements stand zeros, which are not written.
+/// Replaces each group by what `f` returns. Zeros fill up the last group; they are not written.
 #[inline(always)]
 pub(super) fn update_groups<T: Widen>(data: &mut [u8], mut f: impl FnMut([T; LANES]) -> [T; LANES]) {
     let size = const { group_size::<T>() };

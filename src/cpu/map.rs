@@ -1,17 +1,17 @@
-//! What becomes of each element, and what writes it beside them.
+//! Functions of an element, and a kernel that writes their results.
 
 use std::marker::PhantomData;
 
 use super::element::{Lanes, Wide, Widen, for_groups, load};
 use super::isa::{Isa, Kernel, LANES, run};
 
-/// What becomes of an element, widened.
+/// A function of a widened element.
 pub(super) trait Map<T: Widen>: Copy {
     type To: Wide;
     fn of<I: Isa>(self, isa: I, x: Lanes<I, T>) -> Lanes<I, Self::To>;
 }
 
-/// x · factor in the type that is computed in, with 0 for an x that is dropped.
+/// x · factor in the type to compute in. With `DROP`, a non-finite x becomes 0.
 #[derive(Clone, Copy)]
 pub(super) struct Product<W, const DROP: bool>(pub(super) W);
 
@@ -46,7 +46,7 @@ impl<T: Widen> Map<T> for ToF64 {
     }
 }
 
-/// Writes what becomes of the elements into `to`, as much as there is room for; behind the last stands what becomes of 0.
+/// Writes the results of all elements into `to`, as far as there is room. The result of 0 fills up the last group.
 pub(super) fn write<T: Widen, M: Map<T>>(map: M, data: &[u8], to: &mut [[M::To; LANES]]) {
     run(Write::<T, M> { data, map, to, of: PhantomData });
 }
@@ -71,8 +71,8 @@ impl<T: Widen, M: Map<T>> Kernel for Write<'_, T, M> {
     }
 }
 
-/// Multiplies in float64 and rounds once to the type that is computed in, for a factor that is no normal number of that
-/// type. So rare that it may take its time.
+/// Multiplies in float64 and rounds once to the type to compute in, for a factor that is no normal number of that type.
+/// Rare, so it need not be fast.
 pub(super) fn write_exact_products<T: Widen>(factor: f64, drop: bool, data: &[u8], to: &mut [[T::Wide; LANES]]) {
     write::<T, _>(Product::<_, false>(T::Wide::ONE), data, to);
     for x in to.as_flattened_mut() {

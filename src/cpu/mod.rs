@@ -1,4 +1,4 @@
-//! The CPU path: the fallback, and the check on the GPU.
+//! The CPU path: the fallback, and the reference for the GPU.
 //!
 //! ```text
 //! partials = for each task of each tensor, in parallel: norm             cpu/norm.rs, cpu/columns.rs
@@ -10,8 +10,8 @@
 //! Tasks have fixed shapes and their partials merge in list order, so the answer does not depend on the number of
 //! threads. Work runs on rayon's current pool: the global one, or the caller's through `ThreadPool::install`.
 //!
-//! Within a task, elements are taken in blocks that fit the first-level cache. A block is widened once (half precision
-//! to float32; a misaligned one is copied) so that each kernel is written for float32 and float64 only.
+//! Within a task, elements are processed in blocks that fit the first-level cache. A block is widened once (half
+//! precision to float32; a misaligned one is copied), so each kernel is written for float32 and float64 only.
 
 mod clamp;
 mod columns;

@@ -8,15 +8,16 @@
 //! if the sum cannot be trusted: block by block, exactly
 //! ```
 //!
-//! 1. One chain of additions a lane, and a tree before it: the chain is a quarter as long, so that the latency of an
+//! 1. Each lane has one chain of additions, with a tree before it. So the chain is a quarter as long: the latency of an
 //!    addition does not bound the speed, and rounding errors stay small.
-//! 2. NaN and infinity cost nothing to detect. Squares of float32 values neither overflow nor underflow in float64, so a
-//!    sum is finite exactly if every element is. Only a run whose sum is not is walked again, to count and locate them.
-//! 3. Float64 sums may overflow or underflow by themselves. A run whose sum leaves 1e±270 is walked again in blocks, and
-//!    those that still do are scaled by the power of two of their largest element.
-//! 4. Squares of half-precision values are exact in float32, and four of them add up there, before what is left goes into
-//!    a lane of float64: two roundings, 2^-24 of the norm at most, for a third of the work. Where a bfloat16 is too large
-//!    or too small for that, the sum says so, and the run is walked again.
+//! 2. Detecting NaN and infinity costs nothing. Squares of float32 values neither overflow nor underflow in float64, so
+//!    a sum is finite exactly if every element is. Only a run whose sum is not finite is walked again, to count and
+//!    locate such elements.
+//! 3. Float64 sums may overflow or underflow by themselves. A run whose sum leaves 1e±270 is walked again in blocks,
+//!    and blocks that still leave that range are scaled by the power of two of their largest element.
+//! 4. Squares of half-precision values are exact in float32. Four of them are added there, before the result goes into
+//!    a lane of float64: two roundings, 2^-24 of the norm at most, for a third of the work. If a bfloat16 is too large
+//!    or too small for that, the sum shows it, and the run is walked again.
 
 use std::marker::PhantomData;
 
@@ -30,7 +31,7 @@ use super::tuning::BLOCK;
 use crate::NormType;
 use crate::partial::{Location, Partial, ldexp};
 
-/// The partials of consecutive runs of `len` elements each, of which the first begins at `at`.
+/// The partials of consecutive runs of `len` elements each. The first run begins at `at`.
 pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], len: usize, slots: &mut [Partial]) {
     let size = len * size_of::<T>();
     if norm_type == NormType::Inf {
@@ -45,8 +46,8 @@ pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], le
     }
 }
 
-/// Whether a plain sum of |x|^p, or a maximum, is right: everything was finite, nothing overflowed, and nothing that
-/// matters underflowed.
+/// Whether a plain sum of |x|^p, or a maximum, is right: all was finite, nothing overflowed, and nothing important
+/// underflowed.
 pub(super) fn trusts<T: Widen>(norm_type: NormType, found: &Partial) -> bool {
     match (norm_type, T::SQUARES_IN_F32_FROM) {
         (NormType::Inf, _) => found.max.is_finite(),
@@ -57,11 +58,11 @@ pub(super) fn trusts<T: Widen>(norm_type: NormType, found: &Partial) -> bool {
     }
 }
 
-/// Sums of float64 or of powers outside this range (and 0) are taken again, scaled. Inside it, 2^64 of them add up
+/// Sums of float64 or of powers outside this range (and 0) are computed again, scaled. Inside it, 2^64 of them add up
 /// without overflow, and what underflowed is below 2^-100 of the sum.
 const SAFE: std::ops::RangeInclusive<f64> = 1e-270..=1e270;
 
-/// The partial of a run whose plain sum cannot be trusted, and of which element number i is at `place(i)`.
+/// The partial of a run whose plain sum cannot be trusted. Element number i is at `place(i)`.
 fn walked<T: Widen>(norm_type: NormType, data: &[u8], place: impl Fn(usize) -> Location) -> Partial {
     let mut block = Vec::with_capacity(BLOCK);
     let blocks = data.chunks(BLOCK * size_of::<T>()).enumerate();
@@ -72,7 +73,7 @@ fn walked<T: Widen>(norm_type: NormType, data: &[u8], place: impl Fn(usize) -> L
     })
 }
 
-/// The partial of a few elements of any kind, of which number i is at `place(i)`.
+/// The partial of a few elements of any kind. Element number i is at `place(i)`.
 pub(super) fn of_block<W: Wide>(norm_type: NormType, block: &[W], place: impl Fn(usize) -> Location) -> Partial {
     of_finite(norm_type, block).unwrap_or_else(|| {
         let finite: Vec<_> = block.iter().map(|x| if x.is_finite() { *x } else { W::ZERO }).collect();
@@ -95,7 +96,7 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
         return Some(slot[0]);
     }
     let exponent = if let NormType::P(p) = norm_type {
-        // By the largest element itself, so that its term is 1 whatever p is.
+        // Scales by the largest element itself, so that its term is 1 for any p.
         let log2_top = top.log2();
         let sum = sum_of_powers::<W>(Power { p, log2_top }, data);
         let whole = (log2_top * p).floor();
@@ -103,7 +104,7 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
         whole as i64
     } else {
         let exponent = exponent_of(top);
-        // Two powers of two, because one may be none of float64.
+        // Two powers of two, because one may be out of float64's range.
         let half = exponent / 2;
         let [first, second] = [-half, half - exponent].map(|n| ldexp(1.0, n));
         let scaled: Vec<f64> = block.iter().map(|x| (*x).into() * first * second).collect();
@@ -114,7 +115,7 @@ fn of_finite<W: Wide>(norm_type: NormType, block: &[W]) -> Option<Partial> {
     Some(Partial { exponent, ..slot[0] })
 }
 
-/// The exponent of a finite magnitude; for subnormals that of the smallest normal.
+/// The exponent of a finite magnitude; for a subnormal that of the smallest normal number.
 fn exponent_of(x: f64) -> i64 {
     ((x.to_bits() >> 52) as i64 - 1023).max(-1022)
 }
@@ -147,8 +148,8 @@ fn sum_of_powers<T: Widen>(power: Power, data: &[u8]) -> f64 {
     total(lanes[0])
 }
 
-/// Adds the powers of float64 to the lanes. A loop of its own: within that of [`terms`] over columns, an element takes a sixth more
-/// instructions on AVX-512.
+/// Adds the powers of float64 to the lanes. It has a loop of its own: within that of [`terms`] over columns, an element
+/// takes a sixth more instructions on AVX-512.
 struct Powers<'a> {
     data: &'a [u8],
     lanes: &'a mut [[f64; LANES]],
@@ -190,7 +191,7 @@ impl<T: Widen, M: Map<T>> Kernel for Sums<'_, T, M> {
 fn add<T: Widen, I: Isa, M: Map<T>>(isa: I, mut lanes: I::D, run: &[u8], term: M) -> I::D {
     let size = const { STEP * group_size::<T>() };
     let (whole, rest) = run.split_at(run.len() - run.len() % size);
-    // Zeros behind the elements add nothing.
+    // Zeros after the elements add nothing.
     let mut last = [0; STEP * group_size::<f64>()];
     last[..rest.len()].copy_from_slice(rest);
     let padded = if rest.is_empty() { 0 } else { size };
@@ -226,7 +227,7 @@ impl<T: Widen> Kernel for Maxima<'_, T> {
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
         for (run, slot) in self.data.chunks_exact(self.size).zip(self.slots) {
-            // As integers: everything that is not finite comes after everything that is.
+            // Compares as integers: everything that is not finite comes after everything that is.
             let max = elements::<T>(run).fold(T::Bits::ZERO, |max, x| max.max(x.bits().magnitude()));
             *slot = Partial { max: T::of_bits(max).wide().into(), ..Partial::EMPTY };
         }

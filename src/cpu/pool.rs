@@ -1,9 +1,9 @@
-//! Running pieces of work in parallel, on rayon's current pool: the global one, or the caller's through
+//! Runs pieces of work in parallel, on rayon's current pool: the global one, or the caller's through
 //! `ThreadPool::install`.
 //!
-//! The calling thread works too, and takes piece after piece like the others. Threads that sleep take their time to wake up,
-//! 20 us to a millisecond: by then it is well ahead, or done. So it waits for those only that have begun to work. (A scope of
-//! rayon's waits for all that were called.)
+//! The calling thread works too, and takes piece after piece like the others. Sleeping threads take 20 us to a
+//! millisecond to wake up; by then the calling thread is well ahead, or done. So it waits only for those that have
+//! begun to work. (A scope of rayon's waits for all that were called.)
 
 use std::any::Any;
 use std::error::Error;
@@ -14,8 +14,8 @@ use rayon::ThreadPoolBuilder;
 
 use super::tuning::{CHUNK, PARALLEL_FROM};
 
-/// Runs `task` on every piece of work, in parallel if there are many of `bytes` together. There are about as many as
-/// `pieces`; each is made when a thread comes for it.
+/// Runs `task` on every piece of work, in parallel if their `bytes` together are many. `pieces` is about their number.
+/// Each piece is made when a thread asks for it.
 pub(crate) fn in_parallel<W: Send>(
     work: impl Iterator<Item = W> + Send,
     pieces: usize,
@@ -26,7 +26,7 @@ pub(crate) fn in_parallel<W: Send>(
     if threads == 1 {
         return work.for_each(task);
     }
-    // Many tiny tensors make tiny pieces: a thread takes as many at a time as fill a chunk on average.
+    // Many tiny tensors make tiny pieces, so a thread takes as many at a time as fill a chunk on average.
     let batch = (pieces * CHUNK * size_of::<f32>() / bytes).clamp(1, CHUNK);
     let left = Mutex::new(work);
     let run = || {
@@ -41,17 +41,17 @@ pub(crate) fn in_parallel<W: Send>(
     with_helpers(threads.min(pieces.div_ceil(batch)).saturating_sub(1), &run);
 }
 
-/// Runs `work` on this thread, and on up to so many others of the pool as come before it returns here. Returns when all of
-/// them have; if it panics in one, so does this.
+/// Runs `work` on this thread, and on up to `helpers` other threads of the pool if they come before it returns here.
+/// Returns when it has returned on all of them. If it panics on one, so does this.
 fn with_helpers(helpers: usize, work: &(dyn Fn() + Sync)) {
-    // Closes the latch when it is dropped: however this function ends, no helper runs any more then.
+    // Closes the latch when dropped: however this function ends, no helper runs after it.
     let latch = CloseOnDrop(Arc::new(Latch::default()));
     for _ in 0..helpers {
         let (latch, work) = (Arc::clone(&latch.0), WorkPointer::new(work));
         rayon::spawn(move || {
             if latch.enter() {
-                // SAFETY: The work must be there until it returns: the `CloseOnDrop` was made before the first helper was
-                // called, and is dropped, which waits for this helper to `leave`, before `with_helpers` returns or unwinds.
+                // SAFETY: The work must be there until it returns. The `CloseOnDrop` was made before the first helper
+                // was called. Its drop waits for this helper to `leave`, before `with_helpers` returns or unwinds.
                 latch.leave(catch_unwind(AssertUnwindSafe(|| unsafe { work.run() })).err());
             }
         });
@@ -62,28 +62,28 @@ fn with_helpers(helpers: usize, work: &(dyn Fn() + Sync)) {
     }
 }
 
-/// Work that may be gone: a pointer, because a reference must not even exist then.
+/// Work that may be gone. It is a pointer, because a reference to it must not even exist then.
 struct WorkPointer(*const (dyn Fn() + Sync));
 
-// SAFETY: What it points to is `Sync`: other threads may use it through a shared reference, and `run` does nothing else.
+// SAFETY: The work is `Sync`: other threads may use it through a shared reference, and `run` does nothing else.
 unsafe impl Send for WorkPointer {}
 
 impl WorkPointer {
     fn new(work: &(dyn Fn() + Sync)) -> Self {
-        // SAFETY: Both types are pointers of the same kind, and only the lifetime that is named differs; that it is over is
-        // `run`'s obligation.
+        // SAFETY: Both types are pointers of the same kind, and only the named lifetime differs. That the lifetime has
+        // not ended is `run`'s obligation.
         Self(unsafe { std::mem::transmute::<*const (dyn Fn() + Sync + '_), *const (dyn Fn() + Sync)>(work) })
     }
 
     /// # Safety
     /// The work must not be gone before this returns or unwinds.
     unsafe fn run(&self) {
-        // SAFETY: It was made of a reference, and what that referred to is still there.
+        // SAFETY: The pointer was made of a reference, and the caller promises that the work is still there.
         unsafe { (*self.0)() }
     }
 }
 
-/// Counts the helpers that run, until it is closed: then none can begin.
+/// Counts the running helpers. Once it is closed, none can begin.
 #[derive(Default)]
 struct Latch {
     state: Mutex<State>,
@@ -94,7 +94,7 @@ struct Latch {
 struct State {
     closed: bool,
     running: usize,
-    /// What the first helper that panicked said.
+    /// The payload of the first panic of a helper.
     panic: Option<Box<dyn Any + Send>>,
 }
 
@@ -103,7 +103,7 @@ impl Latch {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// False if it is closed.
+    /// Begins to run. False if the latch is closed.
     fn enter(&self) -> bool {
         let mut state = self.state();
         state.running += usize::from(!state.closed);
@@ -117,7 +117,7 @@ impl Latch {
         self.left.notify_all();
     }
 
-    /// Closes it, and waits for the helpers that run.
+    /// Closes the latch, and waits for the running helpers.
     fn close(&self) -> Option<Box<dyn Any + Send>> {
         let mut state = self.state();
         state.closed = true;
@@ -136,12 +136,12 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// How many threads there are to work: one where no pool can be had, because the system gives no more threads.
+/// The number of threads to work on: one if there is no pool, because the system gives no more threads.
 fn threads() -> usize {
     static GLOBAL: OnceLock<bool> = OnceLock::new();
     let global = || {
         ThreadPoolBuilder::new().build_global().map_or_else(
-            // Without a source, the error says that someone has built it already.
+            // Without a source, the error says that the pool exists already.
             |error| {
                 let built = error.source().is_none();
                 if !built {
@@ -152,7 +152,7 @@ fn threads() -> usize {
             |()| true,
         )
     };
-    // Asking rayon without this would panic where it cannot start its threads.
+    // Without this check rayon would panic where it cannot start its threads.
     if rayon::current_thread_index().is_some() || *GLOBAL.get_or_init(global) {
         rayon::current_num_threads()
     } else {
@@ -220,7 +220,7 @@ mod tests {
         assert!(helper_left.into_inner());
     }
 
-    /// The only thread of the pool comes to help itself after the work is gone.
+    /// The only thread of the pool comes to help after the work is gone.
     #[test]
     fn a_late_helper_finds_the_latch_closed() {
         let pool = pool(1);

@@ -1,4 +1,4 @@
-//! |x|^p, term by term: in closed form where there is one, and for any p without tables, branches and calls. Twin of
+//! |x|^p, term by term: in closed form if there is one, else without tables, branches and calls. Twin of
 //! `shaders/shared/power.wgsl`.
 
 use super::element::{Lanes, Wide, Widen};
@@ -29,10 +29,10 @@ pub(super) struct Fourth;
 #[derive(Clone, Copy)]
 pub(super) struct Root;
 
-/// 2^(p (log2|x| - log2_top)): |x|^p relative to that of a largest |x|.
+/// 2^(p (log2|x| - log2_top)): |x|^p relative to that of the largest |x|.
 ///
-/// Logarithm and power are within 2^-50 of the truth, the first absolutely, the second relatively: in a p-norm both are
-/// divided by p again, so that what the norm loses is 2^-50 (1 + 1/p).
+/// The logarithm is within 2^-50 of the truth absolutely, the power relatively. A p-norm divides both by p again, so
+/// the norm loses 2^-50 (1 + 1/p).
 #[derive(Clone, Copy)]
 pub(super) struct Power {
     pub(super) p: f64,
@@ -65,7 +65,7 @@ fn all_bits<I: Isa>(isa: I, bits: u64) -> I::D {
     all(isa, f64::from_bits(bits))
 }
 
-/// 0 for 0, and NaN for what is not finite.
+/// |x|^p relative to the top: 0 for 0, and NaN for what is not finite.
 #[inline(always)]
 fn power<I: Isa>(isa: I, x: I::D, p: f64, log2_top: f64) -> I::D {
     let exponent = isa.mul(all(isa, p), isa.sub(log2(isa, x), all(isa, log2_top)));
@@ -74,18 +74,18 @@ fn power<I: Isa>(isa: I, x: I::D, p: f64, log2_top: f64) -> I::D {
     isa.if_less(all(isa, 0.0), x, finite, isa.if_less(x, all(isa, 1.0), all(isa, 0.0), all(isa, f64::NAN)))
 }
 
-/// 2^52: beside it, integers below it stand in the last bits.
+/// 2^52: added to it, smaller integers stand in the last bits.
 const INTEGER: f64 = 4_503_599_627_370_496.0;
 
 /// The logarithm of positive finite numbers.
 #[inline(always)]
 fn log2<I: Isa>(isa: I, x: I::D) -> I::D {
-    // Subnormals are lifted, so that the exponent is where it should be.
+    // Subnormals are scaled up, so that their exponent is in its place.
     let smallest = all(isa, f64::MIN_POSITIVE);
     let lift = isa.if_less(x, smallest, all(isa, 54.0), all(isa, 0.0));
     let x = isa.if_less(x, smallest, isa.mul(x, all(isa, (1u64 << 54) as f64)), x);
-    // x = 2^exponent m with m from sqrt(1/2) to sqrt(2): bits are counted from those of sqrt(1/2), and 1024 is added to
-    // the exponent.
+    // x = 2^exponent m with m from sqrt(1/2) to sqrt(2). So bits count from those of sqrt(1/2), and the exponent is
+    // 1024 more.
     const FROM: u64 = std::f64::consts::FRAC_1_SQRT_2.to_bits();
     let counted = isa.add_bits(x, all_bits(isa, (1u64 << 62).wrapping_sub(FROM)));
     let m = isa.add_bits(isa.and_bits(counted, all_bits(isa, (1 << 52) - 1)), all_bits(isa, FROM));
@@ -124,7 +124,7 @@ const FACTORIALS: [f64; 14] = [
 fn exp2<I: Isa>(isa: I, x: I::D) -> I::D {
     let (low, high) = (all(isa, -1023.0), all(isa, 1024.0));
     let x = isa.if_less(x, low, low, isa.if_less(high, x, high, x));
-    // Beside 1.5 * 2^52 the nearest integer is what is left.
+    // Adding 1.5 * 2^52 rounds to the nearest integer.
     const ROUND: f64 = 1.5 * INTEGER;
     let whole = isa.sub(isa.add(x, all(isa, ROUND)), all(isa, ROUND));
     // 2^fraction = e^(fraction ln 2), by its series: the 14th term is below 2^-60.

@@ -9,7 +9,7 @@ use super::tuning::BLOCK;
 use crate::decision::{Action, Outcome};
 use crate::segment::{By, SegmentLayout};
 
-/// Scales the elements of a chunk, of which the first is number `first` of its tensor. `outcomes` are the tensor's.
+/// Scales the elements of a chunk. Its first element is number `first` of its tensor. `outcomes` are the tensor's.
 pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first: u64, drop: bool, data: &mut [u8]) {
     let size = size_of::<T>() as u64;
     match layout.by {
@@ -26,7 +26,7 @@ pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first
         By::Columns => {
             let mut factors: Option<Vec<_>> = outcomes.iter().map(plain_factor::<T::Wide>).collect();
             if let Some(factors) = &mut factors {
-                // So that the last group finds as many factors as there are lanes.
+                // The last group needs as many factors as there are lanes.
                 factors.resize(factors.len() + LANES, T::Wide::ZERO);
             }
             let (mut rest, mut column) = (data, (first % layout.columns) as usize);
@@ -47,10 +47,10 @@ pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first
     }
 }
 
-/// What all elements of a segment are multiplied by, if that is all that is done with them.
+/// The factor of all elements of a segment, if they are only multiplied.
 fn plain_factor<W: Wide>(outcome: &Outcome) -> Option<W> {
     match outcome.action {
-        // Where others are scaled, a segment that is left alone holds finite elements only.
+        // If other segments are scaled, a segment that is left alone holds finite elements only.
         Action::Leave => W::factor(1.0),
         Action::Apply => W::factor(outcome.factor),
         Action::Zero => None,
@@ -106,7 +106,7 @@ impl<T: Widen> Kernel for Round<'_, T> {
     }
 }
 
-/// Multiplies each element of a row by the factor of its column. Behind the last factor there are as many others as lanes.
+/// Multiplies each element of a row by the factor of its column. [`LANES`] more factors follow the last one.
 struct ByColumn<'a, T: Widen> {
     factors: &'a [T::Wide],
     drop: bool,

@@ -9,9 +9,9 @@ use super::tuning::COLUMNS;
 use crate::Dtype;
 use crate::decision::{Action, Outcome};
 
-/// Writes the sums over the rows of `data` of the columns from `left` on, each element multiplied by its row's factor.
-/// Products are rounded as a clip would round them in the type that is computed in, and summed in float64. `sums` holds
-/// float64 for gradients of float64 and float32 for all others, at any alignment.
+/// Sums columns of `data` over its rows, from column `left` on, with each element multiplied by its row's factor.
+/// Products are rounded as a clip rounds them in the type to compute in, and summed in float64. `sums` holds float64
+/// for gradients of float64 and float32 for all others, at any alignment.
 pub(super) fn sum<T: Widen>(
     outcomes: &[Outcome],
     drop: bool,
@@ -53,7 +53,7 @@ pub(super) fn sum<T: Widen>(
     }
 }
 
-/// Adds what becomes of a row's elements to the totals of their columns.
+/// Adds a row's mapped elements to the totals of their columns.
 struct Add<'a, T, M> {
     row: &'a [u8],
     totals: &'a mut [[f64; LANES]],
@@ -66,7 +66,7 @@ impl<T: Widen, M: Map<T, To = T::Wide>> Kernel for Add<'_, T, M> {
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {
         let mut rest = self.totals;
-        // Zeros behind the elements add nothing.
+        // Zeros after the elements add nothing.
         for_groups::<T>(self.row, |group| {
             if let Some((totals, others)) = std::mem::take(&mut rest).split_first_mut() {
                 let scaled = T::Wide::to_f64(isa, self.map.of(isa, T::widen(isa, load(group))));

@@ -1,4 +1,4 @@
-//! Tasks: what is measured in parallel, and how their partials merge.
+//! Tasks: pieces that are measured in parallel, and how their partials merge.
 
 use super::pool::in_parallel;
 use super::tuning::{CHUNK, COLUMNS};
@@ -20,16 +20,16 @@ pub(super) struct Task<'a> {
 
 #[derive(Clone, Copy)]
 enum Shape {
-    /// GroupPartials of one segment.
+    /// Elements of one segment.
     Run,
-    /// So many whole rows of such a length, each a segment.
+    /// The number of whole rows, and their length; each row is a segment.
     Rows(usize, usize),
-    /// So many columns, each a segment, with so many elements from row to row.
+    /// The number of columns, and the distance from row to row in elements; each column is a segment.
     Columns(usize, usize),
 }
 
 impl Task<'_> {
-    /// How many bytes of elements it has; between those of columns lie others'.
+    /// The size of its elements in bytes. `data` of columns also holds elements of other tasks.
     pub(super) fn bytes(&self) -> usize {
         match self.shape {
             Shape::Run | Shape::Rows(..) => self.data.len(),
@@ -40,7 +40,7 @@ impl Task<'_> {
         }
     }
 
-    /// How many segments it meets.
+    /// The number of its segments.
     fn slots(&self) -> usize {
         match self.shape {
             Shape::Run => 1,
@@ -58,7 +58,7 @@ impl Task<'_> {
     }
 }
 
-/// Cuts what norms count into tasks, segment by segment within each tensor.
+/// Cuts the counted tensors into tasks, segment by segment within each tensor.
 fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
     let mut tasks = Vec::new();
     let counted = |(_, (t, _)): &(usize, (&Tensor<'a>, _))| t.spec.counted;
@@ -69,7 +69,7 @@ fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
             let data = &t.data[first * size..(first + len) * size];
             tasks.push(Task { at, dtype, data, shape, segment: layout.segment + segment as u32 });
         };
-        // No layout has longer rows than the tensor is long.
+        // Rows are never longer than the tensor.
         let columns = layout.columns as usize;
         match layout.by {
             By::Whole => {
@@ -106,8 +106,8 @@ fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
     tasks
 }
 
-/// The partial of each segment: runs `task` on every task, in parallel if there are many, and merges what it leaves in
-/// its slots from first to last.
+/// The partial of each segment: runs `task` on every task, in parallel if there are many, and merges the slots in
+/// order.
 pub(super) fn merged(
     tensors: &[Tensor<'_>],
     segments: &Segments,

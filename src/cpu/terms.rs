@@ -1,7 +1,7 @@
 //! Sums of |x|^p over the rows of a matrix, column by column. A run is such a matrix too: its columns are the lanes.
 //!
-//! Terms other than |x| and x² are compiled for fewer dtypes: in closed form for float32 and float64, and any |x|^p for
-//! float64. Elements of other dtypes go there a block at a time. The order of a sum is the same either way, and so are its bits.
+//! Terms other than |x| and x² are compiled for fewer dtypes: closed forms for float32 and float64, and any |x|^p for
+//! float64. Elements of other dtypes are converted a block at a time. A sum has the same order and bits either way.
 
 use std::marker::PhantomData;
 
@@ -12,7 +12,7 @@ use super::power::{Cube, Fourth, Magnitude, Power, Root, Square};
 use super::tuning::BLOCK;
 use crate::NormType;
 
-/// Rows, or groups of a run, whose terms add up before they go into the sums.
+/// The rows, or groups of a run, whose terms are added before they go into the sums.
 pub(super) const STEP: usize = 4;
 
 /// The first `width` elements of every `stride`. The last row may end early.
@@ -23,7 +23,7 @@ pub(super) struct Matrix<'a> {
     pub(super) width: usize,
 }
 
-/// The sums of columns, as many as there are lanes in each.
+/// The sums of columns, in groups of [`LANES`].
 pub(super) type Sums<'a> = &'a mut [[f64; LANES]];
 
 /// Adds |x|^p of each element to the sum of its column.
@@ -40,7 +40,7 @@ pub(super) fn add<T: Widen>(norm_type: NormType, matrix: Matrix<'_>, sums: Sums<
     }
 }
 
-/// Calls `add` with blocks of elements in float64, of whole steps, and the sums of their columns; with what is float64 as it is.
+/// Calls `add` with blocks of elements in float64, of whole steps, and their columns' sums. Float64 is not copied.
 pub(super) fn in_blocks<T: Widen>(matrix: Matrix<'_>, sums: Sums<'_>, add: impl Fn(Matrix<'_>, Sums<'_>)) {
     if const { size_of::<T>() == size_of::<f64>() } {
         return add(matrix, sums);
@@ -54,7 +54,7 @@ pub(super) fn in_blocks<T: Widen>(matrix: Matrix<'_>, sums: Sums<'_>, add: impl 
         for (left, sums) in (0..width).step_by(columns).zip(sums.chunks_mut(BLOCK / STEP / LANES)) {
             let columns = columns.min(width - left);
             let groups = columns.div_ceil(LANES);
-            // Rows without a gap are as good as one.
+            // Rows without gaps count as one.
             let at_once = if columns == stride && columns == groups * LANES { rows } else { 1 };
             let mut filled = 0;
             for row in data[left * size..].chunks(at_once * stride * size) {
@@ -98,7 +98,7 @@ impl<T: Widen, M: Map<T>> Kernel for Add<'_, T, M> {
                 let (groups, stride) = if whole_rows && end - start == size {
                     (&rows[start..], stride)
                 } else {
-                    // Zeros where no elements are add nothing.
+                    // Zeros in place of missing elements add nothing.
                     padded.fill(0);
                     for (row, group) in rows.chunks(stride).zip(padded.chunks_exact_mut(size)) {
                         let row = &row[start.min(row.len())..end.min(row.len())];

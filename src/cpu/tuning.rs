@@ -1,7 +1,7 @@
-//! Every number of the CPU path that was tuned, beside the measurement that earned it. Medians of hundreds of runs on two
-//! cores of an AMD EPYC 9004 (family 25, AVX-512), float32, unless said.
+//! Every tuned number of the CPU path, beside the measurement behind it. Measurements are medians of hundreds of runs
+//! on two cores of an AMD EPYC 9004 (family 25, AVX-512), in float32, unless stated.
 
-/// Elements in a block, in which clamping goes twice over elements, and what cannot be summed plainly is walked. 4 KiB of
+/// Elements in a block. Clamping sweeps a block twice, and sums that cannot be trusted are walked by blocks. 4 KiB of
 /// float32 stay in the first-level cache.
 pub(super) const BLOCK: usize = 1024;
 
@@ -9,11 +9,12 @@ pub(super) const BLOCK: usize = 1024;
 /// Small enough that 2 Mi elements feed 16 threads.
 pub(super) const CHUNK: usize = 128 * 1024;
 
-/// Sets of fewer elements stay on the calling thread, because waking a pool costs more than it saves. Time of a norm on two
-/// threads by that on one, with the pool awake and after it has slept for 2 ms: 256 Ki elements 1.0 and 1.9, 512 Ki 0.8 and
-/// 1.4, 1 Mi 0.72 and 1.2, 2 Mi 0.60 and 1.3, 4 Mi 0.56 and 1.3 (a virtual machine, whose idle core takes long to wake).
+/// Sets of fewer elements stay on the calling thread, because waking a pool costs more than it saves. The time of a
+/// norm on two threads relative to one, with the pool awake and after it has slept for 2 ms: 256 Ki elements 1.0 and
+/// 1.9, 512 Ki 0.8 and 1.4, 1 Mi 0.72 and 1.2, 2 Mi 0.60 and 1.3, 4 Mi 0.56 and 1.3 (virtual machine, slow to wake a
+/// core).
 pub(super) const PARALLEL_FROM: usize = 8 * CHUNK;
 
-/// Columns that are measured or summed side by side: their float64 sums, 8 KiB, stay in the first-level cache beside the
-/// four rows that are read.
+/// Columns that are measured or summed side by side. Their float64 sums, 8 KiB, stay in the first-level cache beside
+/// four rows.
 pub(super) const COLUMNS: usize = 1024;

@@ -1,4 +1,4 @@
-//! Applies what is decided: scales or clamps.
+//! Applies a decision: scales or clamps.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
@@ -13,7 +13,7 @@ use crate::partial::{Location, Partial};
 use crate::segment::{SegmentLayout, Segments};
 use crate::{Clip, Dtype, NonFinite, TensorMut};
 
-/// Writes what the outcomes say. The partial is what clamps met; to elements that are only read here, `progress` counts.
+/// Writes what the outcomes say. The partial is what clamps found. `progress` counts elements that are read only here.
 pub(super) fn write(
     clip: &Clip,
     (segments, outcomes): (&Segments, &[Outcome]),
@@ -30,13 +30,13 @@ pub(super) fn write(
     let (total, panicked) = (Mutex::new(Partial::EMPTY), Mutex::new(None));
     in_parallel(work, pieces, bytes, |((at, dtype, data), own, counted)| {
         let measured = || progress.into_iter().for_each(|progress| progress.measured(data.len()));
-        // What has begun to write goes through with it.
+        // A panic of the caller's function must not stop the writing halfway.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(measured)) {
             panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
         let met = write_piece(clip, at, dtype, own, data);
         if counted && met != Partial::EMPTY {
-            // Nothing is summed: what was counted, and the first location, do not depend on the order.
+            // Nothing is summed: counts and the first location do not depend on the order.
             let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
             *total = total.merge(met);
         }
@@ -47,7 +47,7 @@ pub(super) fn write(
     total.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What is handed out of tensor number `tensor`: where it begins, and its bytes.
+/// The chunks of tensor number `tensor`, each with its location and its bytes.
 fn chunks<'t>(tensor: usize, t: &'t mut TensorMut<'_>) -> impl Iterator<Item = (Location, Dtype, &'t mut [u8])> {
     let dtype = t.dtype();
     let chunks = t.data.chunks_mut(CHUNK * dtype.size()).enumerate();
@@ -60,7 +60,7 @@ fn pieces(tensors: &[TensorMut<'_>]) -> (usize, usize) {
     (tensors.len() + bytes / (CHUNK * size_of::<f32>()), bytes)
 }
 
-/// Scales or clamps a piece of a tensor, given the tensor's own segments. The partial is what a clamp met.
+/// Scales or clamps a piece of a tensor, given the tensor's own segments. The partial is what a clamp found.
 pub(crate) fn write_piece(
     clip: &Clip,
     at: Location,

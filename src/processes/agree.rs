@@ -1,4 +1,4 @@
-//! What ranks agree on beside partials.
+//! Calls in which ranks agree on something other than partials.
 
 use std::collections::BTreeMap;
 
@@ -9,23 +9,23 @@ use crate::error::tensor_label;
 use crate::wait::block_on;
 use crate::{Error, Tensor};
 
-/// Waits until every rank of the group has called this, and fails on each if `ok` is `false` on any. For what is to be done by
-/// all or by none, such as putting written files in place.
+/// Waits until every rank of the group has called this. It fails on every rank if `ok` is `false` on any. It serves
+/// work that all ranks must do or none, such as putting written files in place.
 ///
 /// # Errors
-/// [`Error::PeerFailed`] with the first rank where `ok` is `false`; [`Error::ProcessGroup`] if the others cannot be heard.
+/// [`Error::PeerFailed`] with the first rank where `ok` is `false`; [`Error::ProcessGroup`] if others are out of reach.
 pub fn agree(group: &dyn ProcessGroup, ok: bool) -> Result<(), Error> {
     let exchange =
         GroupCall::begin(group).exchange(Operation::of(Kind::Agree), ok, Vec::new(), |low, _| Some(low.to_vec()));
     block_on(exchange.run()).map(|_| ())
 }
 
-/// Finds out whether each named tensor counts exactly once in the group: one that several ranks hold must count on one of them
-/// ([`Tensor::replica`]). For debugging, before the first step: it sends all names. A tensor is known by its name, so that slices of
-/// one need names of their own; those without a name are left out.
+/// Checks that each named tensor counts exactly once in the group: a tensor that several ranks hold must count on one
+/// of them ([`Tensor::replica`]). Use it for debugging, before the first step, because it sends all names. A tensor is
+/// known by its name, so slices of one tensor need different names. Tensors without a name are left out.
 ///
 /// # Errors
-/// [`Error::Tensor`] with the first such tensor, on each rank; those of the group.
+/// [`Error::Tensor`] on each rank, with the first tensor that does not count once; those of the group.
 pub fn check_replicas(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Result<(), Error> {
     let mut own = Counts::new();
     for tensor in tensors {
@@ -45,15 +45,15 @@ pub fn check_replicas(group: &dyn ProcessGroup, tensors: &[Tensor<'_>]) -> Resul
         let reason = match (times, alike) {
             (1, true) => continue,
             (_, false) => "ranks hold it with different lengths; slices need names of their own".into(),
-            (0, _) => "no rank counts it; leave replica(true) out on one of those that hold it".into(),
-            (times, _) => format!("it counts {times} times; say replica(true) on all ranks that hold it but one"),
+            (0, _) => "no rank counts it; leave out replica(true) on one of the ranks that hold it".into(),
+            (times, _) => format!("it counts {times} times; call replica(true) on all its ranks but one"),
         };
         return Err(Error::Tensor { tensor: tensor_label(Some(&String::from_utf8_lossy(name)), 0), reason });
     }
     Ok(())
 }
 
-/// How often a tensor counts, how long it is, and whether it is as long everywhere.
+/// How often a tensor counts, how long it is, and whether it has the same length on every rank.
 #[derive(Clone, Copy)]
 struct Count {
     times: u64,

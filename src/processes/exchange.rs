@@ -1,12 +1,12 @@
-//! What ranks send each other, and in which order it merges: recursive doubling.
+//! The messages that ranks exchange, and the order in which they merge: recursive doubling.
 //!
-//! With p the largest power of two among n ranks, the first 2 (n - p) ranks pair up, an even one taking in what its odd
-//! neighbour knows; p are left. In round i each of them trades all it knows with the one whose number among the p differs in
-//! bit i, and both merge the lower one's with the higher one's. After log2(p) rounds all p know the same, and send it to the
-//! odd neighbours.
+//! Among n ranks, let p be the largest power of two. The first 2 (n - p) ranks pair up: each even rank merges what its
+//! odd neighbour knows, which leaves p ranks. In round i each of them trades all it knows with the rank whose number
+//! among the p differs in bit i. Both merge the body of the lower rank with that of the higher one. After log2(p)
+//! rounds all p know the same, and the even ranks send it to their odd neighbours.
 //!
-//! So whatever arrives first, everything merges along one tree, which the number of ranks alone decides, and every rank
-//! computes its root itself, from the same bits in the same order. A sum of n partials goes through ceil(log2 n) roundings.
+//! So everything merges along one tree, whatever arrives first. The number of ranks alone decides the tree. Every rank
+//! computes the root itself, from the same bits in the same order. A sum of n partials is rounded ceil(log2 n) times.
 
 use std::future::poll_fn;
 use std::sync::atomic::Ordering;
@@ -19,11 +19,11 @@ use super::ProcessGroup;
 use crate::Error;
 use crate::wait::may_sleep;
 
-/// What ranks do together, which must be the same on each.
+/// A call of the whole group. It must be the same on each rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Operation {
     pub(super) kind: Kind,
-    /// A digest of all else that must be the same.
+    /// A digest of everything else that must be the same.
     pub(super) description: u64,
     pub(super) segments: u64,
 }
@@ -39,13 +39,13 @@ pub(super) enum Kind {
 }
 
 impl Operation {
-    /// One that has nothing but its kind to agree on.
+    /// An operation for which only the kind must agree.
     pub(super) fn of(kind: Kind) -> Self {
         Self { kind, description: 0, segments: 0 }
     }
 }
 
-/// What a message begins with. Numbers are in the byte order of the machines, which must be the same.
+/// The start of a message. Numbers are in the byte order of the machines, which must be the same.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 struct Header {
@@ -56,11 +56,11 @@ struct Header {
     segments: u64,
     kind: u32,
     status: u32,
-    /// The lowest rank whose part is in it; of a failure the one that failed; of a disagreement one that differs.
+    /// The lowest rank with a part in it. For a failure, the rank that failed. For a disagreement, a rank that differs.
     rank: u32,
-    /// Of a disagreement, the rank that it differs from.
+    /// For a disagreement, the rank that it differs from.
     other: u32,
-    /// And the segments that this one has.
+    /// The number of segments of that other rank.
     segments_of_other: u64,
     padding: u64,
 }
@@ -72,14 +72,14 @@ const DISAGREES: u32 = 1;
 /// A rank has failed.
 const FAILED: u32 = 2;
 
-/// The name of the format, with a number for its version, as no other byte order reads it.
+/// The name of the format with its version. With another byte order it does not read the same.
 const MAGIC: u64 = u64::from_be_bytes(*b"gradcli\x01");
 
 /// Merges the body of lower ranks with that of higher ones. None if they do not fit together.
 pub(super) type MergeBodies = fn(&[u8], &[u8]) -> Option<Vec<u8>>;
 
-/// A call of all ranks of a group, from before this rank measures. If it is dropped before [`GroupCall::exchange`], the others learn
-/// that this rank has failed.
+/// A call of all ranks of a group. It begins before this rank measures. If it is dropped before
+/// [`GroupCall::exchange`], the others learn that this rank has failed.
 #[derive(Debug)]
 pub(crate) struct GroupCall<'g> {
     group: &'g dyn ProcessGroup,
@@ -96,7 +96,7 @@ impl<'g> GroupCall<'g> {
         self.group
     }
 
-    /// Begins to exchange bodies. Without `ok` the others learn that this rank has failed.
+    /// Begins to exchange bodies. If `ok` is false, the others learn that this rank has failed.
     pub(super) fn exchange(mut self, op: Operation, ok: bool, body: Vec<u8>, merge: MergeBodies) -> Exchange<'g> {
         self.is_open = false;
         let group = self.group;
@@ -120,7 +120,7 @@ fn header(sequence: u64, rank: u32) -> Header {
     Header { magic: MAGIC, sequence, rank, ..Header::zeroed() }
 }
 
-/// Sends to the ranks of these steps that this one has failed. Errors do not matter: such a rank is gone.
+/// Tells the ranks of these steps that this one has failed. Errors are ignored: a rank that cannot be reached is gone.
 fn send_failure(group: &dyn ProcessGroup, sequence: u64, steps: &[Step]) {
     let header = Header { status: FAILED, ..header(sequence, group.rank()) };
     for step in steps {
@@ -130,7 +130,7 @@ fn send_failure(group: &dyn ProcessGroup, sequence: u64, steps: &[Step]) {
     }
 }
 
-/// What a rank does, in order.
+/// One step of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     /// Sends all it knows to a rank.
@@ -166,7 +166,8 @@ fn steps(rank: u32, size: u32) -> Vec<Step> {
     steps
 }
 
-/// A call in which this rank has begun to take part. Dropped before its end, it tells the others that this rank has failed.
+/// A call in which this rank has begun to take part. If it is dropped early, the others learn that this rank has
+/// failed.
 #[derive(Debug)]
 pub(super) struct Exchange<'g> {
     group: &'g dyn ProcessGroup,
@@ -181,7 +182,7 @@ pub(super) struct Exchange<'g> {
 }
 
 impl Exchange<'_> {
-    /// What all ranks together know.
+    /// What all ranks know together.
     ///
     /// # Errors
     /// [`Error::PeerFailed`] or [`Error::Disagreement`] on every rank; [`Error::ProcessGroup`].
@@ -217,7 +218,7 @@ impl Exchange<'_> {
         }
     }
 
-    /// Does what can be done without waiting. True at the end.
+    /// Does everything that needs no waiting. True at the end.
     fn advance(&mut self) -> Result<bool, Error> {
         while let Some(step) = self.steps.get(self.done) {
             match *step {
@@ -236,8 +237,9 @@ impl Exchange<'_> {
             }
             self.done += 1;
         }
-        // A transport may need this rank for what is on its way, and the rank may be elsewhere for long. Where all are well, each
-        // asks for all that was sent to it; if one dies in between, that is no failure of this call.
+        // The transport may need this rank to move its messages, and the rank may not call again for long. So it waits
+        // until they are sent, unless a rank failed or the timeout is over. Every healthy rank receives what was sent
+        // to it. If one dies meanwhile, that is no failure of this call.
         Ok(self.header.status != OK || self.timed_out().is_some() || self.group.is_sent().unwrap_or(true))
     }
 
@@ -246,7 +248,7 @@ impl Exchange<'_> {
         self.begun.filter(|(begun, timeout)| begun.elapsed() >= *timeout).map(|(_, timeout)| timeout)
     }
 
-    /// The message of this call from a rank. Of calls that this rank did not see to their end, some may have been left.
+    /// The message of this call from a rank. It skips messages of earlier calls, which this rank did not finish.
     fn receive(&mut self, from: u32) -> Result<Option<(Header, Vec<u8>)>, Error> {
         while let Some(mut message) = self.group.try_receive(from)? {
             let body =
@@ -254,12 +256,13 @@ impl Exchange<'_> {
             let header =
                 bytemuck::try_pod_read_unaligned::<Header>(&message).ok().filter(|header| header.magic == MAGIC);
             let Some(header) = header else {
-                let strange = format!("rank {from} has sent what is no message of this version on such a machine");
+                let strange = format!("rank {from} sent a message of another version or byte order");
                 return Err(Error::ProcessGroup(strange));
             };
             if header.sequence > self.header.sequence {
                 let reason = format!("is {} calls ahead of this one", header.sequence - self.header.sequence);
-                // Whoever is in that call would wait for this rank: it is told that it fails, and the next one is the same for all.
+                // The ranks in that later call would wait for this rank. So it fails that call too, and the next is the
+                // same for all.
                 self.group.calls().fetch_max(header.sequence.saturating_add(1), Ordering::Relaxed);
                 (self.header.sequence, self.done) = (header.sequence, 0);
                 return Err(Error::Disagreement { rank: from, reason });
@@ -270,11 +273,11 @@ impl Exchange<'_> {
         }
         let Some(timeout) = self.timed_out() else { return Ok(None) };
         let seconds = timeout.as_secs_f64();
-        let late = format!("rank {from} has not answered within {seconds} s: it has died, waits, or never calls");
+        let late = format!("rank {from} did not answer within {seconds} s: it died, it waits, or it made no such call");
         Err(Error::ProcessGroup(late))
     }
 
-    /// Merges, so that both sides come to the same.
+    /// Merges a message, with the same result on both sides.
     fn merge_message(&mut self, from: u32, theirs: Header, their_body: Vec<u8>) -> Result<(), Error> {
         let is_lower = self.group.rank() < from;
         let (mut low, high) = if is_lower { (self.header, theirs) } else { (theirs, self.header) };
@@ -282,13 +285,13 @@ impl Exchange<'_> {
         let (body, other_body) = if is_lower { (own_body, their_body) } else { (their_body, own_body) };
         let agree = (low.kind, low.description, low.segments) == (high.kind, high.description, high.segments);
         if low.status.max(high.status) > OK {
-            // A failure explains more than a disagreement, the lower rank comes first.
+            // A failure explains more than a disagreement. Among equals, the lower rank comes first.
             low = if high.status > low.status { high } else { low };
         } else if !agree {
             let (other, segments_of_other) = (low.rank, low.segments);
             low = Header { status: DISAGREES, other, segments_of_other, ..high };
         } else {
-            let unfit = || Error::ProcessGroup(format!("what rank {from} has sent does not fit"));
+            let unfit = || Error::ProcessGroup(format!("the message of rank {from} does not fit"));
             self.body = (self.merge)(&body, &other_body).ok_or_else(unfit)?;
         }
         self.header = low;
@@ -302,7 +305,7 @@ impl Drop for Exchange<'_> {
     }
 }
 
-/// Lets others work: first those that are about to, then whoever it may be.
+/// Lets other threads work: at first only those ready to run, later any.
 fn pause(tries: &mut u32) {
     *tries = tries.saturating_add(1);
     if *tries < 1000 {
@@ -317,8 +320,8 @@ mod tests {
     use super::*;
     use crate::processes::thread_group;
 
-    /// Each message that is sent is received, in the step that the other is in by then: all ranks get to their end, and come to
-    /// the same, which holds each rank once and in order.
+    /// Each message that is sent is received, in the step that the other rank has reached. All ranks finish with the
+    /// same body, which holds each rank once and in order.
     #[test]
     fn every_number_of_ranks_comes_to_the_same() {
         // Lists of ranks, as text that shows how they merged.
@@ -331,7 +334,7 @@ mod tests {
             let mut exchanges: Vec<_> = exchanges.collect();
             let mut rounds = 0;
             loop {
-                // From last to first, so that a round is seldom enough.
+                // From last to first, so that the exchange takes many rounds.
                 let done = exchanges.iter_mut().rev().filter_map(|e| e.advance().expect("well").then_some(())).count();
                 if done == size as usize {
                     break;
@@ -343,7 +346,7 @@ mod tests {
             assert!(all.iter().all(|of| *of == all[0]), "{all:?}");
             let ranks: String = all[0].chars().filter(|c| !"()".contains(*c)).collect();
             assert_eq!(ranks, (0..size).map(|rank| char::from(b'A' + rank as u8)).collect::<String>());
-            // No deeper than it must be.
+            // The tree is no deeper than necessary.
             let depth = all[0].chars().fold((0u32, 0), |(open, most), c| match c {
                 '(' => (open + 1, most.max(open + 1)),
                 ')' => (open - 1, most),

@@ -1,4 +1,4 @@
-//! Processes that clip together: the global norm of gradients that are spread over many.
+//! Processes that clip together: the global norm of gradients that are spread over many processes.
 //!
 //! ```text
 //! each rank: measure what it holds       one partial for each segment, as without a group
@@ -6,7 +6,8 @@
 //! each rank: decide, apply               from the same partials, so with the same coefficients
 //! ```
 //!
-//! [`Clipper::processes`](crate::Clipper::processes), [`NormAccumulator::merge_across`](crate::NormAccumulator::merge_across) and,
+//! [`Clipper::processes`](crate::Clipper::processes),
+//! [`NormAccumulator::merge_across`](crate::NormAccumulator::merge_across) and,
 #![cfg_attr(
     feature = "gpu",
     doc = "on the device, [`GpuPlan::merge_across`](crate::gpu::GpuPlan::merge_across) and [`GpuNormAccumulator::merge_across`](crate::gpu::GpuNormAccumulator::merge_across)"
@@ -33,24 +34,26 @@
 //! # What is called together
 //!
 //! Every rank of a group must make the same calls in the same order, with the same [`Clip`](crate::Clip) and the same
-//! segments: under [`Scope::Global`](crate::Scope::Global) whatever tensors it holds, be it none; under any other scope as
-//! many tensors, with as many units or examples, of which it holds a slice each. Where they differ, or one of them fails
-//! before it has measured, each gets an error, and no gradient is touched. What a rank does wrong alone (it stops, or never
-//! calls) the others find out by [`ProcessGroup::timeout`].
+//! segments. Under [`Scope::Global`](crate::Scope::Global) it may hold any tensors, or none. Under any other scope all
+//! ranks hold the same number of tensors, with the same number of units or examples, and each rank holds a slice of
+//! each. If ranks differ, or one fails before it has measured, every rank gets an error and no gradient is changed. If
+//! a rank stops or never calls, the others notice by [`ProcessGroup::timeout`].
 //!
-//! Two things nobody compares. Calls that look alike are taken for the same: a rank that leaves out one of many equal steps
-//! is in the others' next one from then on, until it has one call too few. And adaptive thresholds must begin with the same state
-//! on each rank; from the same norms they then go on alike.
+//! Two errors go unnoticed:
+//!
+//! - Calls that look alike count as the same call. A rank that skips one of many equal steps takes part in the others'
+//!   next step from then on, until it has one call too few.
+//! - Adaptive thresholds must begin with the same state on each rank. From the same norms they then stay the same.
 //!
 //! # Which tensors count
 //!
-//! A slice that no other rank holds counts, as every tensor does. Of a tensor that several ranks hold whole (a replica, a tied
-//! embedding, a bias beside sharded weights), one counts and the others say `replica(true)`
-//! ([`Tensor::replica`](crate::Tensor::replica)): they are scaled and not measured. [`check_replicas`] finds out
-//! whether a tensor is counted twice or never.
+//! A slice that no other rank holds counts, like every tensor. If several ranks hold a whole tensor (a replica, a tied
+//! embedding, a bias beside sharded weights), it counts on one of them. The others call `replica(true)`
+//! ([`Tensor::replica`](crate::Tensor::replica)), so there it is scaled and not measured. [`check_replicas`] finds
+//! tensors that count twice or never.
 //!
-//! Data-parallel ranks hold the same gradients once these are all-reduced. Each then computes the norm for itself, without
-//! a group: the same one, because the same bits give the same norm.
+//! Data-parallel ranks hold the same gradients after an all-reduce. Each rank then computes the norm without a group.
+//! The norms are equal, because the same bits give the same norm.
 
 #[cfg(not(target_arch = "wasm32"))]
 mod agree;

@@ -1,4 +1,4 @@
-//! What ranks know of segments, as rows of a message, and what they know together.
+//! What ranks know of segments, as rows of a message, and the total of all ranks.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -9,7 +9,7 @@ use crate::partial::{Location, Partial};
 use crate::segment::{Family, Segments};
 use crate::{Clip, Error, NonFiniteElements};
 
-/// A partial, how many elements it is of, and whose rank the first bad one is.
+/// A partial, its number of elements, and the rank of the first non-finite one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 struct Row {
@@ -45,7 +45,7 @@ impl Row {
         }
     }
 
-    /// The partial, with the place of the first bad element in the list of whichever rank has it.
+    /// The partial. The place of the first non-finite element is in the list of the rank that holds it.
     fn partial(&self) -> Partial {
         let at = Location { tensor: usize::try_from(self.tensor).unwrap_or(usize::MAX), index: self.index };
         Partial {
@@ -72,18 +72,18 @@ impl Row {
     }
 }
 
-/// What was measured of a group of tensors: by this process, or by all together.
+/// What was measured of a group of tensors, by this process or by all processes together.
 #[derive(Clone, Debug)]
 pub(crate) struct GroupPartials {
     pub(crate) clip: Clip,
     pub(crate) segments: Segments,
     /// By segment.
     pub(crate) partials: Vec<Partial>,
-    /// Those of the parameters, if the clip needs them; else none.
+    /// The partials of the parameters if the clip needs them, else none.
     pub(crate) parameters: Vec<Partial>,
 }
 
-/// What is known of a group of tensors as a whole.
+/// The total over a group of tensors.
 #[derive(Clone, Debug)]
 pub(crate) struct GroupTotal {
     pub(crate) partial: Partial,
@@ -91,7 +91,7 @@ pub(crate) struct GroupTotal {
 }
 
 impl GroupPartials {
-    /// Of one segment, given its partial and how many elements that is of.
+    /// The partials of one segment, from its partial and its number of elements.
     pub(crate) fn of_one(clip: &Clip, mut segments: Segments, partial: Partial, elements: u64) -> Self {
         segments.set_elements(clip, &[elements]);
         Self::new(clip, segments, vec![partial])
@@ -101,7 +101,7 @@ impl GroupPartials {
         Self { clip: *clip, segments, partials, parameters: Vec::new() }
     }
 
-    /// Its total, if all of it is this process's.
+    /// The total, if this process is alone.
     pub(crate) fn total<'a>(&self, name_of: impl Fn(usize) -> Option<&'a str>) -> GroupTotal {
         let partial = self.partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b));
         GroupTotal { partial, non_finite: partial.non_finite_elements(name_of) }
@@ -124,7 +124,7 @@ impl GroupPartials {
     }
 }
 
-/// What ranks must have in common to merge: clips, and which segments they have.
+/// A digest of what ranks must have in common to merge: clips and segments.
 fn description(parts: &[GroupPartials]) -> u64 {
     let mut digest = DefaultHasher::new();
     env!("CARGO_PKG_VERSION").hash(&mut digest);
@@ -135,11 +135,11 @@ fn description(parts: &[GroupPartials]) -> u64 {
     digest.finish()
 }
 
-/// Merges what was measured of each group of tensors with what the other ranks have. Returns the total of each, with what is
-/// not finite, on whichever rank.
+/// Merges what was measured of each group of tensors with what the other ranks measured. Returns the total of each
+/// group, with the non-finite elements of every rank.
 ///
 /// # Errors
-/// Those of the group; nothing has changed then.
+/// Those of the group; nothing changes then.
 pub(crate) async fn merge<'a>(
     call: GroupCall<'_>,
     parts: &mut [GroupPartials],
@@ -159,7 +159,7 @@ pub(crate) async fn merge<'a>(
         of_parts.push(own);
         rest = others;
     }
-    // Names cost a second message, which nobody needs where all is finite.
+    // Names cost a second message, which is needed only if something is not finite.
     let mut names = vec![String::new(); parts.len()];
     if totals.iter().any(|total| total.rank != NO_RANK) {
         for ((i, total), name) in totals.iter().enumerate().zip(&mut names) {
@@ -186,13 +186,13 @@ fn merge_bodies(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
     (low.len() == high.len()).then(|| bytemuck::cast_slice(&merged).to_vec())
 }
 
-/// Texts, each with its length before it.
+/// Joins texts, each with its length before it.
 pub(super) fn join<T: AsRef<[u8]>>(texts: &[T]) -> Vec<u8> {
     let with_length = |text: &T| [&(text.as_ref().len() as u64).to_le_bytes(), text.as_ref()].concat();
     texts.iter().flat_map(with_length).collect()
 }
 
-/// What [`join`] has joined.
+/// Splits what [`join`] has joined.
 pub(super) fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
     let mut texts = Vec::new();
     while let Some((length, rest)) = bytes.split_first_chunk() {
@@ -204,7 +204,7 @@ pub(super) fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
     texts
 }
 
-/// Of each name the one that is not empty: only the rank that has the tensor knows it.
+/// For each name, takes the text that is not empty: only the rank that has the tensor knows its name.
 fn merge_names(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
     let (own, other) = (split(low), split(high));
     let names: Vec<_> = own.iter().zip(&other).map(|(a, b)| if a.is_empty() { *b } else { *a }).collect();
@@ -217,8 +217,8 @@ mod tests {
     use crate::processes::thread_group;
     use std::task::{Context, Poll, Waker};
 
-    /// A group as large as the largest machines have, on paper: every rank comes to the same bits, whose error is that of as many
-    /// roundings as the tree is deep, and a bad element on the last rank is known to the first.
+    /// A group as large as on the largest machines. Every rank gets the same bits, the error is that of as many
+    /// roundings as the tree is deep, and the first rank learns of a non-finite element on the last one.
     #[test]
     fn sixteen_thousand_ranks_agree() {
         const RANKS: u32 = 1 << 14;

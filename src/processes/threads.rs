@@ -1,4 +1,4 @@
-//! Threads of one process as a group.
+//! A group whose ranks are threads of one process.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::AtomicU64;
@@ -8,8 +8,8 @@ use std::time::Duration;
 use super::ProcessGroup;
 use crate::Error;
 
-/// The ranks of a group of threads of this process, in order, each to be moved to its thread: one for each of several
-/// devices, say. The timeout is their [`ProcessGroup::timeout`].
+/// The ranks of a group of threads of this process, in order. Move each to its thread, for example one thread for each
+/// device. The timeout is their [`ProcessGroup::timeout`].
 #[must_use]
 pub fn thread_group(size: u32, timeout: Option<Duration>) -> Vec<Arc<dyn ProcessGroup>> {
     let mailbox = Arc::new(Mutex::default());
@@ -20,7 +20,7 @@ pub fn thread_group(size: u32, timeout: Option<Duration>) -> Vec<Arc<dyn Process
     (0..size).map(rank).collect()
 }
 
-/// The group of one process alone: what a clip is decided within unless there is another group.
+/// The group of this process alone, for clips without another group.
 pub(crate) fn single_process() -> Arc<dyn ProcessGroup> {
     thread_group(1, None).swap_remove(0)
 }

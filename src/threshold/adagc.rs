@@ -16,19 +16,22 @@ use crate::error::tensor_label;
 /// ```
 ///
 /// (Wang, Li, Chen, Zeng, Yang, Yu, Ma, Shen 2025, "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
-/// Clipping", arXiv 2502.11034). The first `warm_up` steps are thus clipped by the global norm: all tensors by the one
+/// Clipping", arXiv 2502.11034). So the first `warm_up` steps are clipped by the global norm: all tensors by the same
 /// factor h. `warm_up` is the paper's `T_start`.
 ///
-/// Defaults: `lambda_rel` 1.04, `beta` 0.99, `lambda_abs` 1, `warm_up` 100, those of the authors' program in
-/// PaddlePaddle; other programs have `lambda_rel` 1.05 and `beta` 0.98.
+/// Defaults: `lambda_rel` 1.04, `beta` 0.99, `lambda_abs` 1, `warm_up` 100, as in the authors' program in PaddlePaddle;
+/// other programs have `lambda_rel` 1.05 and `beta` 0.98.
 ///
-/// Two differences. The authors' program takes the norms of the warm-up into γ as they were before clipping; here, as
-/// in the formula above, the clipped ones. And a norm of exactly 0 leaves γ as it was: a tensor that got no gradient
-/// at one step, such as an idle expert or the partner of a factor that starts at zero, would otherwise have all its
-/// later gradients clipped to nothing. Until a tensor's first other norm its threshold is infinite.
+/// Two differences:
 ///
-/// Norms of single tensors may be small beside the `eps` of a [`Clip`](crate::Clip), 1e-6 by default; 0 serves better
-/// here.
+/// - The authors' program takes the norms of the warm-up into γ before clipping. Here it takes the clipped norms, as
+///   above.
+/// - Here a norm of exactly 0 leaves γ as it was. Otherwise a tensor that got no gradient at one step would have all
+///   its later gradients clipped to nothing: for example an idle expert, or the partner of a factor that starts at
+///   zero. A tensor's threshold is infinite until its first norm above 0.
+///
+/// The norms of single tensors may be small beside the `eps` of a [`Clip`](crate::Clip), 1e-6 by default. Here 0 is
+/// better.
 ///
 /// ```
 /// use gradclip::{AdaGc, Threshold};
@@ -49,7 +52,7 @@ pub struct AdaGc {
     pub(crate) lambda_abs: f64,
     pub(crate) beta: f64,
     pub(crate) warm_up: u32,
-    /// Whose the gammas are.
+    /// The tensors that the gammas belong to.
     pub(crate) labels: Vec<String>,
     /// γ of each tensor: above 0, and infinite until its first norm above 0.
     pub(crate) gammas: Vec<f64>,
@@ -78,28 +81,28 @@ impl AdaGc {
         }
     }
 
-    /// Sets how many times its mean a tensor's norm may be, after the warm-up: a finite number above 0.
+    /// Sets the largest ratio of a tensor's norm to its mean after the warm-up: a finite number above 0.
     #[must_use]
     pub fn lambda_rel(mut self, lambda_rel: f64) -> Self {
         self.lambda_rel = lambda_rel;
         self
     }
 
-    /// Sets the greatest global norm during the warm-up: a finite number above 0.
+    /// Sets the largest global norm during the warm-up: a finite number above 0.
     #[must_use]
     pub fn lambda_abs(mut self, lambda_abs: f64) -> Self {
         self.lambda_abs = lambda_abs;
         self
     }
 
-    /// Sets how much of a mean a step keeps: 0 or more, and below 1.
+    /// Sets the part of a mean that a step keeps: 0 or more, and below 1.
     #[must_use]
     pub fn beta(mut self, beta: f64) -> Self {
         self.beta = beta;
         self
     }
 
-    /// Sets how many steps are clipped by the global norm: 1 or more, because a mean has to begin somewhere.
+    /// Sets how many steps are clipped by the global norm: 1 or more, because a mean needs a first value.
     #[must_use]
     pub fn warm_up(mut self, steps: u32) -> Self {
         self.warm_up = steps;
@@ -113,7 +116,7 @@ impl AdaGc {
         at_least_1("warm_up", self.warm_up as usize)
     }
 
-    /// Begins anew with these tensors.
+    /// Starts again with these tensors.
     fn begin(&mut self, labels: Vec<String>) {
         self.gammas = vec![f64::INFINITY; labels.len()];
         self.labels = labels;
@@ -121,7 +124,7 @@ impl AdaGc {
 }
 
 impl Threshold for AdaGc {
-    /// Before the first step any tensors will do, and these are remembered.
+    /// Before the first step any tensors are accepted and remembered.
     fn bind(&mut self, labels: &[String]) -> Result<(), Error> {
         self.check()?;
         if self.steps == 0 {
@@ -139,8 +142,8 @@ impl Threshold for AdaGc {
         Err(Error::ThresholdState(reason))
     }
 
-    /// The norms are those of the bound labels; without a call of `bind` the first step fixes how many there are. A
-    /// step with another number of norms is not taken, and its thresholds are infinite.
+    /// The norms belong to the bound labels. Without a call of `bind` the first step fixes their number. A step with
+    /// another number of norms is not taken, and its thresholds are infinite.
     ///
     /// If a norm is not finite, the thresholds are `lambda_abs` during the warm-up and λ_rel γᵢ afterwards.
     fn max_norms(&mut self, total_norm: f64, norms: &[f64]) -> Vec<f64> {
@@ -148,7 +151,7 @@ impl Threshold for AdaGc {
             return vec![f64::INFINITY; norms.len()];
         }
         let warming_up = self.steps < u64::from(self.warm_up);
-        // No tensors are no step, and not what the next one is held to.
+        // A step without tensors is no step, and does not fix the number of norms.
         let enters = !norms.is_empty() && is_norm(norm_of_step(total_norm, norms));
         if self.gammas.len() != norms.len() {
             if !enters {
@@ -174,7 +177,7 @@ impl Threshold for AdaGc {
                 } else {
                     *gamma + (1.0 - self.beta) * (clipped - *gamma)
                 };
-                // Not where the mean of the least floats rounds to 0.
+                // At the smallest floats the mean may round to 0, which must not become the state.
                 if next > 0.0 {
                     *gamma = next;
                 }

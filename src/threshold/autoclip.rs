@@ -13,14 +13,14 @@ use crate::clip::{number, setting};
 /// ```
 ///
 /// (Seetharaman, Wichern, Pardo, Le Roux 2020, "AutoClip: Adaptive Gradient Clipping for Source Separation Networks",
-/// arXiv 2007.14469). The norm enters as it was measured, not as it was clipped. Between two norms the percentile is
-/// linear: it lies at place (n - 1) p / 100 of the n sorted ones, as NumPy has it.
+/// arXiv 2007.14469). The norm enters as measured, before clipping. The percentile is linear between two norms: it lies
+/// at place (n - 1) p / 100 of the n sorted norms, as in NumPy.
 ///
-/// The paper's history has no end. This one forgets: it holds the last `history` norms, so that memory and time a step
-/// are bounded (80 kB each for the norms and their sorted copy) and norms of another phase of training lose their say.
+/// The paper keeps every norm. This keeps only the last `history` norms, so memory and time per step are bounded (80 kB
+/// each for the norms and their sorted copy) and norms from an earlier phase of training lose their influence.
 ///
-/// Warm-up: the first `warm_up` steps are not clipped; their norms enter. The paper has none, and its first threshold
-/// is the first norm itself.
+/// Warm-up: the first `warm_up` steps are not clipped, but their norms enter. The paper has no warm-up: its first
+/// threshold is the first norm itself.
 ///
 /// Defaults: `percentile` 10, `history` 10 000 (the authors' TensorFlow program's), `warm_up` 1.
 ///
@@ -89,8 +89,8 @@ impl AutoClip {
         at_least_1("history", self.history)
     }
 
-    /// The `max_norm` for a step with this norm, which it takes into the state. For a norm that is not finite: the
-    /// percentile of the norms before it. With a setting that cannot be: infinity, and the state stays as it was.
+    /// The `max_norm` for a step with this norm, which enters the state. For a norm that is not finite it is the
+    /// percentile of the earlier norms. With an invalid setting it is infinity, and the state stays as it was.
     pub fn max_norm(&mut self, norm: f64) -> f64 {
         if self.check().is_err() {
             return f64::INFINITY;
@@ -120,7 +120,7 @@ impl Threshold for AutoClip {
     }
 }
 
-/// Where this norm is, or belongs, among the sorted ones.
+/// The place of this norm among the sorted ones, or where it belongs.
 fn place(sorted: &[f64], norm: f64) -> usize {
     sorted.partition_point(|other| other.total_cmp(&norm).is_lt())
 }

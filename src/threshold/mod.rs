@@ -1,12 +1,12 @@
 //! Thresholds that follow the norms of a training run, as values whose state can be saved: [`ZClip`] and [`AutoClip`]
-//! for a global norm, [`AdaGc`] for one norm a tensor.
+//! for a global norm, [`AdaGc`] for one norm per tensor.
 //!
-//! All three keep these habits:
+//! All three work alike:
 //!
-//! - Settings are checked where the threshold is used. `bind` tells what is wrong. A step by a setting that cannot be
+//! - Settings are checked where the threshold is used. `bind` reports what is wrong. A step with an invalid setting
 //!   clips nothing and leaves the state as it was.
-//! - A step with a norm that is NaN or infinite leaves the state as it was, and is not counted.
-//! - Averages move by `mean += (1 - rate) * (norm - mean)`: norms that stay the same then keep the mean to the bit, so
+//! - A step with a NaN or infinite norm leaves the state as it was, and does not count.
+//! - Averages move by `mean += (1 - rate) * (norm - mean)`. Constant norms then leave the mean unchanged to the bit, so
 //!   rounding alone never clips.
 //! - A saved state carries a version and is checked when it is read.
 
@@ -28,35 +28,35 @@ use crate::clip::{number, setting};
 /// A threshold that follows the norms of a training run: [`ZClip`] and [`AutoClip`] follow the global norm, [`AdaGc`]
 /// the norm of each tensor.
 ///
-/// A threshold belongs to one run and is part of its checkpoint. With the feature `serde` it can be saved and loaded; a
-/// loaded one goes on to the bit as the saved one would have. A state that is damaged, or of another version of the
-/// saved form, fails to load.
+/// A threshold belongs to one run and is part of its checkpoint. With the feature `serde` it can be saved and loaded. A
+/// loaded threshold continues exactly, to the bit, as the saved one would have. A state that is damaged, or of another
+/// version of the saved form, fails to load.
 ///
-/// Like a [`Clip`](crate::Clip), a threshold takes any setting: whatever clips by it tells what is wrong.
+/// Like a [`Clip`](crate::Clip), a threshold accepts any setting. Every use reports what is wrong.
 pub trait Threshold: Send {
-    /// Ties the state to the segments it will follow, before the first step and after every load. A label is
+    /// Ties the state to the segments it will follow. Call it before the first step and after every load. A label is
     /// `tensor "w"` or `tensor 3`; a global norm has one label.
     ///
     /// # Errors
-    /// [`Error::Setting`] if a setting has a value that cannot be; [`Error::ThresholdState`] if the state belongs to
-    /// other segments than these.
+    /// [`Error::Setting`] if a setting has an invalid value; [`Error::ThresholdState`] if the state is of other
+    /// segments.
     fn bind(&mut self, labels: &[String]) -> Result<(), Error>;
 
-    /// The `max_norm` of each segment for the step with these norms (already divided by `grad_scale`), and takes the
-    /// step into the state. `total_norm` is the norm over all segments together.
+    /// Returns the `max_norm` of each segment for the step with these norms (already divided by `grad_scale`), and
+    /// takes the step into the state. `total_norm` is the norm over all segments together.
     ///
-    /// If one of the norms is not finite, the step leaves the state as it was, and the thresholds are those that the
-    /// state alone implies. A threshold is 0 or more, never NaN; infinity means that there is nothing to clip. With a
-    /// setting that cannot be, all are infinite, and the state stays as it was.
+    /// If a norm is not finite, the step leaves the state as it was, and the thresholds follow from the state alone. A
+    /// threshold is 0 or more, never NaN; infinity means that nothing is clipped. With an invalid setting all are
+    /// infinite, and the state stays as it was.
     fn max_norms(&mut self, total_norm: f64, norms: &[f64]) -> Vec<f64>;
 }
 
-/// Whether it can be a norm: a finite number, 0 or more.
+/// Whether a number can be a norm: it is finite, and 0 or more.
 fn is_norm(norm: f64) -> bool {
     (0.0..f64::INFINITY).contains(&norm)
 }
 
-/// The step's norm over all segments, or NaN if one of them has none.
+/// The step's norm over all segments, or NaN if a segment has no valid norm.
 fn norm_of_step(total_norm: f64, norms: &[f64]) -> f64 {
     if norms.iter().copied().all(is_norm) { total_norm } else { f64::NAN }
 }

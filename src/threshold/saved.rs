@@ -1,5 +1,5 @@
-//! The forms in which states are saved. Floats are text wherever the format is text, because JSON has no infinity and
-//! its readers may miss the last bit.
+//! The forms in which states are saved. In a text format floats are text: JSON has no infinity, and its readers may
+//! lose the last bit.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::is_norm;
 use crate::Error;
 
-/// Raised whenever a saved state would be misread by a program that knows the form before it.
+/// Raised whenever a program that knows the previous form would misread a saved state.
 const VERSION: u32 = 1;
 
 /// Reading another version fails.
@@ -26,7 +26,7 @@ fn known_version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::E
 #[serde(transparent)]
 struct Plain<T>(T);
 
-/// Floats that come back as they were.
+/// Floats that are saved exactly.
 struct Exact<T>(T);
 
 impl Serialize for Exact<f64> {
@@ -133,7 +133,7 @@ impl super::ZClip {
 }
 
 impl super::AutoClip {
-    /// Sorts the norms too. They are more than the history if it was made shorter after the last step.
+    /// Also sorts the norms. There may be more norms than `history`, if it was reduced after the last step.
     fn check_state(&mut self) -> Result<(), Error> {
         let (length, steps) = (self.norms.len(), self.steps);
         intact(length as u64 <= steps && (length > 0 || steps == 0), || {

@@ -15,9 +15,9 @@ use crate::Error;
 /// σ²       ← α σ² + (1 - α) (N' - μ)²     with the new μ
 /// ```
 ///
-/// (Kumar, Owen, Chowdhury, Güra 2025, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507; the
-/// adjustment z*² / z is its reciprocal one: the higher the spike, the nearer to the mean it is clipped.) The clipped
-/// norm enters the statistics, so even the greatest spike counts for less than z* standard deviations.
+/// (Kumar, Owen, Chowdhury, Güra 2025, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507;
+/// z*² / z is the paper's reciprocal adjustment: a higher spike is clipped nearer to the mean). The clipped norm enters
+/// the statistics, so even the largest spike counts for less than z* standard deviations.
 ///
 /// Warm-up: the first `warm_up` steps are not clipped; μ and σ² are their plain mean and variance (divided by their
 /// number).
@@ -25,8 +25,8 @@ use crate::Error;
 /// Defaults: `alpha` 0.97, `z_threshold` 2.5, `warm_up` 25.
 ///
 /// Two differences from the authors' program: it adds 1e-6 to σ, which would make z depend on the scale of the loss,
-/// and unless told otherwise it also clips every step to a fixed norm of 1. Here, as long as σ is 0, nothing is
-/// clipped: without a spread there is no z, and to clip to μ would keep σ at 0 for ever.
+/// and by default it also clips every step to a fixed norm of 1. Here nothing is clipped while σ is 0: without a spread
+/// there is no z, and clipping to μ would keep σ at 0 for ever.
 ///
 /// ```
 /// use gradclip::ZClip;
@@ -68,7 +68,7 @@ impl ZClip {
         Self { alpha: 0.97, z_threshold: 2.5, warm_up: 25, mean: 0.0, variance: 0.0, steps: 0 }
     }
 
-    /// Sets how much of the mean and the variance a step keeps: 0 or more, and below 1.
+    /// Sets the part of the mean and the variance that a step keeps: 0 or more, and below 1.
     #[must_use]
     pub fn alpha(mut self, alpha: f64) -> Self {
         self.alpha = alpha;
@@ -82,7 +82,7 @@ impl ZClip {
         self
     }
 
-    /// Sets how many steps are only measured: 1 or more, because a mean has to begin somewhere.
+    /// Sets how many steps are only measured: 1 or more, because a mean needs a first value.
     #[must_use]
     pub fn warm_up(mut self, steps: u32) -> Self {
         self.warm_up = steps;
@@ -95,8 +95,8 @@ impl ZClip {
         at_least_1("warm_up", self.warm_up as usize)
     }
 
-    /// The `max_norm` for a step with this norm, which it takes into the state. For a norm that is not finite: the
-    /// norm at which clipping begins, μ + z* σ. With a setting that cannot be: infinity, and the state stays.
+    /// The `max_norm` for a step with this norm, which enters the state. For a norm that is not finite it is the norm
+    /// at which clipping begins, μ + z* σ. With an invalid setting it is infinity, and the state stays as it was.
     pub fn max_norm(&mut self, norm: f64) -> f64 {
         if self.check().is_err() {
             return f64::INFINITY;
@@ -116,7 +116,7 @@ impl ZClip {
             self.variance = (self.variance + deviation * deviation / n).min(f64::MAX) * ((n - 1.0) / n);
             return f64::INFINITY;
         }
-        // 0 / 0 is not above the threshold; x / 0 would be.
+        // 0 / 0 is not above the threshold, but x / 0 would be.
         let z = (norm - self.mean) / std;
         let max_norm = if std > 0.0 && z > self.z_threshold {
             // In this order z_threshold² cannot overflow, and an infinite z gives the mean.

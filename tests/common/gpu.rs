@@ -1,4 +1,4 @@
-//! The device of the tests, and buffers on it.
+//! The tests' device, and buffers on it.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -19,12 +19,12 @@ pub(crate) fn gpu() -> &'static GpuClipper {
     GPU.get_or_init(open)
 }
 
-/// What `GRADCLIP_TEST_DEVICE` asks for, a list of words apart by commas, so that the same tests run with all that a device
-/// may do or lack (`scripts/test.sh --every-device`). What the adapter lacks is an error, not another test.
+/// The settings in `GRADCLIP_TEST_DEVICE`, a list of words separated by commas. They let the same tests run with
+/// everything that a device may support or lack (`scripts/test.sh --every-device`). What the adapter lacks is an error.
 struct Asked {
-    /// `subgroups`: partials merge by subgroups, which software devices do not do by themselves.
+    /// `subgroups`: partials merge by subgroups, which software devices do not do by default.
     subgroups: bool,
-    /// `small`: tiny bindings and dispatches and few bindings, so that whatever can be split is split.
+    /// `small`: small bindings and dispatches and few bindings, so that everything that can be split is split.
     small: bool,
 }
 
@@ -66,7 +66,7 @@ impl Asked {
     }
 }
 
-/// A device of its own, for tests that spoil it.
+/// A device for one test alone, which may spoil it.
 pub(crate) fn open() -> GpuClipper {
     let asked = Asked::get();
     if asked.small {
@@ -102,7 +102,7 @@ pub(crate) fn clipper(limits: wgpu::Limits) -> GpuClipper {
     Asked::get().tuned(GpuClipper::new(&device, &queue).expect("these limits suffice"))
 }
 
-/// The same, shared by all tests that ask for these limits: each device compiles its kernels anew.
+/// The same, shared by all tests with these limits, because each device compiles its kernels anew.
 pub(crate) fn shared(limits: wgpu::Limits) -> GpuClipper {
     static DEVICES: Mutex<Vec<(wgpu::Limits, GpuClipper)>> = Mutex::new(Vec::new());
     let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -114,12 +114,12 @@ pub(crate) fn shared(limits: wgpu::Limits) -> GpuClipper {
     gpu
 }
 
-/// The least limits, and bindings of 64 KiB.
+/// The lowest limits, and bindings of 64 KiB.
 pub(crate) fn small_limits() -> wgpu::Limits {
     wgpu::Limits { max_storage_buffer_binding_size: 1 << 16, ..wgpu::Limits::downlevel_defaults() }
 }
 
-/// The smallest executor: sleeps until woken.
+/// The smallest executor: it sleeps until woken.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(std::thread::Thread);
     impl std::task::Wake for Unpark {
@@ -137,7 +137,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// A buffer that holds these bytes, rounded up to whole words.
+/// A buffer with these bytes, rounded up to whole words.
 pub(crate) fn upload(gpu: &GpuClipper, bytes: &[u8]) -> wgpu::Buffer {
     let buffer = gpu.device().create_buffer(&wgpu::BufferDescriptor {
         label: Some("gradients of a test"),
@@ -149,7 +149,7 @@ pub(crate) fn upload(gpu: &GpuClipper, bytes: &[u8]) -> wgpu::Buffer {
     buffer
 }
 
-/// Writes bytes at a multiple of 4.
+/// Writes bytes at an offset that is a multiple of 4.
 pub(crate) fn write(gpu: &GpuClipper, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) {
     let whole = bytes.len() & !3;
     let mut at = 0;
@@ -239,10 +239,10 @@ pub(crate) fn clip_tensors(gpu: &GpuClipper, clip: &Clip, tensors: &[GpuTensor])
     plan.report().wait()
 }
 
-/// What lies between tensors. As a half it is no number that any clip leaves alone by chance.
+/// The byte between tensors. As a half it is a number that no clip leaves unchanged by chance.
 pub(crate) const GUARD: u8 = 0xc7;
 
-/// Where tensors lie in one buffer.
+/// The places of tensors in one buffer.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
     /// In bytes, a multiple of the tensor's element size.
@@ -251,7 +251,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// With a gap of so many elements before each tensor, and of one word behind the last.
+    /// With a gap of this many elements before each tensor, and of one word after the last.
     pub(crate) fn with_gaps(tensors: &[Data], gap: impl Fn(usize) -> usize) -> Self {
         let mut at = 0;
         let mut starts = Vec::new();
@@ -263,7 +263,7 @@ impl Layout {
         Self { starts, size: (at + 4).next_multiple_of(4) }
     }
 
-    /// The buffer's bytes: the tensors in guards.
+    /// The buffer's bytes: the tensors between guards.
     pub(crate) fn bytes(&self, tensors: &[Data]) -> Vec<u8> {
         let mut bytes = vec![GUARD; self.size];
         for (start, t) in self.starts.iter().zip(tensors) {
@@ -280,7 +280,7 @@ impl Layout {
         self.starts.iter().zip(tensors).map(view).collect()
     }
 
-    /// The tensors in a buffer's bytes. That nothing else has changed is asserted.
+    /// The tensors in a buffer's bytes. Asserts that nothing else has changed.
     #[track_caller]
     pub(crate) fn taken_from(&self, bytes: &[u8], tensors: &[Data]) -> Vec<Data> {
         let mut after = tensors.to_vec();
@@ -316,12 +316,12 @@ pub(crate) fn gpu_tensor(buffer: &wgpu::Buffer, t: &Data, first: u64) -> GpuTens
     }
 }
 
-/// Sets of tensors in one buffer: a tensor of each set by turns, each before its parameter.
+/// Sets of tensors in one buffer: each set in turn gives a tensor, followed by its parameter.
 pub(crate) struct Interleaved {
     gpu: GpuClipper,
     pub(crate) buffer: wgpu::Buffer,
     layout: Layout,
-    /// The set of what lies there, its place in it, and whether it is the parameter of that.
+    /// For each tensor its set, its place in the set, and whether it is the parameter of that place.
     places: Vec<(usize, usize, bool)>,
 }
 
@@ -349,7 +349,7 @@ impl Interleaved {
         places.iter().map(data).collect()
     }
 
-    /// Puts other numbers there, in tensors of the same shapes.
+    /// Writes other numbers, in tensors of the same shapes.
     pub(crate) fn write(&self, sets: &[Vec<Data>]) {
         write(&self.gpu, &self.buffer, 0, &self.layout.bytes(&Self::in_order(&self.places, sets)));
     }
@@ -366,7 +366,7 @@ impl Interleaved {
         views
     }
 
-    /// What became of sets that were there. That nothing else has changed is asserted.
+    /// The sets as read from the buffer. Asserts that nothing else has changed.
     #[track_caller]
     pub(crate) fn read(&self, sets: &[Vec<Data>]) -> Vec<Vec<Data>> {
         let before = Self::in_order(&self.places, sets);
@@ -383,7 +383,7 @@ impl Interleaved {
     }
 }
 
-/// Gives views of tensors their parameters, which lie in a buffer of their own.
+/// Gives views of tensors their parameters, which lie in a separate buffer.
 pub(crate) fn with_parameters(gpu: &GpuClipper, mut views: Vec<GpuTensor>, tensors: &[Data]) -> Vec<GpuTensor> {
     let (owners, parameters): (Vec<_>, Vec<_>) =
         tensors.iter().enumerate().filter_map(|(i, t)| Some((i, t.parameter.as_deref()?.clone()))).unzip();

@@ -1,4 +1,4 @@
-//! What the tests share: gradients as bytes, every path that clips them, and what is true of them.
+//! What the tests share: gradients as bytes, every path that clips them, and assertions.
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
@@ -20,14 +20,14 @@ pub(crate) struct Data {
     pub(crate) name: Option<String>,
     pub(crate) dtype: Dtype,
     pub(crate) bytes: Vec<u8>,
-    /// One dimension if it is not told.
+    /// None for one dimension.
     pub(crate) shape: Option<Vec<usize>>,
     pub(crate) unit_axis: Option<UnitAxis>,
     pub(crate) counted: bool,
     pub(crate) parameter: Option<Box<Data>>,
 }
 
-/// The first few numbers only: sets are long.
+/// Only the first few numbers, because sets are long.
 impl std::fmt::Debug for Data {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} of {} {:?}..", self.len(), self.dtype, self.numbers().take(4).collect::<Vec<_>>())
@@ -67,7 +67,7 @@ impl Data {
         self
     }
 
-    /// A replica of what another rank counts.
+    /// Makes it a replica of a tensor that another rank counts.
     pub(crate) fn uncounted(mut self) -> Self {
         self.counted = false;
         self
@@ -78,7 +78,7 @@ impl Data {
         self
     }
 
-    /// The shape, told or not.
+    /// The shape, given or implied.
     pub(crate) fn dims(&self) -> Vec<usize> {
         self.shape.clone().unwrap_or_else(|| vec![self.len()])
     }
@@ -107,7 +107,7 @@ impl Data {
         self.set_bits(i, rounded_bits(self.dtype, x));
     }
 
-    /// What a value clip to these bounds makes of it.
+    /// The numbers after a value clip to these bounds.
     pub(crate) fn clamped(&self, min: f64, max: f64) -> Self {
         let mut after = self.clone();
         for i in 0..self.len() {
@@ -151,7 +151,7 @@ impl Data {
     }
 }
 
-/// Views of the parameters, for [`views`] and [`views_mut`] to borrow.
+/// The views of the parameters, for [`views`] and [`views_mut`] to borrow.
 pub(crate) fn parameters(tensors: &[Data]) -> Vec<Option<Tensor<'_>>> {
     tensors.iter().map(|t| t.parameter.as_deref().map(Data::view)).collect()
 }
@@ -177,7 +177,7 @@ pub(crate) fn numbers_of(tensors: &[Data]) -> impl Iterator<Item = f64> + Clone 
     tensors.iter().flat_map(Data::numbers)
 }
 
-/// A way in which gradients get clipped. Each hazard is tested on all of them.
+/// A way to clip gradients. Each hazard is tested on all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Path {
     Cpu,
@@ -189,7 +189,7 @@ pub(crate) enum Path {
     GpuBuffers,
 }
 
-/// What a clip returned, and what became of the gradients.
+/// What a clip returned, and the gradients afterwards.
 #[derive(Debug)]
 pub(crate) struct Done {
     pub(crate) report: Result<ClipReport, Error>,
@@ -223,7 +223,7 @@ impl Path {
     #[cfg(not(feature = "gpu"))]
     pub(crate) const HOST: &[Self] = &[Self::Cpu];
 
-    /// What clips host tensors on this path.
+    /// The clipper for host tensors on this path.
     pub(crate) fn clipper(self) -> Clipper {
         match self {
             Self::Cpu => Clipper::cpu(),
@@ -237,7 +237,7 @@ impl Path {
         if self == Self::Cpu { 1e-7 } else { 1e-6 }
     }
 
-    /// The same for a norm of any p.
+    /// The promised relative error of a norm of any p.
     pub(crate) fn tolerance_of(self, norm_type: NormType) -> f64 {
         match norm_type.power() {
             _ if self == Self::Cpu => self.norm_tolerance(),
@@ -254,7 +254,7 @@ impl Path {
         }
     }
 
-    /// Sums clipped examples. What comes `after` are the sums, which hold [`UNWRITTEN`] before.
+    /// Sums clipped examples. `after` holds the sums, which begin as [`UNWRITTEN`].
     pub(crate) fn sum_examples(self, clip: &Clip, tensors: &[Data]) -> Done {
         let mut after = unwritten_sums(tensors);
         let parameters = parameters(tensors);
@@ -264,10 +264,10 @@ impl Path {
     }
 }
 
-/// What a sum holds until it is written.
+/// The elements of a sum before it is written.
 pub(crate) const UNWRITTEN: f64 = 7.25;
 
-/// What the sums of examples are before.
+/// The sums of examples before they are written.
 pub(crate) fn unwritten_sums(tensors: &[Data]) -> Vec<Data> {
     let sum_of = |t: &Data| {
         let dtype = if t.dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
@@ -283,7 +283,7 @@ pub(crate) fn clip_host(clipper: &Clipper, clip: &Clip, tensors: &[Data]) -> Don
     Done { report, after }
 }
 
-/// That `after` is `before` times `factor`, up to a relative error of the factor and the rounding of the result.
+/// Asserts that `after` is `before` times `factor`, up to a relative error of the factor and the rounding.
 #[track_caller]
 pub(crate) fn assert_scaled(before: &[Data], after: &[Data], factor: f64, relative: f64, what: &str) {
     assert_eq!(before.len(), after.len(), "{what}");
@@ -305,12 +305,12 @@ pub(crate) fn is_scaled(dtype: Dtype, got: f64, want: f64, relative: f64) -> boo
     // The factor and the product are rounded to float32 before the result is rounded to the dtype.
     let inner = if dtype == Dtype::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
     let slack = want.abs() * (relative + inner) + numbers::ulp(dtype, want) * 0.5001;
-    // Beyond the largest number the nearest is infinity.
+    // Beyond the largest number, rounding gives infinity.
     let overflows = got.is_infinite() && got == numbers::rounded(dtype, want + slack.copysign(want));
     (got - want).abs() <= slack || got == want || overflows || (got.is_nan() && want.is_nan())
 }
 
-/// That a norm is the true one, within a relative error.
+/// Asserts that a norm is right within a relative error.
 #[track_caller]
 pub(crate) fn assert_norm(got: f64, want: f64, tolerance: f64, what: &str) {
     let same = got == want || (got.is_nan() && want.is_nan());
@@ -318,7 +318,7 @@ pub(crate) fn assert_norm(got: f64, want: f64, tolerance: f64, what: &str) {
     assert!(error <= tolerance, "{what}: the norm is {got:e}, it should be {want:e}: off by {error:e}");
 }
 
-/// That two sets of gradients are the same, bit for bit.
+/// Asserts that two sets of gradients are the same, bit for bit.
 #[track_caller]
 pub(crate) fn assert_same_bits(got: &[Data], want: &[Data], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -338,7 +338,7 @@ pub(crate) fn assert_same_bits(got: &[Data], want: &[Data], what: &str) {
     }
 }
 
-/// That an error is one line which says all of this.
+/// Asserts that an error is one line and contains all these words.
 #[track_caller]
 pub(crate) fn assert_says(error: &Error, words: &[&str]) {
     let message = error.to_string();

@@ -1,8 +1,8 @@
-//! Numbers: a generator, exact norms, and rounding written in another way than the library's.
+//! Numbers: a generator, exact norms, and rounding written differently from the library's.
 
 use gradclip::{Dtype, NormType};
 
-/// SplitMix64: small, fast, the same everywhere.
+/// SplitMix64: small, fast and the same everywhere.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(pub(crate) u64);
 
@@ -35,7 +35,7 @@ impl Random {
     }
 }
 
-/// A sum with Neumaier's compensation: for terms of one sign, right to the last bits at any length.
+/// A sum with Neumaier's compensation. For terms of one sign it is right to the last bits at any length.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sum {
     sum: f64,
@@ -54,7 +54,7 @@ impl Sum {
     }
 }
 
-/// The norm of the finite ones of these numbers.
+/// The norm of the finite numbers among these.
 pub(crate) fn exact_norm(norm_type: NormType, numbers: impl Iterator<Item = f64> + Clone) -> f64 {
     let finite = numbers.filter(|x| x.is_finite());
     let max = finite.clone().fold(0.0, |max: f64, x| max.max(x.abs()));
@@ -63,7 +63,7 @@ pub(crate) fn exact_norm(norm_type: NormType, numbers: impl Iterator<Item = f64>
     }
     let mut sum = Sum::default();
     if !matches!(norm_type, NormType::L1 | NormType::L2) {
-        // By the largest, so that no term exceeds 1 whatever p is.
+        // Scales by the largest, so that no term exceeds 1 for any p.
         let p = norm_type.power();
         for x in finite {
             sum.add((x.abs() / max).powf(p));
@@ -72,7 +72,7 @@ pub(crate) fn exact_norm(norm_type: NormType, numbers: impl Iterator<Item = f64>
         let root = sum.total().powf(0.5 / p);
         return max * root * root;
     }
-    // By powers of two, in two steps, so that neither the scale nor a scaled number leaves the range.
+    // Scales by powers of two, in two steps, so that neither the scale nor a scaled number leaves the range.
     let exponent = exponent(max);
     let (half, rest) = (exponent / 2, exponent - exponent / 2);
     let (by_half, by_rest) = (power_of_two(-half), power_of_two(-rest));
@@ -84,7 +84,7 @@ pub(crate) fn exact_norm(norm_type: NormType, numbers: impl Iterator<Item = f64>
     norm * power_of_two(half) * power_of_two(rest)
 }
 
-/// 2 to a power within the normal range. Unlike `powi` it costs nothing, and most of what the tests compute needs it.
+/// 2 to a power within the normal range. It is much cheaper than `powi`, and most of the tests' arithmetic needs it.
 fn power_of_two(exponent: i32) -> f64 {
     assert!((-1022..=1023).contains(&exponent), "2^{exponent} is no normal number");
     f64::from_bits(((exponent + 1023) as u64) << 52)
@@ -96,7 +96,7 @@ pub(crate) fn exponent(x: f64) -> i32 {
     ((x.abs().to_bits() >> 52) as i32) - 1023 + lifted
 }
 
-/// (bits of the fraction, exponent of the smallest normal, largest finite number)
+/// (bits of the fraction, exponent of the smallest normal number, largest finite number)
 fn format(dtype: Dtype) -> (i32, i32, f64) {
     match dtype {
         Dtype::F16 => (10, -14, 65504.0),
@@ -106,7 +106,7 @@ fn format(dtype: Dtype) -> (i32, i32, f64) {
     }
 }
 
-/// The distance of two neighbours of a dtype at `x`.
+/// The distance between two neighbours of a dtype at `x`.
 pub(crate) fn ulp(dtype: Dtype, x: f64) -> f64 {
     let (fraction, smallest, _) = format(dtype);
     let at = if x == 0.0 || !x.is_finite() { smallest } else { exponent(x).max(smallest) };
@@ -125,12 +125,12 @@ pub(crate) fn rounded(dtype: Dtype, x: f64) -> f64 {
     if rounded.abs() > max { f64::INFINITY.copysign(x) } else { rounded }
 }
 
-/// The bits of a number rounded to a dtype. NaN becomes the quiet one.
+/// The bits of a number rounded to a dtype. NaN becomes the quiet NaN.
 pub(crate) fn rounded_bits(dtype: Dtype, x: f64) -> u64 {
     if dtype == Dtype::F64 {
         return x.to_bits();
     }
-    // Exact from here on: a rounded half is a float32, and a bfloat16 its upper half.
+    // The rest is exact: a rounded half is a float32, and a bfloat16 its upper half.
     let x = rounded(dtype, x);
     let single = (x as f32).to_bits();
     match dtype {
@@ -172,7 +172,7 @@ pub(crate) fn from_bits(dtype: Dtype, bits: u64) -> f64 {
     }
 }
 
-/// What `x` of a dtype becomes when it is multiplied by `factor` in float32 (float64 for float64) and rounded once.
+/// The result of multiplying `x` of a dtype by `factor` in float32 (float64 for float64), rounded once.
 pub(crate) fn multiplied_bits(dtype: Dtype, x: f64, factor: f64) -> u64 {
     let product = if dtype == Dtype::F64 { x * factor } else { f64::from(x as f32 * factor as f32) };
     rounded_bits(dtype, product)

@@ -1,5 +1,5 @@
-//! What a clip should do, the slow way: the segment of an element from its place in its shape, norms by
-//! [`exact_norm`], and the formulas as they are written in the documentation of [`Clip`].
+//! What a clip should do, computed slowly: it finds the segment of an element from the element's place in its shape,
+//! measures by [`exact_norm`], and uses the formulas in the documentation of [`Clip`].
 
 use std::collections::HashMap;
 
@@ -17,7 +17,7 @@ pub(crate) enum Mode {
     Value,
 }
 
-/// Every scope, with every axis and every budget that makes segments of another kind.
+/// Every scope, with every axis and every budget that makes different segments.
 pub(crate) const SCOPES: [(Scope, Option<UnitAxis>, Budget); 7] = [
     (Scope::Global, None, Budget::Each),
     (Scope::Tensor, None, Budget::Each),
@@ -28,11 +28,11 @@ pub(crate) const SCOPES: [(Scope, Option<UnitAxis>, Budget); 7] = [
     (Scope::ExampleTensor, None, Budget::Sized),
 ];
 
-/// A clip that can be looked into.
+/// A clip whose settings the reference reads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
     pub(crate) mode: Mode,
-    /// `max_norm`, or what the mode has in its place; the upper bound of a value clip.
+    /// The threshold of the mode; the upper bound of a value clip.
     pub(crate) threshold: f64,
     /// The lower bound of a value clip.
     pub(crate) min: f64,
@@ -46,7 +46,7 @@ pub(crate) struct Asked {
     pub(crate) policy: NonFinite,
 }
 
-/// What becomes of a segment.
+/// What happens to a segment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fate {
     Left,
@@ -61,7 +61,7 @@ pub(crate) struct Segment {
     /// N.
     pub(crate) norm: f64,
     pub(crate) clip_coef: f64,
-    /// What N is compared with.
+    /// The threshold on N.
     pub(crate) limit: f64,
     /// The threshold that this segment just does not exceed.
     pub(crate) load: f64,
@@ -82,13 +82,13 @@ pub(crate) struct Expected {
     outside: bool,
 }
 
-/// How far what came out is from what should have: what the tests print.
+/// How far results are off. The tests print it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Errors {
     /// The largest relative error of a norm.
     pub(crate) norm: f64,
-    /// The largest distance of an element from the one that is nearest to the exact result, in units of its last place.
-    /// Float64 does not count: a norm is not right to its last bit.
+    /// The largest distance of an element from the one nearest to the exact result, in units of its last place. Float64
+    /// does not count, because a norm is not right to its last bit.
     pub(crate) ulps: f64,
 }
 
@@ -103,7 +103,8 @@ fn is_tie(a: f64, b: f64) -> bool {
     a != b && ((a / b - 1.0).abs() <= 1e-5 || (a < f64::MIN_POSITIVE && b < f64::MIN_POSITIVE))
 }
 
-/// A gradient of this shape. Rows, columns and tensors differ in size, so that a segment mistaken for its neighbour shows.
+/// A gradient of this shape. Rows, columns and tensors differ in size, so that a segment mistaken for its neighbour
+/// shows.
 pub(crate) fn uneven(dtype: Dtype, shape: &[usize], random: &mut Random) -> Data {
     let len: usize = shape.iter().product();
     let last = shape.last().copied().unwrap_or(1).max(1);
@@ -140,7 +141,7 @@ impl Asked {
         }
     }
 
-    /// With what the mode and the scope use.
+    /// With the settings that the mode and the scope use.
     pub(crate) fn clip(&self) -> Clip {
         let mut clip = match self.mode {
             Mode::Norm => Clip::norm(self.threshold).norm_type(self.norm_type).eps(self.eps),
@@ -158,8 +159,8 @@ impl Asked {
         clip.grad_scale(self.grad_scale).non_finite(self.policy)
     }
 
-    /// The same with a threshold that some segments exceed and others do not, and none nearly; of a single segment's
-    /// norm a part.
+    /// The same with a threshold that some segments exceed and others do not, none of them nearly. For one segment, a
+    /// part of its norm.
     pub(crate) fn at_the_middle(mut self, set: &[Data]) -> Self {
         let mut loads: Vec<_> = self.loads(set).collect();
         loads.retain(|load| load.is_normal());
@@ -192,12 +193,12 @@ impl Asked {
         }
     }
 
-    /// A value clip has no segments.
+    /// The scope; a value clip has no segments.
     fn scope(&self) -> Scope {
         if self.mode == Mode::Value { Scope::Global } else { self.scope }
     }
 
-    /// The place of the segment of an element: its tensor, and the unit or example.
+    /// The segment of an element, as its tensor and its unit or example.
     fn place(&self, tensor: usize, at: &[usize]) -> (Option<usize>, Option<u64>) {
         match self.scope() {
             Scope::Global => (None, None),
@@ -211,7 +212,7 @@ impl Asked {
         }
     }
 
-    /// All places in order, those without elements too.
+    /// All segments in order, including those without elements.
     fn places(&self, shapes: &[Vec<usize>]) -> Vec<(Option<usize>, Option<u64>)> {
         let one_each = |t: usize, n: usize| (0..n).map(move |i| self.place(t, &vec![i; shapes[t].len()]));
         let of_tensor = |t: usize| match (self.scope(), &shapes[t][..]) {
@@ -260,22 +261,22 @@ impl Asked {
         self.expected_or_tie(set).1
     }
 
-    /// The bounds of a value clip for a dtype: rounded to it, through float32 like every element.
+    /// The bounds of a value clip for a dtype, rounded to it through float32, like every element.
     pub(crate) fn bounds(&self, dtype: Dtype) -> (f64, f64) {
         let stored = |x| if dtype == Dtype::F64 { x } else { rounded(dtype, rounded(Dtype::F32, x)) };
         (stored(self.min), stored(self.threshold))
     }
 
-    /// Whether an element lies outside the bounds of a value clip, and whether that can be told.
+    /// Whether an element lies outside the bounds of a value clip, and whether this is certain.
     fn is_outside(&self, dtype: Dtype, x: f64) -> (bool, bool) {
         if x.is_nan() || (x.is_infinite() && self.policy == NonFinite::Drop) {
             return (false, true);
         }
         let ((min, max), exact) = (self.bounds(dtype), x / self.grad_scale);
-        // Compared in float32, where what is too large is infinite.
+        // Compared in float32, where numbers that are too large are infinite.
         let unscaled = if dtype == Dtype::F64 { exact } else { rounded(Dtype::F32, exact) };
         let near = |bound: f64| match dtype {
-            // Rounded to 0, and so within a bound of 0, or not.
+            // It may round to 0, which is within a bound of 0.
             Dtype::F32 | Dtype::F16 | Dtype::BF16 if exact.abs() < 2f64.powi(-148) => exact != 0.0,
             _ => (unscaled / bound - 1.0).abs() < 1e-5,
         };
@@ -283,7 +284,7 @@ impl Asked {
         (unscaled < min || unscaled > max, !unsure)
     }
 
-    /// What should become of a set, and whether that can be told.
+    /// What a clip should do to a set, and whether this is certain.
     pub(crate) fn expected_or_tie(&self, set: &[Data]) -> (Expected, bool) {
         let mut is_decisive = true;
         let mut outside = false;
@@ -378,7 +379,7 @@ impl Asked {
         (Expected { asked: *self, total_norm, segments, of, bad, outside }, is_decisive)
     }
 
-    /// That a report, and what became of a set on a path, are as expected.
+    /// Asserts that a report, and the set after a clip on a path, are as expected.
     #[track_caller]
     pub(crate) fn check_done(&self, done: &Done, path: Path, set: &[Data], what: &str) -> Expected {
         let expected = self.expected(set);
@@ -386,13 +387,13 @@ impl Asked {
         expected
     }
 
-    /// That a path does to a set what is expected.
+    /// Asserts that a path clips a set as expected.
     #[track_caller]
     pub(crate) fn check(&self, path: Path, set: &[Data], what: &str) -> Expected {
         self.check_done(&path.clip(&self.clip(), set), path, set, what)
     }
 
-    /// That a path sums examples as expected.
+    /// Asserts that a path sums examples as expected.
     #[track_caller]
     pub(crate) fn check_sums(&self, path: Path, set: &[Data], what: &str) -> Expected {
         let expected = self.expected(set);
@@ -407,7 +408,7 @@ impl Expected {
         self.segments.iter().map(|s| s.clip_coef != 1.0).collect()
     }
 
-    /// What the gradients of each segment are multiplied by.
+    /// The factor of the gradients of each segment.
     pub(crate) fn factors(&self) -> Vec<f64> {
         let factor = |s: &Segment| match s.fate {
             Fate::Left => 1.0,
@@ -421,7 +422,7 @@ impl Expected {
         self.bad.is_some() && matches!(self.asked.policy, NonFinite::Error | NonFinite::Skip)
     }
 
-    /// What an element becomes; None if it keeps its bits.
+    /// The expected element; None if it keeps its bits.
     fn want(&self, dtype: Dtype, x: f64, segment: usize) -> Option<f64> {
         match self.segments[segment].fate {
             Fate::Left => None,
@@ -454,14 +455,14 @@ impl Expected {
         errors
     }
 
-    /// That the report, and the gradients afterwards, are right.
+    /// Asserts that the report, and the gradients afterwards, are right.
     #[track_caller]
     pub(crate) fn check(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) {
         self.check_report(done, before, tolerance, what);
         self.check_elements(before, &done.after, tolerance, what);
     }
 
-    /// That the report, and the sums that came out, are right.
+    /// Asserts that the report and the sums are right.
     #[track_caller]
     pub(crate) fn check_sums(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) {
         if self.check_report(done, before, tolerance, what) && self.refused() {
@@ -471,7 +472,7 @@ impl Expected {
         }
     }
 
-    /// True unless it is an error, which is checked too.
+    /// Checks the report or the error. True if it is a report, or if the policy refuses non-finite elements.
     #[track_caller]
     fn check_report(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) -> bool {
         let found = match &done.report {
@@ -515,7 +516,7 @@ impl Expected {
 
     #[track_caller]
     pub(crate) fn check_elements(&self, before: &[Data], after: &[Data], tolerance: f64, what: &str) {
-        // What is left keeps every bit, the payloads of NaNs too.
+        // An element that is left alone keeps every bit, the payload of a NaN too.
         let mut kept = before.to_vec();
         assert_eq!(before.len(), after.len(), "{what}");
         for (t, (before, after)) in before.iter().zip(after).enumerate() {
@@ -548,16 +549,16 @@ impl Expected {
                     rows += 1;
                 }
                 if sum.dtype == Dtype::F32 && size > 1e38 && size.is_finite() {
-                    // A sum on the way may be infinite, and so may what it was to cancel with.
+                    // An intermediate sum may be infinite, and so may the terms that should cancel it.
                     continue;
                 }
                 let (got, want) = (sum.get(column), if size.is_finite() { want.total() } else { f64::NAN });
-                // Terms that cancel leave their own rounding errors, so the bound is by their sizes: each product is
-                // rounded as often as a clip rounds it, and the GPU adds in float32.
+                // Terms that cancel leave their rounding errors, so the bound depends on their sizes: each product is
+                // rounded as often as in a clip, and the GPU adds in float32.
                 let rounding = if data.dtype == Dtype::F64 { f64::from(rows + 2) * f64::EPSILON } else { 3e-7 };
                 // A product below the normal numbers is rounded to a multiple of the smallest.
                 let rounded_away = f64::from(rows) * ulp(sum.dtype, 0.0) / 2.0;
-                // Or, on a GPU, flushed to 0.
+                // On a GPU it may instead be flushed to 0.
                 let is_gpu = tolerance > 5e-7;
                 let smallest = if is_gpu { f64::from(rows) * f64::from(f32::MIN_POSITIVE) } else { rounded_away };
                 let slack = size * (tolerance + rounding) + ulp(sum.dtype, want) * 0.5001 + smallest;

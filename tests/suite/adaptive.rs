@@ -1,5 +1,5 @@
-//! Guards against an adaptive threshold that clips by another norm than it was told, or learns from a step that it should
-//! not: runs of 1,000 steps with spikes and a NaN.
+//! Guards against an adaptive threshold that uses another norm than it was given, or learns from a step that it should
+//! ignore: runs of 1,000 steps with spikes and a NaN.
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};

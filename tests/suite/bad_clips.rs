@@ -1,5 +1,5 @@
-//! Guards against clips, shapes, parameters and states that do not go together and are clipped all the same: one error
-//! that names the tensor and the reason, and nothing written.
+//! Guards against clips, shapes, parameters and states that do not fit together but are accepted: each must give one
+//! error that names the tensor and the reason, and nothing may be written.
 
 use crate::common::{Data, Path, UNWRITTEN, assert_same_bits, assert_says, parameters, views, views_mut};
 use gradclip::{

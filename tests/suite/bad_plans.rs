@@ -1,4 +1,5 @@
-//! Guards against panics, hangs and silence where a caller gives what cannot be clipped: one error that says what to do.
+//! Guards against panics, hangs and silence on input that cannot be clipped: it must give one error that says what to
+//! do.
 
 use crate::common::{Data, Path, assert_says};
 use gradclip::{Clip, Dtype, Tensor, TensorMut};

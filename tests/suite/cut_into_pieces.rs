@@ -1,5 +1,5 @@
 //! Guards against an element that is clipped by another's coefficient, twice or not at all, because its tensor came in
-//! pieces: pieces of odd sizes, in any order and from several threads, beside the same clip of the whole.
+//! pieces. Pieces of odd sizes, in any order and from several threads, must give the same as one clip of the whole.
 
 use std::ops::Range;
 use std::sync::Arc;

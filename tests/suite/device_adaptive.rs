@@ -1,5 +1,5 @@
 //! Guards against a threshold on the device that drifts from the host's, forgets, or learns from a step that it should
-//! not: runs of 1,000 steps with spikes, a NaN and an infinity.
+//! ignore: runs of 1,000 steps with spikes, a NaN and an infinity.
 #![cfg(feature = "gpu")]
 
 use crate::common::gpu::{Interleaved, download, encoder, gpu, gpu_tensor, step, upload};

@@ -1,5 +1,5 @@
-//! Guards against a clip on the device that comes out otherwise when its parts are taken alone: the norm without the
-//! scaling, the scaling without the norm, or a norm that comes together set by set.
+//! Guards against a clip on the device that changes when its parts run alone: the norm without the scaling, the scaling
+//! without the norm, or a norm that is measured set by set.
 #![cfg(feature = "gpu")]
 
 use crate::common::gpu::{Interleaved, OwnKernel, download, encoder, gpu, gpu_tensor, step, upload};

@@ -1,5 +1,5 @@
-//! Guards against what a scope can get wrong in GPU memory alone: a word, a binding, a dispatch or a buffer that several
-//! segments, groups or parameters share, and what an earlier step has left there.
+//! Guards against errors of a scope that only GPU memory allows: a word, a binding, a dispatch or a buffer that several
+//! segments, groups or parameters share, and data left there by an earlier step.
 #![cfg(feature = "gpu")]
 
 use crate::common::gpu::{Interleaved, clip_tensors, gpu, shared, small_limits, step};

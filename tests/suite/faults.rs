@@ -1,5 +1,5 @@
-//! Guards against what goes wrong around a clip: threads that share a device, a queue or a plan, a device that is gone under
-//! them, futures and plans that are dropped early, callbacks that panic. Nothing hangs, nothing is half clipped.
+//! Guards against failures around a clip: threads that share a device, a queue or a plan, a device that is lost while
+//! they use it, futures and plans that are dropped early, callbacks that panic. Nothing may hang or be half clipped.
 #![cfg(feature = "gpu")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

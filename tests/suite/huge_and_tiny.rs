@@ -1,4 +1,4 @@
-//! Guards against norms that overflow or vanish because squares do, and against factors and products that a float32
+//! Guards against norms that overflow or vanish because squares do, and against factors and products that float32
 //! cannot hold: gradients around 1e20, 1e38, 1e-25 and below the normal range.
 
 use crate::common::numbers::{Random, exact_norm, multiplied_bits, ulp};

@@ -1,6 +1,6 @@
-//! Guards against kernels that differ by how they are compiled: for any workgroup, by subgroups or by a tree, next to each
-//! other or in stretches, with one window a dispatch or several, the norm is the same to its last promised digit and every
-//! element has the same bits.
+//! Guards against kernels whose results depend on how they are compiled: for any workgroup, by subgroups or by a tree,
+//! next to each other or in stretches, with one window a dispatch or several. The norm must be the same to its last
+//! promised digit, and every element must have the same bits.
 #![cfg(feature = "gpu")]
 
 use std::sync::OnceLock;

@@ -1,4 +1,4 @@
-//! Guards against offsets and lengths that one binding, one dispatch dimension or 32 bits do not hold.
+//! Guards against offsets and lengths that exceed one binding, one dispatch dimension or 32 bits.
 #![cfg(feature = "gpu")]
 
 use crate::common::gpu::{

@@ -1,5 +1,5 @@
-//! Guards against host tensors that are clipped otherwise, or by halves, where the device cannot hold them all at once:
-//! loads that take turns in one buffer or a few, tensors that straddle them, and devices that fail on the way.
+//! Guards against host tensors that are clipped differently, or only in part, where the device cannot hold them all at
+//! once: loads that take turns in one buffer or a few, tensors that span loads, and devices that fail on the way.
 #![cfg(feature = "gpu")]
 
 use std::cell::RefCell;

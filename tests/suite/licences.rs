@@ -1,5 +1,6 @@
-//! A dependency under a licence that nobody agreed to: everything that is built on this platform, in every crate and with
-//! every feature, has one that `deny.toml` allows. `scripts/deny.sh` looks at the other platforms as well.
+//! Guards against a dependency under a licence that the project does not allow: everything that is built on this
+//! platform, in every crate and with every feature, needs one in `deny.toml`. `scripts/deny.sh` also checks the other
+//! platforms.
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Guards against sums that lose what is added to them: many equal elements, small ones behind large ones.
+//! Guards against sums that lose their terms: many equal elements, small elements after large ones.
 
 use crate::common::numbers::{Random, Sum, exact_norm};
 use crate::common::{Data, Path, assert_norm};

@@ -1,5 +1,5 @@
-//! The tests that can share a process, and so a device whose kernels are compiled once; one file for each thing to guard
-//! against. Those that count what the process does or fill it are files beside this folder.
+//! The tests that can share a process, and so a device whose kernels are compiled once. There is one file for each
+//! hazard. Tests that count what the process does, or fill it, are files beside this folder.
 
 #[path = "../common/mod.rs"]
 mod common;

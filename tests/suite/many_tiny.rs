@@ -1,4 +1,4 @@
-//! Guards against wrong tables, merges and orders where there are thousands of tensors of a few elements.
+//! Guards against wrong tables, merges and orders with thousands of tensors of a few elements.
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};

@@ -1,5 +1,5 @@
-//! Guards against elements that do not start where a vector, word or binding does, and against writing over what
-//! shares a word with them.
+//! Guards against errors with elements that start inside a vector, word or binding, and against writes to their
+//! neighbours.
 
 use crate::common::numbers::{Random, exact_norm, multiplied_bits};
 use crate::common::{Data, assert_norm, assert_same_bits};

@@ -1,4 +1,4 @@
-//! Guards against a NaN or infinity that is missed, misplaced, or does what its policy does not say.
+//! Guards against a NaN or infinity that is missed, misplaced, or treated differently from its policy.
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};

@@ -1,4 +1,5 @@
-//! Guards against lengths that do not fill a vector, block, word, workgroup or chunk: 0, 1, odd, and one beside each.
+//! Guards against errors with lengths that fill no vector, block, word, workgroup or chunk: 0, 1, odd, and one off
+//! each.
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};

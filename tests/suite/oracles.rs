@@ -1,7 +1,7 @@
-//! Guards against answers that differ from the peers' own: PyTorch's, timm's, Optax's and TensorFlow's on real gradients.
+//! Guards against answers that differ from those of PyTorch, timm, Optax and TensorFlow on real gradients.
 //!
-//! `fixtures/cases.json` lists what was asked and what they returned. Where their norm differs from the exact one, the
-//! exact one counts, and their gradients hold as precisely as their norm does.
+//! `fixtures/cases.json` lists their inputs and results. Where a peer's norm differs from the exact one, the exact one
+//! counts, and the peer's gradients are taken as only as precise as its norm.
 
 use std::collections::BTreeSet;
 

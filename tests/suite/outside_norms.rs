@@ -1,5 +1,4 @@
-//! Guards against a clip that comes out otherwise when its norm is measured elsewhere, piece by piece, or together with
-//! that of other groups.
+//! Guards against a clip that changes when its norm is measured elsewhere, in pieces, or together with other groups.
 
 use crate::common::numbers::Random;
 use crate::common::reference::{Asked, Mode, SCOPES};

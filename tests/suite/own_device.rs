@@ -1,4 +1,4 @@
-//! Guards against a library that works on its own device only: the caller's device, queue, encoder and threads.
+//! Guards against a library that works only on its own device: the caller's device, queue, encoder and threads must do.
 #![cfg(feature = "gpu")]
 
 use crate::common::gpu::{OwnKernel, block_on, device, download, encoder, gpu_tensor, shared, step, upload};

@@ -1,16 +1,16 @@
-//! Guards the places where we differ from a peer on purpose, one test a row:
+//! Guards the deliberate differences from a peer, one test a row:
 //!
-//! | peer | what it does | what we do |
+//! | peer | what it does | what this does |
 //! |---|---|---|
 //! | PyTorch | p = 0 counts the tensors | an error: no clip can use it |
 //! | PyTorch | float32 gradients around 1e20 overflow its norm, and the clip zeroes them | they are scaled |
 //! | PyTorch | a negative `max_norm` turns the gradients round | an error |
 //! | PyTorch | p = ∞ raises on a tensor without elements | its norm is 0 |
-//! | PyTorch | the norm of half-precision gradients is rounded to half precision | it is summed and told in float64, in float32 on a GPU |
+//! | PyTorch | the norm of half-precision gradients is rounded to half precision | it is summed and reported in float64, in float32 on a GPU |
 //! | Optax | N = `max_norm` = 0 gives NaN | zeros are left alone |
 //! | TensorFlow | gradients below the threshold change in their last bits | they keep every bit |
 //! | timm | a NaN in a parameter makes the gradients of its unit NaN | the unit is not clipped |
-//! | timm | AGC clips a unit whose N is the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
+//! | timm | AGC clips a unit whose N equals the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
 
 use crate::common::numbers::{Random, exact_norm, rounded};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};

@@ -1,5 +1,5 @@
-//! Guards against plans that, once they were given other buffers, still touch the old ones, forget what they had learnt, or
-//! are left between the two by an error.
+//! Guards against plans with new buffers that still touch the old ones, forget their state, or end half updated by an
+//! error.
 #![cfg(feature = "gpu")]
 
 use std::slice::from_ref;

@@ -1,4 +1,4 @@
-//! Guards against pools of threads that are small, busy, broken or not to be had at all.
+//! Guards against failures with pools of threads that are small, busy, broken or missing.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! Gradients that are spread over ranks, here threads, must clip as one process clips them all.
+//! Guards against ranks, here threads, that clip their parts differently from one process that holds all.
 
 use std::ops::Range;
 use std::sync::Arc;

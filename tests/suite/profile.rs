@@ -1,4 +1,4 @@
-//! Guards against a profile that tells of another step than the one that ran, or of bytes that nobody moved.
+//! Guards against a profile of another step than the one that ran, or of bytes that were not moved.
 #![cfg(feature = "gpu")]
 
 use crate::common::gpu::{block_on, clipper, device, download, gpu, gpu_tensor, shared, step, upload};

@@ -1,10 +1,11 @@
-//! Guards against what no one thought of: random sets of tensors of any shape, dtype and size, random clips, devices with
-//! random limits and tunings; each beside the plain loops of `common/reference.rs`.
+//! Guards against what nobody expects: random sets of tensors of any shape, dtype and size, random clips, and devices
+//! with random limits and tunings. Each must match the plain loops of `common/reference.rs`.
 //!
-//! `PROPTEST_CASES` sets the number of cases, `PROPTEST_RNG_SEED` the first one's seed; the next has the next number. A
-//! case that fails is made smaller and printed, with what runs it again. `scripts/properties.sh` runs many on each device.
+//! `PROPTEST_CASES` sets the number of cases and `PROPTEST_RNG_SEED` the seed of the first one; each next case has the
+//! next number. A failing case is reduced and printed, with the command to repeat it. `scripts/properties.sh` runs many
+//! on each device.
 //!
-//! The seed is fixed unless it is set, so that a change is never blamed for a case that it did not bring.
+//! The seed is fixed unless it is set, so that a change is never blamed for a case that it did not cause.
 #![cfg(feature = "gpu")]
 
 use std::cell::Cell;

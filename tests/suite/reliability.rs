@@ -1,5 +1,5 @@
-//! Guards against a promise that nothing holds any more: docs/RELIABILITY.md names for each one the tests that hold it and when they
-//! run. Each of them exists and runs then, and every file of tests is named.
+//! Guards against a promise without a test: docs/RELIABILITY.md names for each promise its tests and when they run.
+//! Each of them must exist and run then, and every file of tests must be named.
 
 use std::fs;
 use std::path::{Path, PathBuf};

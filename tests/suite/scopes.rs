@@ -1,5 +1,5 @@
 //! Guards against an element that is clipped by another segment's norm: every scope, unit axis, budget, mode and norm
-//! type on shapes of every kind, beside the plain loops of `common/reference.rs`.
+//! type on shapes of every kind must match the plain loops of `common/reference.rs`.
 
 use crate::common::numbers::Random;
 use crate::common::reference::{Asked, Mode};

@@ -1,4 +1,4 @@
-//! Guards against formulas, defaults, roundings and reports that differ from what is promised.
+//! Guards against formulas, defaults, roundings and reports that differ from the documentation.
 
 use crate::common::numbers::{Random, exact_norm, multiplied_bits, rounded};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};

@@ -1,5 +1,5 @@
-//! `unsafe` that nobody knows of: docs/TESTING.md lists every file that has any, and nothing else; and the lints that ask for
-//! a proof beside each block hold in every crate.
+//! Guards against `unsafe` that is not listed: docs/TESTING.md lists exactly the files that have any, and every crate
+//! has the lints that ask for a proof beside each block.
 
 use std::collections::BTreeSet;
 use std::fs;

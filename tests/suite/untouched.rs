@@ -1,4 +1,4 @@
-//! Guards against bytes that change although nothing is to be clipped: NaN payloads, signs of zero, neighbours.
+//! Guards against bytes that change although nothing is clipped: NaN payloads, signs of zero, neighbours.
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, POLICIES, Path, assert_same_bits, numbers_of};

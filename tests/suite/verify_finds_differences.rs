@@ -1,4 +1,4 @@
-//! Guards against a comparison of GPU and CPU that agrees with everything.
+//! Guards against a comparison of GPU and CPU that always agrees.
 #![cfg(feature = "gpu")]
 
 use crate::common::Data;

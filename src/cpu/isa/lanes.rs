@@ -1,9 +1,9 @@
-//! What an instruction set can do with [`LANES`] numbers side by side, and the kernels that are written in these terms.
+//! The operations of an instruction set on [`LANES`] numbers side by side, and the kernels written with them.
 
-/// How many numbers are computed side by side.
+/// The number of lanes: numbers that are computed side by side.
 pub(in crate::cpu) const LANES: usize = 16;
 
-/// What can be done with [`LANES`] numbers at once. A value exists only where the CPU has the instruction set.
+/// Operations on [`LANES`] numbers at once. A value exists only where the CPU has the instruction set.
 pub(in crate::cpu) trait Isa: Copy {
     /// float32.
     type F: Copy;
@@ -15,15 +15,15 @@ pub(in crate::cpu) trait Isa: Copy {
     fn floats(self, x: Self::F) -> [f32; LANES];
     fn doubles(self, x: Self::D) -> [f64; LANES];
 
-    /// Exactly; a NaN becomes quiet and keeps its payload.
+    /// Exact; a NaN becomes quiet and keeps its payload.
     fn widen_f16(self, bits: [u16; LANES]) -> Self::F;
     /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
     fn narrow_f16(self, x: Self::F) -> [u16; LANES];
-    /// Exactly.
+    /// Exact.
     fn widen_bf16(self, bits: [u16; LANES]) -> Self::F;
     /// To nearest, ties to even; a NaN becomes quiet and keeps its upper payload.
     fn narrow_bf16(self, x: Self::F) -> [u16; LANES];
-    /// Exactly.
+    /// Exact.
     fn widen(self, x: Self::F) -> Self::D;
 
     fn add_f(self, a: Self::F, b: Self::F) -> Self::F;
@@ -37,16 +37,16 @@ pub(in crate::cpu) trait Isa: Copy {
     fn div(self, a: Self::D, b: Self::D) -> Self::D;
     fn sqrt(self, x: Self::D) -> Self::D;
     fn abs(self, x: Self::D) -> Self::D;
-    /// `x` where a < b, `y` where it is not or a comparison has no answer.
+    /// `x` where a < b, and `y` elsewhere, also where a or b is NaN.
     fn if_less(self, a: Self::D, b: Self::D, x: Self::D, y: Self::D) -> Self::D;
 
-    // Of the 64 bits of each number.
+    // On the 64 bits of each number.
     fn and_bits(self, a: Self::D, b: Self::D) -> Self::D;
     fn or_bits(self, a: Self::D, b: Self::D) -> Self::D;
     fn add_bits(self, a: Self::D, b: Self::D) -> Self::D;
-    /// To where the exponent ends.
+    /// Shifts down by 52 bits: the exponent moves to the lowest bits.
     fn down_52(self, x: Self::D) -> Self::D;
-    /// To where the exponent begins.
+    /// Shifts up by 52 bits: the lowest bits move to the exponent.
     fn up_52(self, x: Self::D) -> Self::D;
 }
 

@@ -1,4 +1,4 @@
-//! Instruction sets: each kernel is written once and compiled once for each set; which one runs is decided at run time.
+//! Instruction sets. Each kernel is written once and compiled for each set; the program chooses the set at run time.
 //!
 //! ```text
 //! run(kernel)                         asks once what the CPU has
@@ -6,14 +6,14 @@
 //!     kernel.on(isa)                  written in terms of LANES numbers side by side
 //! ```
 //!
-//! 1. There are always [`LANES`] lanes, whatever the width of the machine's registers, and nothing is fused. So every
-//!    instruction set computes the same bits.
-//! 2. Sums and products of floats are written in operations of [`Isa`], each an intrinsic or two: their order is given, so
-//!    that the compiler may not choose it, and does not always find the vectors in loops. Comparisons of integers are plain
-//!    loops over elements, which it turns into vectors reliably.
-//! 3. What became of either is held by a test that counts the instructions an element takes (`tests/instructions.rs`).
+//! 1. There are always [`LANES`] lanes, whatever the width of the machine's registers, and no operations are fused. So
+//!    every instruction set computes the same bits.
+//! 2. Sums and products of floats are written in operations of [`Isa`], each an intrinsic or two. Their order is fixed,
+//!    so the compiler may not reorder them, and it does not always find the vectors in such loops. Comparisons of
+//!    integers are plain loops over elements, which it vectorises reliably.
+//! 3. A test counts the instructions per element, for both kinds (`tests/instructions.rs`).
 //!
-//! On other CPUs than x86-64 it is the portable set, compiled for what each of them has; on aarch64 that is NEON.
+//! Other CPUs than x86-64 use the portable set, compiled for what each of them has; on aarch64 that is NEON.
 
 mod lanes;
 mod portable;
@@ -45,7 +45,7 @@ thread_local! {
     static CHOSEN: std::cell::Cell<Option<Set>> = const { std::cell::Cell::new(None) };
 }
 
-/// Lets the kernels that this thread runs in `f` run on one instruction set.
+/// Runs `f`, in which the kernels of this thread use one instruction set.
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(super) fn on<R>(set: Set, f: impl FnOnce() -> R) -> R {
     let before = CHOSEN.replace(Some(set));

@@ -1,11 +1,11 @@
-//! What every CPU has: arrays, of which the compiler makes the vectors that it knows of.
+//! Arrays, for every CPU: the compiler turns them into the vectors that it knows.
 
 use super::{Isa, LANES};
 
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Portable;
 
-/// What `f` gives for each lane. (`array::map` and `array::from_fn` are not always inlined.)
+/// The values of `f` for each lane. (`array::map` and `array::from_fn` are not always inlined.)
 #[inline(always)]
 fn lanes<A: Copy + Default>(f: impl Fn(usize) -> A) -> [A; LANES] {
     let mut all = [A::default(); LANES];
@@ -130,7 +130,7 @@ impl Isa for Portable {
     }
 }
 
-/// By a mask: a branch would keep the loop around it from being vectors.
+/// Selects by a mask, because the compiler does not vectorise a loop with a branch.
 #[inline(always)]
 fn select(first: bool, a: u32, b: u32) -> u32 {
     let mask = u32::from(first).wrapping_neg();
@@ -151,9 +151,9 @@ fn widen_half(half: u16) -> f32 {
 #[inline(always)]
 fn narrow_half(float: f32) -> u16 {
     let (sign, magnitude) = (float.to_bits() >> 16 & 0x8000, float.to_bits() & 0x7fff_ffff);
-    // Half an ulp less one, and one more if the last bit that stays is odd. Too large a sum is infinite.
+    // Half an ulp less one, and one more if the last bit that stays is odd. A sum that is too large becomes infinity.
     let normal = magnitude.wrapping_add(0xfff + (magnitude >> 13 & 1)).wrapping_sub(112 << 23) >> 13;
-    // Beside 0.5, the last bit of a float32 is 2^-24, that of a subnormal: the addition rounds.
+    // Next to 0.5 the last bit of a float32 is 2^-24, like that of a subnormal, so the addition rounds.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
     let finite = select(magnitude < 0x3880_0000, subnormal, normal.min(0x7c00));
     let quiet = 0x7e00 | magnitude >> 13 & 0x3ff;

@@ -1,7 +1,7 @@
 //! AVX2 and AVX-512: the same operations on registers of 256 and 512 bits.
 //!
-//! A value of [`Avx2`] or [`Avx512`] is made only where the CPU has the features that its name stands for, and its field
-//! keeps others from making one. That is the proof of every `unsafe` here: an intrinsic needs nothing but its feature.
+//! A value of [`Avx2`] or [`Avx512`] is made only where the CPU has the features of its name, and its private field
+//! keeps other modules from making one. That is the proof of every `unsafe` here: an intrinsic needs only its feature.
 
 use std::arch::is_x86_feature_detected;
 use std::arch::x86_64::*;
@@ -56,7 +56,7 @@ pub(in crate::cpu) enum Set {
 }
 
 impl Set {
-    /// All that this CPU has, by name; the best last.
+    /// All sets of this CPU, with their names; the best is last.
     pub(in crate::cpu) fn all() -> impl DoubleEndedIterator<Item = (&'static str, Self)> {
         let avx2 = Avx2::new().map(|isa| ("AVX2", Self::Avx2(isa)));
         let avx512 = Avx512::new().map(|isa| ("AVX-512", Self::Avx512(isa)));
@@ -155,7 +155,7 @@ impl Isa for Avx2 {
         // SAFETY: The CPU must have AVX2: `self` exists only where it has.
         unsafe {
             let upper = [bf16_of(low), bf16_of(high)];
-            // Packing goes by halves of a register: their second and third quarters change places.
+            // Packing works on halves of a register, so its second and third quarters must change places.
             must_cast(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(upper[0], upper[1])))
         }
     }

@@ -1,7 +1,7 @@
-//! Holds that kernels are vectors, without a stopwatch: counts the instructions that an element takes, by stepping through
-//! them one by one. A kernel that the compiler no longer makes vectors of takes several times as many.
+//! Checks, without a stopwatch, that kernels are vectors: it steps through them and counts the instructions per
+//! element. A kernel that the compiler no longer vectorises takes several times as many.
 //!
-//! The test runs itself as a child that is traced; the child says with a signal where a kernel begins and ends.
+//! The test runs itself as a traced child. The child signals where a kernel begins and ends.
 
 use std::process::Command;
 
@@ -60,10 +60,10 @@ fn clamped(dtype: Dtype, data: &mut [u8], bound: f64) {
     with_element!(dtype, T => clamp::clamp::<T>(&clip, AT, data));
 }
 
-/// The compiler that [`KERNELS`] was counted with. Another one counts a little differently.
+/// The compiler of the counts in [`KERNELS`]. Another one counts a little differently.
 const RUST: &str = "rustc 1.95.0";
 
-/// What was counted, for an element of float32, float64, float16 and bfloat16: portable, AVX2, AVX-512.
+/// Instructions per element of float32, float64, float16 and bfloat16: portable, AVX2, AVX-512.
 type Counts = [[f64; 4]; 3];
 
 #[rustfmt::skip]
@@ -96,8 +96,8 @@ const KERNELS: [(&str, Work, Counts); 13] = [
         [[2.88, 10.5, 1.44, 1.44], [1.06, 2.12, 0.53, 0.53], [0.67, 1.34, 0.34, 0.34]]),
 ];
 
-/// By what factor a count may be above it or below: compilers differ a little, and kernels that are no vectors by more than this.
-/// A count that fell as far would leave room for that loss, so the table follows it.
+/// The largest ratio of a count to its row, either way. Compilers differ by less, and kernels that are no vectors by
+/// more. A count that falls further would leave room for such a loss, so the table must follow it.
 const TOLERANCE: f64 = 1.3;
 
 /// Elements between -1 and 1.
@@ -112,12 +112,13 @@ fn elements(dtype: Dtype, len: usize) -> Vec<u8> {
     }
 }
 
-/// The numbers of elements that are compared, so that what a call costs drops out. Kernels of columns take several rows at once.
+/// Two numbers of elements. The counts are subtracted, so the cost of a call drops out. Columns take several rows at
+/// once.
 fn lengths(kernel: usize) -> [usize; 2] {
     if KERNELS[kernel].0.contains("columns") { [4 * COLUMNS, 8 * COLUMNS] } else { [COLUMNS, 2 * COLUMNS] }
 }
 
-/// Every case in an order that child and parent know: instruction set, kernel, dtype.
+/// Every case, in an order that child and parent share: instruction set, kernel, dtype.
 fn cases() -> impl Iterator<Item = (usize, usize, usize)> {
     let of_set =
         |set| (0..KERNELS.len()).flat_map(move |kernel| (0..DTYPES.len()).map(move |dtype| (set, kernel, dtype)));
@@ -149,7 +150,7 @@ fn stopped() -> (Pid, Signal) {
     }
 }
 
-/// Steps to the next signal of the child's own, and counts the steps.
+/// Steps to the child's next own signal, and counts the steps.
 fn count(thread: Pid) -> u64 {
     for count in 0.. {
         ptrace::step(thread, None).expect("it is stopped");
@@ -165,7 +166,7 @@ fn kernels_are_vectors() {
     if std::env::var_os(CHILD).is_some() {
         return run_counted();
     }
-    // Both on one core, where handing over costs a hundredth.
+    // Both on one core, where switching between them costs a hundredth.
     let this = Pid::from_raw(0);
     let cores = sched_getaffinity(this).expect("known");
     let mut one = CpuSet::new();
@@ -199,7 +200,7 @@ fn kernels_are_vectors() {
         }
     }
     child.kill().expect("it is there");
-    // The traced thread is its tracer's to wait for.
+    // The tracer must wait for the traced thread.
     while waitpid(None, Some(WaitPidFlag::__WALL)).is_ok() {}
     let this = Command::new("rustc").arg("--version").output();
     let this =
@@ -207,13 +208,13 @@ fn kernels_are_vectors() {
     assert!(
         wrong.is_empty(),
         "instructions an element, with {this}, are not those of {RUST}: {wrong:#?}\n\
-         A kernel that takes several times as many is no longer made of vectors: mend it. If all are still vectors, after a \
+         A kernel that takes several times as many is no longer made of vectors: fix it. If all are still vectors, after a \
          change of a kernel or an update of Rust, write these counts into KERNELS and the compiler into RUST:\n{}",
         rows(&counted)
     );
 }
 
-/// As they stand in [`KERNELS`]; an instruction set that this machine lacks keeps its counts.
+/// The rows of [`KERNELS`]. An instruction set that this machine lacks keeps its counts.
 fn rows(counted: &[Counts]) -> String {
     let number = |x: f64| if x < 10.0 { format!("{x:.2}") } else { format!("{x:.1}") };
     let list = |items: Vec<String>| format!("[{}]", items.join(", "));

@@ -1,6 +1,6 @@
-//! Tests of what no caller sees.
+//! Tests of internals.
 
-// In a build with checks of overflow the compiler cannot make vectors of everything.
+// With overflow checks the compiler cannot vectorise every kernel.
 #[cfg(all(target_os = "linux", target_arch = "x86_64", not(debug_assertions)))]
 mod instructions;
 #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,5 @@
-//! Holds that every instruction set that this CPU has computes the same bits, at every length and alignment, and that
-//! half precision is converted and rounded exactly.
+//! Checks that all instruction sets of this CPU compute the same bits, at every length and alignment, and that half
+//! precision is converted and rounded exactly.
 
 use half::{bf16, f16};
 
@@ -14,7 +14,7 @@ use crate::{Clip, Dtype, NonFinite, NormType};
 const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
 const AT: Location = Location { tensor: 3, index: 1000 };
 
-/// Any bits, of which many are subnormal, zero, infinite or NaN.
+/// Any bits. Many are subnormal, zero, infinite or NaN.
 fn bytes(len: usize, seed: usize) -> Vec<u8> {
     let mut state = seed as u64 ^ 0x9e37_79b9_7f4a_7c15;
     let mut next = || {
@@ -38,7 +38,7 @@ fn ordinary(dtype: Dtype, len: usize, seed: usize) -> Vec<u8> {
     }
 }
 
-/// What one set computes, as bits.
+/// Checks that `f` gives the same on each set.
 fn on_each_set<R: PartialEq + std::fmt::Debug>(what: &str, f: impl Fn() -> R) {
     let mut results = Set::all().map(|(name, set)| (name, isa::on(set, &f)));
     let (first, expected) = results.next().expect("the portable set is always there");
@@ -56,14 +56,14 @@ fn norm_types() -> [NormType; 7] {
     [1.0, 2.0, f64::INFINITY, 3.0, 0.5, 1.5, 40.0].map(NormType::p)
 }
 
-/// A vector of bytes whose elements begin `shift` bytes behind an aligned address.
+/// A buffer with the elements `shift` bytes after an aligned address.
 fn shifted(data: &[u8], shift: usize) -> (Vec<u64>, std::ops::Range<usize>) {
     let mut aligned = vec![0u64; data.len() / 8 + 2];
     bytemuck::cast_slice_mut(&mut aligned)[shift..shift + data.len()].copy_from_slice(data);
     (aligned, shift..shift + data.len())
 }
 
-/// Calls `f` with elements of every dtype, at every length from 1 to 130 and every alignment, ordinary and not.
+/// Calls `f` with elements of every dtype, at every length from 1 to 130 and every alignment, ordinary and any.
 fn everywhere(f: impl Fn(Dtype, &[u8], &str)) {
     for dtype in DTYPES {
         for len in 1..=130 {
@@ -117,7 +117,7 @@ fn outcomes(factor: f64, count: usize) -> Vec<Outcome> {
 #[test]
 fn scaling_agrees() {
     everywhere(|dtype, data, what| {
-        // The last two are no normal float32. Which payload is left of two NaN, nobody promises.
+        // The last two are no normal float32. Which payload of two NaNs stays is not promised.
         for factor in
             [0.37, 0.0, f64::NAN, 1e-42, 1e300].into_iter().filter(|f| !f.is_nan() || what.contains("ordinary"))
         {
@@ -176,7 +176,7 @@ struct Convert<'a> {
     floats: &'a [[f32; LANES]],
     /// float16 and bfloat16.
     halves: [Vec<[u16; LANES]>; 2],
-    /// Of every half value, in order.
+    /// The float32 of every half value, in order.
     widened: [Vec<[f32; LANES]>; 2],
 }
 
@@ -196,7 +196,7 @@ impl Kernel for &mut Convert<'_> {
     }
 }
 
-/// Rounds to a type of `fraction` bits and smallest exponent `smallest` in float64 arithmetic.
+/// Rounds, in float64 arithmetic, to a type of `fraction` bits whose smallest exponent is `smallest`.
 fn nearest_even(x: f32, fraction: i32, smallest: i32, max: f64) -> f64 {
     let x = f64::from(x);
     if x == 0.0 || !x.is_finite() {

@@ -6,7 +6,7 @@ fn is_the_percentile_of_the_last_norms() {
         let mut threshold = AutoClip::new().percentile(percentile).history(history).warm_up(3);
         let norms: Vec<f64> = noise().map(|norm| (norm * 16.0).round()).take(60).collect();
         for step in 0..norms.len() {
-            // Made shorter on the way.
+            // The history becomes shorter on the way.
             let history = if step < 40 { history } else { history.div_ceil(2) };
             threshold = threshold.history(history);
             let max_norm = threshold.max_norms(norms[step], &[norms[step]])[0];

@@ -1,4 +1,4 @@
-//! What holds for all thresholds.
+//! Properties of all thresholds.
 
 mod adagc;
 mod autoclip;
@@ -11,7 +11,7 @@ use std::fmt::Debug;
 use super::*;
 use crate::error::tensor_label;
 
-/// Numbers from 0.5 to 1.5, the same at each run.
+/// Numbers from 0.5 to 1.5, the same in each run.
 fn noise() -> impl Iterator<Item = f64> {
     let mut state = 1u64;
     std::iter::repeat_with(move || {
@@ -117,10 +117,10 @@ fn one_norm_is_all_that_a_global_threshold_follows() {
     }
 }
 
-/// That `bind` tells of a setting, by whose steps nothing is clipped and nothing learnt.
+/// Checks that `bind` reports the setting, and that steps with it clip nothing and leave the state.
 #[track_caller]
 fn refused(mut threshold: impl Threshold + Debug, message: &str) {
-    // By text, since NaN is not itself.
+    // As text, because NaN does not equal itself.
     let before = format!("{threshold:?}");
     let error = threshold.bind(&labels(&["w"])).expect_err(message);
     assert!(matches!(error, Error::Setting { .. }) && error.to_string() == message, "{error}");

@@ -37,7 +37,7 @@ fn a_loaded_state_goes_on_as_the_saved_one() {
     keeps_on(AdaGc::new(), 3);
 }
 
-/// What earlier releases have saved, to the byte.
+/// The bytes that earlier releases saved.
 #[test]
 fn the_form_of_version_1_stays() {
     fn stays<T>(state: &T, text: &str)
@@ -78,7 +78,7 @@ fn other_versions_are_refused() {
         refusal(&warm_zclip(), r#""version":1"#, r#""version":2"#),
         refusal(&AutoClip::new(), r#""version":1"#, r#""version":2"#),
         refusal(&warm_adagc(), r#""version":1"#, r#""version":2"#),
-        // Whatever else such a version changed.
+        // Even if such a version changed other fields too.
         refusal(&warm_zclip(), r#""version":1,"alpha""#, r#""version":2,"rate""#),
     ] {
         assert!(message.contains("version 2") && message.contains("reads version 1"), "{message}");
