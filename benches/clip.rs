@@ -1,6 +1,6 @@
 //! Throughput of measuring and clipping, on the CPU and on the GPU, beside a plain read and a plain copy of the same
-//! size on as many threads. Throughput is in the bytes that a case must move: 4 an element (float32) to measure, 12 to clip,
-//! 8 to scale or clamp. What is timed is checked.
+//! size on as many threads. Throughput counts the bytes that a case must move: 4 for each element (float32) to measure,
+//! 12 to clip, 8 to scale or clamp. Each timed result is checked.
 //!
 //! `cargo bench`, or `cargo bench -- cpu` for one backend. The GPU is the adapter that `GpuClipper::open` takes.
 
@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 const SIZES: [usize; 3] = [64 << 10, 1 << 20, 16 << 20];
 
-/// Values between -1 and 1 whose squares sum to a third of their number, nearly.
+/// Values between -1 and 1. Their squares sum to nearly a third of their number.
 fn gradients(len: usize) -> Vec<f32> {
     let value = |i: usize| (i.wrapping_mul(2_654_435_761) >> 8 & 0xffff) as f32 / 32768.0 - 1.0;
     (0..len).map(value).collect()
@@ -26,7 +26,7 @@ fn assert_close(got: f64, want: f64) {
     assert!((got / want - 1.0).abs() < 1e-6, "the norm is {got}, not {want}");
 }
 
-/// The bytes, read in parallel and added up so that none can be left out.
+/// Reads the bytes in parallel and adds them up, so that no read can be left out.
 fn plain_read(data: &[u8]) -> u64 {
     let words = |bytes: &[u8]| bytes.as_chunks().0.iter().fold(0u64, |sum, w| sum.wrapping_add(u64::from_ne_bytes(*w)));
     data.par_chunks(1 << 19).map(words).sum()
@@ -112,10 +112,10 @@ fn cpu_kernels(c: &mut Criterion) {
                 b.iter(|| assert!(clip(TensorMut::from_bytes(dtype, &mut data).expect("whole")).clipped));
             });
         };
-        // By so little that many runs change nothing to speak of.
+        // Scales by so little that many runs hardly change anything.
         let clip = Clip::norm(1.0).eps(0.0);
         timed("scale", &|tensor| Clipper::cpu().scale(&clip, &[1.000_001], &mut [tensor]).expect("finite"));
-        // A loss scale that brings elements back over the bound of the run before.
+        // The loss scale brings elements back over the bound of the run before.
         let clip = Clip::value(0.5).grad_scale(0.999);
         timed("unscale and clamp", &|tensor| Clipper::cpu().apply(&clip, &mut [tensor]).expect("clamped"));
         let clip = Clip::value(0.25);
@@ -135,10 +135,10 @@ fn cpu_kernels(c: &mut Criterion) {
     }
 }
 
-/// A matrix, so that rows and columns are alike many.
+/// The side of a square matrix, so that there are as many rows as columns.
 const SIDE: usize = 4096;
 
-/// Every way in which a matrix is read and scaled.
+/// Every way to read and scale a matrix.
 fn shapes_of_work() -> Vec<(&'static str, Clip)> {
     let clip = |norm_type| Clip::norm(1e-3).norm_type(norm_type);
     let norm = clip(NormType::L2);
@@ -190,7 +190,7 @@ fn gpu(c: &mut Criterion) {
     let mut group = c.benchmark_group(format!("gpu ({}, {})", info.name, info.backend));
     group.sample_size(20);
     let (device, queue) = (gpu.device(), gpu.queue());
-    // By the device's timestamps where it has them, else by the host's clock.
+    // Timed by the device's timestamps where it has them, else by the host's clock.
     let step = |plan: &GpuPlan| {
         let profile = plan.time().wait().expect("finite");
         (Duration::from_secs_f64(profile.seconds), profile.reports[0].clone())
@@ -236,7 +236,7 @@ fn gpu(c: &mut Criterion) {
                 (0..times).map(one).sum()
             });
         });
-        // Each step brings the norm to 1 and is fed the original again.
+        // Each step brings the norm to 1, so the original is written again before each.
         let clipped = gpu.plan(&Clip::norm(1.0), &tensors).expect("planned");
         group.throughput(Throughput::Bytes(3 * bytes));
         group.bench_function(BenchmarkId::new("clipped", len), |b| {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests of the CPU path on AArch64, with NEON, under qemu's emulation of a user's program. Some ten minutes.
+# Runs the tests of the CPU path on AArch64, with NEON, under qemu's user emulation. Takes about ten minutes.
 #
-# Installs qemu, the cross compiler's linker and C library (Debian: qemu-user, gcc-aarch64-linux-gnu, libc6-dev-arm64-cross) and, by
-# rustup, the target, where they are missing.
+# Installs, if they are missing, qemu, the cross compiler's linker and C library (Debian: qemu-user,
+# gcc-aarch64-linux-gnu, libc6-dev-arm64-cross) and, by rustup, the target.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
@@ -17,7 +17,7 @@ rustup target list --installed | grep -qx "$target" || rustup target add "$targe
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 log=$devices/aarch64.log
-# One test starts its own program again, which an emulator for one program cannot.
+# The skipped test starts its own program again, which an emulator for one program cannot do.
 cargo test --no-fail-fast --target "$target" --profile quick -p gradclip --no-default-features --lib --test suite -- \
     --skip no_threads_to_be_had 2>&1 | tee "$log"
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measures the CPU path beside PyTorch, Optax and the machine's own limits, on the same arrays and as many threads,
-# prints the ratios beside the wanted ones, and adds a section to benches/records/. Linux; minutes, 6 GiB of memory.
+# Measures the CPU path, PyTorch, Optax and the machine's own limits on the same arrays and number of threads, prints
+# the ratios beside the targets, and adds a section to benches/records/. Needs Linux and 6 GiB of memory; takes minutes.
 #
 #   scripts/bench-cpu.sh            everything
-#   scripts/bench-cpu.sh --quick    small arrays, few rounds, no record: does it work?
+#   scripts/bench-cpu.sh --quick    small arrays, few rounds, no record: checks that it works
 #
 # THREADS        how many threads, and cores to pin them to (2)
 # PEERS_PYTHON   a Python that has torch, jax, optax and numpy; without one, target/peers-venv is made (some GB)
@@ -22,7 +22,7 @@ python=${PEERS_PYTHON:-}
 if [ -z "$python" ]; then
     python=$target/peers-venv/bin/python
     [ -x "$python" ] || python3 -m venv "$target/peers-venv"
-    # Asked each time, so that an environment whose installation was interrupted is completed.
+    # Checked each time, so that an interrupted installation is completed.
     "$python" -c 'import jax, numpy, optax, torch' 2>/dev/null ||
         "$python" -m pip install --quiet --disable-pip-version-check torch jax optax numpy
 fi

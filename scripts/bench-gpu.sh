@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Measures the GPU path beside PyTorch (foreach, eager and compiled) on the same card, by turns, prints the ratios beside
-# the wanted ones, and adds a section to benches/records/. It needs the built program and a Python that has torch; some
-# ten minutes. Without a CUDA card it runs PyTorch on the CPU and the program on a software device, and says that this
-# tells nothing about a GPU.
+# Measures the GPU path and PyTorch (foreach, eager and compiled) in turns on the same card, prints the ratios beside
+# the targets, and adds a section to benches/records/. It needs the built program and a Python that has torch, and takes
+# about ten minutes. Without a CUDA card it runs PyTorch on the CPU and the program on a software device, and says that
+# this tells nothing about a GPU.
 #
 #   scripts/bench-gpu.sh            everything
-#   scripts/bench-gpu.sh --quick    small sets, few rounds, no record: does it work?
+#   scripts/bench-gpu.sh --quick    small sets, few rounds, no record: checks that it works
 #
-# GRADCLIP       the program; without it target/release/gradclip is built, where there is cargo
+# GRADCLIP       the program; by default target/release/gradclip, built first if there is cargo
 # PEERS_PYTHON   the Python (python3)
-# RECORDS        the folder that the record goes to (benches/records)
+# RECORDS        the folder for the record (benches/records)
 set -euo pipefail
 program=${GRADCLIP:+$(realpath "$GRADCLIP")}
 records=$(realpath -m "${RECORDS:-$(dirname "$0")/../benches/records}")
@@ -21,7 +21,7 @@ case "$*" in
     *) sed -n '2,13s/^# \{0,1\}//p' scripts/bench-gpu.sh >&2 && exit 2 ;;
 esac
 
-# Mesa's device-select layer complains wherever there is no desktop session.
+# Mesa's device-select layer complains without a desktop session.
 [ -n "${XDG_RUNTIME_DIR:-}" ] || export NODEVICE_SELECT=1
 
 python=${PEERS_PYTHON:-python3}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Checks every dependency on every platform by deny.toml: licences, duplicates, where it comes from, and what is known against
-# it. Installs cargo-deny where it is missing, which takes minutes.
+# Checks every dependency on every platform by deny.toml: licences, duplicates, sources and known advisories. Installs
+# cargo-deny if it is missing, which takes minutes.
 #
-#     scripts/deny.sh [--offline]      with the database of advisories that was fetched last; without one, leaves them out
+#     scripts/deny.sh [--offline]      offline: uses the last fetched database of advisories, or none
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

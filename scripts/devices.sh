@@ -1,7 +1,7 @@
-# Software devices for the tests, which other scripts source: how to get them (Debian), and the environment that chooses each.
+# Gets software devices for the tests (Debian), and sets the environment that chooses each. Other scripts source this.
 # shellcheck shell=bash disable=SC2034
 
-# Mesa's device-select layer complains wherever there is no desktop session.
+# Mesa's device-select layer complains without a desktop session.
 [ -n "${XDG_RUNTIME_DIR:-}" ] || export NODEVICE_SELECT=1
 
 devices=$(realpath -m "${CARGO_TARGET_DIR:-target}")/devices
@@ -11,10 +11,10 @@ lavapipe=(VK_DRIVER_FILES=/usr/share/vulkan/icd.d/lvp_icd.x86_64.json WGPU_BACKE
 swiftshader=("VK_DRIVER_FILES=$devices/vk_swiftshader_icd.json" WGPU_BACKEND=vulkan)
 gl=(WGPU_BACKEND=gl)
 
-# Khronos's validation layers, of synchronisation too: debug builds of wgpu load them where they are found. Left out is what
-# wgpu does whatever its caller does:
+# Khronos's validation layers, with synchronisation: debug builds of wgpu load them if they are found. Two messages are
+# left out, because wgpu causes them whatever its caller does:
 # - 10684: naga gives arrays in workgroup memory a stride, which SPIR-V 1.4 and later forbid and every driver ignores.
-# - 10247: with arrays of buffers, wgpu asks for robust access and for updates after binding on a device that has not both.
+# - 10247: with arrays of buffers, wgpu asks for robust access and updates after binding on a device that lacks one.
 validation=(
     "VK_LAYER_PATH=$devices"
     VK_LAYER_DEBUG_ACTION=VK_DBG_LAYER_ACTION_LOG_MSG
@@ -22,13 +22,14 @@ validation=(
     VK_LAYER_MESSAGE_ID_FILTER=VUID-StandaloneSpirv-None-10684,VUID-VkDeviceCreateInfo-robustBufferAccess-10247
 )
 
-# validates ENVIRONMENT...: whether the layers are at work in what debug builds run so. They only say it if asked for more.
+# validates ENVIRONMENT...: whether the layers are active in debug builds in this environment. They say so only at level
+# `info`.
 validates() {
     env "$@" VK_LAYER_REPORT_FLAGS=error,warn,perf,info "${CARGO_TARGET_DIR:-target}/debug/gradclip" devices |
         grep -aq 'Current Validation Enabled'
 }
 
-# install PACKAGE...: by apt-get, unless they are there.
+# install PACKAGE...: installs packages by apt-get, unless they are there.
 install() {
     if ! command -v apt-get >/dev/null; then
         echo "error: this needs a software device; install Mesa's Vulkan driver (lavapipe), which needs no GPU" >&2
@@ -50,7 +51,7 @@ install_gl() {
     install libegl1 libegl-mesa0 libgles2 libgl1-mesa-dri
 }
 
-# SwiftShader and the validation layers, out of a package of Debian's chromium, which is not installed.
+# Unpacks SwiftShader and the validation layers from a package of Debian's chromium, without installing it.
 install_swiftshader() {
     [ ! -e "$devices/VkLayer_khronos_validation.json" ] || return 0
     local unpacked=$devices/chromium

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fuzzes every target in fuzz/ for so many seconds each (600 if not given), from the corpora in the repository, under
-# AddressSanitizer; fails if one finds anything. What a run adds to a corpus stays in fuzz/target.
+# Fuzzes every target in fuzz/ for SECONDS seconds each (by default 600), from the corpora in the repository, under
+# AddressSanitizer. Fails if a target finds anything. New cases stay in fuzz/target.
 #
 #     scripts/fuzz.sh [SECONDS [TARGET...]]
 #
-# To keep what it found new, as small as possible: `scripts/fuzz.sh --minimise [TARGET...]` after a run. It needs Linux on
-# x86-64 and a C++ compiler, and no more than this toolchain: cargo-fuzz works as well.
+# After a run, `scripts/fuzz.sh --minimise [TARGET...]` adds the new cases to the corpora and minimises these. Needs
+# Linux on x86-64, a C++ compiler and this toolchain. cargo-fuzz works as well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,14 +21,14 @@ fi
 [ $# -gt 0 ] || set -- file index arguments builder tables
 command -v c++ >/dev/null || { echo "error: libFuzzer is built by a C++ compiler: install one (g++)" >&2; exit 1; }
 
-# What cargo-fuzz passes. Sanitizers are options of the compiler that it calls unstable; the variable lets this toolchain
-# take them.
+# The flags that cargo-fuzz passes. The compiler calls its sanitizer options unstable; the variable makes this toolchain
+# accept them.
 host=x86_64-unknown-linux-gnu
 export RUSTC_BOOTSTRAP=1
 export RUSTFLAGS="--cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 -Cllvm-args=-sanitizer-coverage-trace-compares"
-# Scopes that a panic leaves are not leaks, and nothing here lives long.
+# What a panic leaves behind is not a leak, and nothing here lives long.
 export ASAN_OPTIONS=detect_leaks=0 RUST_BACKTRACE=0
 cargo build --quiet --release --manifest-path fuzz/Cargo.toml --target $host --target-dir fuzz/target
 unset RUSTFLAGS

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Gives every variant of every kernel to compilers that hold to the standards where naga does not: its SPIR-V to Khronos's validator,
-# and the WGSL that a browser may be given to Tint, Chrome's compiler. Seconds, where scripts/test.sh --every-device has built the tests.
+# Gives every variant of every kernel to stricter compilers than naga: its SPIR-V to Khronos's validator, and the WGSL
+# that a browser may get to Tint, Chrome's compiler. Takes seconds after scripts/test.sh --every-device has built the
+# tests.
 #
-# Installs Debian's package spirv-tools, and the npm package webgpu (Dawn, with Tint inside), which runs on SwiftShader. Needs node 20.
+# Installs Debian's package spirv-tools, and the npm package webgpu (Dawn, with Tint inside), which runs on SwiftShader.
+# Needs node 20.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
@@ -20,7 +22,7 @@ grep -qs "\"version\": \"$version\"" "$npm/node_modules/webgpu/package.json" ||
 folder=$devices/kernels
 rm -rf "$folder"
 mkdir "$folder"
-# What scripts/test.sh builds, so that nothing is built anew.
+# The same build as in scripts/test.sh, so that nothing is built anew.
 GRADCLIP_KERNELS=$folder cargo test --quiet --workspace --exclude gradclip-burn --exclude gradclip-candle --all-features --lib \
     every_kernel_translates >/dev/null
 

@@ -1,13 +1,13 @@
-# An MPI for the crate gradclip-mpi and its tests, which other scripts source after devices.sh: how to get it (Debian).
+# Gets an MPI for the crate gradclip-mpi and its tests (Debian). Other scripts source this after devices.sh.
 # shellcheck shell=bash
 
-# OpenMPI, unless an MPI is there, and libclang, by which the crate mpi-sys reads its headers.
+# Installs OpenMPI, unless there is an MPI, and libclang, with which the crate mpi-sys reads its headers.
 install_mpi() {
     has_mpi || need_mpi "${MPICC:-mpicc}" libopenmpi-dev openmpi-bin
     has_libclang || need_mpi libclang libclang-dev
 }
 
-# MPICH beside it, for what is built with MPICC=mpicc.mpich.
+# Installs MPICH beside it, for builds with MPICC=mpicc.mpich.
 install_mpich() {
     command -v mpicc.mpich >/dev/null && command -v mpiexec.mpich >/dev/null || need_mpi mpicc.mpich libmpich-dev mpich
     has_libclang || need_mpi libclang libclang-dev
@@ -17,7 +17,7 @@ has_mpi() {
     command -v "${MPICC:-mpicc}" >/dev/null && { command -v mpirun || command -v mpiexec; } >/dev/null
 }
 
-# Not libclang-cpp, which comes with drivers of OpenCL.
+# libclang-cpp, which comes with OpenCL drivers, does not count.
 has_libclang() {
     [ -z "${LIBCLANG_PATH:-}" ] || return 0
     local folder

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What takes too long for every change, one part after another: some two hours on two cores (Debian). Prints a table of what was
-# counted, and writes it into docs/RELIABILITY.md.
+# Runs what takes too long for every change, one part after another: about two hours on two cores (Debian). Prints a
+# table of the counts, and writes it into docs/RELIABILITY.md.
 #
 #   scripts/nightly.sh            every part
-#   scripts/nightly.sh PART...    some; the table keeps its rows of the others
+#   scripts/nightly.sh PART...    some; the table keeps the rows of the others
 #
 # A part that fails keeps its old row, and the script fails in the end.
 set -euo pipefail
@@ -11,14 +11,14 @@ cd "$(dirname "$0")/.."
 . scripts/devices.sh
 . scripts/steps.sh
 
-# Tests that repeat something do it as often as it takes.
+# Tests that repeat something do it at full length.
 export GRADCLIP_WHOLE=1
 
 page=docs/RELIABILITY.md
 rows=(lavapipe burn burn-fusion candle instructions small swiftshader-small gl mpich)
 parts=("${rows[@]}" no-gpu kernels published memory aarch64 properties soak fuzz miri deny)
 
-# Each is one command, or several joined by &&, because errors end no function whose result is asked for.
+# Each part is one command, or several joined by &&: errors do not end a function that `if` calls.
 run() {
     case "$1" in
         no-gpu)
@@ -34,7 +34,7 @@ run() {
     esac
 }
 
-# figures LOG: what a part has counted, apart by <br>; without figures of its own, how many tests passed.
+# figures LOG: the counts of a part, separated by <br>; if it printed none, how many tests passed.
 figures() {
     local found
     found=$(grep -aoE "^(test .* \.\.\. )?($counted): .*" "$1" | sed -E 's/^test .* \.\.\. //' | sed 's/|/\\|/g' | sed -z 's/\n$//; s/\n/<br>/g')

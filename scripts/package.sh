@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Packs what would be published, and checks it from the packed files alone: the library with its shaders, examples and
-# documentation, and the program with that library. With --whole it is built too, and the program run. The crates for burn,
-# candle and MPI are only packed: those take too long. Dependencies that are built already serve again, which `cargo package` by
-# itself would build anew, twice.
+# documentation, and the program with that library. With --whole also builds it and runs the program. Only packs the
+# crates for burn, candle and MPI, which take too long to check. Reuses dependencies that `cargo package` would build
+# anew, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,7 +22,7 @@ for package in "${packages[@]}"; do
     done
 done
 
-# Side by side, far from the repository; the versions and profiles are the repository's, so that what was built there fits.
+# The crates lie side by side, far from the repository, with its versions and profiles, so that its build results fit.
 {
     printf '[workspace]\nresolver = "3"\nmembers = ["%s", "%s"]\n' "${members[@]:0:2}"
     printf '[patch.crates-io]\ngradclip = { path = "gradclip-%s" }\n' "$version"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Checks that the library and the program compile where no test runs: with the least version of Rust that Cargo.toml promises, on
-# Linux, Windows and macOS; and the library on the web. Nothing is linked or run. Everything is compiled by that one version, so
+# Checks that the library and the program compile where no test runs: with the oldest Rust that Cargo.toml promises, on
+# Linux, Windows and macOS; and the library on the web. Links and runs nothing. Uses that one version for everything, so
 # that macros and build scripts are built once, in the release profile, which is what the README's first command builds.
 #
-# Installs that toolchain and its targets by rustup where they are missing. From an empty folder it takes some two and a half minutes on two cores.
+# Installs that toolchain and its targets by rustup if they are missing. Takes about two and a half minutes on two cores
+# from an empty folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

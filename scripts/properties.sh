@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Many random cases on every software device: scripts/properties.sh [CASES], 20,000 of them on each if not told; on two cores a
-# thousand take two to eight minutes. PROPTEST_RNG_SEED chooses the first seed; it is taken from the clock if it is not set. A case
-# that fails is printed with the command that runs it again. Prints a line for each device. Debian.
+# Runs random cases on every software device (Debian): scripts/properties.sh [CASES], by default 20,000 on each device.
+# A thousand take two to eight minutes on two cores. PROPTEST_RNG_SEED sets the first seed; by default it is taken from
+# the clock. Prints a line for each device, and each failed case with the command that runs it again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Holds the library's public API, with all features, against the list in api/gradclip.txt, so that nobody changes it unawares.
-# With --bless, writes the list anew: what vanishes from it, or changes, breaks users.
+# Compares the library's public API, with all features, with the list in api/gradclip.txt, so that nobody changes it by
+# accident. With --bless, writes the list anew. An item that vanishes or changes breaks users.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,8 +8,8 @@ target=${CARGO_TARGET_DIR:-target}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# rustdoc calls its JSON unstable; the variable lets this toolchain write it. Set for rustdoc alone, so that what cargo has
-# built serves.
+# rustdoc calls its JSON unstable; the variable makes this toolchain write it. It is set for rustdoc alone, so that
+# cargo's build results stay valid.
 printf '#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec "%s" "$@" -Z unstable-options --output-format json\n' \
     "${RUSTDOC:-rustdoc}" >"$work/rustdoc"
 chmod +x "$work/rustdoc"
@@ -20,7 +20,7 @@ cargo run --quiet --locked --manifest-path scripts/public-api/Cargo.toml --targe
 if [ "${1:-}" = --bless ]; then
     cp "$work/list" api/gradclip.txt
 elif ! diff -u api/gradclip.txt "$work/list"; then
-    echo "error: the public API has changed; if it was meant to: scripts/public-api.sh --bless, and CHANGELOG.md" >&2
+    echo "error: the public API has changed; if that was meant, run scripts/public-api.sh --bless and edit CHANGELOG.md" >&2
     exit 1
 fi
 echo "public API: $(wc -l <"$work/list") items"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The soak test in its full length: scripts/soak.sh [STEPS], 100,000 if not told. Prints a line for each of its loops.
+# Runs the soak test in its full length: scripts/soak.sh [STEPS], by default 100,000. Prints a line for each loop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh

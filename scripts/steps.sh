@@ -1,11 +1,11 @@
-# Times what a script does, step by step; other scripts source it.
+# Times the steps of a script. Other scripts source this.
 # shellcheck shell=bash
 #
-#   step NAME     ends the step before, and begins one: prints a heading now, and the seconds when it ends
+#   step NAME     ends the previous step and begins one: prints a heading now, and the seconds when it ends
 #   steps_end     ends the last step
 #
-# A script that is called by another adds its steps to the caller's list. The outermost prints all of them and their sum when it
-# exits, however it exits.
+# A script that another calls adds its steps to the caller's list. When the outermost script exits, even with an error,
+# it prints all steps and their sum.
 if [ -z "${STEPS:-}" ]; then
     STEPS=$(mktemp)
     export STEPS

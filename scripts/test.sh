@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Runs the tests, on every machine that has Rust.
 #
-#   scripts/test.sh                      the library and the program, on the device that the library chooses here; where no Vulkan
-#                                        driver is found, a software one is installed first (Debian, Ubuntu). Other arguments
-#                                        are passed on to the test runner. Without the crates for burn, candle and MPI.
-#   scripts/test.sh --every-device       what each change must pass (Debian): the rows below without a star. Those with a plus
-#                                        run only if what they test differs from what docs/RELIABILITY.md says they have passed.
-#   scripts/test.sh [--whole] ROW...     some rows. With --whole, as by night: on every device the files too that choose limits
-#                                        or tunings of their own, or are long.
+#   scripts/test.sh                    the library and the program, on the device that the library chooses here, without
+#                                      the crates for burn, candle and MPI. If there is no Vulkan driver, installs a
+#                                      software one first (Debian, Ubuntu). Other arguments go to the test runner.
+#   scripts/test.sh --every-device     what each change must pass (Debian): the rows below without a star. A row with a
+#                                      plus runs only if its paths differ from the commit in docs/RELIABILITY.md.
+#   scripts/test.sh [--whole] ROW...   some rows. With --whole, as at night, every device also runs the files that set
+#                                      their own limits or tunings, or are long.
 #
 #   lavapipe              everything: the library, the program and the ranks, on lavapipe
 #   burn +                gradclip-burn, on lavapipe
 #   candle +              gradclip-candle, on the CPU
-#   instructions +        how many instructions the CPU's kernels take for an element
+#   instructions +        how many instructions the CPU's kernels need for an element
 #   small                 what runs on a GPU, on lavapipe with subgroups of 8 and lowered limits
 #   swiftshader           the same on SwiftShader
 #   burn-fusion *         gradclip-burn with burn's fusion, on lavapipe
@@ -20,15 +20,15 @@
 #   gl *                  the same on llvmpipe, by OpenGL
 #   mpich *               the ranks under MPICH, on the CPU
 #
-# On Vulkan, rows of the library run under the validation layers of Khronos. A device that cannot be had is an error.
+# On Vulkan, rows of the library run under the validation layers of Khronos. A missing device is an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
 . scripts/mpi.sh
 . scripts/steps.sh
 
-# burn and candle take long to compile and the tests of their crates little to run, so those are built without optimisation; and
-# each by itself, because what one asks of dependencies that are shared would build everything else anew.
+# burn and candle compile slowly and the tests of their crates run quickly, so these crates are built without
+# optimisation. Each is built by itself, because the features it asks of others would build all else anew.
 all=(--workspace --exclude gradclip-burn --exclude gradclip-candle --all-features)
 burn=(-p gradclip-burn --features wgpu --profile quick)
 candle=(-p gradclip-candle --profile quick)
@@ -58,7 +58,7 @@ esac
 if [ ${#rows[@]} -eq 0 ]; then
     all+=(--exclude gradclip-mpi)
     step "build"
-    # With the tests, which tell much later, comes the program, which tells at once.
+    # This builds the program too, which tells at once whether there is Vulkan; tests would tell much later.
     cargo test --no-fail-fast "${all[@]}" --no-run
     vulkan_is_there() { "${CARGO_TARGET_DIR:-target}/debug/gradclip" devices --json | grep -q '"backend":"Vulkan"'; }
     if ! vulkan_is_there; then
@@ -70,10 +70,10 @@ if [ ${#rows[@]} -eq 0 ]; then
     exit
 fi
 
-# The tests that run kernels, without what is the same on any device.
+# The tests that run kernels, without those that are the same on any device.
 tests=(suite)
 apart=(cut_into_pieces licences unsafe_inventory reliability pools)
-# What chooses limits or tunings of its own, or is long.
+# The files that choose their own limits or tunings, or are long.
 if [ -n "$whole" ]; then
     tests+=(encode_allocates_nothing soak)
 else
@@ -81,21 +81,23 @@ else
 fi
 # The program has a suite of its own, which runs on lavapipe.
 on_a_gpu=("${all[@]}" --exclude gradclip-cli "${tests[@]/#/--test=}")
-# What by its very size is refused under lowered limits, and a count of allocations, which is that of one dispatch for each kernel.
+# Lowered limits refuse these because of their size. The last is a count of allocations, which holds for one dispatch of
+# each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
     speeds_are_of_what_was_moved behind_the_callers_own_pass three_thousand_tensors_cost_one_merge)
-# On OpenGL wgpu's `submit` runs the work before it returns, and wgpu has no report of what is allocated; and it panics where one
+# On OpenGL wgpu's `submit` runs the work before it returns, and wgpu reports no allocations. It also panics if one
 # thread waits for the context for six seconds while another compiles.
 not_on_gl=(encoding_does_not_wait_for_the_queue the_budget_is_kept)
 
 results=()
 failed=
 
-# on NAME COMMAND SKIPPED... -- ENVIRONMENT...: the tests of the command `${COMMAND[@]}` but those skipped, in this environment.
-# Under validation layers, which write to standard output, they must be at work, and must have found nothing.
+# on NAME COMMAND SKIPPED... -- ENVIRONMENT...: runs the tests of the command `${COMMAND[@]}`, without those skipped, in
+# this environment. If it has validation layers, which write to standard output, these must be active and must have
+# found nothing.
 on() {
     local name=$1 skipped=() log=$devices/tests.log validated= passed
-    # By night what tests have counted is wanted.
+    # At night the counts of tests are wanted.
     [ -z "$whole" ] || skipped=(--nocapture)
     local -n command=$2
     shift 2
@@ -119,8 +121,8 @@ on() {
 }
 found='Validation [A-Z][A-Za-z ]*: \['
 
-# unless_passed ROW PATH...: whether the row must run: always when asked for by name or by night, else if one of these paths differs
-# from the commit at which docs/RELIABILITY.md says that the row has passed.
+# unless_passed ROW PATH...: whether the row must run. A row that is asked for by name or at night must; any other must
+# if one of these paths differs from the commit at which docs/RELIABILITY.md says that the row has passed.
 unless_passed() {
     local row=$1 commit
     shift
@@ -179,7 +181,7 @@ for row in "${rows[@]}"; do
             ;;
         mpich)
             install_mpich
-            # A target folder of its own, because what is built does not know the MPI that it was built for.
+            # A target folder of its own, because build results do not record their MPI.
             mpich=(-p gradclip-mpi --no-default-features --features program)
             on "ranks under MPICH, on the CPU" mpich -- MPICC=mpicc.mpich CARGO_TARGET_DIR="$devices/mpich"
             ;;

@@ -1,5 +1,5 @@
-// accumulate: takes the partial of some tensors into a running one or, with MOVES, moves the running one to where the
-// report finds it, and begins anew. Host side: src/gpu/accumulator.rs; twin: src/accumulator.rs.
+// accumulate: merges the partial of some tensors into a running one or, with MOVES, moves the running one to where the
+// report finds it, and empties it. Host side: src/gpu/accumulator.rs; twin: src/accumulator.rs.
 
 #import constants
 #import partial

@@ -1,5 +1,5 @@
-// clamp: takes the elements of each task to the bounds of a value clip and tells what it met, one workgroup a task.
-// Without WRITES it only looks. Twin: src/cpu/clamp.rs.
+// clamp: clamps the elements of each task to the bounds of a value clip and reports what it found, one workgroup a
+// task. Without WRITES it only looks. Twin: src/cpu/clamp.rs.
 
 #import constants
 #import group

@@ -1,4 +1,4 @@
-// copy: copies a buffer, and does nothing else: how fast the device reads and writes. Host side: src/gpu/profile.rs.
+// copy: only copies a buffer, to measure how fast the device reads and writes. Host side: src/gpu/profile.rs.
 
 #import constants
 #import share

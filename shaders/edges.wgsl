@@ -1,5 +1,5 @@
-// edges: words that hold an element of half precision and something else, one invocation a word, which writes both
-// halves at once, so that no two invocations ever write the same word.
+// edges: scales or clamps in words that hold an element of half precision and something else. One invocation a word
+// writes both halves at once, so that no two invocations ever write the same word.
 
 #import constants
 #import group

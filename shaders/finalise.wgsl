@@ -1,7 +1,8 @@
-// finalise: what follows from the merged partials, one invocation a segment. Twin: `Clip::outcome` in src/decision.rs.
+// finalise: decides on each segment by its merged partial, an invocation a segment. Twin: `Clip::outcome` in
+// src/decision.rs.
 //
-// With s = grad_scale and N the norm of the gradients as they are stored, the coefficient on N / s is
-// min(1, max_norm / (N / s + eps)), and what an element is multiplied by is that divided by s:
+// Let s be grad_scale and N the norm of the gradients as they are stored. The coefficient is
+// min(1, max_norm / (N / s + eps)), and elements are multiplied by that divided by s:
 // max_norm / (N + eps s) if max_norm s < N + eps s, else 1 / s. So one division serves both.
 
 #import constants
@@ -14,7 +15,7 @@
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 @group(0) @binding(2) var<storage, read_write> results: Results;
 
-// What each segment's norm is compared with, as mantissa and exponent.
+// The threshold of each segment, as mantissa and exponent.
 @group(1) @binding(0) var<storage, read> thresholds: array<vec2<u32>>;
 
 // For the caller: see `GpuPlan::coefficients`.
@@ -35,7 +36,7 @@ fn factor_of(exact: Number) -> Factor {
     return Factor(0u, 0u, exact);
 }
 
-// What elements are to be multiplied by, as well as a float32 can say it.
+// The factor of elements, as well as a float32 can hold it.
 fn coefficient_of(action: u32, factor: Factor, refused: bool) -> u32 {
     if refused {
         return ONE;
@@ -65,7 +66,7 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     }
     let segment = params.first_segment + index;
     let own = partials[params.segment_partials + index];
-    // A given norm is the partial of one element, and says nothing of the gradient's own.
+    // A given norm is the partial of one element, and tells nothing of the gradient's own elements.
     let drops = params.policy == POLICY_DROP;
     let bad = is_bad(own) || (GIVEN && drops);
     var kind = NORM_FINITE;

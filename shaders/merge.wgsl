@@ -1,5 +1,5 @@
-// merge: consecutive partials into one, as many times as a row has runs: a single run by the whole workgroup, more than
-// one by an invocation each. Host side: src/gpu/merge.rs.
+// merge: merges each run of consecutive partials of a row into one. The whole workgroup merges a single run; several
+// runs are merged by an invocation each. Host side: src/gpu/merge.rs.
 
 #import constants
 #import group
@@ -30,7 +30,7 @@ fn main(group: Group, me: Invocation) {
     let first = select(begin, begin + lane, alone);
     let step = select(1u, WORKGROUP, alone);
     var own = EMPTY_PARTIAL;
-    // Four in flight: what one workgroup merges is all that the device has to do meanwhile.
+    // Four in flight: the device has nothing else to do while one workgroup merges.
     for (var i = first; i < end; i += 4u * step) {
         let a = partials[i];
         let b = partials[select(i, i + step, i + step < end)];

@@ -1,5 +1,5 @@
-// norm: the partial of each task whose chunks are runs of one segment, one workgroup a task. Host side: src/gpu/table/;
-// twin: src/cpu/norm.rs. An invocation takes blocks of 4 quads.
+// norm: measures the partial of each task of runs of one segment, one workgroup a task. An invocation takes blocks of 4
+// quads. Host side: src/gpu/table/; twin: src/cpu/norm.rs.
 
 #import constants
 #import number
@@ -16,7 +16,7 @@
 // Blocks that are summed in float32.
 const BLOCKS_IN_FLOAT: u32 = TREES_IN_FLOAT / PER_WORD;
 
-// How many quads are in flight where there is no whole block: on software devices nothing ever is.
+// How many quads are in flight outside whole blocks; software devices have none in flight.
 const REST: u32 = select(4u, 1u, CONTIGUOUS);
 
 // The word of the run, with 0 for elements that are not the run's.
@@ -52,12 +52,12 @@ fn magnitudes_of(words: Sixteen, shift: u32) -> Sixteen {
     );
 }
 
-// Takes words of the run: `count` quads from word `i` on, so many quads apart; or with a count of 0 that word alone.
+// Takes words of the run: `count` quads from word `i` on, `apart` quads apart, or with a count of 0 that word alone.
 fn take_words(run: Run, chunk: Chunk, words: Sixteen, i: u32, count: u32, apart: u32) {
-    // Halves of one word do not follow one another here, but no sum depends on who shares a tree.
+    // The halves of a word are not neighbours here, but no sum depends on which elements share a tree.
     for (var half = 0u; half < PER_WORD; half += 1u) {
         let magnitudes = magnitudes_of(words, 16u * half);
-        // In loops, because software devices run the body of every branch, but not of every loop.
+        // A loop, because software devices run the body of every branch, but not of every loop.
         for (var again = take(magnitudes); again; again = false) {
             let one_by_one = take_again(magnitudes);
             for (var k = 0u; k < max(4u * count, 1u) && one_by_one; k += 1u) {

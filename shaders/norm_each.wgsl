@@ -1,5 +1,5 @@
-// norm_each: the partial of each of a chunk's segments, one invocation a segment: of columns, which lie side by side, and
-// of short rows. Host side: src/gpu/table/; twin: src/cpu/columns.rs.
+// norm_each: measures the partial of each segment of a chunk, one invocation a segment. Segments are columns, which lie
+// side by side, or short rows. Host side: src/gpu/table/; twin: src/cpu/columns.rs.
 
 #import constants
 #import number
@@ -12,7 +12,7 @@
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
-// The magnitude of element `k` of the segment whose first element is `first`; 0 behind its last.
+// The magnitude of element `k` of the segment that begins with element `first`; 0 behind its last.
 fn magnitude_of(chunk: Chunk, first: u32, k: u32) -> u32 {
     if k >= chunk.elements {
         return 0u;

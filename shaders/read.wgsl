@@ -1,5 +1,4 @@
-// read: adds up the words of a buffer, each once, and does nothing else: how fast the device reads. Host side:
-// src/gpu/profile.rs.
+// read: only adds up the words of a buffer, to measure how fast the device reads. Host side: src/gpu/profile.rs.
 
 #import constants
 #import share

@@ -1,5 +1,5 @@
-// scale_each: multiplies each element of each chunk by the factor of its own segment, one workgroup a chunk: of rows or,
-// with COLUMNS, of columns. Twin: src/cpu/scale.rs.
+// scale_each: multiplies each element of each chunk by the factor of its own segment, one workgroup a chunk. Segments
+// are rows or, with COLUMNS, columns. Twin: src/cpu/scale.rs.
 
 #import constants
 #import number
@@ -11,8 +11,7 @@
 #import apply
 #import quick
 
-// Where the elements of a word are in the matrix: an invocation takes words at even distances, so that one division is
-// enough to begin with.
+// The place of a word's first element in the matrix. An invocation takes words at even distances and divides once.
 struct Place {
     row: u32,
     column: u32,
@@ -41,7 +40,7 @@ fn quickly_applied_each(bits: u32, segment: u32) -> u32 {
     return quickly_applied(bits, bitcast<f32>(outcome.factor.value));
 }
 
-// Likewise, with a half of bits.
+// The same for an element of half precision.
 fn quickly_applied_half_each(half: u32, segment: u32) -> u32 {
     let bits = widened(DTYPE, half);
     let result = quickly_applied_each(bits, segment);
@@ -57,8 +56,8 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     let chunk = table.chunks[row];
     let run = run_of(chunk);
     let step = WORKGROUP * PER_WORD;
-    // The first word may begin with an element that is not the chunk's; it writes nothing, and is looked up in place of
-    // the chunk's own first.
+    // The first word may begin with an element that is not the chunk's. It is not written, and the chunk's first takes
+    // its place.
     let start = chunk.column + max(lane * PER_WORD, run.skip) - run.skip;
     var place = Place(start / chunk.columns, start % chunk.columns);
     let rows_on = step / chunk.columns;

@@ -1,6 +1,6 @@
-// sum: adds up the scaled rows of a matrix, one for each example, an invocation a column. Twin: src/cpu/sum.rs. Host side:
-// src/gpu/table/sums.rs. Products are summed in float32, 16 of them, then 16 of those sums, then these: the sum is off by at
-// most 32 + rows / 256 units of 2^-24 of the sum of their sizes.
+// sum: adds up the scaled rows of a matrix, one row for each example, one invocation a column. Twin: src/cpu/sum.rs.
+// Host side: src/gpu/table/sums.rs. Products are summed in float32: 16 of them, then 16 of those sums, then these. The
+// error is at most 32 + rows / 256 units of 2^-24 of the sum of the products' magnitudes.
 
 #import constants
 #import group
@@ -26,7 +26,7 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     if lane >= chunk.count {
         return;
     }
-    // A chunk of the first rows starts at 0, any other goes on.
+    // A chunk of the first rows starts at 0; any other goes on.
     let into = chunk.slot + lane;
     var total = select(0.0, bitcast<f32>(sums[into]), chunk.column != 0u);
     for (var k = 0u; k < chunk.elements; k += 256u) {

@@ -1,6 +1,6 @@
-// threshold: what the norm of each segment is compared with, where that is not known beforehand, one invocation a
-// segment. THRESHOLD says what it follows from: the norms of parameters (AGC), or the norms of earlier steps. Twins:
-// `Clip::max_norm` in src/clip.rs, `ZClip` and `AdaGc` in src/threshold/. Host side: src/gpu/threshold.rs.
+// threshold: computes the threshold of each segment where it is not known beforehand, one invocation a segment.
+// THRESHOLD says what it follows: the norms of parameters (AGC), or the norms of earlier steps. Twins: `Clip::max_norm`
+// in src/clip.rs, `ZClip` and `AdaGc` in src/threshold/. Host side: src/gpu/threshold.rs.
 
 #import constants
 #import number
@@ -123,7 +123,7 @@ fn by_adagc(norm: Number, total_norm: Number, enters: bool, before: State) -> St
     return after;
 }
 
-// What `by_zclip` and `by_adagc` make the threshold.
+// The threshold that `by_zclip` and `by_adagc` choose.
 var<private> chosen: Number;
 
 @compute @workgroup_size(WORKGROUP)
@@ -138,7 +138,7 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     } else {
         let norm = divide(measured_norm(partials[params.segment_partials + index]), number(params.grad_scale));
         let total = partials[params.group_partial];
-        // A step with anything that is not finite is as if it had not been.
+        // A step with a non-finite element does not change the state.
         let enters = !is_bad(total);
         if THRESHOLD == ZCLIP {
             states[index] = by_zclip(norm, enters, states[index]);

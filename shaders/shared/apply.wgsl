@@ -1,4 +1,4 @@
-// What becomes of one element: given and returned as float32 bits; and of a word of them.
+// Applies an outcome to one element, given and returned as float32 bits or as a half.
 
 #import constants
 #import number
@@ -7,7 +7,7 @@
 
 @group(0) @binding(2) var<storage, read> results: Results;
 
-// In a value clip of one pass nothing has been decided before.
+// A value clip of one pass has decided nothing before.
 fn outcome_of(segment: u32) -> Outcome {
     if GUARDED {
         return results.outcomes[segment];
@@ -31,7 +31,7 @@ fn scaled(bits: u32, factor: Factor) -> u32 {
     return (bits & SIGN) | exact_product(magnitude, factor.exact);
 }
 
-// Orders floats, -0 and 0 being equal. Not for NaN.
+// Orders floats; -0 and 0 are equal. Not for NaN.
 fn rank(bits: u32) -> i32 {
     let magnitude = i32(bits & MAGNITUDE);
     return select(magnitude, -magnitude, (bits & SIGN) != 0u);

@@ -1,4 +1,4 @@
-// Applying an outcome to a chunk: quads, four in flight, the quick way; word by word where that does not do.
+// Applies an outcome to a chunk: four quads at a time in plain float32, and word by word where that does not suffice.
 
 #import constants
 #import outcome
@@ -30,7 +30,7 @@ fn applied_word(word: u32, outcome: Outcome) -> u32 {
     return applied_half(word & 0xffffu, DTYPE, outcome) | (applied_half(word >> 16u, DTYPE, outcome) << 16u);
 }
 
-// Word `i` of the run: looks at it and, if no other chunk has a part in it, writes what becomes of it.
+// Looks at word `i` of the run and, if no other chunk has a part in it, writes the result.
 fn apply_word(run: Run, chunk: Chunk, i: u32, outcome: Outcome) {
     let word = word_at(run.window, run.word + i);
     if VALUE {
@@ -47,7 +47,7 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
     let run = run_of(chunk);
     let factor = bitcast<f32>(outcome.factor.value);
     let quick = outcome.action == APPLY && outcome.factor.is_float != 0u;
-    // In loops, because software devices run the body of every branch, but not of every loop.
+    // A loop, because software devices run the body of every branch, but not of every loop.
     for (var again = lane < run.head + run.tail; again; again = false) {
         apply_word(run, chunk, ragged_word(run, lane), outcome);
     }
@@ -98,7 +98,7 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
     }
 }
 
-// Applies the outcome to all chunks of the task that begins with this one.
+// Applies the outcome to all chunks of the task that begins with chunk `first`.
 fn apply_task(first: u32, lane: u32, outcome: Outcome) {
     var row = first;
     loop {

@@ -1,4 +1,4 @@
-// Chunk: part of one tensor in a window that is bound, a run of elements or evenly spaced ones of many segments. Twin of
+// Chunk: part of one tensor in a bound window, either a run of elements or evenly spaced ones of many segments. Twin of
 // `ChunkRow` in src/gpu/table/rows.rs. Elements are counted from the start of the window.
 
 #import constants
@@ -10,17 +10,17 @@ struct Chunk {
     first: u32,
     // In the run, or in each segment.
     elements: u32,
-    // The segment of the first element; and in a run over many segments, where in its row that element is, and how long
-    // rows are.
+    // The segment of the first element and, in a run over many segments, that element's column and the length of rows.
     segment: u32,
     column: u32,
     columns: u32,
-    // What the place of an element is told from, and the place of the first.
+    // The origin from which elements are counted, and the first element counted from there.
     origin: u32,
     origin_element: u32,
     // The place of the first segment's partial.
     slot: u32,
-    // How many segments, and the distances from one to the next: of their elements, and of their partials.
+    // How many segments, and the distances between: from one segment's elements to the next segment's, from one element
+    // of a segment to the next, and from one segment's partial to the next segment's.
     count: u32,
     segment_stride: u32,
     element_stride: u32,
@@ -29,8 +29,7 @@ struct Chunk {
     next: u32,
 }
 
-// A task is what one workgroup does: chunks of one segment, so many that the workgroup is worth its cost. Task `i` begins
-// with chunk `i`.
+// A task is what one workgroup does: enough chunks of one segment to be worth it. Task `i` begins with chunk `i`.
 struct Table {
     tasks: u32,
     chunks: array<Chunk>,
@@ -41,15 +40,15 @@ struct Table {
 // A run of elements as words.
 struct Run {
     window: u32,
-    // The first word, and how many the elements touch.
+    // The first word, and how many words the elements touch.
     word: u32,
     words: u32,
-    // Elements of the first word that belong to something else: 0 or, in half precision, 1.
+    // Elements of the first word that are not the run's: 0 or, in half precision, 1.
     skip: u32,
-    // One past the last word that holds nothing else, counted from `word`; the first is at `skip`. These the chunk may
-    // write; the others are in the edge table, if another tensor or nothing is there.
+    // The words from `skip` to before `own_to`, counted from `word`, hold nothing else. The chunk may write these; the
+    // others are in the edge table, if another tensor or nothing is there.
     own_to: u32,
-    // What lies before the first and behind the last whole quad that is wholly the run's, in words: at most 4 each.
+    // The words before the first and behind the last quad that is wholly the run's: at most 4 each.
     head: u32,
     tail: u32,
     // Those quads: the first, counted in the window, and how many.
@@ -69,7 +68,7 @@ fn run_of(chunk: Chunk) -> Run {
     return Run(chunk.window, word, words, skip, own_to, head, words - head - 4u * quads, quad, quads);
 }
 
-// Which word of the run is the k-th of those outside its quads.
+// The word of the run that is the k-th of those outside its quads.
 fn ragged_word(run: Run, k: u32) -> u32 {
     return select(run.words - run.tail + k - run.head, k, k < run.head);
 }
@@ -82,13 +81,13 @@ struct Sixteen {
     d: vec4<u32>,
 }
 
-// Blocks of 4 quads for each invocation that are in the run's whole quads.
+// How many blocks, of 4 quads for each invocation, are in the run's quads.
 fn blocks_of(run: Run) -> u32 {
     return run.quads / (4u * WORKGROUP);
 }
 
-// Where an invocation's quads begin: next to the other invocations', or in a stretch of its own. The quads of a block are
-// APART from each other.
+// The first quad of an invocation, next to the others' or in a contiguous stretch. The quads of a block are APART quads
+// apart.
 fn first_quad(lane: u32, blocks: u32) -> u32 {
     return select(lane, 4u * blocks * lane, CONTIGUOUS);
 }

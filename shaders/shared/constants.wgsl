@@ -1,10 +1,10 @@
-// What a kernel is compiled with, of which each uses some. src/gpu/kernels.rs puts a value in each pair of braces.
+// The constants of kernels. Each kernel uses some. src/gpu/kernels.rs puts a value in each pair of braces.
 
 // Invocations in a workgroup.
 const WORKGROUP: u32 = {workgroup}u;
-// Whether an invocation takes a stretch of its own; else it takes what lies next to the others'.
+// Whether each invocation takes a contiguous stretch; otherwise neighbours take neighbouring quads.
 const CONTIGUOUS: bool = {contiguous};
-// How far apart what an invocation takes is.
+// How far apart the quads of an invocation are.
 const APART: u32 = select(WORKGROUP, 1u, CONTIGUOUS);
 // How many windows an array of them binds.
 const WINDOWS: u32 = {windows}u;
@@ -23,7 +23,7 @@ const NORM_L2: u32 = 1u;
 const NORM_INF: u32 = 2u;
 const NORM_P: u32 = 3u;
 
-// What `threshold` goes by. Twin of `Formula` in src/gpu/threshold.rs.
+// The formula of `threshold`. Twin of `Formula` in src/gpu/threshold.rs.
 const THRESHOLD: u32 = {threshold}u;
 const AGC: u32 = 0u;
 const ZCLIP: u32 = 1u;
@@ -37,7 +37,7 @@ const GUARDED: bool = {guarded};
 const WRITES: bool = {writes};
 // Whether the segments of `scale_each` are columns; else they are rows.
 const COLUMNS: bool = {columns};
-// Whether `finalise` goes by norms from outside.
+// Whether `finalise` takes given norms.
 const GIVEN: bool = {given};
 // Whether `accumulate` hands the running partial over.
 const MOVES: bool = {moves};

@@ -1,5 +1,5 @@
 // float16 and bfloat16 in integer arithmetic: WGSL's own conversions may round either way. Without branches, because
-// these stand several times in a kernel, and SwiftShader's compiler takes minutes and gigabytes over many branches.
+// these stand several times in a kernel, and SwiftShader's compiler takes minutes and gigabytes for many branches.
 
 #import constants
 #import number

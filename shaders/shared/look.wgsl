@@ -1,4 +1,4 @@
-// What a value clip tells of the elements it meets: which are not finite, and whether one lies outside its bounds.
+// What a value clip reports of its elements: which are not finite, and whether one lies outside its bounds.
 
 #import constants
 #import number
@@ -8,7 +8,7 @@
 #import chunk
 #import apply
 
-// What the invocation has met.
+// What the invocation has found.
 var<private> partial: Partial;
 
 fn found(outside: bool) {
@@ -29,7 +29,7 @@ fn look(bits: u32, chunk: Chunk, element: u32) {
     found(clamped(value, DTYPE) != value);
 }
 
-// The first and the last word may hold an element that is not the chunk's, and of which it must not tell.
+// The first and the last word may hold an element that is not the chunk's and must not be counted.
 fn look_at_word(word: u32, run: Run, chunk: Chunk, i: u32) {
     if DTYPE == DTYPE_F32 {
         look(word, chunk, i);

@@ -1,11 +1,11 @@
-// Measuring 16 elements at a time. Sixteen whose largest is neither huge nor tiny are summed as they are: no square
-// overflows, and what is flushed to 0 is below 2^-34 of the sum. Any others are taken again, in units of the power of two
-// of their largest, into a Number; those that are not finite, or too small even for that, one by one.
+// Measures 16 elements at a time. If their largest is neither huge nor tiny, they are summed as they are: no square
+// overflows, and what is flushed to 0 is below 2^-34 of the sum. Any others are taken again, in units of the power of
+// two of their largest, into a Number. Elements that are not finite, or too small even for that, are taken one by one.
 //
-// Sixteen elements are summed as a tree, at most 18 trees one after another in float32 (16 of whole blocks, 2 of words
-// outside), and what they add up to in a Number. So the longest chain of float32 roundings is short whatever the length:
-// 1 (square) + 4 (tree) + 18 units of 2^-24 in the sum, half of that in the norm: 6.9e-7 at worst. L1 is the sum itself,
-// of no squares: 8 trees of whole blocks, 4 + 10 units, 8.3e-7 at worst.
+// Sixteen elements are summed as a tree. At most 18 trees are summed one after another in float32 (16 of whole blocks,
+// 2 of words outside), and those sums in a Number. So the longest chain of float32 roundings is short whatever the
+// length: 1 (square) + 4 (tree) + 18 units of 2^-24 in the sum, half of that in the norm: 6.9e-7 at worst. The L1 norm
+// is the sum itself, without squares: 8 trees of whole blocks, 4 + 10 units, 8.3e-7 at worst.
 
 #import constants
 #import number
@@ -20,8 +20,8 @@ const TREES_IN_FLOAT: u32 = select(16u, 8u, NORM == NORM_L1);
 // Powers have a range of their own, and are always taken again.
 const PLAIN_FROM: u32 = select(0x13800000u, 0x29800000u, NORM == NORM_L2); // 2^-88; 2^-44
 const PLAIN_TO: u32 = select(select(0x71800000u, 0x58800000u, NORM == NORM_L2), INFINITE, !SUMS); // 2^100; 2^50
-// Where the largest exponent is below that of 2^-100, subnormals matter, which float arithmetic may flush: such elements
-// are summed in Numbers.
+// If the largest exponent is below that of 2^-100, subnormals matter. Float arithmetic may flush them, so these are
+// summed in Numbers.
 const TINY_EXPONENT: u32 = 27u;
 const HAS_TINY: bool = NORM == NORM_L1 || NORM == NORM_L2;
 
@@ -49,7 +49,7 @@ fn power_of_two(k: i32) -> f32 {
 // |x|^p in units of 2^unit, where unit is that of the largest element.
 fn powered(magnitude: u32, unit: i32) -> f32 {
     let term = power_of_float(max(magnitude, 1u), number(params.power));
-    // At most 1, because the largest element has the unit's power, or one more where its rest was rounded up to 2.
+    // At most 1, because the largest element has the unit's power, or one more if its rest was rounded up to 2.
     let k = max(term.whole - unit, -127);
     return select(0.0, term.rest * power_of_two(k), magnitude > 0u);
 }
@@ -66,8 +66,9 @@ fn sum_of(x: Sixteen) -> f32 {
     return (sum_of_4(x.a) + sum_of_4(x.b)) + (sum_of_4(x.c) + sum_of_4(x.d));
 }
 
-// Elements in units of 2^(exponent - 128), all below 4, by their exponent bits: a driver may turn a sum of products into
-// a product of the sum, which overflows. What would become subnormal is below 2^-127 of the largest, and 0.
+// Elements in units of 2^(exponent - 128), all below 4, because a driver may turn a sum of products into a product of
+// the sum, which overflows. They are moved by their exponent bits. What would become subnormal is below 2^-127 of the
+// largest, and becomes 0.
 fn in_unit_4(magnitudes: vec4<u32>, exponent: u32) -> vec4<u32> {
     let moved = magnitudes + vec4<u32>((128u - exponent) << 23u);
     let smallest = vec4<u32>((max(exponent, 128u) - 127u) << 23u);
@@ -87,7 +88,7 @@ fn only_finite_4(magnitudes: vec4<u32>) -> vec4<u32> {
     return select(magnitudes, vec4<u32>(0u), magnitudes >= vec4<u32>(INFINITE));
 }
 
-// Takes 16 magnitudes, or returns true if they are to be taken by `take_again`.
+// Takes 16 magnitudes, or returns true if `take_again` must take them.
 fn take(x: Sixteen) -> bool {
     if NORM == NORM_P {
         return true;
@@ -103,7 +104,7 @@ fn take(x: Sixteen) -> bool {
     return !plain && top > 0u;
 }
 
-// Takes 16 magnitudes of any size. Returns true if each of them is to be taken by `take_one` as well.
+// Takes 16 magnitudes of any size. Returns true if `take_one` must take each of them as well.
 fn take_again(x: Sixteen) -> bool {
     let finite = Sixteen(only_finite_4(x.a), only_finite_4(x.b), only_finite_4(x.c), only_finite_4(x.d));
     let top = largest_of(finite);
@@ -132,7 +133,7 @@ fn take_again(x: Sixteen) -> bool {
     return largest_of(x) >= INFINITE || (tiny && top > 0u);
 }
 
-// Takes an element of 16 that are taken one by one. It is at this place from this origin.
+// Takes one of 16 elements that are taken one by one, `element` elements from `origin`.
 fn take_one(magnitude: u32, origin: u32, element: u32) {
     if magnitude >= INFINITE {
         partial = with_non_finite(partial, magnitude, origin, element);

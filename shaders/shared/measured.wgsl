@@ -1,4 +1,4 @@
-// The norm in a merged partial, over the finite elements.
+// The norm of a merged partial, over its finite elements.
 
 #import constants
 #import number

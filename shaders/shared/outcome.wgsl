@@ -1,5 +1,5 @@
-// What a clip does with each segment, and the parameters it follows. Twins: `Params` in
-// src/gpu/params.rs, `Results` in src/gpu/readback.rs.
+// What a clip does with each segment, and the parameters it follows. Twins: `Params` in src/gpu/params.rs, `Results` in
+// src/gpu/readback.rs.
 
 #import number
 
@@ -32,9 +32,9 @@ const NORM_INFINITE: u32 = 2u;
 const NORM_NAN: u32 = 4u;
 
 struct Results {
-    // How often a step has run.
+    // How many steps have run.
     steps: u32,
-    // Whether a policy forbade the last one to write.
+    // Whether a policy forbade the last step to write.
     refused: u32,
     padding_0: u32,
     padding_1: u32,
@@ -51,10 +51,10 @@ const POLICY_SKIP: u32 = 2u;
 const POLICY_ZERO: u32 = 3u;
 const POLICY_DROP: u32 = 4u;
 
-// What a group of tensors is clipped by. Numbers travel as mantissa and exponent.
+// The parameters of a group of tensors. Numbers travel as mantissa and exponent.
 struct Params {
     grad_scale: vec2<u32>,
-    // eps, and what a norm is divided by at least; both times grad_scale.
+    // eps, and the lower bound on a norm as a divisor; both times grad_scale.
     eps_scaled: vec2<u32>,
     floor_scaled: vec2<u32>,
     // The p of a p-norm, and its reciprocal.
@@ -74,7 +74,7 @@ struct Params {
     total_partial: u32,
     // Where the partials of the parameters' segments start.
     parameter_partials: u32,
-    // What a kernel of `threshold.wgsl` goes by.
+    // For `threshold.wgsl`, as are `threshold_a` to `threshold_d`.
     warm_up: u32,
     padding_0: u32,
     padding_1: u32,

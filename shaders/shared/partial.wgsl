@@ -38,7 +38,7 @@ fn merge(a: Partial, b: Partial) -> Partial {
     return both;
 }
 
-// The partial with one more non-finite element, which is at this place from this origin.
+// The partial with one more non-finite element, `element` elements from `origin`.
 fn with_non_finite(partial: Partial, magnitude: u32, origin: u32, element: u32) -> Partial {
     var more = partial;
     more.non_finite += 1u;

@@ -1,6 +1,6 @@
 // Powers and roots for the p-norms, as a whole power of two and a rest, so that nothing leaves the range of float32.
-// The logarithm and the exponential are polynomials of our own, because WGSL's may be off by 2^-21: 5e-8 and 8e-8 at
-// worst, 1e-9 on average. Least-squares fits at Chebyshev points.
+// The logarithm and the exponential are our own polynomials, because WGSL's may be off by 2^-21. Ours are off by 5e-8
+// and 8e-8 at worst, and 1e-9 on average. They are least-squares fits at Chebyshev points.
 
 #import number
 

@@ -1,12 +1,11 @@
-// What becomes of one element in plain float32 arithmetic, and whether that does.
+// Applies an outcome to one element in plain float32 arithmetic, and tells whether that suffices.
 
 #import constants
 #import number
 #import half
 #import apply
 
-// The largest magnitude of the elements at hand and of what becomes of them, and the smallest of what becomes of those that
-// are not 0.
+// The largest magnitude of a block's elements and results, and the smallest of the results of elements that are not 0.
 var<private> largest: u32;
 var<private> smallest: u32;
 // Whether one of them lies outside the bounds of a value clip.

@@ -1,5 +1,5 @@
-// Share: what one invocation takes of a sweep over all words: an even part for each workgroup, and in it a run of its
-// own (CONTIGUOUS), or every WORKGROUP-th.
+// Share: the part of a sweep over all words that one invocation takes. Each workgroup has an even part. In it an
+// invocation takes one run (CONTIGUOUS) or every WORKGROUP-th word.
 
 #import constants
 
@@ -9,7 +9,7 @@ struct Share {
 }
 
 fn share_of(words: u32, group: u32, groups: u32, lane: u32) -> Share {
-    // Of at most 2^27 words (2 GiB, the largest binding), so that nothing here wraps.
+    // There are at most 2^27 words (2 GiB, the largest binding), so nothing here wraps.
     let each = (words + groups * WORKGROUP - 1u) / (groups * WORKGROUP);
     let start = group * each * WORKGROUP;
     let end = min(words, start + each * WORKGROUP);

@@ -1,5 +1,5 @@
-// What the invocations of a workgroup merge by where there are subgroups, of any size: each subgroup by its own
-// operations, then what they made. Sums are aligned and added up as integers, so that no order matters.
+// Merges the partials of a workgroup where there are subgroups, of any size: first in each subgroup, by its own
+// operations, then over the subgroups. Sums are aligned and added as integers, so that no order matters.
 
 #import constants
 #import number
@@ -16,10 +16,10 @@ struct Invocation {
 // One for each subgroup; there may be as many as invocations.
 var<workgroup> tree: array<Partial, WORKGROUP>;
 
-// Merges the partials of the invocations of a subgroup, all of which must be active.
+// Merges the partials of the invocations of a subgroup. All of them must be active.
 fn merged_in_subgroup(own: Partial) -> Partial {
     var whole = own;
-    // Mantissas in units of the largest exponent, in two halves, so that as many as there may be add up without a loss.
+    // Mantissas in units of the largest exponent, in two halves, so that their sum over a subgroup is exact.
     let top = subgroupMax(select(-0x7fffffff, own.sum.exponent, own.sum.mantissa != 0u));
     let shift = u32(top - own.sum.exponent);
     let shifted = own.sum.mantissa >> (min(shift, 32u) - min(shift, 1u));
@@ -39,15 +39,14 @@ fn merged_in_subgroup(own: Partial) -> Partial {
     return whole;
 }
 
-// Merges the partials of all invocations. Valid in the one that leads.
+// Merges the partials of all invocations. Valid in the invocation that leads.
 fn merged_in_workgroup(me: Invocation, own: Partial) -> Partial {
     let whole = merged_in_subgroup(own);
     if me.subgroup_lane == 0u {
         tree[me.subgroup] = whole;
     }
     workgroupBarrier();
-    // All subgroups, because WGSL wants their operations where all of the workgroup meets; but only the first has something
-    // to merge.
+    // All subgroups, because WGSL wants their operations where the whole workgroup meets; only the first merges.
     var part = EMPTY_PARTIAL;
     for (var i = me.subgroup_lane; me.subgroup == 0u && i < me.subgroups; i += me.subgroup_size) {
         part = merge(part, tree[i]);

@@ -1,4 +1,4 @@
-// What the invocations of a workgroup merge by where there are no subgroups: a tree in workgroup memory.
+// Merges the partials of a workgroup where there are no subgroups: by a tree in workgroup memory.
 
 #import constants
 #import partial
@@ -9,7 +9,7 @@ struct Invocation {
 
 var<workgroup> tree: array<Partial, WORKGROUP>;
 
-// Merges the partials of all invocations, in a fixed tree. Valid in the one that leads.
+// Merges the partials of all invocations, in a fixed tree. Valid in the invocation that leads.
 fn merged_in_workgroup(me: Invocation, own: Partial) -> Partial {
     tree[me.lane] = own;
     for (var width = WORKGROUP / 2u; width > 0u; width = width / 2u) {

@@ -1,5 +1,5 @@
-// Gradients in WINDOWS windows, as words and as quads. No invocation reaches the same bytes both ways. Not WGSL by the
-// standard: arrays of bindings need `enable wgpu_binding_array`, which src/gpu/kernels.rs puts first in the module.
+// Gradients in WINDOWS windows, as words and as quads. No invocation reaches the same bytes both ways. Not standard
+// WGSL: arrays of bindings need `enable wgpu_binding_array`, which src/gpu/kernels.rs puts first.
 
 #import constants
 

@@ -1,4 +1,4 @@
-// Quads where words are all that is bound.
+// Quads where only words are bound.
 
 #import words
 

@@ -1,4 +1,4 @@
-//! A norm that is measured set by set on the device. Host side of `shaders/accumulate.wgsl`; twin: `src/accumulator.rs`.
+//! A norm measured set by set on the device. Host side of `shaders/accumulate.wgsl`; twin: `src/accumulator.rs`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -21,12 +21,12 @@ use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge
 use crate::segment::Segments;
 use crate::{Clip, ClipReport, Error, Scope, Waiting};
 
-/// A global norm over sets of tensors that are not all there at once: a layer's gradients as soon as backward has made
+/// A global norm over sets of tensors that do not all exist at once: a layer's gradients as soon as backward has made
 /// them, or one micro-batch after another.
 ///
-/// [`GpuNormAccumulator::plan`] plans a set. In each step record, in this order, [`GpuAccumulatorPlan::accumulate`] for every set,
-/// [`GpuNormAccumulator::finish`], and [`GpuAccumulatorPlan::scale`] for every set that is to be clipped. `finish` also begins the
-/// next norm.
+/// [`GpuNormAccumulator::plan`] plans a set. In each step record, in this order, [`GpuAccumulatorPlan::accumulate`] for
+/// every set, [`GpuNormAccumulator::finish`], and [`GpuAccumulatorPlan::scale`] for every set that is to be clipped.
+/// `finish` also begins the next norm.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -57,13 +57,13 @@ pub struct GpuNormAccumulator {
     gpu: GpuClipper,
     /// The clip and its one segment.
     group: Group,
-    /// The one partial of it is the last finished one, for the report.
+    /// Its one partial is the last finished one, for the report.
     memory: Memory,
-    /// What is being accumulated.
+    /// The running partial.
     partial: wgpu::Buffer,
     finish: [Dispatch; 2],
     sets: Mutex<Sets>,
-    /// Whether what is being accumulated has others' parts in it, until the next `finish`.
+    /// Whether the running partial includes other processes' parts, until the next `finish`.
     is_merged: Arc<AtomicBool>,
 }
 
@@ -73,11 +73,11 @@ struct Sets {
     origins: Vec<Origin>,
     names: Vec<Option<Arc<str>>>,
     elements: u64,
-    /// What the processes of a group have accumulated together.
+    /// The totals that merged across the processes of a group.
     across: Stamped<MergedTotal>,
 }
 
-/// The total, and of how many elements it is.
+/// A total, and its number of elements.
 type MergedTotal = (GroupTotal, u64);
 
 /// A set of tensors that belongs to a [`GpuNormAccumulator`].
@@ -138,7 +138,7 @@ impl GpuNormAccumulator {
         Ok(GpuAccumulatorPlan { plan, is_merged: self.is_merged.clone() })
     }
 
-    /// Records the decision over everything accumulated since the last one, and begins anew.
+    /// Records the decision over everything accumulated since the last `finish`, and begins a new norm.
     ///
     /// # Errors
     /// [`Error::DeviceLost`], as [`GpuPlan::encode`].
@@ -151,13 +151,15 @@ impl GpuNormAccumulator {
         Ok(())
     }
 
-    /// Takes in what the other processes of a group have accumulated: once all of this step's accumulating is submitted, before
-    /// [`GpuNormAccumulator::finish`], which then decides over the norm of all. Every process makes the call, be it for a
-    /// [`NormAccumulator`](crate::NormAccumulator) of the same clip. See [`GpuPlan::merge_across`].
+    /// Merges in what the other processes of a group have accumulated. Call it after submitting all of this step's
+    /// accumulating and before [`GpuNormAccumulator::finish`], which then decides over the norm of all. Every process
+    /// must make the call, for an accumulator like this one or for a [`NormAccumulator`](crate::NormAccumulator) of the
+    /// same clip. See [`GpuPlan::merge_across`].
     ///
     /// # Errors
-    /// [`Error::Usage`] if it was done already since the last `finish`; [`Error::PeerFailed`], [`Error::Disagreement`] and
-    /// [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. What was accumulated is then as it was.
+    /// [`Error::Usage`] if it has merged since the last `finish` already; [`Error::PeerFailed`],
+    /// [`Error::Disagreement`] and [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. What
+    /// was accumulated is then unchanged.
     pub fn merge_across<'a>(&'a self, processes: &'a dyn ProcessGroup) -> Waiting<'a, Result<(), Error>> {
         Waiting::new(self.merged(processes))
     }
@@ -184,14 +186,13 @@ impl GpuNormAccumulator {
         Ok(())
     }
 
-    /// What each `finish` leaves for a kernel of the caller's to read: see [`GpuPlan::coefficients`].
+    /// The coefficients that each `finish` leaves for the caller's kernels: see [`GpuPlan::coefficients`].
     #[must_use]
     pub fn coefficients(&self) -> &wgpu::Buffer {
         &self.memory.coefficients
     }
 
-    /// The report on the last `finish` that was submitted. `elements` are those of all sets that were planned, each
-    /// counted once.
+    /// The report on the last submitted `finish`. Its `elements` counts all planned sets, each once.
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if none has run; the device's own errors.
@@ -229,15 +230,15 @@ impl GpuNormAccumulator {
 }
 
 impl GpuAccumulatorPlan {
-    /// Records the measuring of these tensors as they are then, and takes it into the running norm.
+    /// Records the measuring of these tensors, as they are when it runs, into the running norm.
     ///
     /// # Errors
     /// [`Error::DeviceLost`], as [`GpuPlan::encode`]; [`Error::Usage`] between [`GpuNormAccumulator::merge_across`] and
-    /// [`GpuNormAccumulator::finish`], when other processes have counted what is there.
+    /// [`GpuNormAccumulator::finish`], because the running norm is then that of all processes.
     pub fn accumulate(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
         if self.is_merged.load(Ordering::Relaxed) {
             return Err(Error::usage(
-                "an accumulator that was merged across processes takes in no more before its finish",
+                "an accumulator that has merged across processes accepts no more before its finish",
             ));
         }
         self.plan.encode_measure(encoder)

@@ -1,4 +1,4 @@
-//! What a plan is once it is built: its buffers, and the dispatches of each phase.
+//! A built plan: its buffers, and the dispatches of each phase.
 
 use bytemuck::Zeroable;
 
@@ -20,7 +20,7 @@ pub(super) struct Built {
     pub(super) phases: [Vec<Dispatch>; 3],
     pub(super) memory: Memory,
     pub(super) origins: Vec<Origin>,
-    /// Where the partial of all groups is.
+    /// The index of the partial of all groups.
     pub(super) everything: u32,
     pub(super) threshold: Option<DeviceThreshold>,
     /// The parameters of each group.
@@ -28,7 +28,7 @@ pub(super) struct Built {
 }
 
 impl Built {
-    /// With the memory of an earlier one for tensors of the same shapes, if there is one.
+    /// Builds a plan, in the memory of an earlier plan for tensors of the same shapes if there is one.
     pub(super) fn new(gpu: &GpuClipper, mut gathered: Gathered, earlier: Option<&Memory>) -> Result<Self, Error> {
         let schedule = Schedule::new(gpu, &mut gathered)?;
         let Gathered { buffers, groups, job, mut threshold, .. } = gathered;
@@ -59,7 +59,7 @@ impl Built {
         Ok(Self { groups, job, phases, memory, origins, everything, threshold, params })
     }
 
-    /// Writes the parameters of groups that are clipped otherwise from now on.
+    /// Writes the groups' parameters for new clips.
     pub(super) fn write_params(&self, queue: &wgpu::Queue, clips: &[Clip]) {
         for ((group, clip), buffer) in self.groups.iter().zip(clips).zip(&self.params) {
             let rule = Rule::of(clip, self.threshold.as_ref());

@@ -1,4 +1,4 @@
-//! [`GpuClipper`]: one device, its compiled kernels, and what they are tuned to.
+//! [`GpuClipper`]: one device, its compiled kernels and its tuning.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub struct GpuClipper {
 }
 
 impl GpuClipper {
-    /// Clips on the caller's device. Any limits and features will do from wgpu's downlevel defaults on.
+    /// Clips on the caller's device. wgpu's downlevel default limits suffice, and no feature is needed.
     ///
     /// # Errors
     /// [`Error::Limit`] if the device cannot run compute shaders of 8 invocations with four storage buffers.
@@ -31,7 +31,7 @@ impl GpuClipper {
         Self::on(GpuDevice::new(device, queue))
     }
 
-    /// Opens a device of its own on the adapter with the highest performance, with all its limits.
+    /// Opens a device on the adapter with the highest performance, with all the adapter's limits.
     ///
     /// # Errors
     /// [`Error::NoAdapter`] if there is none; [`Error::Device`] if it gives no device.
@@ -39,7 +39,7 @@ impl GpuClipper {
         Waiting::new(async { Self::on(GpuDevice::open(&device::adapter(None).await?).await?) })
     }
 
-    /// Opens a device on the first adapter whose name contains `name`, in any case of letters.
+    /// Opens a device on the first adapter that has `name` in its name, in upper or lower case.
     ///
     /// # Errors
     /// [`Error::NoAdapter`] if there is none, with the names there are; [`Error::Device`] if it gives no device.
@@ -52,13 +52,13 @@ impl GpuClipper {
         Self::tuned(device, tuning)
     }
 
-    /// Clips on the same device with other figures than [`Tuning::of`] has for it, which another table or a measurement
-    /// says are better there. Compiles kernels of its own. Norms may differ in their last bits.
+    /// Clips on the same device with another tuning than [`Tuning::of`] gives, such as one that was measured there.
+    /// Compiles its own kernels. Norms may differ in their last bits.
     ///
-    /// What the device cannot do is left out: subgroups, arrays of bindings, more invocations than it allows.
+    /// Settings that the device does not support are reduced: subgroups, arrays of bindings, invocations.
     ///
     /// # Errors
-    /// [`Error::Usage`] if a workgroup is not a power of two from 8 on, or chunks are too short or too long.
+    /// [`Error::Usage`] if a workgroup is not a power of two of at least 8, or chunks are too short or too long.
     pub fn with_tuning(&self, tuning: Tuning) -> Result<Self, Error> {
         tuning.check()?;
         Ok(Self { memory_budget: self.memory_budget, ..Self::tuned(self.device.clone(), tuning)? })
@@ -75,14 +75,14 @@ impl GpuClipper {
         need("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into(), 4)?;
         need("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size, 1 << 16)?;
         tuning.narrow(invocations);
-        // What a workgroup merges, 32 bytes each, lies in its memory.
+        // A workgroup keeps the partials that it merges, 32 bytes each, in its memory.
         let tree = u64::from(tuning.workgroup) * PARTIAL_BYTES;
         need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;
         tuning.subgroups &= features.contains(wgpu::Features::SUBGROUP);
-        // Partials, results and a table are bound beside them.
+        // Partials, results and a table take the other three bindings.
         let bindings = limits.max_storage_buffers_per_shader_stage - 3;
         let windows = if features.contains(ARRAYS_OF_BUFFERS) {
-            // Words and quads are an array each, whose length is a power of two.
+            // Words and quads have an array each, and its length is a power of two.
             let fitting = (limits.max_binding_array_elements_per_shader_stage / 2).min(tuning.windows);
             if fitting > 1 { 1 << fitting.ilog2() } else { 1 }
         } else {
@@ -95,14 +95,14 @@ impl GpuClipper {
         Ok(Self { device, kernels, tuning, windows, quads, memory_budget })
     }
 
-    /// Sets how much device memory host tensors may take at a time, in bytes: tensors that are larger together pass through
-    /// that much, and those that are to be written and are no longer there pass twice. Tensors in GPU memory and plans do
-    /// not count, nor do sums of examples, nor the staging buffers of either direction, 32 MiB each at most.
+    /// Sets how many bytes of device memory host tensors may take at a time. A larger set passes through that much
+    /// memory; tensors that are written and are no longer on the device pass twice. The budget does not count tensors
+    /// in GPU memory, plans, sums of examples, or the staging buffers (at most 32 MiB for each direction).
     ///
-    /// Unless it is set, all of it is kept on the device if there is memory, and as much as there is memory for if not: wgpu
-    /// does not tell how much there is before it runs out. A software device, whose memory is the host's, keeps 32 MiB
-    /// at a time. The result has the same bits for every budget of 16 MiB and more;
-    /// below, the norm may differ in its last bits. Less than 64 KiB counts as 64 KiB.
+    /// By default the device keeps the whole set, or as much as fits: wgpu does not tell how much there is before it
+    /// runs out. A software device uses the host's memory and by default keeps 32 MiB at a time. The result has the
+    /// same bits for every budget of at least 16 MiB; below, the norm may differ in its last bits. Less than 64 KiB
+    /// counts as 64 KiB.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -126,13 +126,13 @@ impl GpuClipper {
         &self.device.device
     }
 
-    /// The queue that host tensors and reports are submitted to.
+    /// The queue for host tensors and reports.
     #[must_use]
     pub fn queue(&self) -> &wgpu::Queue {
         &self.device.queue
     }
 
-    /// How kernels reach so many windows.
+    /// How kernels reach the given number of windows.
     pub(super) fn access(&self, windows: usize) -> Access {
         match (windows, self.quads) {
             (1, true) => Access::Quads,

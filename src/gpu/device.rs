@@ -9,29 +9,28 @@ use crate::Waiting;
 #[cfg(not(target_arch = "wasm32"))]
 use crate::wait::may_sleep;
 
-/// What a buffer is for that the host reads what the device wrote from, and the other way round.
+/// Usages of staging buffers: the host reads what the device wrote, or the device reads what the host wrote.
 pub(super) const DOWNLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
 pub(super) const UPLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_WRITE.union(wgpu::BufferUsages::COPY_SRC);
 
-/// A buffer that is to be mapped when the submission that uses it is done.
+/// A buffer that will be mapped once the submission that uses it is done.
 #[derive(Debug)]
 pub(super) struct Mapping {
     answer: OneshotReceiver<Result<(), wgpu::BufferAsyncError>>,
     after: wgpu::SubmissionIndex,
 }
 
-/// What a kernel needs to choose one of many buffers. The choice is the same for a whole workgroup, but the shader compiler
-/// does not see that.
+/// The features that a kernel needs to choose one of many buffers. The choice is the same for a whole workgroup, but
+/// the shader compiler does not see that.
 pub(super) const ARRAYS_OF_BUFFERS: wgpu::Features = wgpu::Features::BUFFER_BINDING_ARRAY
     .union(wgpu::Features::STORAGE_RESOURCE_BINDING_ARRAY)
     .union(wgpu::Features::SAMPLED_TEXTURE_AND_STORAGE_BUFFER_ARRAY_NON_UNIFORM_INDEXING);
 
-/// A device and its queue, with what was learnt about them.
 #[derive(Clone, Debug)]
 pub(super) struct GpuDevice {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
-    /// Why the device was lost, if it was and if it is ours: a caller's device has the caller's callback.
+    /// Why the device was lost, if it was. Known only for our own devices: a caller's device has the caller's callback.
     lost: Arc<OnceLock<String>>,
 }
 
@@ -58,7 +57,7 @@ impl GpuDevice {
             // Only the first reason is kept.
             let _ = told.set(format!("{reason:?}: {message}"));
         });
-        // What escapes a scope of ours would otherwise end the process.
+        // An error outside our scopes would otherwise end the process.
         device.on_uncaptured_error(Arc::new(|error| log::error!("uncaptured GPU error: {error}")));
         Ok(Self { device, queue, lost })
     }
@@ -67,10 +66,10 @@ impl GpuDevice {
         self.lost.get().map_or(Ok(()), |reason| Err(Error::DeviceLost(reason.clone())))
     }
 
-    /// Runs `f` and returns the device's errors in it as ours.
+    /// Runs `f` and returns the device's errors meanwhile as ours.
     ///
-    /// Scopes belong to the thread, and their answers are ready at once on native platforms. In a browser they are not:
-    /// there errors go to the device's own handler.
+    /// Error scopes belong to the thread. On native platforms their answers are ready at once. In a browser they are
+    /// not, so there errors go to the device's own handler.
     pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, Error> {
         if cfg!(target_arch = "wasm32") {
             return Ok(f());
@@ -87,7 +86,7 @@ impl GpuDevice {
             None => Ok(result),
             Some(wgpu::Error::OutOfMemory { source }) => Err(Error::OutOfMemory(source.to_string())),
             Some(wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. }) => {
-                // That a device was lost, wgpu keeps from scopes: what it gave out by then is merely invalid.
+                // wgpu does not tell scopes that a device was lost: what it then gives out is merely invalid.
                 self.poll()?;
                 self.check_not_lost()?;
                 Err(Error::Device(one_line(&description)))
@@ -107,13 +106,13 @@ impl GpuDevice {
         Ok(buffer)
     }
 
-    /// A buffer of so many bytes, all 0.
+    /// A buffer of `size` bytes, all 0.
     pub(super) fn storage(&self, label: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer, Error> {
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
         self.scoped(|| self.device.create_buffer(&descriptor))
     }
 
-    /// A buffer of so many bytes that the host writes first.
+    /// A buffer of `size` bytes that the host writes first.
     pub(super) fn mapped_at_creation(&self, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer, Error> {
         let label = Some("gradclip staging");
         let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: true };
@@ -139,7 +138,7 @@ impl GpuDevice {
         Ok(bytes)
     }
 
-    /// Has the first bytes of a buffer mapped once a submission is done that uses it.
+    /// Asks to map the first `size` bytes of a buffer once the submission `after`, which uses it, is done.
     pub(super) fn map(
         &self,
         buffer: &wgpu::Buffer,
@@ -157,7 +156,6 @@ impl GpuDevice {
         Ok(Mapping { answer, after })
     }
 
-    /// Waits until what was to be mapped is.
     pub(super) async fn mapped(&self, mapping: Mapping) -> Result<(), Error> {
         if let Some(Ok(())) = self.answer(&mapping.answer, mapping.after).await? {
             return Ok(());
@@ -166,7 +164,7 @@ impl GpuDevice {
         Err(Error::DeviceLost("a buffer could not be mapped".into()))
     }
 
-    /// Submits commands, if there are any, and waits until the device has done them and all that was submitted before.
+    /// Submits commands, if there are any, and waits until the device has done them and everything submitted before.
     pub(super) async fn run(&self, commands: Option<wgpu::CommandBuffer>) -> Result<(), Error> {
         let (sender, receiver) = oneshot_channel();
         let after = self.scoped(|| {
@@ -180,14 +178,14 @@ impl GpuDevice {
         match self.answer(&receiver, after).await? {
             // wgpu calls back for a lost device too.
             Some(()) => self.check_not_lost(),
-            None => Err(Error::DeviceLost("it dropped what it was to call back".into())),
+            None => Err(Error::DeviceLost("it dropped a callback".into())),
         }
     }
 
-    /// What a callback of the device sends after a submission; None if it was dropped uncalled.
+    /// Waits for what a callback of the device sends after a submission. None if the callback was dropped uncalled.
     ///
-    /// Nothing but polling moves a native device on, so this future does it: any executor will do. A browser's own loop
-    /// never needs it.
+    /// A native device makes progress only when polled, so this future polls it, under any executor. A browser needs no
+    /// polling.
     #[cfg_attr(target_arch = "wasm32", expect(unused_variables, reason = "a browser knows by itself"))]
     async fn answer<T>(&self, receiver: &OneshotReceiver<T>, after: wgpu::SubmissionIndex) -> Result<Option<T>, Error> {
         let mut answer = std::pin::pin!(receiver.receive());
@@ -215,7 +213,7 @@ impl GpuDevice {
         .await
     }
 
-    /// Lets finished work call back.
+    /// Runs the callbacks of finished work.
     pub(super) fn poll(&self) -> Result<(), Error> {
         self.catching_loss(|| self.device.poll(wgpu::PollType::Poll))
     }
@@ -227,8 +225,8 @@ impl GpuDevice {
         self.catching_loss(|| self.device.poll(wait))
     }
 
-    /// wgpu answers a poll of a device that hangs or is gone with a panic. A panic of the caller's own callbacks, which a poll
-    /// calls too, goes on to the caller.
+    /// Polls, and returns wgpu's panic as an error: wgpu panics if the device hangs or is gone. A poll also runs the
+    /// caller's own callbacks; their panics go on to the caller.
     fn catching_loss<E: std::fmt::Display>(
         &self,
         poll: impl FnOnce() -> Result<wgpu::PollStatus, E>,
@@ -260,7 +258,7 @@ pub fn adapters() -> Waiting<'static, Vec<wgpu::Adapter>> {
     })
 }
 
-/// The adapter with the highest performance, or the first whose name contains `name`, in any case of letters.
+/// The adapter with the highest performance, or the first that has `name` in its name, in upper or lower case.
 pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> {
     let Some(name) = name else {
         let options = wgpu::RequestAdapterOptions {
@@ -286,8 +284,8 @@ pub(super) async fn adapter(name: Option<&str>) -> Result<wgpu::Adapter, Error> 
         .ok_or_else(|| Error::NoAdapter(format!(" whose name contains {name:?} (there are: {names:?})")))
 }
 
-/// The instance of Vulkan, Metal and DirectX: one for the process, because wgpu panics where a buffer meets a device of
-/// another instance, and gives an error where it meets another device of its own.
+/// The instance of Vulkan, Metal and DirectX. There is one for the process: wgpu panics if a buffer meets a device of
+/// another instance, but returns an error if it meets another device of its own.
 #[cfg(not(target_arch = "wasm32"))]
 fn primary() -> &'static wgpu::Instance {
     static PRIMARY: OnceLock<wgpu::Instance> = OnceLock::new();
@@ -299,7 +297,7 @@ fn primary() -> wgpu::Instance {
     instance(wgpu::Backends::PRIMARY)
 }
 
-/// An instance of OpenGL: one for each use, because wgpu panics where two threads use the adapters of one at once.
+/// An instance of OpenGL: a new one for each use, because wgpu panics if two threads use the adapters of one at once.
 fn secondary() -> wgpu::Instance {
     instance(wgpu::Backends::SECONDARY)
 }
@@ -310,7 +308,7 @@ fn instance(backends: wgpu::Backends) -> wgpu::Instance {
     wgpu::Instance::new(descriptor)
 }
 
-/// The answer of a future that has it already.
+/// The answer of a future, if it is ready.
 fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match std::pin::pin!(future).poll(&mut context) {

@@ -1,4 +1,4 @@
-//! Dispatches: what a plan records, and what each of them binds.
+//! The dispatches that a plan records, and what each binds.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use super::memory::Memory;
 use super::table::{Batch, EdgeRow, Limits, SumWindow, Table, Tables, Window, grid};
 use crate::Error;
 
-/// A dispatch, with all that it binds.
+/// A dispatch with everything it binds.
 #[derive(Debug)]
 pub(super) struct Dispatch {
     pub(super) kernel: Kernel,
@@ -33,7 +33,7 @@ pub(super) enum Phase {
 }
 
 impl Dispatch {
-    /// One that binds these as its group 1, several where a binding is an array.
+    /// Makes a dispatch that binds these as its group 1. A binding of several buffers is an array.
     pub(super) fn new(
         gpu: &GpuClipper,
         (kernel, access): (Kernel, Access),
@@ -79,7 +79,7 @@ impl Dispatch {
 pub(super) enum Bindings {
     /// Rows of the plan's tables.
     Rows(Range<u64>),
-    /// Rows, and the windows that they are about.
+    /// Rows, and the windows that they refer to.
     Windows(Range<u64>, Vec<Window>),
     /// Rows, a window of examples, if there are any, and a window of sums.
     Sums(Range<u64>, Option<Window>, Window),
@@ -88,13 +88,13 @@ pub(super) enum Bindings {
     Accumulator(wgpu::Buffer),
 }
 
-/// The dispatches of a plan, until there are buffers for them to bind.
+/// The dispatches of a plan before their buffers exist.
 pub(super) struct Pending<'a> {
     gpu: &'a GpuClipper,
     limits: Limits,
     /// All tables of the plan, each at an offset that can be bound.
     tables: Vec<u8>,
-    /// Where each table is, by its address here: what is measured is often what is scaled.
+    /// Where each table is, by the address of its rows: measuring and scaling often share tables.
     places: HashMap<usize, Range<u64>>,
     dispatches: Vec<(Phase, Kernel, usize, Bindings, u32)>,
 }
@@ -104,12 +104,12 @@ impl<'a> Pending<'a> {
         Self { gpu, limits, tables: Vec::new(), places: HashMap::new(), dispatches: Vec::new() }
     }
 
-    /// A dispatch of so many workgroups for a group of tensors.
+    /// Adds a dispatch of `workgroups` workgroups for a group of tensors.
     pub(super) fn push(&mut self, phase: Phase, kernel: Kernel, group: usize, bindings: Bindings, workgroups: u32) {
         self.dispatches.push((phase, kernel, group, bindings, workgroups));
     }
 
-    /// Places a table, with what stands before its rows.
+    /// Places a table, its head before its rows, unless it is placed already.
     fn table<T: Pod>(&mut self, head: &[u32], rows: &[T]) -> Range<u64> {
         if let Some(place) = self.places.get(&(rows.as_ptr() as usize)) {
             return place.clone();
@@ -149,7 +149,7 @@ impl<'a> Pending<'a> {
         self.push(Phase::Apply, kernel, 0, Bindings::Sums(rows, sum.examples, sum.sums), sum.table.tasks);
     }
 
-    /// The dispatches of each phase, given the buffers of gradients, those of the plan, and the parameters of each group.
+    /// The dispatches of each phase, given the buffers of gradients and of the plan, and each group's parameters.
     pub(super) fn build(
         self,
         buffers: &[wgpu::Buffer],
@@ -179,7 +179,7 @@ impl<'a> Pending<'a> {
                 Bindings::Sums(range, examples, sums) => {
                     access = Access::Words;
                     buffer = examples.as_ref().map(|window| window.buffer);
-                    // Where there are no examples, nothing is read of what stands for them.
+                    // Without examples nothing is read of the buffer in their place.
                     let examples = examples.as_ref().map_or_else(|| whole(&memory.thresholds), |of| vec![window(of)]);
                     vec![rows(range.clone()), examples, vec![window(sums)]]
                 }
@@ -194,7 +194,6 @@ impl<'a> Pending<'a> {
     }
 }
 
-/// All of a buffer, as one binding.
 pub(super) fn whole(buffer: &wgpu::Buffer) -> Vec<BufferBinding<'_>> {
     vec![buffer.as_entire_buffer_binding()]
 }
@@ -203,17 +202,17 @@ fn part(buffer: &wgpu::Buffer, offset: u64, size: u64) -> BufferBinding<'_> {
     BufferBinding { buffer, offset, size: wgpu::BufferSize::new(size) }
 }
 
-/// What the bindings of gradients hold.
+/// The bindings of gradients.
 fn gradients<'b>(
     gpu: &'b GpuClipper,
     access: Access,
     mut words: Vec<BufferBinding<'b>>,
 ) -> Vec<Vec<BufferBinding<'b>>> {
     if let Access::Array(count) = access {
-        // No chunk is in those that fill it up.
+        // The bindings that fill up the array hold no chunk.
         words.resize(count as usize, words[0].clone());
     }
-    // As quads, a binding must hold one at least.
+    // A binding of quads must hold at least one.
     let mut quads = words.clone();
     for quad in quads.iter_mut().filter(|part| part.size.is_none_or(|size| size.get() < 16)) {
         *quad = part(&gpu.kernels.blank, 0, 16);
@@ -226,7 +225,7 @@ fn gradients<'b>(
 }
 
 fn count<T>(rows: &[T]) -> u32 {
-    // There are fewer rows than partials, whose number was checked.
+    // There are fewer rows than partials, and the number of partials was checked.
     u32::try_from(rows.len()).unwrap_or(u32::MAX)
 }
 

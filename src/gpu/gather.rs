@@ -1,4 +1,4 @@
-//! What a plan is made of: its groups of tensors as pieces of buffers, and what is to be done with them.
+//! The input of a plan: groups of tensors as pieces of buffers, and the job to do with them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,21 +12,20 @@ use crate::examples::check_sums;
 use crate::segment::{By, SegmentLayout, Segments, check_groups, check_parameter};
 use crate::{Clip, Dtype, Error};
 
-/// What `shaders/shared/power.wgsl` has room for. Beyond, p is taken for these: of 2^30 equal elements the norm is then
-/// 5e-6 too large at most, and below 2^-20 the norm of two elements already exceeds every float64.
+/// The range of p in `shaders/shared/power.wgsl`; a p outside is taken as the nearer bound. Above, the norm of 2^30
+/// equal elements is then at most 5e-6 too large. Below 2^-20 the norm of two elements already exceeds every float64.
 const POWERS: std::ops::RangeInclusive<f64> = 1.0 / 1_048_576.0..=4_194_304.0;
 
-/// What a plan does.
 #[derive(Clone, Debug)]
 pub(super) enum Job {
     Clip,
     /// Writes nothing but reports and coefficients.
     Measure,
-    /// Scales by norms from outside: one float32 for each segment.
+    /// Scales by given norms: one float32 for each segment.
     Scale(GpuTensor),
-    /// Adds up the clipped examples, to a sum for each tensor.
+    /// Sums the clipped examples of each tensor.
     Sum(Vec<GpuTensor>),
-    /// Measures into an accumulator, and scales by what is decided of it.
+    /// Measures into an accumulator, and scales by its decision.
     Accumulate(AccumulatorMemory),
 }
 
@@ -44,37 +43,37 @@ pub(super) struct Gathered {
     pub(super) buffers: Vec<wgpu::Buffer>,
     pub(super) groups: Vec<Group>,
     pub(super) job: Job,
-    /// The job's own tensors: norms from outside, or sums by tensor.
+    /// The job's own tensors: the given norms, or the sums.
     pub(super) job_pieces: Vec<Piece>,
-    /// What follows the norms on the device.
+    /// The threshold that follows the norms on the device.
     pub(super) threshold: Option<DeviceThreshold>,
-    /// Whether the buffers come one after another, so that each is as much work as there is at a time.
+    /// Whether the device gets one buffer after another, so that a single buffer is all its work at a time.
     pub(super) in_turn: bool,
 }
 
-/// Tensors that one clip is for.
+/// Tensors with one clip.
 #[derive(Debug)]
 pub(super) struct Group {
     pub(super) clip: Clip,
     pub(super) segments: Segments,
     pub(super) names: Vec<Option<Arc<str>>>,
-    /// Whether norms count each tensor.
+    /// For each tensor, whether norms count it.
     pub(super) counted: Vec<bool>,
     pub(super) pieces: Vec<Piece>,
     /// The parameters, if the clip needs them.
     pub(super) parameters: Vec<Piece>,
-    /// Whether norms come from outside.
+    /// Whether norms are given, not measured.
     pub(super) given: bool,
-    /// The first of its segments among those of the plan.
+    /// Its first segment among those of the plan.
     pub(super) first_segment: u32,
-    /// Where the partials of its segments begin, those of their parameters, and where that of all of them is.
+    /// The first partial of its segments, the first of its parameters' segments, and the partial of the whole group.
     pub(super) first_partial: u32,
     pub(super) first_parameter: Option<u32>,
     pub(super) total: u32,
 }
 
 impl Group {
-    /// Without its pieces. A `Schedule` places it in the plan.
+    /// A group without pieces. A `Schedule` places it in the plan.
     pub(super) fn new(clip: &Clip, segments: Segments, tensors: Vec<(Option<Arc<str>>, bool)>) -> Self {
         let (names, counted) = tensors.into_iter().unzip();
         Self {
@@ -96,18 +95,18 @@ impl Group {
         self.counted.iter().all(|counted| *counted)
     }
 
-    /// Whether elements are looked at before any is written.
+    /// Whether all elements are read before any is written.
     pub(super) fn reads_first(&self) -> bool {
         self.clip.reads_first() || !self.all_counted()
     }
 
-    /// What its kernels measure; norms from outside are measured as the largest of one element.
+    /// The norm that its kernels measure. A given norm is measured as the largest of one element.
     pub(super) fn norm(&self) -> Option<Norm> {
         if self.given { Some(Norm::Inf) } else { self.clip.measured().map(Norm::from) }
     }
 
-    /// Whether tensors of the other group can take the place of this one's. Those without elements may differ in how many
-    /// segments they have.
+    /// Whether the other group's tensors can replace these. Segments are compared too, because tensors without elements
+    /// may differ in their number of segments.
     pub(super) fn has_shapes_of(&self, other: &Self) -> bool {
         let shape = |piece: &Piece| (piece.dtype, piece.len, piece.layout);
         self.pieces.iter().map(shape).eq(other.pieces.iter().map(shape))
@@ -117,7 +116,7 @@ impl Group {
 
 impl Gathered {
     /// # Errors
-    /// Those of a plan that need no device.
+    /// The errors of a plan that need no device.
     pub(super) fn new(
         groups: &[(Clip, &[GpuTensor])],
         job: Job,
@@ -156,7 +155,7 @@ impl Gathered {
                 if norms.spec.len != expected {
                     return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.spec.len)));
                 }
-                // Behind all tensors, so that what is not finite of it is told as such.
+                // Counted behind all tensors, so that reports can name it.
                 vec![piece(norms, gathered[0].names.len(), one)]
             }
             Job::Sum(sums) => sums.iter().enumerate().map(|(i, sum)| piece(sum, i, one)).collect(),
@@ -167,7 +166,7 @@ impl Gathered {
         Ok(gathered)
     }
 
-    /// That nothing is written twice, nor written where sums are read from.
+    /// Checks that nothing is written twice, and that no sum overlaps a tensor.
     fn check_overlaps(&self) -> Result<(), Error> {
         let of_group = |group: &'_ Group| -> Vec<_> {
             group.pieces.iter().map(|piece| (*piece, group.names[piece.tensor].clone())).collect()
@@ -194,19 +193,15 @@ impl Gathered {
     }
 }
 
-/// That the clip can do what is asked of it.
+/// Checks that the clip can do the job.
 fn check_job(groups: &[(Clip, &[GpuTensor])], job: &Job) -> Result<(), Error> {
     let [(clip, tensors), ..] = groups else {
-        return Err(Error::usage("a plan needs a group of tensors, be it an empty one"));
+        return Err(Error::usage("a plan needs a group of tensors; it may be empty"));
     };
     match job {
         Job::Scale(norms) => {
             clip.check_adaptive()?;
-            if norms.spec.dtype == Dtype::F32 {
-                Ok(())
-            } else {
-                Err(Error::usage("norms from outside must be float32"))
-            }
+            if norms.spec.dtype == Dtype::F32 { Ok(()) } else { Err(Error::usage("given norms must be float32")) }
         }
         Job::Sum(sums) => check_sums(clip, tensors.iter().map(GpuTensor::spec), sums.iter().map(GpuTensor::spec)),
         _ => Ok(()),

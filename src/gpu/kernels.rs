@@ -1,16 +1,18 @@
 //! The compute pipelines: each kernel of `shaders/`, specialised by constants, compiled once and shared by all plans.
 //!
-//! A shader file names at its top what it builds on: `#import name` is `shaders/shared/name.wgsl`, put before it once. Two names stand for
-//! one of several files, as the device and the plan have it: `windows` (`word_quads`, `quads` or `window_array`) and `merging` (`tree` or
-//! `subgroup`). `constants` is what makes variants.
+//! A shader file lists its imports at its top: `#import name` puts `shaders/shared/name.wgsl` before it, once. Two
+//! names stand for one of several files, by the device and the plan: `windows` (`word_quads`, `quads` or
+//! `window_array`) and `merging` (`tree` or `subgroup`). `constants` makes the variants of a kernel.
 //!
-//! Browsers refuse what naga accepts: barriers and operations of subgroups in control flow that is not provably the same for a whole
-//! workgroup, and a NaN among constants. So a workgroup's number is in no struct with what is an invocation's own (`shared/group.wgsl`).
-//! `scripts/kernels.sh` asks Chrome's compiler about every variant but those with arrays of buffers, which only native platforms have.
+//! Browsers refuse some WGSL that naga accepts: a NaN among constants, and barriers and subgroup operations in control
+//! flow that is not provably the same for a whole workgroup. So no struct holds a workgroup's number beside an
+//! invocation's own values (`shared/group.wgsl`). `scripts/kernels.sh` gives every variant to Chrome's compiler, but
+//! those with arrays of buffers, which only native platforms have.
 //!
-//! On devices with arrays of buffers a dispatch binds up to 1,024 windows, so 2,000 tensors in as many buffers are two dispatches of each
-//! kernel; SwiftShader takes 50 ms for 2,000 buffers and 46 for one. Elsewhere each window is a dispatch, which costs 65 µs on llvmpipe, with
-//! a barrier behind it or without. So all dispatches share one buffer of partials.
+//! On devices with arrays of buffers a dispatch binds up to 1,024 windows, so 2,000 tensors in as many buffers are two
+//! dispatches of each kernel; SwiftShader takes 50 ms for 2,000 buffers and 46 for one. Elsewhere each window is a
+//! dispatch, which costs 65 µs on llvmpipe, with or without a barrier after it. So all dispatches share one buffer of
+//! partials.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
@@ -32,7 +34,7 @@ pub(super) enum Kernel {
     Merge,
     /// `threshold.wgsl`
     Threshold { formula: Formula, norm: Norm },
-    /// `finalise.wgsl`; `norm` is None for a value clip. `given` if norms come from outside.
+    /// `finalise.wgsl`; `norm` is None for a value clip. `given` if norms are given, not measured.
     Finalise { norm: Option<Norm>, given: bool },
     /// `scale.wgsl`
     Scale { dtype: Dtype },
@@ -48,7 +50,7 @@ pub(super) enum Kernel {
     Accumulate { moves: bool },
 }
 
-/// Which norm a kernel measures: its constants `NORM_*`.
+/// The norm that a kernel measures. Twin of the constants `NORM_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Norm {
     L1 = 0,
@@ -72,9 +74,9 @@ impl From<NormType> for Norm {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     pub(super) workgroup: u32,
-    /// Whether an invocation reads a stretch of its own; else what lies next to the others'.
+    /// Whether each invocation reads a contiguous stretch; otherwise neighbours read neighbouring quads.
     pub(super) contiguous: bool,
-    /// Whether partials merge by operations of subgroups.
+    /// Whether partials merge by subgroup operations.
     pub(super) subgroups: bool,
 }
 
@@ -87,12 +89,12 @@ pub(super) enum Access {
     Words,
     /// One window, as words and as quads. Both views are writable, which native platforms allow and browsers do not.
     Quads,
-    /// So many windows in an array of bindings, as words and as quads.
+    /// An array of this many windows, as words and as quads.
     Array(u32),
 }
 
 impl Access {
-    /// How many bindings, and how long an array each is.
+    /// The number of bindings and, if they are arrays, the length of each.
     fn bindings(self) -> (u32, Option<NonZeroU32>) {
         match self {
             Self::None => (0, None),
@@ -103,7 +105,7 @@ impl Access {
     }
 }
 
-/// The values in `shaders/shared/constants.wgsl` that make variants of a kernel, of which each uses some.
+/// The values in `shaders/shared/constants.wgsl` that make variants of kernels. Each kernel uses some.
 pub(super) struct Constants {
     dtype: Dtype,
     norm: Norm,
@@ -166,9 +168,6 @@ pub(super) const SHARED: &[(&str, &str)] = files!("../../shaders/shared/":
     "quick" "share" "subgroup" "tree" "window_array" "word_quads" "words");
 
 /// The WGSL of a kernel: its file behind all that it imports, each file once.
-///
-/// A line `#import name` stands for `shaders/shared/name.wgsl`. What that is depends on the device for two names: `windows` is
-/// `word_quads`, `quads` or `window_array`, and `merging` is `tree` or `subgroup`.
 struct Module<'a> {
     constants: &'a str,
     windows: &'a str,
@@ -252,18 +251,17 @@ impl Kernel {
     }
 }
 
-/// The pipelines of one device.
 #[derive(Debug)]
 pub(super) struct Kernels {
     pub(super) shape: Shape,
     pub(super) layouts: Layouts,
-    /// What is bound as quads where a window is shorter than one.
+    /// Bound as quads if a window is shorter than one.
     pub(super) blank: wgpu::Buffer,
     compiled: Mutex<HashMap<(Kernel, Access), wgpu::ComputePipeline>>,
 }
 
-/// What the kernels bind. Group 0 belongs to a group of tensors: partials, parameters, results. Group 1 is what one
-/// dispatch is about: for kernels on gradients a table and windows, for the others one of these.
+/// The layouts of what kernels bind. Bind group 0 belongs to a group of tensors: partials, parameters, results. Bind
+/// group 1 belongs to one dispatch: a table and windows for kernels on gradients, else one of the layouts below.
 #[derive(Debug)]
 pub(super) struct Layouts {
     pub(super) clip: ClipGroup<wgpu::BindGroupLayout>,
@@ -280,11 +278,11 @@ pub(super) struct Layouts {
 /// Group 0 in its three forms: the layouts of a device, or the groups of a plan.
 #[derive(Debug)]
 pub(super) struct ClipGroup<T> {
-    /// What measures and merges: partials are written, results read.
+    /// For kernels that measure and merge: they write partials and read results.
     pub(super) measure: T,
-    /// finalise: results are written.
+    /// For finalise: it writes results.
     pub(super) finalise: T,
-    /// What scales: no partials, so that nothing stands between the dispatches of one plan.
+    /// For kernels that scale: without partials, so that nothing stands between the dispatches of one plan.
     pub(super) apply: T,
 }
 
@@ -304,7 +302,7 @@ impl<T> ClipGroup<T> {
     }
 }
 
-/// Bindings of group 0.
+/// Bindings of bind group 0.
 pub(super) const PARTIALS: u32 = 0;
 pub(super) const PARAMS: u32 = 1;
 pub(super) const RESULTS: u32 = 2;
@@ -338,7 +336,7 @@ impl Kernels {
         Ok(Self { shape, layouts, blank, compiled: Mutex::default() })
     }
 
-    /// The layout of group 1 for a kernel.
+    /// The layout of bind group 1 for a kernel.
     fn subject(&self, gpu: &GpuDevice, kernel: Kernel, access: Access) -> wgpu::BindGroupLayout {
         match kernel {
             Kernel::Merge => self.layouts.rows.clone(),
@@ -410,21 +408,22 @@ fn entry(binding: u32, ty: wgpu::BufferBindingType, count: Option<NonZeroU32>) -
     wgpu::BindGroupLayoutEntry { binding, visibility: wgpu::ShaderStages::COMPUTE, ty, count }
 }
 
-/// A module without checks of bounds and without counters in its loops: they cost a fifth of the time of a norm.
+/// A module without bounds checks and without loop counters: they cost a fifth of the time of a norm.
 #[allow(unsafe_code)]
 fn trusted(device: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
-    // SAFETY: no kernel reads or writes outside what is bound, and every loop ends. Nothing that indexes or bounds comes
-    // from the caller's data, all of it from the tables of a plan, and those are tested without a device
-    // (`src/gpu/tests/tables_hold.rs`, by unit tests and fuzzing) against any limits:
+    // SAFETY: no kernel reads or writes outside what is bound, and every loop ends. All indices and bounds come from
+    // the tables of a plan, none from the caller's data. Tests without a device check those tables against any limits
+    // (`src/gpu/tests/tables_hold.rs`, by unit tests and fuzzing):
     // - A workgroup or invocation beyond the table returns first (`table.tasks`, `arrayLength`, `params.segments`).
-    // - Words and quads: every chunk lies in its window (`check_tables` there asserts it), a word or quad of a run in its chunk
-    //   (`run_of`), and an edge in its window. Where a block of quads is not whole, indices are limited to the last quad.
+    // - Words and quads: every chunk lies in its window (`check_tables` there asserts it), a word or quad of a run in
+    //   its chunk (`run_of`), and an edge in its window. Where a block of quads is not whole, indices are limited to
+    //   the last quad.
     // - Partials: slots, and the rows of the merge tree, are below the number that the plan allocates.
-    // - Outcomes, thresholds and coefficients: a segment of the plan or, behind the last element of a run over many
-    //   segments, the one after it; the plan allocates one more than there are.
-    // - Workgroup memory is indexed by invocation or subgroup, of which there are at most WORKGROUP.
-    // - Loops count up to a length of a chunk or row, over the bits of a number, or along `next`, which only ever points
-    //   further down a table.
+    // - Outcomes, thresholds and coefficients: the index is a segment of the plan or, behind the last element of a run
+    //   over many segments, the one after it; the plan allocates one more than there are.
+    // - Workgroup memory is indexed by invocation or subgroup, and there are at most WORKGROUP of either.
+    // - Loops count up to a length of a chunk or row, over the bits of a number, or along `next`, which only ever
+    //   points further down a table.
     unsafe {
         device.create_shader_module_trusted(
             descriptor,

@@ -1,4 +1,4 @@
-//! The buffers of a plan.
+//! [`Memory`]: the buffers of a plan.
 
 use super::device::GpuDevice;
 use super::gather::Group;
@@ -7,24 +7,23 @@ use super::readback::{OutcomeRow, PARTIAL_BYTES, ResultsHead};
 use super::threshold::{StateRow, threshold_number};
 use crate::Error;
 
-/// The buffers of a plan.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
     pub(super) partials: wgpu::Buffer,
     pub(super) results: wgpu::Buffer,
     pub(super) thresholds: wgpu::Buffer,
     pub(super) coefficients: wgpu::Buffer,
-    /// What thresholds follow; a row without meaning if nothing does.
+    /// The states of adaptive thresholds; one unused row if there are none.
     pub(super) states: wgpu::Buffer,
 }
 
-/// What a plan takes over.
+/// The buffers that a plan takes over.
 #[derive(Clone, Copy)]
 pub(super) enum Kept<'a> {
     Nothing,
     /// The results of the accumulator that it belongs to.
     Results(&'a wgpu::Buffer),
-    /// Everything of the same plan for other buffers; new partials where there is no room for them.
+    /// All buffers of the same plan for other tensors, but new partials if these do not fit.
     All(&'a Memory),
 }
 

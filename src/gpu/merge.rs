@@ -4,8 +4,8 @@ use bytemuck::{Pod, Zeroable};
 
 use super::tuning::LANE_PARTIALS;
 
-/// Twin of `MergeRow` in `shaders/merge.wgsl`: `runs` times, `count` consecutive partials become one; runs and results
-/// follow one another.
+/// Twin of `MergeRow` in `shaders/merge.wgsl`: each of `runs` runs of `count` partials becomes one partial. Runs are
+/// consecutive, and so are the results.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub(super) struct MergeRow {
@@ -19,7 +19,7 @@ pub(super) struct MergeRow {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MergeTree {
     pub(super) levels: Vec<Vec<MergeRow>>,
-    /// How many partials there are room for.
+    /// The number of partials, with those that merging makes.
     pub(super) partials: u32,
     /// Invocations in a workgroup, and how many partials it merges.
     workgroup: u32,
@@ -27,14 +27,13 @@ pub(super) struct MergeTree {
 }
 
 impl MergeTree {
-    /// Nothing to merge yet, among no partials.
     pub(super) fn new(workgroup: u32, merged: u32) -> Self {
         Self { levels: Vec::new(), partials: 0, workgroup, merged }
     }
 
-    /// Plans the merging of the slots of each segment, which follow one another from `first` on, to one partial for each
-    /// segment. Returns the first of those, which are consecutive, and the level from which on they are there. Trees of
-    /// other segments may be planned on the same levels. None if 2^32 partials do not suffice.
+    /// Plans to merge the slots of each segment into one partial. `slots` counts the slots of each segment; all are
+    /// consecutive, from `first` on. Returns the first of the merged partials, which are consecutive, and the level
+    /// from which on they exist. Other segments may use the same levels. None if 2^32 partials do not suffice.
     pub(super) fn segments(&mut self, first: u32, slots: &[u32]) -> Option<(u32, usize)> {
         let mut runs = Vec::with_capacity(slots.len());
         let mut from = first;
@@ -44,7 +43,7 @@ impl MergeTree {
         }
         let mut start = first;
         let mut level = 0;
-        // Where each segment has one slot they are in place already.
+        // With one slot for each segment they are in place already.
         while runs.iter().any(|(_, count)| *count != 1) {
             start = self.partials;
             runs = self.level(level, &runs)?;
@@ -53,7 +52,7 @@ impl MergeTree {
         Some((start, level))
     }
 
-    /// Plans the merging of consecutive partials that are there from a level on, to one. Returns its place.
+    /// Plans to merge consecutive partials, which exist from a level on, into one. Returns its place.
     pub(super) fn total(&mut self, first: u32, count: u32, from_level: usize) -> Option<u32> {
         let mut runs = vec![(first, count)];
         let mut level = from_level;
@@ -64,12 +63,12 @@ impl MergeTree {
         Some(runs[0].0)
     }
 
-    /// Plans the merging of totals, which are there after all levels so far. Returns the place of what they make.
+    /// Plans to merge totals, which exist after all levels so far, into one. Returns its place.
     pub(super) fn everything(&mut self, totals: &[u32]) -> Option<u32> {
         if let [total] = totals {
             return Some(*total);
         }
-        // First side by side, then together.
+        // First copy them side by side, then merge them.
         let first = self.partials;
         let mut rows = Vec::new();
         for total in totals {
@@ -82,7 +81,8 @@ impl MergeTree {
         self.total(first, u32::try_from(totals.len()).ok()?, self.levels.len())
     }
 
-    /// Merges each run of partials into a shorter one; an empty run into one empty partial. Returns the new runs.
+    /// Plans to merge each run of partials into a shorter run, and an empty run into one empty partial. Returns the new
+    /// runs.
     fn level(&mut self, level: usize, runs: &[(u32, u32)]) -> Option<Vec<(u32, u32)>> {
         if self.levels.len() <= level {
             self.levels.resize_with(level + 1, Vec::new);

@@ -3,14 +3,14 @@
 //! ```text
 //! for each window of each buffer: norm       partials of chunks         shaders/norm.wgsl, norm_each.wgsl
 //! merge                                      partials, in list order    shaders/merge.wgsl
-//! threshold, where it has to be computed     what norms may be          shaders/threshold.wgsl
+//! threshold, if the device computes it       the limits of norms        shaders/threshold.wgsl
 //! finalise                                   norm, coefficient, counts  shaders/finalise.wgsl
 //! for each window: scale or clamp, edges     in place                   shaders/scale.wgsl, scale_each.wgsl, clamp.wgsl,
 //!                                                                       edges.wgsl
 //! ```
 //!
-//! All of it is one compute pass without a wait. A value clip of which no element decides about another needs no norm:
-//! `clamp` comes first and tells what it met.
+//! All of it is one compute pass without a wait. A value clip measures no norm. Unless its policy lets a non-finite
+//! element decide about others, `clamp` comes first and also reports what it found.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -24,7 +24,7 @@
 //! # let buffer = device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents, usage });
 //! // Once: what is clipped, and where it lies. Ranges are in elements; the buffer needs BufferUsages::STORAGE.
 //! let plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&buffer, 0..2)?.named("w")])?;
-//! // Each step: recorded behind whatever made the gradients.
+//! // Each step: recorded after the commands that make the gradients.
 //! let mut encoder = device.create_command_encoder(&Default::default());
 //! plan.encode(&mut encoder)?;
 //! queue.submit([encoder.finish()]);

@@ -13,7 +13,7 @@ pub(super) struct Number {
 }
 
 impl Number {
-    /// The product of two finite numbers that are not negative, rounded to 32 bits; it cannot overflow.
+    /// The product of two finite, non-negative numbers, rounded to 32 bits. It cannot overflow.
     pub(super) fn product(a: f64, b: f64) -> Self {
         let ((a, a_exponent), (b, b_exponent)) = (split(a), split(b));
         Self::of(a * b, a_exponent + b_exponent)
@@ -25,7 +25,7 @@ impl Number {
         Self::of(1.0 / a, -exponent)
     }
 
-    /// `x * 2^exponent`, rounded to 32 bits, of a finite x that is not negative.
+    /// `x * 2^exponent` for a finite, non-negative x, rounded to 32 bits.
     pub(super) fn of(x: f64, exponent: i32) -> Self {
         let (mantissa, own_exponent) = split(x);
         if mantissa == 0.0 {
@@ -42,7 +42,7 @@ impl Number {
     }
 }
 
-/// A finite number that is not negative as a mantissa in 1..2 and an exponent.
+/// Splits a finite, non-negative number into a mantissa in 1..2 and an exponent.
 fn split(x: f64) -> (f64, i32) {
     if x == 0.0 {
         return (0.0, 0);

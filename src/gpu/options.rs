@@ -1,11 +1,11 @@
-//! [`PlanOptions`]: what a plan does beside clipping as its description says.
+//! [`PlanOptions`]: options of a plan beyond its clip.
 
 use super::gather::Job;
 use super::tensor::GpuTensor;
 use super::threshold::DeviceThreshold;
 use crate::Error;
 
-/// What a plan does beside clipping as its description says: for [`GpuClipper::plan_with`](super::GpuClipper::plan_with).
+/// Options of a plan beyond its clip, for [`GpuClipper::plan_with`](super::GpuClipper::plan_with).
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -31,50 +31,49 @@ pub struct PlanOptions {
 }
 
 impl PlanOptions {
-    /// Clips by a threshold that follows the norms on the device: no step waits for the host. The clip's own `max_norm` stays
-    /// an upper bound; infinity sets none. [`GpuPlan::threshold`](super::GpuPlan::threshold) reads the state back.
+    /// Clips by a threshold that follows the norms on the device: no step waits for the host. The clip's own `max_norm`
+    /// stays an upper bound; infinity sets none. [`GpuPlan::threshold`](super::GpuPlan::threshold) reads its state.
     #[must_use]
     pub fn threshold(mut self, threshold: DeviceThreshold) -> Self {
         self.threshold = Some(threshold);
         self
     }
 
-    /// Writes nothing but the report and [`GpuPlan::coefficients`](super::GpuPlan::coefficients), for an optimizer to fold in.
+    /// Writes nothing but the report and [`GpuPlan::coefficients`](super::GpuPlan::coefficients), for an optimizer.
     #[must_use]
     pub fn measure_only(mut self) -> Self {
         self.measure_only = true;
         self
     }
 
-    /// Clips by norms that something else has put into GPU memory: one float32 N for each segment, in the order of
-    /// the report and, like the report's, divided by `grad_scale` already. The host can write it too
-    /// (`queue.write_buffer`).
+    /// Clips by given norms in GPU memory: one float32 N for each segment, in the order of the report, already divided
+    /// by `grad_scale` as in the report. A kernel or the host (`queue.write_buffer`) writes them.
     ///
-    /// Gradients are read only where they are written, so that non-finite ones go uncounted. What a norm that is not
-    /// finite leads to is the policy's choice; `Error`, `Skip` and `Drop` leave what it is the norm of as it is. The sign
-    /// of a norm is ignored.
+    /// The plan reads only the gradients that it writes, so it does not count non-finite ones. The policy decides what
+    /// a non-finite norm does; under `Error`, `Skip` and `Drop` the elements that it is the norm of stay unchanged. A
+    /// norm's sign is ignored.
     #[must_use]
     pub fn norms(mut self, norms: &GpuTensor) -> Self {
         self.norms = Some(norms.clone());
         self
     }
 
-    /// Clips each example by itself and sums the clipped ones: `sums[i]`, float32, becomes the sum over dimension 0 of the
-    /// clipped tensor `i`, which stays as it is. The scope must be [`Scope::Example`](crate::Scope::Example) or
-    /// [`Scope::ExampleTensor`](crate::Scope::ExampleTensor).
+    /// Clips each example by itself and sums the clipped examples: `sums[i]` (float32) becomes the sum of the clipped
+    /// tensor `i` over dimension 0. Tensor `i` itself stays unchanged. The scope must be
+    /// [`Scope::Example`](crate::Scope::Example) or [`Scope::ExampleTensor`](crate::Scope::ExampleTensor).
     ///
     /// On the web the sums must lie in buffers of their own, because WebGPU allows no two writable views of one.
     ///
-    /// A sum is off by at most (32 + examples / 256) · 2^-24 of the sum of the sizes of what it adds, and by 2^-126 for each
-    /// example: drivers may flush what is smaller to 0. Under the policies
-    /// `Error` and `Skip` sums stay as they were if anything is not finite.
+    /// The error of a sum is at most (32 + examples / 256) · 2^-24 of the sum of the magnitudes that it adds, plus
+    /// 2^-126 for each example, because drivers may flush smaller values to 0. Under the policies `Error` and `Skip`
+    /// sums stay unchanged if anything is not finite.
     #[must_use]
     pub fn sums(mut self, sums: &[GpuTensor]) -> Self {
         self.sums = Some(sums.to_vec());
         self
     }
 
-    /// What the plan makes of its tensors.
+    /// The job of a plan with these options and this number of groups.
     ///
     /// # Errors
     /// [`Error::Usage`] if these options do not go together.
@@ -86,7 +85,7 @@ impl PlanOptions {
             (false, Some(norms), None) => Job::Scale(norms.clone()),
             (false, None, Some(sums)) => Job::Sum(sums.clone()),
             _ => {
-                return Err(Error::usage("a plan measures only, or goes by given norms, or sums examples: choose one"));
+                return Err(Error::usage("a plan only measures, or takes given norms, or sums examples: choose one"));
             }
         };
         let measures = matches!(job, Job::Clip | Job::Measure);

@@ -1,4 +1,4 @@
-//! What kernels know of a clip. Twin of `Params` in `shaders/shared/outcome.wgsl`.
+//! The parameters of a clip for the kernels.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -34,7 +34,8 @@ pub(super) struct Params {
 }
 
 impl Params {
-    /// For a group that is clipped by `clip` and, on the device, by a rule; `everything` is the partial of all groups.
+    /// The parameters of a group, with a rule if the device computes its thresholds. `everything` is the partial of all
+    /// groups.
     pub(super) fn new(group: &Group, clip: &Clip, everything: u32, rule: Option<Rule>) -> Self {
         let scale = clip.grad_scale;
         let (min, max) = if let Mode::Value { min, max } = clip.mode { (min, max) } else { (0.0, 0.0) };
@@ -82,13 +83,13 @@ impl Params {
     }
 }
 
-/// What norms of groups are compared with, given the clip of each.
+/// The thresholds of all segments, given the clip of each group.
 pub(super) fn thresholds<'a>(groups: impl Iterator<Item = (&'a Group, &'a Clip)>) -> Vec<Number> {
     let mut thresholds = Vec::new();
     for (group, clip) in groups {
         let max_norms = group.segments.max_norms(clip, &[], &[]);
         for (max_norm, family) in max_norms.into_iter().zip(group.segments.families()) {
-            // Norms from outside are N, not measured ones.
+            // Given norms are N, and these thresholds are for measured norms.
             let weight = if group.given { clip.weight(family.elements) } else { 1.0 };
             thresholds.push(threshold_number(max_norm * weight));
         }

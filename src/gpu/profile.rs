@@ -1,8 +1,7 @@
 //! Where the time of a step goes, and how fast the device could be at best.
 //!
-//! A profile runs one real step, with the device's clock read at the beginning and end of its compute passes. Throughput
-//! is in the bytes that a pass cannot do without; beside it stand the device's own speeds, a plain read and a plain copy,
-//! taken by the same clock.
+//! A profile runs one real step, and reads the device's clock at the beginning and end of its compute passes.
+//! Throughput counts the bytes that a pass must move. The same clock times the device's own read and copy.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -24,13 +23,13 @@ use crate::{ClipReport, Error, Waiting};
 pub struct Profile {
     /// In the order in which they ran.
     pub passes: Vec<Pass>,
-    /// From the beginning of the first pass to the end of the last, with what lies between them; by the host's clock, the
-    /// sum of the passes. 0 for a step of nothing.
+    /// Seconds from the beginning of the first pass to the end of the last, gaps included; by the host's clock, the sum
+    /// of the passes. 0 for an empty step.
     pub seconds: f64,
-    /// Whether the device's timestamps told the time. If not, the host's clock did, around submitting each pass and waiting
-    /// for it, which costs some 10 to 100 microseconds of its own: the device was made without `Features::TIMESTAMP_QUERY`.
+    /// Whether times are the device's timestamps. If not, they are the host's, from submitting each pass to its end, which
+    /// costs some 10 to 100 microseconds itself: the device was made without `Features::TIMESTAMP_QUERY`.
     pub device_clock: bool,
-    /// What the step reports, group by group.
+    /// The step's reports, one for each group.
     pub reports: Vec<ClipReport>,
 }
 
@@ -46,10 +45,10 @@ pub struct Pass {
     pub seconds: f64,
     /// The bytes of gradients, parameters and sums that the pass must move.
     ///
-    /// Measuring reads each element once. Scaling reads and writes those of the segments that are scaled: none if none is.
-    /// A value clip reads and writes all elements if it changes any. Under a scope of several segments, mixed dtypes count
-    /// by their average size. Tables and partials, some 80 bytes for each chunk, are left out: `merge` and `decide` move
-    /// nothing else, and count as 0.
+    /// Measuring reads each element once. Scaling reads and writes the elements of the segments that are scaled. A
+    /// value clip reads and writes all elements if it changes any. Under a scope of several segments, mixed dtypes
+    /// count by their average size. Tables and partials, some 80 bytes for each chunk, are left out: `merge` and
+    /// `decide` move nothing else, and count as 0.
     pub bytes: u64,
 }
 
@@ -71,8 +70,8 @@ pub struct Speeds {
 }
 
 impl GpuPlan {
-    /// Runs one step and tells what each of its parts cost: the gradients are clipped as by [`GpuPlan::encode`]. The parts
-    /// are compute passes of their own here, where `encode` makes one of all ([`GpuPlan::time`] times that).
+    /// Runs one step, which clips the gradients as [`GpuPlan::encode`] does, and returns what each of its parts cost.
+    /// Here each part is a compute pass; `encode` records one pass for all ([`GpuPlan::time`] times that).
     ///
     /// The step is submitted to the clipper's queue, behind what was submitted before, and waited for. Timestamps need
     /// `Features::TIMESTAMP_QUERY`, which [`GpuClipper::open`] asks for; without, the host's clock must do, and on the web there
@@ -85,8 +84,7 @@ impl GpuPlan {
         Waiting::new(self.profiled(self.parts()))
     }
 
-    /// Runs one step in one compute pass, as [`GpuPlan::encode`] records it, and tells what it cost. Otherwise as
-    /// [`GpuPlan::profile`].
+    /// Like [`GpuPlan::profile`], but with the whole step in one compute pass, as [`GpuPlan::encode`] records it.
     ///
     /// # Errors
     /// Those of [`GpuPlan::profile`].
@@ -94,7 +92,7 @@ impl GpuPlan {
         Waiting::new(self.profiled(self.whole()))
     }
 
-    /// The dispatches of a step by what they do.
+    /// The dispatches of each part of a step.
     fn parts(&self) -> Vec<(&'static str, Vec<&Dispatch>)> {
         let [measure, decide, apply] = &self.built.phases;
         let (merge, measure): (Vec<_>, Vec<_>) = measure.iter().partition(|d| d.kernel == Kernel::Merge);
@@ -199,14 +197,14 @@ impl Group {
 }
 
 impl GpuClipper {
-    /// Measures how fast the device reads and copies so many bytes, at most as many as it can bind: what no clip can beat.
-    /// It takes two buffers of that size and some runs of each pass, whose results are checked. A few hundred MiB are past
-    /// the caches of most devices.
+    /// Measures how fast the device reads and copies `bytes` bytes, at most as many as it can bind: no clip can be
+    /// faster. It allocates two buffers of that size, runs each pass several times, and checks the results. A few
+    /// hundred MiB exceed the caches of most devices.
     ///
-    /// Of the copies that the device offers, a kernel and `copy_buffer_to_buffer`, the faster one counts.
+    /// There are two copies, a kernel and `copy_buffer_to_buffer`. The faster one counts.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if there is no room; [`Error::Device`] if what was read or copied is wrong, and as
+    /// [`Error::OutOfMemory`] if the buffers do not fit; [`Error::Device`] if a result is wrong, and as
     /// [`GpuPlan::profile`].
     pub fn speeds(&self, bytes: u64) -> Waiting<'_, Result<Speeds, Error>> {
         Waiting::new(self.measured_speeds(bytes))
@@ -235,7 +233,7 @@ impl GpuClipper {
         let read = kernel("read", &from, &sums)?;
         let read_back = kernel("read", &to, &sums)?;
         let copy = kernel("copy", &from, &to)?;
-        // Of zeros the sum is 0: nothing passes that was not copied.
+        // The sum of zeros is 0, so a copy that did not happen fails.
         let check = async |what: &'static str| {
             let words: Vec<u32> = bytemuck::pod_collect_to_vec(&device.read(&[(&sums, 0, sums.size())]).await?);
             let right = words.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word)) == total;
@@ -320,12 +318,12 @@ impl Sweeping {
     }
 }
 
-/// Fills a buffer with words that look random, and tells their sum.
+/// Fills a buffer with words that look random, and returns their sum.
 fn fill(device: &GpuDevice, buffer: &wgpu::Buffer) -> Result<u32, Error> {
     let size = buffer.size();
     let block: Vec<u32> = (0..(size / 4).min(1 << 20) as u32).map(|i| i.wrapping_mul(2_654_435_761) ^ i >> 7).collect();
     let sum = |words: &[u32]| words.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word));
-    // wgpu copies from one buffer to another only.
+    // wgpu does not copy within a buffer.
     let source = device.filled("gradclip speeds, block", bytemuck::cast_slice(&block), wgpu::BufferUsages::COPY_SRC)?;
     device.scoped(|| {
         let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -344,7 +342,7 @@ fn fill(device: &GpuDevice, buffer: &wgpu::Buffer) -> Result<u32, Error> {
 
 type Timestamps<'a> = wgpu::ComputePassTimestampWrites<'a>;
 
-/// Times what is no pass: from the end of an empty one to the end of another.
+/// Times commands outside passes: from the end of one empty pass to the end of another.
 fn between_passes(
     encoder: &mut wgpu::CommandEncoder,
     writes: Option<&Timestamps<'_>>,
@@ -419,8 +417,8 @@ async fn timed(
     Ok((spans(&ticks, device.queue.get_timestamp_period()), true))
 }
 
-/// Seconds from pairs of ticks, counted from the first. Drivers are known whose clocks stand still or go backwards: what
-/// ends before it begins took no time.
+/// Seconds from pairs of ticks, counted from the first. The clocks of some drivers stand still or go backwards: a pass
+/// that ends before it begins took no time.
 fn spans(ticks: &[u64], nanoseconds_a_tick: f32) -> Vec<Range<f64>> {
     let first = ticks.first().copied().unwrap_or_default();
     let seconds = |tick: u64| tick.saturating_sub(first) as f64 * f64::from(nanoseconds_a_tick) * 1e-9;

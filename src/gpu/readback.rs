@@ -1,4 +1,4 @@
-//! What the device tells the host: the twins of `Results`, `Partial` and `Outcome` in `shaders/shared`.
+//! What the host reads from the device: twins of `Results`, `Partial` and `Outcome` in `shaders/shared`.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -55,7 +55,7 @@ impl PartialRow {
         flags: 0,
     };
 
-    /// The partial as the device has it, which is not told where: that may be in another process. It bears a stamp instead.
+    /// The partial in the device's form. It has a stamp in place of its location, which may be in another process.
     pub(super) fn of(partial: &Partial, stamp: u32) -> Self {
         let exponent = partial.exponent.clamp(i64::from(i32::MIN / 2), i64::from(i32::MAX / 2));
         Self {
@@ -71,19 +71,19 @@ impl PartialRow {
         }
     }
 
-    /// The stamp of what was merged across processes; what the device measures has none.
+    /// The stamp of a partial that merged across processes. A partial that the device measured has none.
     pub(super) fn stamp(&self) -> Option<u32> {
         (self.first_origin == NOWHERE && self.first_element != NOWHERE).then_some(self.first_element)
     }
 
-    /// The partial, with its location told in tensors.
+    /// The partial, with its location as tensor and index.
     pub(super) fn to_partial(self, origin: impl Fn(usize) -> Origin) -> Partial {
         let first = (self.first_origin != NOWHERE).then(|| {
             let origin = origin(self.first_origin as usize);
             Location { tensor: origin.tensor, index: origin.first_element + u64::from(self.first_element) }
         });
         let Number { mantissa, exponent } = self.sum;
-        // An even exponent, as L2 wants it.
+        // L2 needs an even exponent.
         let odd = exponent & 1;
         Partial {
             sum: f64::from(mantissa) * f64::from(1 + odd),
@@ -97,8 +97,8 @@ impl PartialRow {
     }
 }
 
-/// What the processes of a group have measured together, the last two times, by the stamp that its rows bear on the device: so
-/// it is the device that tells which of them the step was of that it has run, whatever was recorded since.
+/// The last two totals of the processes of a group, each with the stamp that its rows bear on the device. So the device
+/// tells which of them its last step used, whatever was recorded since.
 #[derive(Debug)]
 pub(super) struct Stamped<T> {
     last: Vec<(u32, T)>,
@@ -111,7 +111,7 @@ impl<T> Default for Stamped<T> {
 }
 
 impl<T> Stamped<T> {
-    /// Keeps what has merged. Returns its stamp.
+    /// Keeps a merged total. Returns its stamp.
     pub(super) fn keep(&mut self, merged: T) -> u32 {
         let stamp = self.last.last().map_or(0, |(stamp, _)| (stamp + 1) % NOWHERE);
         if self.last.len() == 2 {
@@ -121,7 +121,7 @@ impl<T> Stamped<T> {
         stamp
     }
 
-    /// What has merged into a row, if something has.
+    /// The merged total that a row is part of, if there is one.
     pub(super) fn of(&self, row: &PartialRow) -> Option<&T> {
         let stamp = row.stamp()?;
         self.last.iter().find(|(of, _)| *of == stamp).map(|(_, merged)| merged)
@@ -129,7 +129,7 @@ impl<T> Stamped<T> {
 }
 
 impl OutcomeRow {
-    /// The outcome, with its measured norm multiplied by `weight` to be N.
+    /// The outcome. N is its measured norm times `weight`.
     pub(super) fn to_outcome(self, clip: &Clip, weight: f64) -> Outcome {
         let norm = match (clip.measured(), self.flags & 6) {
             (None, _) => f64::NAN,
@@ -139,12 +139,12 @@ impl OutcomeRow {
         };
         let exceeds = self.flags & 1 != 0;
         let factor = self.factor_exact.to_f64();
-        // By the constants of shaders/shared/outcome.wgsl.
+        // The constants of shaders/shared/outcome.wgsl.
         let (action, clip_coef) = match self.action {
             0 => (Action::Leave, 1.0),
             1 => (Action::Zero, 0.0),
             2 if !exceeds => (Action::Apply, 1.0),
-            // The rounded factor of a coefficient just below 1 may come out above.
+            // The rounded factor of a coefficient just below 1 may give more than 1.
             2 => (Action::Apply, (factor * clip.grad_scale).min(1.0)),
             3 => (Action::Apply, f64::NAN),
             _ => (Action::Apply, 0.0),

@@ -1,4 +1,4 @@
-//! Which dispatches a plan makes, in which order, of which tables. Pure arithmetic on sizes.
+//! The dispatches of a plan, in order, and their tables. Pure arithmetic on sizes.
 
 use std::collections::HashMap;
 
@@ -21,7 +21,7 @@ pub(super) struct Schedule {
     sums: Vec<SumWindow>,
     pub(super) tree: MergeTree,
     pub(super) origins: Vec<Origin>,
-    /// Where the partial of all groups is.
+    /// The partial of all groups.
     pub(super) everything: u32,
     pub(super) limits: Limits,
 }
@@ -30,12 +30,12 @@ pub(super) struct Schedule {
 struct GroupTables {
     measured: Tables,
     parameters: Option<Tables>,
-    /// What is scaled, if that is not what is measured.
+    /// The tables for scaling, if they differ from those for measuring.
     applied: Option<Tables>,
 }
 
 impl Schedule {
-    /// Tells the groups where in the plan they are.
+    /// Plans all tables, and sets the place of each group in the plan.
     ///
     /// # Errors
     /// [`Error::Limit`] if the device cannot bind or number what the plan needs.
@@ -50,7 +50,7 @@ impl Schedule {
             (device_limits.max_storage_buffer_binding_size, alignment),
             if *in_turn { 1 } else { gpu.windows as usize },
         );
-        // Outcomes are as long as partials, and have a head; thresholds have one more than there are segments.
+        // An outcome is as long as a partial, and outcomes have a head. There is one threshold more than segments.
         let limit = limits.binding_bytes / PARTIAL_BYTES;
         let segments = groups.iter().map(|g| u64::from(g.segments.count)).sum();
         if segments + 2 > limit {
@@ -71,13 +71,13 @@ impl Schedule {
         fits.map(|()| schedule).ok_or_else(too_many)
     }
 
-    /// None if there is no room for so many rows.
+    /// None if there is no room for all rows.
     fn place(&mut self, groups: &mut [Group], job: &Job, job_pieces: &[Piece]) -> Option<()> {
         let limits = self.limits;
         let first_origin = if let Job::Accumulate(memory) = job { memory.origins } else { 0 };
         let mut first_segment = 0;
         let mut slot = 0u32;
-        // Where the slots of each group begin, and those of its parameters.
+        // The first slot of each group, and of its parameters.
         let mut starts = Vec::new();
         for group in &mut *groups {
             group.first_segment = first_segment;
@@ -99,7 +99,7 @@ impl Schedule {
             let all = placed(&group.pieces, true);
             let apply = || Tables::new(&all, segments.clone(), (0, 0), !self.writes, limits);
             let (measured, applied) = if group.given {
-                // What would be measured of the tensors themselves is of no use here.
+                // Norms are given, so the tensors themselves are not measured.
                 (measure(job_pieces, true)?, Some(apply()?))
             } else if group.all_counted() {
                 (measure(&all, !self.writes)?, None)
@@ -140,7 +140,7 @@ impl Schedule {
         Some(())
     }
 
-    /// Adds all dispatches, by the rule of each group that has its thresholds computed on the device.
+    /// Adds all dispatches. The device computes the thresholds of a group that has a rule.
     pub(super) fn add_to(&self, pending: &mut Pending<'_>, groups: &[Group], job: &Job, rules: &[Option<Rule>]) {
         self.measure(pending, groups);
         self.decide(pending, groups, job, rules);
@@ -179,7 +179,7 @@ impl Schedule {
             pending.push(Phase::Decide, Kernel::Accumulate { moves: false }, 0, bindings, 1);
             return;
         }
-        // The first that decides counts the step, and there must be one.
+        // The first group that decides counts the step, and there must be one.
         let first = groups.iter().position(|group| group.segments.count > 0).unwrap_or(0);
         for (i, (group, rule)) in groups.iter().zip(rules).enumerate() {
             if group.segments.count == 0 && i != first {
@@ -219,8 +219,8 @@ impl Schedule {
     }
 }
 
-/// How many words there are to share out in chunks: all of them, or where buffers come in turn those of the largest. But of
-/// very many buffers each gets fewer chunks, so that the partials of all of them have room.
+/// The number of words that are cut into chunks at a time: all of them or, if buffers come in turn, those of the
+/// largest. With very many buffers each gets fewer chunks, so that the partials of all of them have room.
 pub(super) fn words_at_a_time<'p>(pieces: impl Iterator<Item = &'p Piece>, in_turn: bool) -> u64 {
     let mut by_buffer = HashMap::<_, u64>::new();
     for piece in pieces {
@@ -231,7 +231,7 @@ pub(super) fn words_at_a_time<'p>(pieces: impl Iterator<Item = &'p Piece>, in_tu
     largest.max(all / BUFFERS_OF_CHUNKS)
 }
 
-/// The kernel that measures such rows.
+/// The kernel that measures rows of this use.
 fn norm_kernel(of: Use, dtype: Dtype, norm: Norm) -> Kernel {
     if of == Use::Each { Kernel::NormEach { dtype, norm } } else { Kernel::Norm { dtype, norm } }
 }

@@ -22,7 +22,7 @@ impl GpuTensor {
     ///
     /// # Errors
     /// [`Error::UnsupportedDtype`] for float64; [`Error::Tensor`] if the range reaches past the end, the buffer has no
-    /// `STORAGE` usage, or the tensor ends in the odd bytes of a buffer.
+    /// `STORAGE` usage, or the tensor ends in the last bytes of a buffer whose size is not a multiple of 4.
     pub fn new(buffer: &wgpu::Buffer, dtype: Dtype, elements: impl RangeBounds<u64>) -> Result<Self, Error> {
         let tensor = || String::from("the tensor");
         let fail = |reason| Err(Error::Tensor { tensor: tensor(), reason });

@@ -1,5 +1,4 @@
-//! Thresholds that are computed on the device, between the norm and the decision. Host side of
-//! `shaders/threshold.wgsl`.
+//! Thresholds computed on the device, between norm and decision. Host side of `shaders/threshold.wgsl`.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -8,7 +7,7 @@ use crate::clip::AGC_EPS;
 use crate::threshold::Threshold;
 use crate::{AdaGc, Clip, Error, Mode, ZClip};
 
-/// An adaptive threshold whose state lives on the device: no step waits for the host.
+/// An adaptive threshold with its state on the device: no step waits for the host.
 ///
 /// [`AutoClip`](crate::AutoClip) needs a history, and stays on the host.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,7 +15,7 @@ use crate::{AdaGc, Clip, Error, Mode, ZClip};
 pub enum DeviceThreshold {
     /// For the scope `Global`.
     ZClip(ZClip),
-    /// For a norm for each segment: as a rule the scope `Tensor`.
+    /// For scopes with a norm for each segment, usually `Tensor`.
     AdaGc(AdaGc),
 }
 
@@ -30,7 +29,7 @@ pub(super) struct StateRow {
     padding: [u32; 3],
 }
 
-/// Which formula a kernel follows: its constants in `shaders/threshold.wgsl`.
+/// The formula that a kernel follows. Twin of the constants in `shaders/shared/constants.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Formula {
     Agc = 0,
@@ -38,7 +37,7 @@ pub(super) enum Formula {
     AdaGc = 2,
 }
 
-/// `UNBOUNDED` of the shader.
+/// `UNBOUNDED` of `shaders/shared/number.wgsl`.
 const UNBOUNDED: Number = Number { mantissa: u32::MAX, exponent: 0x2000_0000 };
 
 /// A threshold that may be infinite.
@@ -46,7 +45,7 @@ pub(super) fn threshold_number(x: f64) -> Number {
     if x == f64::INFINITY { UNBOUNDED } else { Number::product(x, 1.0) }
 }
 
-/// What the kernel goes by.
+/// The parameters of the threshold kernel.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rule {
     pub(super) formula: Formula,
@@ -55,7 +54,7 @@ pub(super) struct Rule {
 }
 
 impl Rule {
-    /// What a clip needs by itself, or by a threshold on the device: nothing, unless it goes by parameters or norms.
+    /// The rule of a clip, or of a threshold on the device. None if the thresholds are known before the step.
     pub(super) fn of(clip: &Clip, threshold: Option<&DeviceThreshold>) -> Option<Self> {
         let (formula, warm_up, numbers) = match (clip.mode, threshold) {
             (Mode::Agc(clip_factor), _) => (Formula::Agc, 0, [clip_factor, clip.agc_eps.unwrap_or(AGC_EPS), 0.0, 0.0]),
@@ -79,10 +78,10 @@ impl DeviceThreshold {
         }
     }
 
-    /// Ties the state to its segments, and takes it to the device's form: a row for each segment.
+    /// Ties the state to its segments, and converts it to the device's form: a row for each segment.
     pub(super) fn start(&mut self, clip: &Clip, labels: &[String]) -> Result<Vec<StateRow>, Error> {
         if !matches!(clip.mode, Mode::Norm(_)) {
-            return Err(Error::usage("a threshold on the device follows a clip by norm"));
+            return Err(Error::usage("a threshold on the device needs a clip by norm"));
         }
         self.as_threshold().bind(labels)?;
         let row = |mean: f64, variance: f64, steps: u64| StateRow {

@@ -6,25 +6,24 @@ use crate::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Tuning {
-    /// Invocations in a workgroup: a power of two from 8 on.
+    /// Invocations in a workgroup: a power of two of at least 8.
     pub workgroup: u32,
-    /// Whether an invocation reads a stretch of its own; else what lies next to what the others read.
+    /// Whether each invocation reads a contiguous stretch. Otherwise neighbours read neighbouring quads (16 bytes).
     pub contiguous: bool,
-    /// Whether a workgroup's partials merge by operations of subgroups, where the device has them; else by a tree in
-    /// workgroup memory.
+    /// Whether a workgroup's partials merge by subgroup operations, if the device has them. Otherwise they merge by a
+    /// tree in workgroup memory.
     pub subgroups: bool,
-    /// How many windows (parts of buffers) a dispatch binds at most on devices that have arrays of buffers; others bind one.
+    /// The most windows (parts of buffers) that a dispatch binds, on devices with arrays of buffers. Others bind one.
     pub windows: u32,
     /// The number of chunks that a large set is cut into, if the two limits below allow.
     pub chunks: u64,
     /// Words (4 bytes) in the shortest chunk that a tensor is cut into.
     pub min_chunk_words: u32,
-    /// Words in the longest chunk: at most 2^14 for each invocation. Those are 1,024 blocks, of at most 39 iterations (of
-    /// 16-bit elements that are all taken one by one; a loop that is never entered counts one as well), and llvmpipe
-    /// silently ends the loops of an invocation after 65,535 iterations together.
+    /// Words in the longest chunk: at most 2^14 for each invocation, because llvmpipe silently ends the loops of an
+    /// invocation after 65,535 iterations in all. 2^14 words are 1,024 blocks of at most 39 iterations. A block of
+    /// 16-bit elements, all taken one by one, needs 39; a loop never entered counts as one.
     pub max_chunk_words: u32,
-    /// How many partials one workgroup merges: what it saves is a dispatch where there are more, and what it costs is time
-    /// in which most of the device idles.
+    /// How many partials one workgroup merges. More saves dispatches, but most of the device idles meanwhile.
     pub merged_partials: u32,
 }
 
@@ -33,8 +32,8 @@ pub(super) const SMALLEST_WORKGROUP: u32 = 8;
 
 /// Software devices: llvmpipe and SwiftShader.
 ///
-/// The norm of float32 on llvmpipe with two cores, unclipped, medians of 9 in ms; 2,000 tensors of 2,100 elements in one
-/// buffer beside one tensor of as many:
+/// The norm of float32 on llvmpipe with two cores, unclipped, medians of 9 in ms. The last two columns are 2,000
+/// tensors of 2,100 elements in one buffer, and one tensor of as many elements:
 ///
 /// | workgroup | chunks | shortest | 64 Ki | 1 Mi | 16 Mi | 64 Mi | 2,000 | one |
 /// |---|---|---|---|---|---|---|---|---|
@@ -45,8 +44,8 @@ pub(super) const SMALLEST_WORKGROUP: u32 = 8;
 /// | 64 | 256 | 16 Ki | 0.36 | 1.7 | 13.8 | 44 | 7.7 | 4.7 |
 /// | 128 | 256 | 16 Ki | 0.64 | 3.0 | 18.4 | | 13 | 6.6 |
 ///
-/// A plain sum of 16 Mi takes 55 ms there if invocations read quads next to each other's, and 11 if each reads a stretch
-/// of its own.
+/// There a plain sum of 16 Mi takes 55 ms if neighbouring invocations read neighbouring quads, and 11 if each reads a
+/// contiguous stretch.
 pub const SOFTWARE: Tuning = Tuning {
     workgroup: 8,
     contiguous: true,
@@ -58,7 +57,7 @@ pub const SOFTWARE: Tuning = Tuning {
     merged_partials: 1024,
 };
 
-/// Everything else. Not measured yet: the shape that CUB uses, an even share for some workgroups per core.
+/// All other devices. Not measured yet: the shape that CUB uses, an even share for some workgroups per core.
 pub const HARDWARE: Tuning = Tuning {
     workgroup: 256,
     contiguous: false,
@@ -71,18 +70,17 @@ pub const HARDWARE: Tuning = Tuning {
     merged_partials: 4096,
 };
 
-/// Segments of so many partials and fewer are merged by one invocation each: a workgroup's tree has 6 to 8 steps
-/// anyway.
+/// Segments of at most this many partials are merged by one invocation each: a tree has 6 to 8 steps anyway.
 pub(super) const LANE_PARTIALS: u32 = 16;
 
-/// Rows of so many elements and fewer are measured by one invocation each; longer ones by a workgroup. Not measured yet.
+/// Rows of at most this many elements are measured by one invocation each, longer ones by a workgroup. Not measured.
 pub(super) const LANE_ROW: u32 = 64;
 
-/// So many elements of a column are measured by one invocation: 1,024 bytes read for the 64 that a partial costs. Not
+/// One invocation measures this many elements of a column: it reads 1,024 bytes for the 64 that a partial costs. Not
 /// measured against other lengths yet.
 pub(super) const LANE_COLUMN: u32 = 256;
 
-/// How a plain pass over memory is shared out, for [`GpuClipper::speeds`](super::GpuClipper::speeds).
+/// How a plain pass over memory is divided, for [`GpuClipper::speeds`](super::GpuClipper::speeds).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sweep {
     /// Invocations in a workgroup.
@@ -93,7 +91,7 @@ pub(super) struct Sweep {
     pub(super) runs: bool,
 }
 
-/// Runs of each pass that speeds are the medians of, beside one that warms up.
+/// Each speed is the median of this many runs, after one that warms up.
 pub(super) const SPEED_RUNS: usize = 12;
 
 impl Sweep {
@@ -106,9 +104,9 @@ impl Sweep {
     }
 }
 
-/// Software devices: what one invocation reads should be one run.
+/// Software devices: each invocation should read one run.
 ///
-/// 128 MiB on llvmpipe with two cores, medians in GB/s of what is read, and read and written by the copy kernel
+/// 128 MiB on llvmpipe with two cores, medians in GB/s of bytes read and, for the copy kernel, bytes read and written
 /// (`copy_buffer_to_buffer`: 23 to 28):
 ///
 /// | workgroup | workgroups | runs | read | copy |
@@ -122,7 +120,7 @@ impl Sweep {
 /// | 256 | 256 | no | 2.1 | 2.4 |
 pub(super) const SOFTWARE_SWEEP: Sweep = Sweep { workgroup: 32, workgroups: 256, runs: true };
 
-/// Everything else. Not measured yet: the shape that CUB uses.
+/// All other devices. Not measured yet: the shape that CUB uses.
 pub(super) const HARDWARE_SWEEP: Sweep = Sweep { workgroup: 256, workgroups: 4096, runs: false };
 
 impl Tuning {
@@ -137,11 +135,11 @@ impl Tuning {
 
     pub(super) fn check(&self) -> Result<(), Error> {
         if !self.workgroup.is_power_of_two() || self.workgroup < SMALLEST_WORKGROUP {
-            return Err(Error::usage("a workgroup must be a power of two from 8 on"));
+            return Err(Error::usage("a workgroup must be a power of two of at least 8"));
         }
         if self.chunks == 0 || self.min_chunk_words < 4 || self.max_chunk_words < self.min_chunk_words {
             return Err(Error::usage(
-                "chunks must be at least one, of at least 4 words, the shortest below the longest",
+                "chunks must be at least one, and the shortest must have at least 4 words and not exceed the longest",
             ));
         }
         if !(2..=self.most_merged()).contains(&self.merged_partials) {
@@ -160,12 +158,12 @@ impl Tuning {
         self.workgroup.saturating_mul(1 << 14)
     }
 
-    /// How many partials an invocation can merge, for all of them.
+    /// The most partials that a workgroup can merge.
     fn most_merged(&self) -> u32 {
         self.workgroup.saturating_mul(1 << 12)
     }
 
-    /// Takes smaller workgroups, of at most so many invocations (8 or more), and less work for each.
+    /// Takes smaller workgroups, of at most `invocations` invocations (8 or more), and gives each less work.
     pub(super) fn narrow(&mut self, invocations: u32) {
         while self.workgroup > invocations {
             self.workgroup /= 2;
@@ -175,7 +173,7 @@ impl Tuning {
         }
     }
 
-    /// The length of chunks for a set of so many words: an even share of them, rounded up to a multiple of the shortest.
+    /// The length of chunks for a set of this many words: an even share, rounded up to a multiple of the shortest.
     pub(super) fn chunk_words(&self, words: u64) -> u32 {
         let share = words.div_ceil(self.chunks).next_multiple_of(u64::from(self.min_chunk_words));
         u32::try_from(share).unwrap_or(u32::MAX).clamp(self.min_chunk_words, self.max_chunk_words)
@@ -196,16 +194,17 @@ impl Tuning {
 /// | 64 MiB | 378, 841 | 572, 1079 |
 pub(super) const STAGING_BYTES: u64 = 16 << 20;
 
-/// How many staging buffers there are for each direction: one that the host works on and one that the device works on. A
-/// third was no faster on llvmpipe (16 MiB: 300 and 554 ms with 64 MiB, 388 and 614 with all).
+/// How many staging buffers there are for each direction: one that the host works on and one that the device works on.
+/// A third was no faster on llvmpipe (16 MiB: 300 and 554 ms with 64 MiB, 388 and 614 with all).
 pub(super) const STAGING_BUFFERS: usize = 2;
 
-/// How much device memory host tensors take unless the caller says it, in bytes.
+/// The default device memory for host tensors, in bytes.
 ///
-/// The memory of a software device is the host's own, fresh from the system, which clears it page by page: keeping a set there
-/// costs more than it saves, even if everything is clipped and has to come twice. 16 Mi elements of float32 through llvmpipe,
-/// medians of 7 in ms, unclipped and clipped: 87 and 167 with 16 MiB, 96 and 167 with 32, 121 and 183 with 64, which is all
-/// of them ([`STAGING_BYTES`] has a longer set). Elsewhere whatever is kept need not cross the bus again. Not measured there.
+/// A software device uses the host's memory, fresh from the system, which clears it page by page. Keeping a set there
+/// costs more than it saves, even if everything is clipped and has to come twice. 16 Mi elements of float32 through
+/// llvmpipe, medians of 7 in ms, unclipped and clipped: 87 and 167 with 16 MiB, 96 and 167 with 32, 121 and 183 with
+/// 64, which is all of them ([`STAGING_BYTES`] has a longer set). Elsewhere what is kept need not cross the bus again;
+/// that is not measured.
 pub(super) const fn memory_budget(device_type: wgpu::DeviceType) -> u64 {
     match device_type {
         wgpu::DeviceType::Cpu => 2 * STAGING_BYTES,
@@ -213,13 +212,13 @@ pub(super) const fn memory_budget(device_type: wgpu::DeviceType) -> u64 {
     }
 }
 
-/// The least that host tensors are cut into where the device memory they may take is less than [`STAGING_BYTES`].
+/// The smallest piece of host tensors, in bytes, for a budget below [`STAGING_BYTES`].
 pub(super) const SMALLEST_LOAD: u64 = 64 << 10;
 
 /// Bytes that one thread copies to or from a staging buffer, or clips where the device cannot, before it asks for more.
 pub(super) const COPIED_AT_ONCE: usize = 64 << 10;
 
-/// A plan whose buffers come one after another shares each out as if it were alone, but for no more chunks in all than so
+/// A plan that gets one buffer after another cuts each as if it were alone, but into no more chunks in all than this
 /// many buffers would have: 32 MiB of partials on hardware for host tensors of any size. Not measured against others.
 pub(super) const BUFFERS_OF_CHUNKS: u64 = 256;
 

@@ -817,7 +817,7 @@ mod on_the_device {
                     let again = running.merge_across(&*group).wait().expect_err("merged already");
                     assert_says(&again, &["merged across processes already"]);
                     let more = set.accumulate(&mut gpu::encoder(gpu)).expect_err("merged already");
-                    assert_says(&more, &["takes in no more before its finish"]);
+                    assert_says(&more, &["accepts no more before its finish"]);
                 }
                 let mut encoder = gpu::encoder(gpu);
                 running.finish(&mut encoder).expect("works");

@@ -12,12 +12,13 @@ use crate::segment::Segments;
 use crate::{Error, Waiting};
 
 impl GpuPlan {
-    /// Takes in what the other processes of a group have measured: between [`GpuPlan::encode_measure`], once it is submitted, and
-    /// [`GpuPlan::encode_scale`], which then clips by the norm of all. Every process makes the call, be it for a plan like this
-    /// one or for a [`Clipper`](crate::Clipper) [with the group](crate::Clipper::processes), by the same clip.
+    /// Merges in what the other processes of a group have measured. Call it after submitting
+    /// [`GpuPlan::encode_measure`] and before [`GpuPlan::encode_scale`], which then clips by the norm of all. Every
+    /// process must make the call, for a plan like this one or for a [`Clipper`](crate::Clipper) [with the
+    /// group](crate::Clipper::processes), with the same clip.
     ///
-    /// It reads 32 bytes back for each segment, exchanges some more with the others, and writes as many up again. Other work that
-    /// was submitted goes on meanwhile.
+    /// It reads 32 bytes back for each segment, exchanges some more with the other processes, and writes 32 bytes for
+    /// each segment. Other submitted work goes on meanwhile.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -41,9 +42,8 @@ impl GpuPlan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Usage`] for a plan that measures no norm of its own, or whose threshold is the device's, or if what was
-    /// measured last has merged already;
-    /// [`Error::NotSubmitted`] as [`GpuPlan::report`]; [`Error::PeerFailed`], [`Error::Disagreement`] and
+    /// [`Error::Usage`] if the plan measures no norm of its own, has a threshold on the device, or has merged its last
+    /// norm already; [`Error::NotSubmitted`] as [`GpuPlan::report`]; [`Error::PeerFailed`], [`Error::Disagreement`] and
     /// [`Error::ProcessGroup`] ([`processes`](crate::processes)); the device's own. Nothing is written then.
     pub fn merge_across<'a>(&'a self, processes: &'a dyn ProcessGroup) -> Waiting<'a, Result<(), Error>> {
         Waiting::new(self.merge_checked(processes))
@@ -54,13 +54,13 @@ impl GpuPlan {
         let measures = |g: &Group| g.clip.measured().is_some() && !g.given;
         if self.built.threshold.is_some() || !self.built.groups.iter().all(measures) {
             const WHY: &str =
-                "what merges across processes is a norm that the plan measures, without a threshold on the device";
+                "only norms that the plan measures merge across processes, and only without a threshold on the device";
             return Err(Error::usage(WHY));
         }
         self.merged(call).await
     }
 
-    /// Takes in the partials of the other processes, between measuring and deciding.
+    /// Merges in the partials of the other processes, between measuring and deciding.
     pub(crate) async fn merged(&self, call: GroupCall<'_>) -> Result<(), Error> {
         let memory = &self.built.memory;
         let place = |first: u32| u64::from(first) * PARTIAL_BYTES;
@@ -112,7 +112,7 @@ impl GpuPlan {
             write(group.total, &[total.partial]);
             let of = |segments: &Segments| segments.max_norms(&group.clip, &[], &[]).into_iter().map(threshold_number);
             own_thresholds.extend(of(&group.segments));
-            // Those that go by parameters the device computes itself, whatever stands there.
+            // The device overwrites thresholds that depend on parameters.
             thresholds.extend(of(&part.segments));
         }
         write(self.built.everything, &[totals.iter().fold(Partial::EMPTY, |all, total| all.merge(total.partial))]);

@@ -21,23 +21,23 @@ use crate::{Clip, Error};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
-/// Made by [`GpuClipper::plan`] or [`GpuClipper::plan_with`]. The plan keeps the tensors' buffers alive, and holds some 90 bytes on the
-/// device for each chunk (a tensor, or 16 KiB to 4 MiB of one), and some 100 more for each segment beyond the first. It is
-/// `Send + Sync`. Its steps share one set of partials and results, so they must run on the GPU one after another, as
-/// everything on one queue does.
+/// Made by [`GpuClipper::plan`] or [`GpuClipper::plan_with`]. The plan keeps the tensors' buffers alive, and holds some
+/// 90 bytes on the device for each chunk (a tensor, or 16 KiB to 4 MiB of one), and some 100 more for each segment
+/// beyond the first. It is `Send + Sync`. Its steps share one set of partials and results, so they must run on the GPU
+/// one after another, as everything on one queue does.
 #[derive(Debug)]
 pub struct GpuPlan {
     pub(super) gpu: GpuClipper,
     pub(super) built: Built,
     pub(super) encoded: AtomicU64,
     reported: Mutex<Reported>,
-    /// By group of tensors, what the processes of a group have measured.
+    /// For each group of tensors, its total over all processes.
     across: Mutex<Stamped<Vec<MergedGroup>>>,
-    /// The thresholds of this process alone, if what has merged has set others: each norm that is recorded begins with them.
+    /// The thresholds of this process alone, if merging has set others: each recorded norm begins with them.
     own_thresholds: Mutex<Option<wgpu::Buffer>>,
 }
 
-/// What was measured of a group of tensors, of all processes together.
+/// The total of a group of tensors over all processes.
 #[derive(Clone, Debug)]
 struct MergedGroup {
     segments: Segments,
@@ -60,21 +60,21 @@ impl GpuClipper {
         self.plan_with(&[(*clip, tensors)], PlanOptions::default())
     }
 
-    /// Plans a clip of groups of tensors, each by a clip of its own, in one compute pass. [`GpuPlan::reports`] are theirs,
-    /// in order. Compiles the kernels it needs, if no earlier plan has.
+    /// Plans a clip of groups of tensors, each with its own clip, in one compute pass. [`GpuPlan::reports`] returns
+    /// their reports in order. Compiles the kernels it needs, if no earlier plan has.
     ///
     /// The clips must agree on `grad_scale` and on the policy for non-finite gradients, which holds for all groups
     /// together.
     ///
-    /// The buffers must be of this device. One of another device is an error, but one of another `wgpu::Instance` wgpu
-    /// itself cannot tell apart: it panics, or takes another buffer for it.
+    /// The buffers must belong to this device. A buffer of another device is an error. wgpu cannot recognise a buffer
+    /// of another `wgpu::Instance`: it panics, or takes another buffer for it.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a clip or a threshold that cannot be; [`Error::Usage`] if the clips disagree, there is no group, or
-    /// the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the scope, its parameter or its sum, or two
-    /// tensors share elements; [`Error::ThresholdState`] if the threshold is that of other tensors or another scope;
-    /// [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the device cannot hold or bind what the plan
-    /// needs. The tensors are not touched.
+    /// [`Error::Setting`] for an invalid clip or threshold; [`Error::Usage`] if the clips disagree, there is no group,
+    /// or the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the
+    /// scope, its parameter or its sum, or two tensors share elements; [`Error::ThresholdState`] if the threshold
+    /// belongs to other tensors or another scope; [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the
+    /// device cannot hold or bind what the plan needs. The tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
         let PlanOptions { threshold, .. } = &options;
         GpuPlan::new(self, Gathered::new(groups, options.job(groups.len())?, threshold.clone())?)
@@ -97,9 +97,8 @@ impl GpuPlan {
     /// waits nor allocates (wgpu's own recording aside); nothing happens before the encoder's commands are submitted.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`] on a device that [`GpuClipper::open`] made and that was lost. Whatever else is wrong with
-    /// the encoder or the buffers (they were destroyed, or are mapped) wgpu tells when the encoder is finished or
-    /// submitted.
+    /// [`Error::DeviceLost`] if the device was lost and [`GpuClipper::open`] made it. wgpu reports other faults of the
+    /// encoder or the buffers (destroyed or mapped ones) when the encoder is finished or submitted.
     pub fn encode(&self, encoder: &mut wgpu::CommandEncoder) -> Result<(), Error> {
         self.encode_phases(encoder, &[Phase::Measure, Phase::Decide, Phase::Apply])
     }
@@ -112,7 +111,7 @@ impl GpuPlan {
         self.encode_phases(encoder, &[Phase::Measure, Phase::Decide])
     }
 
-    /// Records the decision, from the last norms and the thresholds as they are by then, and the scaling.
+    /// Records the decision, by the last norms and the thresholds at that time, and the scaling.
     ///
     /// # Errors
     /// As [`GpuPlan::encode`].
@@ -136,14 +135,14 @@ impl GpuPlan {
         Ok(())
     }
 
-    /// Records that what other processes have measured counts no more: before each norm.
+    /// Records, before each norm, that this process's own thresholds hold again.
     pub(super) fn begin_anew(&self, encoder: &mut wgpu::CommandEncoder) {
         if let Some(own) = &*locked(&self.own_thresholds) {
             encoder.copy_buffer_to_buffer(own, 0, &self.built.memory.thresholds, 0, own.size());
         }
     }
 
-    /// Records what a phase does with one buffer of the plan's, or with none: what merges and decides.
+    /// Records the dispatches of a phase for one of the plan's buffers or, with None, those that merge and decide.
     pub(super) fn encode_for(&self, encoder: &mut wgpu::CommandEncoder, phase: Phase, buffer: Option<usize>) {
         let mut pass = encoder
             .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
@@ -151,20 +150,20 @@ impl GpuPlan {
         dispatches.filter(|dispatch| dispatch.buffer == buffer).for_each(|dispatch| dispatch.record(&mut pass));
     }
 
-    /// The buffer in which each step leaves what gradients are multiplied by, for a kernel of the caller's to read: an
-    /// optimizer that multiplies each gradient as it reads it needs no scaling pass
+    /// The buffer in which each step leaves the factors of gradients, for the caller's kernels. An optimizer that
+    /// multiplies each gradient as it reads it needs no scaling pass
     /// ([`PlanOptions::measure_only`](super::PlanOptions::measure_only) plans a clip without one). In WGSL:
     ///
     /// ```wgsl
     /// struct Coefficients {
-    ///     skip: u32,           // 1 if a policy forbids the step: error or skip, and something is not finite; else 0
-    ///     factors: array<f32>, // for each segment c / grad_scale
+    ///     skip: u32,           // 1 if the policy is error or skip and something is not finite, else 0
+    ///     factors: array<f32>, // c / grad_scale for each segment
     /// }
     /// @group(0) @binding(0) var<storage, read> coefficients: Coefficients;
     /// ```
     ///
-    /// Segments are in the order of the report, groups one after another; where `skip` is 1 the factors are 1. Under the policy `drop` the caller's kernel has
-    /// to drop the non-finite elements itself. A value clip leaves `1 / grad_scale`.
+    /// Segments are in the order of the report, groups one after another. Where `skip` is 1 the factors are 1. Under
+    /// the policy `drop` the caller's kernel must drop non-finite elements. A value clip leaves `1 / grad_scale`.
     #[must_use]
     pub fn coefficients(&self) -> &wgpu::Buffer {
         &self.built.memory.coefficients
@@ -175,7 +174,6 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What others have measured would count twice.
-pub(super) const MERGED_ALREADY: Error = Error::Usage(Cow::Borrowed(
-    "what was measured has merged across processes already; it merges once, and then another is measured",
-));
+/// Merging again would count the other processes twice.
+pub(super) const MERGED_ALREADY: Error =
+    Error::Usage(Cow::Borrowed("this norm has merged across processes already; measure again before the next merge"));

@@ -1,4 +1,4 @@
-//! What the device tells of a step.
+//! Reports on the last step.
 
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -13,20 +13,20 @@ use crate::threshold::Threshold;
 use crate::{ClipReport, Error, NonFinite, Scope, Waiting};
 
 impl GpuPlan {
-    /// That a step has run since the last report, given how many were encoded.
+    /// Checks that a step has run since the last report. `encoded` steps were encoded.
     pub(super) fn check_ran(&self, encoded: u64, head: &ResultsHead) -> Result<MutexGuard<'_, Reported>, Error> {
         let reported = locked(&self.reported);
-        // Where all that were encoded have run, another thread may have reported on them, by an older count of what was encoded.
+        // If all encoded steps have run, another thread may have reported on them with an older count of encoded steps.
         let idle = head.steps == reported.steps && encoded != reported.encoded && head.steps != encoded as u32;
         if head.steps == 0 || idle { Err(Error::NotSubmitted) } else { Ok(reported) }
     }
 
-    /// The report on the last step that was submitted, of the first group if there are several. This is what waits: until
-    /// the GPU has finished that step. It reads back 32 bytes for each segment.
+    /// The report on the last submitted step, for the first group if there are several. It waits until the GPU has
+    /// finished that step, and reads back 32 bytes for each segment.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if no step has run, or if steps were encoded since
-    /// the last report and none of them has; the device's own errors.
+    /// [`Error::NonFinite`] under that policy; [`Error::NotSubmitted`] if no step has run, or if steps were encoded
+    /// since the last report and none of them has; the device's own errors.
     pub fn report(&self) -> Waiting<'_, Result<ClipReport, Error>> {
         Waiting::new(async { Ok(self.reports_and_outcomes().await?.0.swap_remove(0)) })
     }
@@ -39,7 +39,7 @@ impl GpuPlan {
         Waiting::new(async { self.reports_and_outcomes().await.map(|(reports, _)| reports) })
     }
 
-    /// The reports, and by group what became of each segment.
+    /// The reports, and for each group the outcomes of its segments.
     pub(crate) async fn reports_and_outcomes(&self) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
         let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
         for (group, (all, outcomes)) in self.built.groups.iter().zip(self.last_step().await?) {
@@ -50,7 +50,7 @@ impl GpuPlan {
         Ok((reports, of_segments))
     }
 
-    /// What the last step that has run has left of each group: what was measured, and what became of each segment.
+    /// For each group, the total of the last step that has run, and the outcomes of its segments.
     async fn last_step(&self) -> Result<Vec<(MergedGroup, Vec<OutcomeRow>)>, Error> {
         let encoded = self.encoded.load(Ordering::Relaxed);
         let totals = self
@@ -83,8 +83,8 @@ impl GpuPlan {
         Ok(each.map(of_group).collect())
     }
 
-    /// The adaptive threshold, with the state that the last step left on the device: what a checkpoint keeps, and a new
-    /// plan goes on from. None for a plan without one.
+    /// The adaptive threshold, with its state after the last step. A checkpoint can keep it, and a new plan can go on
+    /// from it. None for a plan without one.
     ///
     /// # Errors
     /// The device's own.
@@ -101,32 +101,33 @@ impl GpuPlan {
         Ok(Some(threshold.clone().with(&bytemuck::pod_collect_to_vec::<u8, StateRow>(&bytes))))
     }
 
-    /// Lets a threshold on the host follow the norms of the last step that was submitted, waiting for them, and sets what
-    /// they are compared with: between [`GpuPlan::encode_measure`] and [`GpuPlan::encode_scale`]. The clip's own threshold
-    /// stays an upper bound; infinity sets none. [`PlanOptions::threshold`](crate::gpu::PlanOptions::threshold) needs no wait.
+    /// Waits for the norms of the last submitted step, lets a threshold on the host follow them, and sets the plan's
+    /// thresholds. Call it between [`GpuPlan::encode_measure`] and [`GpuPlan::encode_scale`]. The clip's own threshold
+    /// stays an upper bound; infinity sets none. [`PlanOptions::threshold`](crate::gpu::PlanOptions::threshold) needs
+    /// no wait.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a plan of several groups, of a clip by value or AGC, by given norms, or with a threshold on the
-    /// device; [`Error::Setting`] for a threshold that cannot be; [`Error::ThresholdState`] for that of other tensors;
-    /// those of [`GpuPlan::report`]. If the device fails after it has told the norms, the threshold has followed them.
+    /// [`Error::Usage`] for a plan of several groups, of a clip by value or AGC, by given norms, or with a threshold on
+    /// the device; [`Error::Setting`] for an invalid threshold; [`Error::ThresholdState`] for one of other tensors;
+    /// those of [`GpuPlan::report`]. If the device fails after the norms were read, the threshold has followed them.
     pub fn follow<'a>(&'a self, threshold: &'a mut dyn Threshold) -> Waiting<'a, Result<(), Error>> {
         Waiting::new(self.follow_norms(threshold))
     }
 
     pub(crate) async fn follow_norms(&self, threshold: &mut dyn Threshold) -> Result<(), Error> {
         let [group] = &self.built.groups[..] else {
-            return Err(Error::usage("only a plan of one group follows a threshold on the host"));
+            return Err(Error::usage("only a plan of one group can follow a threshold on the host"));
         };
         if group.given || self.built.threshold.is_some() {
             return Err(Error::usage(
-                "a plan by given norms, or with a threshold on the device, follows no threshold on the host",
+                "a plan by given norms, or with a threshold on the device, cannot follow a threshold on the host",
             ));
         }
         let clip = &group.clip;
         clip.check_adaptive()?;
         self.bind(threshold)?;
         let (all, outcomes) = self.last_step().await?.swap_remove(0);
-        // Of all processes, if they have merged.
+        // Those of all processes, if they have merged.
         let segments = all.segments.clone();
         let (measured, _) = group.report(&outcomes, all)?;
         let total_norm = if measured.has_non_finite() { f64::NAN } else { measured.total_norm };
@@ -135,7 +136,7 @@ impl GpuPlan {
         let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
         let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(*m)).collect();
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
-        // These are what later steps go by, until they are set anew.
+        // Later steps go by these, until they are set anew.
         *locked(&self.own_thresholds) = None;
         self.gpu.device.scoped(|| queue.write_buffer(buffer, 0, bytemuck::cast_slice(&numbers)))
     }
@@ -148,10 +149,10 @@ impl GpuPlan {
 }
 
 impl Group {
-    /// The report, and what became of each segment, given what was measured of all.
+    /// The report and the outcomes of the segments, given the total of all processes.
     fn report(&self, outcomes: &[OutcomeRow], all: MergedGroup) -> Result<(ClipReport, Vec<Outcome>), Error> {
         let (clip, MergedGroup { segments, total: GroupTotal { partial: total, non_finite } }) = (&self.clip, all);
-        // Norms from outside are N already.
+        // Given norms are N already.
         let weight = |elements| if self.given { 1.0 } else { clip.weight(elements) };
         let each = segments.families().zip(outcomes);
         let mut outcomes: Vec<_> = each.map(|(family, row)| row.to_outcome(clip, weight(family.elements))).collect();
@@ -162,7 +163,7 @@ impl Group {
             _ => clip.known(&total).norm * weight(elements),
         };
         let report = clip.report((&segments, &outcomes), (total_norm, total.outside), elements, non_finite)?;
-        // A value clip looks at each element whatever is decided; only what it met tells whether it wrote.
+        // A value clip looks at each element whatever is decided. Only what it found tells whether it wrote.
         let drops = clip.non_finite == NonFinite::Drop && total.non_finite > 0;
         let met_nothing = clip.grad_scale == 1.0 && !total.outside && !drops;
         if clip.measured().is_none() && self.all_counted() && met_nothing {

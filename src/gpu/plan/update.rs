@@ -11,9 +11,9 @@ use super::GpuPlan;
 use crate::{Clip, Error};
 
 impl GpuPlan {
-    /// Takes other tensors of the same dtypes and shapes in place of the plan's, group by group: in other buffers or at other offsets, as a
-    /// pool hands them out anew. Compiles nothing. Adaptive thresholds, [`GpuPlan::coefficients`] and the count of steps go
-    /// on; steps that were encoded before still do what they were encoded for.
+    /// Replaces the plan's tensors, group by group, by others of the same dtypes and shapes, in other buffers or at other
+    /// offsets, as a pool hands them out. Compiles nothing. Adaptive thresholds, [`GpuPlan::coefficients`] and the count of
+    /// steps go on. Steps that were encoded before still clip the tensors that they were encoded for.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -34,8 +34,8 @@ impl GpuPlan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Usage`] if they are not as many, or of another dtype or shape, or not the same of them count; those of
-    /// [`GpuClipper::plan_with`]. The plan is then as it was.
+    /// [`Error::Usage`] if the number of tensors, their dtypes, their shapes or which of them count differ; those of
+    /// [`GpuClipper::plan_with`]. The plan is then unchanged.
     pub fn update(&mut self, groups: &[&[GpuTensor]]) -> Result<(), Error> {
         let of_plan = self.built.groups.iter();
         let shapes_differ =
@@ -53,9 +53,9 @@ impl GpuPlan {
         Ok(())
     }
 
-    /// Writes another `max_norm`, or what the mode has in its place, for the steps that are submitted from now on, whenever they
-    /// were encoded. Nothing is built anew, and what comes out has the bits that a new plan would give. Ask for the report on an
-    /// earlier step before.
+    /// Sets another `max_norm`, or the mode's own threshold, for the steps that are submitted from now on, even if they
+    /// were encoded before. Builds nothing anew, and gives the bits of a new plan. Ask for the report on an earlier
+    /// step first.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -77,7 +77,8 @@ impl GpuPlan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Setting`] if it cannot be; [`Error::Usage`] for a value clip; the device's own. The plan is then as it was.
+    /// [`Error::Setting`] if it is invalid; [`Error::Usage`] for a value clip; the device's own. The plan is then
+    /// unchanged.
     pub fn set_max_norm(&mut self, max_norm: f64) -> Result<(), Error> {
         self.set_max_norms(&vec![max_norm; self.built.groups.len()])
     }
@@ -85,7 +86,7 @@ impl GpuPlan {
     /// [`GpuPlan::set_max_norm`] for each group by itself.
     ///
     /// # Errors
-    /// The same, and [`Error::Usage`] if they are not as many as groups.
+    /// The same, and [`Error::Usage`] unless there is one for each group.
     pub fn set_max_norms(&mut self, max_norms: &[f64]) -> Result<(), Error> {
         let (found, expected) = (max_norms.len(), self.built.groups.len());
         if found != expected {
@@ -101,17 +102,17 @@ impl GpuPlan {
         Ok(())
     }
 
-    /// Writes another `grad_scale`, as [`GpuPlan::set_max_norm`] does a threshold.
+    /// Sets another `grad_scale`, as [`GpuPlan::set_max_norm`] does a threshold.
     ///
     /// # Errors
-    /// [`Error::Setting`] if it cannot be; the device's own. The plan is then as it was.
+    /// [`Error::Setting`] for an invalid value; the device's own. The plan is then unchanged.
     pub fn set_grad_scale(&mut self, grad_scale: f64) -> Result<(), Error> {
         let clips: Vec<_> = self.built.groups.iter().map(|group| group.clip.grad_scale(grad_scale)).collect();
-        // An adaptive threshold goes on with what it has set.
+        // An adaptive threshold keeps what it has set.
         self.set_clips(&clips, &[])
     }
 
-    /// Writes what groups are clipped by, and thresholds if there are any.
+    /// Writes the groups' new clips, and thresholds if there are any.
     fn set_clips(&mut self, clips: &[Clip], thresholds: &[Number]) -> Result<(), Error> {
         clips.iter().try_for_each(Clip::check)?;
         let queue = &self.gpu.device.queue;

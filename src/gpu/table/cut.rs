@@ -11,7 +11,7 @@ use crate::segment::{By, SegmentLayout};
 /// Elements from one origin to the next; a chunk that begins before the next may end behind it.
 const ORIGIN_SPAN: u64 = 1 << 31;
 
-/// A chunk. Where it lies in its window is told once there are windows.
+/// A chunk. Its place in a window is set once there are windows.
 #[derive(Clone, Copy)]
 pub(super) struct Cut {
     pub(super) buffer: usize,
@@ -34,7 +34,7 @@ impl Cut {
             let stride = next.get(from + 1).map_or(0, |second| second - next[from]);
             let even = next[from..].windows(2).take_while(|pair| pair[1] - pair[0] == stride).count();
             let count = even + 1;
-            // Within a window, which 32 bits hold.
+            // Offsets within a window fit into 32 bits.
             let skipped = from as u32 * self.row.segment_stride;
             let row = ChunkRow {
                 first: self.row.first + skipped,
@@ -147,7 +147,7 @@ impl Cutter {
 
     fn run(&mut self, piece: &Piece, use_: Use, origin: u64, run: Range<u64>) -> Option<()> {
         let SegmentLayout { by, columns, segment } = piece.layout;
-        // Beyond that a chunk meets the end of a row once at most, and only the distance to it counts.
+        // In longer rows a chunk meets the end of a row at most once, and only the distance to it counts.
         let folded = columns.min(1 << 31);
         let column = folded - (columns - run.start.checked_rem(columns)?).min(folded);
         let segment = if by == By::Rows { piece.layout.segment_of(run.start) } else { segment };
@@ -168,7 +168,7 @@ impl Cutter {
         Some(())
     }
 
-    /// So many segments of so many elements from an element on, with their strides.
+    /// Adds `count` segments of `elements` elements each, from `element` on, with their strides.
     fn each(
         &mut self,
         piece: &Piece,

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use super::piece::Piece;
 use super::rows::{Batch, EdgeRow, NOWHERE, Window, dtype_code};
 
-/// Lists the words that an element of half precision shares with something else than its tensor, each in a window that
-/// holds it.
+/// Lists the words that hold an element of half precision and something not of its tensor, each in its window.
 pub(super) fn add_edges(batches: &mut [Batch], pieces: &[Piece]) {
     let mut edges: BTreeMap<(usize, u64), EdgeRow> = BTreeMap::new();
     for piece in pieces.iter().filter(|p| p.len > 0 && p.dtype.size() == 2) {

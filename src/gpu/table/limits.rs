@@ -1,27 +1,27 @@
-//! What a device and its tuning ask of the tables.
+//! [`Limits`] of tables.
 
 use super::super::tuning::{LANE_COLUMN, LANE_ROW, Tuning};
 
-/// What a device and its tuning ask of the tables.
+/// What a device and its tuning demand of tables.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) chunk_words: u32,
     /// The largest binding, in bytes, and what offsets of bindings must be multiples of.
     pub(crate) binding_bytes: u64,
     pub(crate) alignment: u64,
-    /// Invocations in a workgroup, and so segments in a chunk at most.
+    /// Invocations in a workgroup: the most segments in a chunk.
     pub(crate) workgroup: u32,
-    /// Rows of so many elements and fewer are measured by one invocation each.
+    /// Rows of at most this many elements are measured by one invocation each.
     pub(crate) lane_row: u32,
-    /// So many elements of a column are measured by one invocation.
+    /// One invocation measures this many elements of a column.
     pub(crate) lane_column: u32,
     /// How many windows can be bound at once.
     pub(crate) windows: usize,
 }
 
 impl Limits {
-    /// What follows for a set of so many words from a tuning, a device's largest binding and alignment, and how many windows
-    /// it binds at once.
+    /// The limits for a set of `words` words, given a device's largest binding and alignment, and the windows that it
+    /// binds.
     pub(crate) fn new(tuning: &Tuning, words: u64, (largest_binding, alignment): (u64, u64), windows: usize) -> Self {
         let binding_bytes = largest_binding & !3;
         // A chunk must fit into a binding wherever it starts.
@@ -43,7 +43,7 @@ impl Limits {
     }
 }
 
-/// So many workgroups in two dimensions, of which a device allows so many in each. None if it cannot hold them.
+/// Arranges workgroups in two dimensions of at most `widest` each. None if they do not fit.
 pub(crate) fn grid(workgroups: u32, widest: u32) -> Option<(u32, u32)> {
     let x = workgroups.clamp(1, widest);
     let y = workgroups.div_ceil(x);

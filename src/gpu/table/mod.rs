@@ -3,32 +3,34 @@
 //!
 //! - A *piece* is a run of elements in one buffer, and a run of elements of one tensor. Tensors in GPU memory are one
 //!   piece each; host tensors larger than a buffer are several.
-//! - A *chunk* is part of a piece, for one workgroup: either a run of elements, or so many segments with so many
-//!   elements each, evenly spaced (rows or columns of a matrix), of which each invocation takes one.
+//! - A *chunk* is part of a piece, for one workgroup: either a run of elements, or several segments with the same
+//!   number of elements each, evenly spaced (rows or columns of a matrix), one for each invocation.
 //! - A *slot* is the place of a partial. The slots of a segment are consecutive, in the order of its pieces; segments
-//!   follow one another. `merge.rs` plans what becomes of them.
+//!   follow one another. `merge.rs` plans how they merge.
 //! - A *task* is what one workgroup does: a chunk, or several of one segment that are too short to be worth a workgroup
-//!   each. What it finds goes into one slot.
-//! - A *window* is the part of one buffer that is bound in a dispatch. Offsets are 64-bit up to here; within a window
-//!   they count elements: a binding is at most 2^31 - 1 bytes, so fewer than 2^30 elements. A *batch* is as many windows
-//!   as are bound at once.
-//! - An *origin* is where counting the elements of a tensor begins, so that 32 bits suffice to say where one is.
+//!   each. Its result goes into one slot.
+//! - A *window* is the part of one buffer that is bound in a dispatch. Offsets are 64-bit up to here. Within a window
+//!   they count elements in 32 bits: a binding is at most 2^31 - 1 bytes, so fewer than 2^30 elements. A *batch* is the
+//!   windows that are bound at once.
+//! - An *origin* is the element of a tensor from which others are counted, so that 32 bits suffice for a place.
 //!
 //! Why it is so:
 //!
-//! 1. Slots. The partials of a segment must be consecutive to merge, and its chunks may lie in many tensors. So the host counts how
-//!    many each segment gets and numbers them in the caller's order. Merging is then a few rows of a table, whatever the scope.
-//! 2. Windows. Tensors lie at any offset in any number of buffers. Chunks are gathered by address into windows as large as a binding
-//!    may be, so that many tensors in one buffer are one dispatch, and a tensor larger than a binding is several.
-//! 3. Tasks. A workgroup costs something by itself, its merge most of all. With tasks, 2,000 tensors of 2,100 elements take 1.2 times as
-//!    long as one of 4.2 million on llvmpipe; without, 6 times. Where buffers lie decides what shares a task, and so the last bits of a
-//!    norm, but no more.
-//! 4. Heads and tails. Between its first and its last whole quad a chunk is read and written 16 bytes at a time, wherever it begins. Up
-//!    to 4 words on either side are taken one by one, by the first invocations.
-//! 5. Edges. Kernels write 32-bit words. A half-precision tensor that begins or ends within a word shares it, perhaps with a tensor of
-//!    another dtype and segment. Two invocations that each wrote the whole word would undo each other. So chunks write the words that
-//!    are theirs alone, and the edge table lists every other word once.
-//! 6. Order. Scaling walks its tasks from the last to the first, because what was measured last may still be in a cache.
+//! 1. Slots. The partials of a segment must be consecutive to merge, but its chunks may lie in many tensors. So the
+//!    host counts the slots of each segment and numbers them in the caller's order. Merging is then a few rows,
+//!    whatever the scope.
+//! 2. Windows. Tensors lie at any offset in any number of buffers. Chunks are gathered by address into windows as large
+//!    as a binding may be, so many tensors in one buffer are one dispatch, and a tensor larger than a binding is
+//!    several.
+//! 3. Tasks. A workgroup costs something by itself, its merge most of all. With tasks, 2,000 tensors of 2,100 elements
+//!    take 1.2 times as long as one of 4.2 million on llvmpipe; without, 6 times. The layout of buffers decides which
+//!    chunks share a task, and so the last bits of a norm, but no more.
+//! 4. Heads and tails. Between its first and its last whole quad a chunk is read and written 16 bytes at a time,
+//!    wherever it begins. Up to 4 words on either side are taken one by one, by the first invocations.
+//! 5. Edges. Kernels write 32-bit words. A half-precision tensor that begins or ends within a word shares it, perhaps
+//!    with a tensor of another dtype and segment. Two invocations that each wrote the whole word would undo each other.
+//!    So chunks write the words that are theirs alone, and the edge table lists every other word once.
+//! 6. Order. Scaling walks its tasks from the last to the first, because the last measured may still be in a cache.
 
 mod cut;
 mod edges;
@@ -68,9 +70,10 @@ impl Tables {
         self.batches.iter().flat_map(|batch| batch.tables.iter().map(move |((of, dtype), t)| (batch, *of, *dtype, t)))
     }
 
-    /// Cuts pieces into chunks, gathers those in windows, and makes tasks of them. Pieces must be in list order and must not
-    /// overlap; their segments are `segments`, and slots and origins are counted from where the caller's list has got to.
-    /// With `measures_only`, nothing is planned that writes. None if 2^32 slots or segments do not suffice.
+    /// Cuts pieces into chunks, gathers those in windows, and makes tasks of them. Pieces must be in list order and
+    /// must not overlap. Their segments are `segments`; slots and origins are counted from `first_slot` and
+    /// `first_origin`. With `measures_only`, nothing that writes is planned. None if there are more than 2^32 slots or
+    /// segments.
     pub(super) fn new(
         pieces: &[Piece],
         segments: Range<u32>,
@@ -99,7 +102,7 @@ impl Tables {
             starts.push(next);
             next = next.checked_add(*count)?;
         }
-        // First what tasks begin with, so that their numbers are those of workgroups.
+        // The first chunks of tasks come first, so that their numbers are those of workgroups.
         let mut rest = Vec::new();
         let mut open = HashMap::new();
         for task in &tasks {
@@ -131,7 +134,7 @@ impl Tables {
 }
 
 impl Limits {
-    /// The table of a batch that a task of so many chunks goes into: the last of its kind, unless that is full.
+    /// The table of a batch for a task of this many chunks: the last of its kind, unless that is full.
     fn table_of(
         &self,
         open: &mut HashMap<(usize, Use, Dtype), (usize, usize)>,
@@ -150,14 +153,14 @@ impl Limits {
     }
 }
 
-/// Chunks in one task at most, so that loops stay short.
+/// The most chunks in one task, so that loops stay short.
 pub(super) const TASK_CHUNKS: usize = 128;
 
-/// Gathers chunks, by their numbers, in tasks: in list order, of one segment and one table, and no longer together than the
-/// longest chunk.
+/// Gathers chunks, by their numbers, in tasks: in list order, of one segment and one table, and together no longer than
+/// the longest chunk.
 fn tasks(cuts: &[Cut], limits: Limits) -> Vec<Vec<usize>> {
     let mut tasks: Vec<Vec<usize>> = Vec::new();
-    // By table, the task that may go on, and how many words it has.
+    // For each table, the task that may go on, and how many words it has.
     let mut open: HashMap<(usize, Use, Dtype), (usize, u64)> = HashMap::new();
     for (i, cut) in cuts.iter().enumerate() {
         let words = u64::from(cut.row.elements) * cut.dtype.size() as u64 / 4 + 1;

@@ -1,4 +1,4 @@
-//! [`Piece`]: a run of elements in a buffer, which is a run of elements of a tensor.
+//! [`Piece`]: a run of elements in a buffer, and of a tensor.
 
 use std::ops::Range;
 
@@ -42,7 +42,7 @@ impl Piece {
         self.start + (element - self.first_element)
     }
 
-    /// Runs of at most so many words, cut where quads are, as elements of the tensor.
+    /// Runs of at most `chunk_words` words, cut between quads, as elements of the tensor.
     pub(super) fn runs(&self, elements: Range<u64>, chunk_words: u32) -> impl Iterator<Item = Range<u64>> + use<> {
         let step = u64::from(chunk_words) / 4 * self.per_quad();
         // Elements of the first quad that come before.
@@ -55,7 +55,7 @@ impl Piece {
     }
 }
 
-/// Where counting the elements of a tensor begins.
+/// The element of a tensor from which others are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Origin {
     pub(crate) tensor: usize,

@@ -1,4 +1,4 @@
-//! The rows that kernels read, and what they are for.
+//! The rows that kernels read, and their uses.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -67,7 +67,7 @@ impl Use {
     }
 }
 
-/// GroupPartials of a buffer that is bound.
+/// The part of a buffer that is bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     pub(crate) buffer: usize,
@@ -76,11 +76,11 @@ pub(crate) struct Window {
     pub(crate) size: u64,
 }
 
-/// What is bound together, and what lies in it.
+/// Windows that are bound together, and the tables of their chunks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Batch {
     pub(crate) windows: Vec<Window>,
-    /// A table for each use and dtype that occurs, or several if one cannot be bound: each is a dispatch.
+    /// A table for each use and dtype that occurs, or several if one is too large to bind. Each is a dispatch.
     pub(crate) tables: Vec<((Use, Dtype), Table)>,
     pub(crate) edges: Vec<EdgeRow>,
 }

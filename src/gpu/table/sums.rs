@@ -1,4 +1,4 @@
-//! Cuts the summing of examples.
+//! Cuts sums of examples.
 
 use std::ops::Range;
 
@@ -7,11 +7,10 @@ use super::piece::Piece;
 use super::rows::{ChunkRow, Table, Window};
 use crate::Dtype;
 
-/// Examples that one invocation adds up: with its loops over them it stays below the 65,535 iterations after which
-/// llvmpipe silently ends it.
+/// The most examples that one invocation adds up: llvmpipe silently ends loops after 65,535 iterations.
 pub(crate) const SUMMED_ROWS: u64 = 1 << 15;
 
-/// A dispatch of `sum`: rows of a table, with the part of a tensor and the part of its sums that they lie in.
+/// A dispatch of `sum`: rows of a table, with the windows of the examples and of the sums that they use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SumWindow {
     pub(crate) dtype: Dtype,
@@ -21,8 +20,8 @@ pub(crate) struct SumWindow {
     pub(crate) table: Table,
 }
 
-/// Cuts the summing of examples: each piece of a tensor of examples is given with the piece of its sums. Pieces of one
-/// tensor must be in order. None if the device cannot bind a row.
+/// Cuts sums of examples. Each piece of a tensor of examples comes with the piece of its sums. Pieces of one tensor
+/// must be in order. None if the device cannot bind a row.
 pub(crate) fn sum_windows(pieces: &[(Piece, Piece)], limits: Limits) -> Option<Vec<SumWindow>> {
     let mut found = Vec::new();
     for (of, into) in pieces {
@@ -35,7 +34,7 @@ pub(crate) fn sum_windows(pieces: &[(Piece, Piece)], limits: Limits) -> Option<V
             add_sums(&mut found, (of, into), (0..columns, 0..0), limits)?;
             continue;
         }
-        // GroupPartials of a row, whole rows, part of a row.
+        // Part of a row, whole rows, part of a row.
         let first_row = all.start.next_multiple_of(columns).min(all.end);
         let last_row = (all.end / columns * columns).max(first_row);
         for part in [all.start..first_row, last_row..all.end] {
@@ -54,7 +53,7 @@ pub(crate) fn sum_windows(pieces: &[(Piece, Piece)], limits: Limits) -> Option<V
     Some(found.into_iter().map(|(.., window)| window).collect())
 }
 
-/// A rectangle of columns and rows, in bands of rows and of columns that can be bound.
+/// Adds a rectangle of columns and rows, in bands that can be bound.
 fn add_sums(
     found: &mut Vec<(usize, u64, SumWindow)>,
     (of, into): (&Piece, &Piece),
@@ -64,7 +63,7 @@ fn add_sums(
     let fitting = limits.binding_bytes - limits.alignment;
     let (size, stride) = (of.dtype.size() as u64, into.len);
     let rows_at_once = (fitting / (stride * size)).clamp(1, SUMMED_ROWS);
-    // A word more, for an element that begins in the middle of one.
+    // One word more, for an element that begins in the middle of one.
     let columns_at_once = ((fitting - 4) / 4).min(columns.end - columns.start);
     let window = |buffer: usize, first: u64, end: u64| {
         let offset = first / 4 * 4 / limits.alignment * limits.alignment;

@@ -4,7 +4,7 @@ use super::cut::Cut;
 use super::limits::Limits;
 use super::rows::{Batch, Window};
 
-/// Gathers chunks in windows, by address, and windows in batches; tells each chunk where in them it lies.
+/// Gathers chunks in windows, by address, and windows in batches. Sets the place of each chunk in them.
 pub(super) fn gather(cuts: &mut [Cut], limits: Limits) -> Option<Vec<Batch>> {
     let bytes = |cut: &Cut| {
         let size = cut.dtype.size() as u64;

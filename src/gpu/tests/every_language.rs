@@ -1,6 +1,6 @@
-//! Every variant of every kernel, validated and translated to what each platform compiles, so that nobody on Metal or DirectX is
-//! the first to see it. `shaders/spirv_words.txt` holds the size of the SPIR-V of the hot ones: a lost simplification shows there
-//! without a stopwatch. `scripts/kernels.sh` gives all of them to other compilers.
+//! Validates every variant of every kernel and translates it to the language of each platform, so that faults on Metal
+//! or DirectX show here first. `shaders/spirv_words.txt` holds the size of the SPIR-V of the hot ones: a lost
+//! simplification shows there without a stopwatch. `scripts/kernels.sh` gives all of them to other compilers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::Dtype;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/spirv_words.txt");
 
-/// Names the folder that each variant's WGSL and SPIR-V are written to, if it is set.
+/// If this variable is set, it names the folder that each variant's WGSL and SPIR-V are written to.
 const FOLDER: &str = "GRADCLIP_KERNELS";
 
 /// Every kernel with every set of constants that a plan may ask for.
@@ -60,14 +60,14 @@ fn accesses(kernel: Kernel) -> &'static [Access] {
     }
 }
 
-/// Shapes of which each choice is in one.
+/// Shapes that together contain each choice.
 const SHAPES: [Shape; 3] = [
     Shape { workgroup: 8, contiguous: true, subgroups: false },
     Shape { workgroup: 256, contiguous: false, subgroups: true },
     Shape { workgroup: 256, contiguous: false, subgroups: false },
 ];
 
-/// Whether a GPU, which has subgroups and takes quads, spends most of a step in it.
+/// Whether a GPU, with subgroups and quads, spends most of a step in it.
 fn is_hot(kernel: Kernel, access: Access, shape: Shape) -> bool {
     let clips = match kernel {
         Kernel::Norm { norm, .. } | Kernel::NormEach { norm, .. } => norm == Norm::L2,
@@ -82,7 +82,7 @@ fn is_hot(kernel: Kernel, access: Access, shape: Shape) -> bool {
     clips && quads && shape.subgroups
 }
 
-/// What is known of a module, by its name in the golden file.
+/// A module, with its name in the golden file.
 struct Variant {
     name: String,
     source: String,
@@ -116,7 +116,7 @@ fn variants() -> Vec<Variant> {
     all
 }
 
-/// The module, valid with nothing more than what the device is asked for.
+/// The module, valid with no more capabilities than the device is asked for.
 fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     let Variant { name, source, arrays, subgroups, .. } = variant;
     let module =
@@ -132,7 +132,7 @@ fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     (module, info)
 }
 
-/// As `kernels::trusted` has modules compiled.
+/// The checks that `kernels::trusted` leaves out.
 const UNCHECKED: BoundsCheckPolicies = BoundsCheckPolicies {
     index: BoundsCheckPolicy::Unchecked,
     buffer: BoundsCheckPolicy::Unchecked,
@@ -187,7 +187,7 @@ fn directx(name: &str, module: &Module, info: &ModuleInfo) -> String {
     text
 }
 
-/// OpenGL ES 3.1, the least that has compute shaders.
+/// OpenGL ES 3.1, the first that has compute shaders.
 fn opengl(name: &str, module: &Module, info: &ModuleInfo) -> String {
     let options = glsl::Options { zero_initialize_workgroup_memory: false, ..Default::default() };
     let entry =
@@ -218,7 +218,7 @@ fn every_kernel_translates_to_every_language() {
         assert!(names.insert(name.clone()), "two variants are called {name}");
         assert!(metal(name, &module, &info).contains("kernel void"), "{name}");
         translated[1] += 1;
-        // wgpu offers arrays of buffers on neither of these, and subgroups not on OpenGL.
+        // wgpu offers arrays of buffers on neither DirectX nor OpenGL, and no subgroups on OpenGL.
         if !arrays {
             assert!(directx(name, &module, &info).contains("numthreads"), "{name}");
             translated[2] += 1;
@@ -250,11 +250,11 @@ fn every_kernel_translates_to_every_language() {
     assert!(
         differ.is_empty(),
         "words of SPIR-V, in {GOLDEN} (-) and now (+):\n{differ}\
-         If a shader was meant to change so: GRADCLIP_BLESS=1 cargo test -p gradclip --lib every_language"
+         If that change of a shader was meant: GRADCLIP_BLESS=1 cargo test -p gradclip --lib every_language"
     );
 }
 
-/// Behind its own imports alone, a file lacks nothing.
+/// Each file imports all that it uses.
 #[test]
 fn every_file_imports_what_it_needs() {
     for (name, _) in SHARED {

@@ -1,4 +1,4 @@
-//! Tests of what no caller sees; fuzzing runs the checks of tables too.
+//! Tests of internals. Fuzzing runs the checks of tables too.
 
 #[cfg(test)]
 mod every_language;

@@ -1,4 +1,4 @@
-//! How work is shared out.
+//! How work is divided.
 
 use super::super::readback::PARTIAL_BYTES;
 use super::super::schedule::words_at_a_time;
@@ -7,7 +7,7 @@ use super::super::tuning::{BUFFERS_OF_CHUNKS, HARDWARE, SOFTWARE, STAGING_BYTES}
 use crate::Dtype;
 use crate::segment::{By, SegmentLayout};
 
-/// Half a terabyte in loads of 16 MiB, on paper: its partials have room in the smallest default binding.
+/// Plans half a terabyte in loads of 16 MiB: its partials fit into the smallest default binding.
 #[test]
 fn partials_of_any_number_of_buffers_have_room() {
     let len = STAGING_BYTES / 4;

@@ -14,12 +14,12 @@ fn whole(columns: u64, segment: u32) -> SegmentLayout {
     SegmentLayout { by: By::Whole, columns, segment }
 }
 
-/// As [`piece`], as a matrix.
+/// A [`piece`] as a matrix.
 fn matrix(by: By, columns: u64, of: Piece) -> Piece {
     Piece { layout: SegmentLayout { by, columns, segment: 0 }, ..of }
 }
 
-/// As [`check_tables`], of segments that begin with 0, for a clip.
+/// [`check_tables`] for a clip, with segments from 0 on.
 fn check(pieces: &[Piece], limits: Limits) -> Tables {
     let last = |p: &Piece| match p.layout.by {
         By::Columns => p.layout.segment + p.layout.columns as u32 - 1,
@@ -179,7 +179,7 @@ fn every_example_is_added_to_every_sum_once() {
     }
 }
 
-/// A device that binds 64 KiB, the least that is taken, and kernels of many invocations.
+/// A device that binds 64 KiB, the smallest size that is accepted, and kernels of many invocations.
 #[test]
 fn short_rows_of_a_large_workgroup_fit_a_small_binding() {
     let limits = Limits::new(&HARDWARE, 1 << 20, (1 << 16, 256), 1);

@@ -1,5 +1,5 @@
-//! What tables and merge trees must hold whatever the tensors and limits, as one checker for the unit tests and for
-//! fuzzing: kernels trust it instead of checking bounds (`kernels::trusted`).
+//! One checker of tables and merge trees, of any tensors and limits, for the unit tests and for fuzzing. Kernels trust
+//! these tables instead of checking bounds (`kernels::trusted`).
 
 use arbitrary::{Result, Unstructured};
 
@@ -12,15 +12,15 @@ use crate::segment::{By, SegmentLayout, Segments};
 use crate::tensor::Spec;
 use crate::{Clip, Dtype, Scope, UnitAxis};
 
-/// After so many iterations together llvmpipe silently ends the loops of an invocation.
+/// llvmpipe silently ends the loops of an invocation after this many iterations in all.
 const MOST_ITERATIONS: u64 = 65_535;
 
 /// Slots are counted from here in all checks.
 const FIRST_SLOT: u32 = 3;
 
-/// Makes the tables of pieces and checks them. Every element is measured once, into a slot of its segment that no other task
-/// has, and found by its origin; every word has at most one writer, which knows the segment of each of its elements; nothing
-/// leaves its window; no loop is too long.
+/// Makes the tables of pieces and checks them. Every element is measured once, into a slot of its segment that no other
+/// task has, and found by its origin. Every word has at most one writer, which knows the segment of each of its
+/// elements. Nothing leaves its window. No loop is too long.
 pub(crate) fn check_tables(pieces: &[Piece], segments: u32, measures_only: bool, limits: Limits) -> Tables {
     let tables = Tables::new(pieces, 0..segments, (FIRST_SLOT, 0), measures_only, limits).expect("fits");
     let mut starts = vec![FIRST_SLOT];
@@ -105,7 +105,7 @@ fn check_window(w: &Window, limits: Limits) {
     assert!(w.offset.is_multiple_of(limits.alignment));
 }
 
-/// The chunks of each task, in order. Each chunk is of one task, and what follows one stands behind it.
+/// The chunks of each task, in order. Each chunk belongs to one task, and the next one stands behind it.
 fn tasks_of(table: &Table) -> Vec<Vec<ChunkRow>> {
     let mut seen = 0;
     let mut tasks = Vec::new();
@@ -136,7 +136,7 @@ struct Checker<'a> {
 }
 
 impl Checker<'_> {
-    /// That a task is short enough.
+    /// Checks that a task is short enough.
     fn check_task(&self, of: Use, dtype: Dtype, task: &[ChunkRow]) {
         let size = dtype.size() as u64;
         let words = |row: &ChunkRow| u64::from(row.elements) * size / 4;
@@ -146,9 +146,9 @@ impl Checker<'_> {
         assert!(task.len() <= TASK_CHUNKS);
         let lanes = u64::from(self.limits.workgroup);
         let iterations = |row: &ChunkRow| match of {
-            // An invocation to each segment, an element at a time.
+            // One invocation for each segment, one element at a time.
             Use::Each => u64::from(row.elements),
-            // Blocks of 16 words shared out, each of 39 iterations at most, and as many for what is before and behind.
+            // Shared blocks of 16 words, each of 39 iterations at most, and as many for the words outside.
             _ => (words(row).div_ceil(16 * lanes) + 1) * 39,
         };
         assert!(task.iter().map(iterations).sum::<u64>() <= MOST_ITERATIONS, "loops too long");
@@ -206,10 +206,10 @@ impl Checker<'_> {
     }
 }
 
-/// That each example is added to each sum once, from the first to the last, and that each sum begins with the first. Each
-/// tensor has a buffer for its sums alone; its examples may be in several pieces.
+/// Checks that each example is added to each sum once, from the first to the last, and that each sum begins with the
+/// first. Each tensor has its own buffer of sums; its examples may be in several pieces.
 pub(crate) fn check_sums(pairs: &[(Piece, Piece)], limits: Limits) {
-    // By the tensor's buffer of sums: what was added to each sum; None before it began.
+    // For each buffer of sums, the next example of each sum; None before the sum has begun.
     let mut added: Vec<(Piece, Vec<Option<u64>>)> = Vec::new();
     for (_, into) in pairs {
         if !added.iter().any(|(known, _)| known.buffer == into.buffer) {
@@ -260,8 +260,8 @@ pub(crate) fn check_sums(pairs: &[(Piece, Piece)], limits: Limits) {
     }
 }
 
-/// Merges the slots of each group's segments, then those to a total of each group, then those to one, and checks that each
-/// result has merged what is its own, once. `workgroup` invocations merge `merged` partials.
+/// Merges the slots of each segment, then the segments of each group, then the groups, and checks that each result has
+/// merged its own slots once. `workgroup` invocations merge `merged` partials.
 pub(crate) fn check_merge(groups: &[Vec<u32>], workgroup: u32, merged: u32) {
     let slots: u32 = groups.iter().flatten().sum();
     let mut tree = MergeTree::new(workgroup, merged);
@@ -277,7 +277,7 @@ pub(crate) fn check_merge(groups: &[Vec<u32>], workgroup: u32, merged: u32) {
     let totals: Vec<_> = places.iter().zip(groups).map(total_of).collect();
     let everything = tree.everything(&totals).expect("fits");
 
-    // Follow the tree with sums in place of partials; None is not there yet.
+    // Follow the tree with sums in place of partials; None where nothing has merged yet.
     let mut values = vec![Some(1u64); (FIRST_SLOT + slots) as usize];
     values.resize(tree.partials as usize, None);
     for rows in &tree.levels {
@@ -304,7 +304,7 @@ pub(crate) fn check_merge(groups: &[Vec<u32>], workgroup: u32, merged: u32) {
     assert_eq!(values[everything as usize], Some(slots.into()));
 }
 
-/// That there are as many workgroups as are asked for, and no whole row more, unless the device cannot hold them.
+/// Checks that there are at least as many workgroups as asked for, and less than one row more, unless they do not fit.
 pub(crate) fn check_grid(workgroups: u32, widest: u32) {
     let Some((x, y)) = grid(workgroups, widest) else {
         return assert!(u64::from(workgroups) > u64::from(widest) * u64::from(widest));
@@ -316,7 +316,7 @@ pub(crate) fn check_grid(workgroups: u32, widest: u32) {
 
 /// Tables, sums and merge trees of any tensors under any limits and tuning; see `crate::fuzzing`.
 pub fn fuzz(data: &[u8]) {
-    // An error is that the bytes are too few for a case.
+    // An error means that the bytes are too few for a case.
     let _ = case(&mut Unstructured::new(data));
 }
 
@@ -340,13 +340,13 @@ fn case(u: &mut Unstructured<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Limits as low as the arithmetic allows, so that few elements meet them.
+/// Limits as low as the arithmetic allows, so that few elements reach them.
 fn small_limits(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
     let alignment = 1 << u.int_in_range(4..=8)?;
     let chunk_words = 4 * u.int_in_range(1..=64)?;
     let workgroup = 1 << u.int_in_range(0..=6)?;
     let lane_row = u.int_in_range(1..=64)?;
-    // A chunk, a row, and an element for each invocation fit into a binding, and the rows of a task.
+    // A binding holds a chunk, a row, an element for each invocation, and the rows of a task.
     let fits = u64::from(chunk_words.max(workgroup).max(lane_row) * 4) + alignment;
     let rows = 4 + u64::from(chunk_words.min(TASK_CHUNKS as u32)) * size_of::<ChunkRow>() as u64;
     let limits = Limits {
@@ -361,7 +361,7 @@ fn small_limits(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
     Ok((limits, u.int_in_range(2..=100)?))
 }
 
-/// Limits as a plan takes them from a device and a tuning, whatever that is.
+/// The limits that a plan takes from a device and any tuning.
 fn limits_of_a_device(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
     let mut tuning = *u.choose(&[SOFTWARE, HARDWARE])?;
     if u.arbitrary()? {
@@ -433,7 +433,7 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
         }
     }
     if u.arbitrary()? {
-        // In each buffer the other way round.
+        // Reverses the order in each buffer.
         for piece in &mut pieces {
             let end = ends[piece.buffer].next_multiple_of(4) / piece.dtype.size() as u64;
             piece.start = end - piece.start - piece.len;
@@ -468,7 +468,7 @@ fn examples_and_sums(u: &mut Unstructured<'_>, limits: Limits) -> Result<Vec<(Pi
         let all = columns * examples;
         let cut = if u.arbitrary()? { u.int_in_range(0..=all)? } else { 0 };
         for (i, (first_element, end)) in [(0, cut), (cut, all)].into_iter().enumerate() {
-            // The whole of an empty tensor is a piece, an empty part of another is none.
+            // An empty tensor is one piece; an empty part of another tensor is none.
             if end > first_element || (all == 0 && i == 0) {
                 let (start, len) = (u.int_in_range(0..=300)?, end - first_element);
                 let (buffer, layout) = (2 * tensor + i, layout(By::Rows, columns));
