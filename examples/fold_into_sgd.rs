@@ -1,10 +1,10 @@
-//! Clipping without a scaling pass: an optimizer kernel multiplies each gradient by its factor as it reads it.
+//! Clipping without a scaling pass: an optimizer kernel multiplies each gradient by its factor when it reads the gradient.
 //!
-//! A usual clip reads every gradient to measure it, then reads and writes it to scale it; after that the optimizer reads
-//! it once more. [`PlanOptions::measure_only`] leaves out the second step: what gradients should be multiplied by is in
-//! [`GpuPlan::coefficients`], for a kernel of your own to bind. That saves 8 bytes of traffic for each float32.
+//! A usual clip reads every gradient to measure it, then reads and writes it to scale it. After that the optimizer reads it once
+//! more. [`PlanOptions::measure_only`] leaves out the second step. The factors are in [`GpuPlan::coefficients`], for a kernel of
+//! your own to bind. That saves 8 bytes of traffic for each float32.
 //!
-//! Here a linear model learns from 64 samples, wholly on the GPU: one encoder a step, and no wait but for the log.
+//! Here a linear model learns from 64 samples, wholly on the GPU. A step is one encoder, and only the log waits.
 //!
 //!     cargo run --example fold_into_sgd
 //!
@@ -14,7 +14,7 @@ use gradclip::gpu::{GpuClipper, GpuTensor, PlanOptions};
 use gradclip::wgpu::{self, util::DeviceExt};
 use gradclip::{Clip, NonFinite, Scope};
 
-/// The optimizer. Parameters and gradients lie alike: 8 weights, which are segment 0 of the clip, and a bias, segment 1.
+/// The optimizer. Parameters and gradients have one layout: 8 weights (segment 0 of the clip), then a bias (segment 1).
 const SGD: &str = "
     struct Coefficients {
         skip: u32,            // 1 if the policy forbids the step
@@ -61,7 +61,7 @@ const BACKWARD: &str = "
         }
     }";
 
-/// A pipeline with its buffers bound: one workgroup is enough for so small a model.
+/// A pipeline with its buffers bound. One workgroup is enough for this small model.
 struct Kernel(wgpu::ComputePipeline, wgpu::BindGroup);
 
 impl Kernel {
@@ -93,7 +93,7 @@ impl Kernel {
     }
 }
 
-/// Rows of 8 features and a target, which a true model made. Of one batch a target is missing.
+/// Rows of 8 features and a target, made by a true model. One target of one batch is NaN.
 fn samples(step: usize) -> Vec<f32> {
     let feature = |i: usize| ((i * 7919 + 13) % 101) as f32 / 50.0 - 1.0;
     let mut rows = Vec::new();
@@ -130,7 +130,7 @@ fn train(gpu: &GpuClipper, folded: bool) -> Result<(Vec<f32>, Vec<f32>), Box<dyn
     let (params, grads, batch, loss) = (buffer(&[0; 9]), buffer(&[0; 9]), buffer(&[0; 576]), buffer(&[0]));
     let backward = Kernel::new(device, BACKWARD, &[&params, &grads, &batch, &loss]);
 
-    // Once: what is clipped and how. Each tensor by its own norm, and no step where a gradient is not finite.
+    // Once: what to clip and how. Each tensor by its own norm, and no step if a gradient is not finite.
     let clip = Clip::norm(4.0).scope(Scope::Tensor).non_finite(NonFinite::Skip);
     let tensors = [GpuTensor::f32(&grads, 0..8)?.named("weights"), GpuTensor::f32(&grads, 8..9)?.named("bias")];
     let (plan, sgd) = if folded {
@@ -150,13 +150,13 @@ fn train(gpu: &GpuClipper, folded: bool) -> Result<(Vec<f32>, Vec<f32>), Box<dyn
         backward.encode(&mut encoder);
         plan.encode(&mut encoder)?;
         if folded {
-            // It reads `skip` by itself, so that the host need not know.
+            // The kernel itself reads `skip`, so the host need not know.
             sgd.encode(&mut encoder);
         }
         queue.submit([encoder.finish()]);
         let report = plan.report().wait()?;
         if !folded && !report.has_non_finite() {
-            // This optimizer does not know of `skip`: the host had to wait for the report first.
+            // This optimizer does not read `skip`, so the host has to wait for the report first.
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             sgd.encode(&mut encoder);
             queue.submit([encoder.finish()]);

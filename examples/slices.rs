@@ -5,7 +5,7 @@ fn main() -> Result<(), gradclip::Error> {
     let report = gradclip::clip_grad_norm(&mut [&mut w, &mut b], 1.0)?;
     println!("norm {}, scaled by {}", report.total_norm, report.clip_coef);
 
-    // A second step has nothing to clip, and writes nothing.
+    // The second step has nothing to clip and writes nothing.
     let report = gradclip::clip_grad_norm(&mut [&mut w, &mut b], 2.0)?;
     println!("norm {}, clipped: {}", report.total_norm, report.clipped);
     Ok(())
