@@ -4,30 +4,32 @@
 //! on the device takes. There are as many buffers as memory allows, and loads take turns in them:
 //!
 //! ```text
-//! for each load: host -> staging -> buffer, measure     the host fills one staging buffer while the device reads others
+//! for each load: host -> staging -> buffer, measure
 //! merge, decide, report                                 a few dozen bytes come back; if nothing was written, no more
 //! for each load of which something was written, from last to first:
-//!     staging -> buffer, unless it is still there; apply; buffer -> staging -> host
+//!     host -> staging -> buffer, unless it is still there; apply; buffer -> readback -> host
 //! ```
 //!
 //! From last to first, because the last loads measured are those that are still there. Where a load ends does not depend
 //! on how many buffers there are, and so neither does any bit of the result.
 //!
+//! There is one staging buffer and one readback buffer: the host and the device take turns in each. With two of each, which
+//! overlap, host tensors were no faster (`benches/records/2026-11-28-xeon-llvmpipe-host-tensors.md`).
+//!
 //! Once the first byte of the caller's has been written nothing may fail any more: what the device then does not bring
 //! back, the CPU writes, by the same outcomes and with the same bits ([`WriteBack`]).
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::clipper::GpuClipper;
-use super::device::{DOWNLOAD, GpuDevice, Mapping, UPLOAD};
+use super::device::{DOWNLOAD, GpuDevice, UPLOAD};
 use super::dispatch::Phase;
 use super::gather::{Gathered, Group, Job};
 use super::plan::GpuPlan;
 use super::table::{Piece, dtype_code};
 use super::tensor::GpuTensor;
-use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BUFFERS, STAGING_BYTES};
+use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BYTES};
 use crate::context::{Context, Progress};
 use crate::cpu::decide::{segments_of, views};
 use crate::cpu::pool::in_parallel;
@@ -37,7 +39,7 @@ use crate::error::tensor_label;
 use crate::examples::check_sums;
 use crate::partial::Location;
 use crate::processes::{GroupCall, merge};
-use crate::segment::{SegmentLayout, check_groups};
+use crate::segment::check_groups;
 use crate::threshold::Threshold;
 use crate::{Clip, ClipReport, Error, Tensor, TensorMut, Waiting};
 
@@ -67,30 +69,23 @@ struct Owner {
 }
 
 /// Host tensors on their way through the device.
-struct Passage<'a> {
+struct Transfer<'a> {
     gpu: &'a GpuClipper,
     progress: &'a Progress,
     plan: GpuPlan,
     owners: Vec<Owner>,
-    /// By group and tensor.
-    layouts: Vec<Vec<SegmentLayout>>,
     loads: Vec<Load>,
     /// On the device; load number i is in buffer number i modulo their number, when it is there.
     buffers: Vec<wgpu::Buffer>,
     /// Which load each buffer holds.
     held: Vec<Option<usize>>,
-    /// Staging buffers, the one that has been under way for longest first.
-    staging: VecDeque<Staging>,
-    /// Whether measuring already writes: by a value clip in one pass.
-    measuring_writes: bool,
+    staging: wgpu::Buffer,
+    /// The submission that reads the staging buffer, if it is not mapped.
+    staged: Option<wgpu::SubmissionIndex>,
+    /// The phases that write a load: of a value clip in one pass, measuring writes already.
+    applying: &'static [Phase],
     /// How many bytes went to the device, and how many came back.
     moved: (u64, u64),
-}
-
-/// A staging buffer, and what has to happen before the host may have it; nothing if it is mapped.
-struct Staging {
-    buffer: wgpu::Buffer,
-    mapping: Option<Mapping>,
 }
 
 impl GpuClipper {
@@ -178,10 +173,10 @@ impl GpuClipper {
             return Ok(Vec::new());
         }
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
-        let mut passage = Passage::new(self, context.progress, &views, Job::Clip)?;
-        passage.measure(&views, call).await?;
-        let (reports, outcomes) = passage.plan.reports_and_outcomes().await?;
-        passage.write_back(groups, outcomes).await;
+        let mut transfer = Transfer::new(self, context.progress, &views, Job::Clip)?;
+        transfer.measure(&views, call).await?;
+        let (reports, outcomes) = transfer.plan.reports_and_outcomes().await?;
+        transfer.write_back(groups, outcomes).await;
         Ok(reports)
     }
 
@@ -195,13 +190,13 @@ impl GpuClipper {
         let call = GroupCall::begin(context.processes);
         clip.check_adaptive()?;
         let views = [(*clip, views(tensors))];
-        let mut passage = Passage::new(self, context.progress, &views, Job::Clip)?;
-        passage.plan.bind(threshold)?;
-        passage.measure(&views, call).await?;
-        passage.plan.follow_norms(threshold).await?;
-        passage.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
-        let (mut reports, outcomes) = passage.plan.reports_and_outcomes().await?;
-        passage.write_back(&mut [(*clip, tensors)], outcomes).await;
+        let mut transfer = Transfer::new(self, context.progress, &views, Job::Clip)?;
+        transfer.plan.bind(threshold)?;
+        transfer.measure(&views, call).await?;
+        transfer.plan.follow_norms(threshold).await?;
+        transfer.decide()?;
+        let (mut reports, outcomes) = transfer.plan.reports_and_outcomes().await?;
+        transfer.write_back(&mut [(*clip, tensors)], outcomes).await;
         Ok(reports.swap_remove(0))
     }
 
@@ -221,9 +216,9 @@ impl GpuClipper {
     ) -> Result<ClipReport, Error> {
         let call = GroupCall::begin(context.processes);
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, context.progress, &views, Job::Measure)?;
-        passage.measure(&views, call).await?;
-        Ok(passage.plan.reports_and_outcomes().await?.0.swap_remove(0))
+        let mut transfer = Transfer::new(self, context.progress, &views, Job::Measure)?;
+        transfer.measure(&views, call).await?;
+        Ok(transfer.plan.reports_and_outcomes().await?.0.swap_remove(0))
     }
 
     /// The sums stay on the device until all examples have passed.
@@ -243,11 +238,18 @@ impl GpuClipper {
             into.push(GpuTensor::f32(&buffer, 0..sum.len() as u64)?);
         }
         let views = [(*clip, tensors.to_vec())];
-        let mut passage = Passage::new(self, context.progress, &views, Job::Sum(into.clone()))?;
-        passage.measure(&views, call).await?;
-        let report = passage.plan.reports_and_outcomes().await?.0.swap_remove(0);
+        let mut transfer = Transfer::new(self, context.progress, &views, Job::Sum(into.clone()))?;
+        transfer.measure(&views, call).await?;
+        let report = transfer.plan.reports_and_outcomes().await?.0.swap_remove(0);
         if !(report.has_non_finite() && clip.refuses_non_finite()) {
-            passage.sum(tensors).await?;
+            transfer.submit(|encoder| {
+                transfer.plan.encode_for(encoder, Phase::Apply, None);
+                Ok(())
+            })?;
+            // From first to last, which is the order that the plan adds examples in.
+            for load in 0..transfer.loads.len() {
+                transfer.run(&[Phase::Apply], load, |i| tensors.get(i).map(|t| t.data), None).await?;
+            }
             let mut read = Vec::new();
             for (of, sum) in into.iter().zip(sums.iter()) {
                 read.push(self.read_all(&of.buffer, sum.data.len() as u64).await?);
@@ -283,7 +285,7 @@ impl GpuClipper {
 /// Runs begin at multiples of so many bytes, and loads end there: as much as a kernel reads at once.
 const LOAD_ALIGNMENT: u64 = 16;
 
-impl<'a> Passage<'a> {
+impl<'a> Transfer<'a> {
     /// Plans what is to be done with the tensors of groups.
     fn new(
         gpu: &'a GpuClipper,
@@ -295,11 +297,8 @@ impl<'a> Passage<'a> {
         let mut owners = Vec::new();
         for (group, (clip, tensors)) in groups.iter().enumerate() {
             let segments = segments_of(clip, tensors)?;
-            parts.push(Group::new(
-                clip,
-                segments,
-                tensors.iter().map(|t| (t.name().map(Arc::from), t.spec.counted)).collect(),
-            ));
+            let described = tensors.iter().map(|t| (t.name().map(Arc::from), t.spec.counted)).collect();
+            parts.push(Group::new(clip, segments, described));
             owners.extend((0..tensors.len()).map(|tensor| Owner { group, tensor, is_parameter: false }));
         }
         for (group, (_, tensors)) in groups.iter().enumerate().filter(|(_, (clip, _))| clip.needs_parameters()) {
@@ -331,11 +330,11 @@ impl<'a> Passage<'a> {
                 if is_parameter { of.parameters.push(piece) } else { of.pieces.push(piece) }
             }
         }
-        let layouts = parts.iter().map(|of| of.segments.layouts.clone()).collect();
-        let largest = loads.iter().map(|load| load.size).max().unwrap_or(0) as u64;
+        // A staging buffer has bytes even if no tensor has.
+        let largest = (loads.iter().map(|load| load.size).max().unwrap_or(0) as u64).max(LOAD_ALIGNMENT);
+        let staging = gpu.device.mapped_at_creation(largest, UPLOAD)?;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let buffers = as_many_as(loads.len().min(most), || gpu.device.storage("gradclip load", largest, usage))?;
-        let staging = as_many_as(loads.len().min(STAGING_BUFFERS), || gpu.device.mapped_at_creation(largest, UPLOAD))?;
         let mut bound: Vec<_> = (0..loads.len()).map(|load| buffers[load % buffers.len()].clone()).collect();
         let clips = matches!(job, Job::Clip);
         let mut job_pieces = Vec::new();
@@ -348,223 +347,127 @@ impl<'a> Passage<'a> {
         }
         let plan = Gathered { buffers: bound, groups: parts, job, job_pieces, threshold: None, in_turn: true };
         let plan = GpuPlan::new(gpu, plan)?;
-        let writes_at_once = plan.built.groups.iter().any(|group| !group.reads_first());
-        Ok(Self {
-            gpu,
-            progress,
-            plan,
-            owners,
-            layouts,
-            loads,
-            held: vec![None; buffers.len()],
-            buffers,
-            staging: staging.into_iter().map(|buffer| Staging { buffer, mapping: None }).collect(),
-            measuring_writes: clips && writes_at_once,
-            moved: (0, 0),
-        })
+        let measuring_writes = clips && plan.built.groups.iter().any(|group| !group.reads_first());
+        let applying: &[_] = if measuring_writes { &[Phase::Measure, Phase::Apply] } else { &[Phase::Apply] };
+        let (held, staged, moved) = (vec![None; buffers.len()], None, (0, 0));
+        Ok(Self { gpu, progress, plan, owners, loads, buffers, held, staging, staged, applying, moved })
     }
 
     /// Brings all loads to the device, measures them, takes in what other processes have measured, and decides.
     async fn measure(&mut self, groups: &[(Clip, Vec<Tensor<'_>>)], call: GroupCall<'_>) -> Result<(), Error> {
         let all = of_all(groups);
         for load in 0..self.loads.len() {
-            self.fill(load, |run| Some(&all[run.tensor].data[run.bytes.clone()])).await?;
-            self.submit_filled(load, |passage, encoder| {
-                passage.plan.encode_for(encoder, Phase::Measure, Some(load));
-                Ok(())
-            })?;
+            self.run(&[Phase::Measure], load, |i| Some(all[i].data), None).await?;
             let of_tensors = self.loads[load].runs.iter().filter(|run| !self.owners[run.tensor].is_parameter);
             of_tensors.for_each(|run| self.progress.measured(run.bytes.len()));
         }
-        self.submit(|passage, encoder| {
-            passage.plan.encode_for(encoder, Phase::Measure, None);
-            passage.plan.encode_phases(encoder, &[Phase::Decide])
+        self.submit(|encoder| {
+            self.plan.encode_for(encoder, Phase::Measure, None);
+            self.plan.encode_phases(encoder, &[Phase::Decide])
         })?;
         if call.group().size() > 1 {
             self.plan.merged(call).await?;
-            self.submit(|passage, encoder| passage.plan.encode_phases(encoder, &[Phase::Decide]))?;
-        }
-        Ok(())
-    }
-
-    /// Adds up the clipped examples, from first to last, which is the order that the plan adds them in.
-    async fn sum(&mut self, tensors: &[Tensor<'_>]) -> Result<(), Error> {
-        self.submit(|passage, encoder| {
-            passage.plan.encode_for(encoder, Phase::Apply, None);
-            Ok(())
-        })?;
-        for load in 0..self.loads.len() {
-            let apply = |passage: &Self, encoder: &mut wgpu::CommandEncoder| {
-                passage.plan.encode_for(encoder, Phase::Apply, Some(load));
-                Ok(())
-            };
-            if self.is_held(load) {
-                self.submit(apply)?;
-            } else {
-                // Parameters come behind all tensors, and nothing is done with them any more.
-                self.fill(load, |run| tensors.get(run.tensor).map(|t| &t.data[run.bytes.clone()])).await?;
-                self.submit_filled(load, apply)?;
-            }
+            self.decide()?;
         }
         Ok(())
     }
 
     /// Writes what became of the tensors, given the outcomes by group. From here on the device may fail as it likes.
-    async fn write_back(mut self, groups: &mut [(Clip, &mut [TensorMut<'_>])], outcomes: Vec<Vec<Outcome>>) {
-        let mut back = WriteBack {
-            clips: groups.iter().map(|(clip, _)| *clip).collect(),
-            tensors: groups.iter_mut().flat_map(|(_, tensors)| tensors.iter_mut()).collect(),
-            outcomes,
-            owners: std::mem::take(&mut self.owners),
-            layouts: std::mem::take(&mut self.layouts),
-            due: Vec::new(),
-            begun: false,
-        };
-        for load in &self.loads {
+    async fn write_back(self, groups: &mut [(Clip, &mut [TensorMut<'_>])], outcomes: Vec<Vec<Outcome>>) {
+        let tensors = groups.iter_mut().flat_map(|(_, tensors)| tensors.iter_mut()).collect();
+        let mut back = WriteBack { due: Vec::new(), transfer: self, tensors, outcomes, begun: false };
+        for load in &back.transfer.loads {
             back.due.push(load.runs.iter().filter(|run| back.is_written(run)).cloned().collect());
         }
-        if let Err(error) = self.read_back(&mut back).await {
+        if let Err(error) = back.read_back().await {
             log::warn!("the GPU failed while clipped gradients were read back ({error}); the CPU clips the rest");
             back.finish();
         }
     }
 
-    async fn read_back(&mut self, back: &mut WriteBack<'_, '_>) -> Result<(), Error> {
-        let due: Vec<_> = (0..self.loads.len()).rev().filter(|load| !back.due[*load].is_empty()).collect();
-        let largest = due.iter().map(|load| self.loads[*load].size).max().unwrap_or(0) as u64;
-        let make = || self.gpu.device.storage("gradclip readback", largest, DOWNLOAD);
-        let mut free = as_many_as(due.len().min(STAGING_BUFFERS), make)?;
-        let mut under_way = VecDeque::new();
-        for load in due {
-            let buffer = match (free.pop(), under_way.pop_front()) {
-                (Some(buffer), None) => buffer,
-                (Some(buffer), Some(oldest)) => {
-                    under_way.push_front(oldest);
-                    buffer
-                }
-                (None, Some(oldest)) => self.take(back, oldest).await?,
-                // There are as many as were made, and one was at least.
-                (None, None) => return Err(Error::Device("no staging buffer".into())),
-            };
-            let is_held = self.is_held(load);
-            let record = |passage: &Self, encoder: &mut wgpu::CommandEncoder| {
-                if passage.measuring_writes && !is_held {
-                    passage.plan.encode_for(encoder, Phase::Measure, Some(load));
-                }
-                passage.plan.encode_for(encoder, Phase::Apply, Some(load));
-                let (from, size) = (passage.buffer_of(load), passage.loads[load].size as u64);
-                encoder.copy_buffer_to_buffer(from, 0, &buffer, 0, Some(size));
-                Ok(())
-            };
-            let after = if is_held {
-                self.submit(record)?
-            } else {
-                self.fill(load, |run| back.tensors.get(run.tensor).map(|t| &t.data[run.bytes.clone()])).await?;
-                self.submit_filled(load, record)?
-            };
-            let mapping = self.gpu.device.map(&buffer, wgpu::MapMode::Read, largest, after)?;
-            under_way.push_back((load, buffer, mapping));
-        }
-        for oldest in under_way {
-            self.take(back, oldest).await?;
-        }
-        Ok(())
-    }
-
-    /// Waits for a load that is on its way back, and has it written. Returns the staging buffer.
-    async fn take(
+    /// Submits phases over a load, and its copy to `readback`. A load that is not on the device is copied there first; one that
+    /// is was measured when it came.
+    async fn run<'s>(
         &mut self,
-        back: &mut WriteBack<'_, '_>,
-        (load, buffer, mapping): (usize, wgpu::Buffer, Mapping),
-    ) -> Result<wgpu::Buffer, Error> {
-        self.gpu.device.mapped(mapping).await?;
-        let view = buffer.get_mapped_range(..).map_err(|e| Error::Device(e.to_string()))?;
-        back.write(load, &view);
-        drop(view);
-        buffer.unmap();
-        self.moved.1 += self.loads[load].size as u64;
-        log::trace!("load {load} has come back");
-        Ok(buffer)
-    }
-
-    fn buffer_of(&self, load: usize) -> &wgpu::Buffer {
-        &self.buffers[load % self.buffers.len()]
-    }
-
-    fn is_held(&self, load: usize) -> bool {
-        self.held[load % self.buffers.len()] == Some(load)
-    }
-
-    /// Copies the runs of a load into the staging buffer that is free first; those that `source` has nothing for are left
-    /// out.
-    async fn fill<'s>(&mut self, load: usize, source: impl Fn(&Run) -> Option<&'s [u8]>) -> Result<(), Error> {
-        self.staging.rotate_left(1);
-        let Some(staging) = self.staging.back_mut() else { return Ok(()) };
-        if let Some(mapping) = staging.mapping.take() {
-            self.gpu.device.mapped(mapping).await?;
+        phases: &[Phase],
+        load: usize,
+        data: impl Fn(usize) -> Option<&'s [u8]>,
+        readback: Option<&wgpu::Buffer>,
+    ) -> Result<wgpu::SubmissionIndex, Error> {
+        let (at, size) = (load % self.buffers.len(), self.loads[load].size as u64);
+        let is_held = self.held[at] == Some(load);
+        if !is_held {
+            self.stage(load, data).await?;
         }
-        let Load { runs, size } = &self.loads[load];
-        let view = staging.buffer.get_mapped_range_mut(..*size as u64);
-        let mut view = view.map_err(|e| Error::Device(e.to_string()))?;
+        let after = self.submit(|encoder| {
+            let buffer = &self.buffers[at];
+            if !is_held {
+                encoder.copy_buffer_to_buffer(&self.staging, 0, buffer, 0, Some(size));
+            }
+            for phase in phases.iter().filter(|phase| !(is_held && **phase == Phase::Measure)) {
+                self.plan.encode_for(encoder, *phase, Some(load));
+            }
+            if let Some(readback) = readback {
+                encoder.copy_buffer_to_buffer(buffer, 0, readback, 0, Some(size));
+            }
+            Ok(())
+        })?;
+        if !is_held {
+            self.staged = Some(after.clone());
+            self.held[at] = Some(load);
+            self.moved.0 += size;
+            log::trace!("load {load} has gone to the device");
+        }
+        Ok(after)
+    }
+
+    /// Copies a load to the staging buffer, once that is free. `data` has the bytes of tensors; a run without is left out.
+    async fn stage<'s>(&mut self, load: usize, data: impl Fn(usize) -> Option<&'s [u8]>) -> Result<(), Error> {
+        let device = &self.gpu.device;
+        if let Some(after) = self.staged.take() {
+            device.mapped(device.map(&self.staging, wgpu::MapMode::Write, self.staging.size(), after)?).await?;
+        }
+        let mut view = self.staging.get_mapped_range_mut(..).map_err(|e| Error::Device(e.to_string()))?;
         let (mut rest, mut at) = (view.slice(..), 0);
         let mut work = Vec::new();
-        for run in runs {
-            let Some(bytes) = source(run) else { continue };
-            let (to, behind) = rest.split_at(run.offset - at).1.split_at(bytes.len());
-            (rest, at) = (behind, run.offset + bytes.len());
+        for run in &self.loads[load].runs {
+            let Some(data) = data(run.tensor) else { continue };
+            let from = &data[run.bytes.clone()];
+            let (to, behind) = rest.split_at(run.offset - at).1.split_at(from.len());
+            (rest, at) = (behind, run.offset + from.len());
             // Of what wgpu hands out only pieces of a constant length may be sent to another thread.
             let (pieces, mut tail) = to.into_chunks::<COPIED_AT_ONCE>();
-            let (whole, from) = bytes.as_chunks::<COPIED_AT_ONCE>();
+            let (whole, from) = from.as_chunks::<COPIED_AT_ONCE>();
             work.extend(pieces.into_iter().zip(whole));
             tail.copy_from_slice(from);
         }
         let (pieces, bytes) = (work.len(), work.len() * COPIED_AT_ONCE);
         in_parallel(work.into_iter(), pieces, bytes, |(to, from)| wgpu::WriteOnly::from(to).copy_from_slice(from));
         drop(view);
-        staging.buffer.unmap();
+        self.staging.unmap();
         Ok(())
     }
 
-    /// Submits the copy of the staging buffer filled last to a load's buffer, and what is recorded behind it.
-    fn submit_filled(
-        &mut self,
-        load: usize,
-        record: impl FnOnce(&Self, &mut wgpu::CommandEncoder) -> Result<(), Error>,
-    ) -> Result<wgpu::SubmissionIndex, Error> {
-        let Some(staging) = self.staging.back().map(|staging| staging.buffer.clone()) else {
-            return self.submit(record);
-        };
-        let after = self.submit(|passage, encoder| {
-            let size = passage.loads[load].size as u64;
-            encoder.copy_buffer_to_buffer(&staging, 0, passage.buffer_of(load), 0, Some(size));
-            record(passage, encoder)
-        })?;
-        let mapping = self.gpu.device.map(&staging, wgpu::MapMode::Write, staging.size(), after.clone())?;
-        if let Some(staging) = self.staging.back_mut() {
-            staging.mapping = Some(mapping);
-        }
-        let held = load % self.buffers.len();
-        self.held[held] = Some(load);
-        self.moved.0 += self.loads[load].size as u64;
-        log::trace!("load {load} has gone to the device");
-        Ok(after)
+    fn decide(&self) -> Result<(), Error> {
+        self.submit(|encoder| self.plan.encode_phases(encoder, &[Phase::Decide]))?;
+        Ok(())
     }
 
     fn submit(
         &self,
-        record: impl FnOnce(&Self, &mut wgpu::CommandEncoder) -> Result<(), Error>,
+        record: impl FnOnce(&mut wgpu::CommandEncoder) -> Result<(), Error>,
     ) -> Result<wgpu::SubmissionIndex, Error> {
         let GpuDevice { device, queue, .. } = &self.gpu.device;
         self.gpu.device.check_not_lost()?;
         self.gpu.device.scoped(|| {
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            record(self, &mut encoder)?;
+            record(&mut encoder)?;
             Ok(queue.submit([encoder.finish()]))
         })?
     }
 }
 
-impl Drop for Passage<'_> {
+impl Drop for Transfer<'_> {
     fn drop(&mut self) {
         let (there, back) = self.moved;
         log::debug!("host tensors: {there} bytes went to the device, {back} came back");
@@ -572,38 +475,61 @@ impl Drop for Passage<'_> {
 }
 
 /// What is being written into the caller's tensors.
-struct WriteBack<'t, 'd> {
-    clips: Vec<Clip>,
+struct WriteBack<'a, 't, 'd> {
+    transfer: Transfer<'a>,
     tensors: Vec<&'t mut TensorMut<'d>>,
     /// By group and segment.
     outcomes: Vec<Vec<Outcome>>,
-    owners: Vec<Owner>,
-    layouts: Vec<Vec<SegmentLayout>>,
     /// By load: what has to be written yet.
     due: Vec<Vec<Run>>,
     /// Whether anything was.
     begun: bool,
 }
 
-impl WriteBack<'_, '_> {
+impl WriteBack<'_, '_, '_> {
     fn is_written(&self, run: &Run) -> bool {
-        let Owner { group, tensor, is_parameter } = self.owners[run.tensor];
+        let Owner { group, tensor, is_parameter } = self.transfer.owners[run.tensor];
         if is_parameter {
             return false;
         }
         let size = self.tensors[run.tensor].dtype().size();
         let elements = (run.bytes.start / size) as u64..(run.bytes.end / size) as u64;
-        !self.layouts[group][tensor].leaves(&self.outcomes[group], elements)
+        let layout = self.transfer.plan.built.groups[group].segments.layouts[tensor];
+        !layout.leaves(&self.outcomes[group], elements)
+    }
+
+    async fn read_back(&mut self) -> Result<(), Error> {
+        let size = self.transfer.staging.size();
+        let readback = self.transfer.gpu.device.storage("gradclip readback", size, DOWNLOAD)?;
+        for load in (0..self.due.len()).rev().filter(|load| !self.due[*load].is_empty()).collect::<Vec<_>>() {
+            let Self { transfer, tensors, .. } = self;
+            let size = transfer.loads[load].size as u64;
+            let data = |i: usize| tensors.get(i).map(|t| &*t.data);
+            let after = transfer.run(transfer.applying, load, data, Some(&readback)).await?;
+            let device = &transfer.gpu.device;
+            device.mapped(device.map(&readback, wgpu::MapMode::Read, size, after)?).await?;
+            transfer.moved.1 += size;
+            let view = readback.get_mapped_range(..size).map_err(|e| Error::Device(e.to_string()))?;
+            self.write(load, &view);
+            drop(view);
+            readback.unmap();
+            log::trace!("load {load} has come back");
+        }
+        Ok(())
     }
 
     /// Writes what is due of a load that has come back.
     fn write(&mut self, load: usize, bytes: &[u8]) {
         self.begun = true;
         let due = std::mem::take(&mut self.due[load]);
+        let first = due.first().map_or(0, |run| run.tensor);
+        let mut tensors = (first..).zip(&mut self.tensors[first..]);
         let mut work = Vec::new();
-        for (run, data) in with_data(&due, &mut self.tensors) {
-            let from = &bytes[run.offset..run.offset + data.len()];
-            work.extend(data.chunks_mut(COPIED_AT_ONCE).zip(from.chunks(COPIED_AT_ONCE)));
+        for run in due {
+            // Runs are in the order of tensors, and at most one of each.
+            let Some((_, tensor)) = tensors.find(|(i, _)| *i == run.tensor) else { continue };
+            let (to, from) = (&mut tensor.data[run.bytes.clone()], &bytes[run.offset..][..run.bytes.len()]);
+            work.extend(to.chunks_mut(COPIED_AT_ONCE).zip(from.chunks(COPIED_AT_ONCE)));
         }
         let pieces = work.len();
         in_parallel(work.into_iter(), pieces, bytes.len(), |(to, from)| to.copy_from_slice(from));
@@ -612,44 +538,30 @@ impl WriteBack<'_, '_> {
     /// Writes on the CPU whatever is due, from the caller's own bytes, which nothing has touched yet.
     fn finish(&mut self) {
         self.begun = false;
-        let due: Vec<_> = self.due.drain(..).flatten().collect();
-        let mut tensors: Vec<_> = self.tensors.iter_mut().map(|t| (t.dtype(), t.len() as u64, &mut *t.data)).collect();
-        for run in due {
-            let Owner { group, tensor, .. } = self.owners[run.tensor];
-            let (dtype, len, data) = &mut tensors[run.tensor];
-            let (clip, layout) = (&self.clips[group], self.layouts[group][tensor]);
-            let own = (layout.numbered_from_zero(), layout.own(&self.outcomes[group], *len));
+        for run in self.due.drain(..).flatten() {
+            let Owner { group, tensor, .. } = self.transfer.owners[run.tensor];
+            let TensorMut { spec, data, .. } = &mut *self.tensors[run.tensor];
+            let of = &self.transfer.plan.built.groups[group];
+            let layout = of.segments.layouts[tensor];
+            let own = (layout.numbered_from_zero(), layout.own(&self.outcomes[group], spec.len));
             let data = &mut data[run.bytes.clone()];
             let bytes = data.len();
             let chunks = data.chunks_mut(COPIED_AT_ONCE).enumerate();
             in_parallel(chunks, bytes.div_ceil(COPIED_AT_ONCE), bytes, |(i, data)| {
-                let index = ((run.bytes.start + i * COPIED_AT_ONCE) / dtype.size()) as u64;
-                write_piece(clip, Location { tensor, index }, *dtype, own, data);
+                let index = ((run.bytes.start + i * COPIED_AT_ONCE) / spec.dtype.size()) as u64;
+                write_piece(&of.clip, Location { tensor, index }, spec.dtype, own, data);
             });
         }
     }
 }
 
-impl Drop for WriteBack<'_, '_> {
+impl Drop for WriteBack<'_, '_, '_> {
     /// Where the future was dropped halfway, the caller must not be left with half of it clipped.
     fn drop(&mut self) {
         if self.begun {
             self.finish();
         }
     }
-}
-
-/// Runs, which are in the order of tensors and at most one of each, with their bytes.
-fn with_data<'r, 't>(
-    runs: &'r [Run],
-    tensors: &'t mut [&mut TensorMut<'_>],
-) -> impl Iterator<Item = (&'r Run, &'t mut [u8])> {
-    let (first, last) = (runs.first().map_or(0, |r| r.tensor), runs.last().map_or(0, |r| r.tensor + 1));
-    let mut runs = runs.iter().peekable();
-    tensors[first..last].iter_mut().zip(first..).filter_map(move |(tensor, i)| {
-        let run = runs.next_if(|run| run.tensor == i)?;
-        Some((run, &mut tensor.data[run.bytes.clone()]))
-    })
 }
 
 /// The tensors of all groups, then their parameters where a group's clip needs them.

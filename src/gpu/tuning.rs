@@ -182,8 +182,8 @@ impl Tuning {
 
 /// The size of the pieces in which host tensors pass through the device, in bytes.
 ///
-/// 64 Mi elements of float32 through llvmpipe on two cores, medians of 5 in ms, unclipped and clipped, with two staging
-/// buffers for each direction, by this size and the device memory that the tensors may take:
+/// 64 Mi elements of float32 through llvmpipe on two cores, medians of 5 in ms, unclipped and clipped, by this size and the
+/// device memory that the tensors may take (measured with two staging buffers for each direction; there is one now):
 ///
 /// | size | 64 MiB | all |
 /// |---|---|---|
@@ -194,11 +194,7 @@ impl Tuning {
 /// | 64 MiB | 378, 841 | 572, 1079 |
 pub(super) const STAGING_BYTES: u64 = 16 << 20;
 
-/// How many staging buffers there are for each direction: one that the host works on and one that the device works on.
-/// A third was no faster on llvmpipe (16 MiB: 300 and 554 ms with 64 MiB, 388 and 614 with all).
-pub(super) const STAGING_BUFFERS: usize = 2;
-
-/// The default device memory for host tensors, in bytes.
+/// How much device memory host tensors take unless the caller says it, in bytes.
 ///
 /// A software device uses the host's memory, fresh from the system, which clears it page by page. Keeping a set there
 /// costs more than it saves, even if everything is clipped and has to come twice. 16 Mi elements of float32 through
