@@ -255,19 +255,5 @@ fn sums(u: &mut Unstructured<'_>, clip: &Clip, tensors: &[Tensor<'_>]) -> Result
 mod replay;
 
 #[cfg(test)]
-mod tests {
-    use super::replay::replay;
-
-    const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-
-    #[test]
-    fn builder_holds_on_its_corpus() {
-        replay(ROOT, "builder", super::builder);
-    }
-
-    #[test]
-    #[cfg(feature = "gpu")]
-    fn tables_hold_on_their_corpus() {
-        replay(ROOT, "tables", super::tables);
-    }
-}
+#[path = "tests/fuzzing.rs"]
+mod tests;

@@ -175,7 +175,7 @@ impl Gathered {
         match &self.job {
             Job::Measure => return Ok(()),
             Job::Sum(sums) => {
-                pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.spec.name.clone())))
+                pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.spec.name.clone())));
             }
             _ => {}
         }

@@ -73,17 +73,17 @@ impl PlanOptions {
         self
     }
 
-    /// The job of a plan with these options and this number of groups.
+    /// The job and the threshold of a plan with these options and this number of groups.
     ///
     /// # Errors
     /// [`Error::Usage`] if these options do not go together.
-    pub(super) fn job(&self, groups: usize) -> Result<Job, Error> {
+    pub(super) fn into_job(self, groups: usize) -> Result<(Job, Option<DeviceThreshold>), Error> {
         let Self { threshold, measure_only, norms, sums } = self;
         let job = match (measure_only, norms, sums) {
             (false, None, None) => Job::Clip,
             (true, None, None) => Job::Measure,
-            (false, Some(norms), None) => Job::Scale(norms.clone()),
-            (false, None, Some(sums)) => Job::Sum(sums.clone()),
+            (false, Some(norms), None) => Job::Scale(norms),
+            (false, None, Some(sums)) => Job::Sum(sums),
             _ => {
                 return Err(Error::usage("a plan only measures, or takes given norms, or sums examples: choose one"));
             }
@@ -95,6 +95,6 @@ impl PlanOptions {
         if groups != 1 && (threshold.is_some() || !measures) {
             return Err(Error::usage("a threshold, given norms and sums are for one group of tensors"));
         }
-        Ok(job)
+        Ok((job, threshold))
     }
 }

@@ -219,19 +219,5 @@ pub(super) const COPIED_AT_ONCE: usize = 64 << 10;
 pub(super) const BUFFERS_OF_CHUNKS: u64 = 256;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Chunks that a large workgroup can walk are too long for the loops of a small one.
-    #[test]
-    fn tunings_that_are_narrowed_keep_their_bounds() {
-        let long = Tuning { min_chunk_words: 1 << 20, merged_partials: 1 << 20, ..HARDWARE };
-        for tuning in [HARDWARE, SOFTWARE, long] {
-            for invocations in [8, 16, 100, 256, 1024] {
-                let mut narrowed = tuning;
-                narrowed.narrow(invocations);
-                assert!(narrowed.workgroup <= invocations && narrowed.check().is_ok(), "{narrowed:?}");
-            }
-        }
-    }
-}
+#[path = "tests/tuning.rs"]
+mod tests;

@@ -76,8 +76,8 @@ impl GpuClipper {
     /// belongs to other tensors or another scope; [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the
     /// device cannot hold or bind what the plan needs. The tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
-        let PlanOptions { threshold, .. } = &options;
-        GpuPlan::new(self, Gathered::new(groups, options.job(groups.len())?, threshold.clone())?)
+        let (job, threshold) = options.into_job(groups.len())?;
+        GpuPlan::new(self, Gathered::new(groups, job, threshold)?)
     }
 }
 

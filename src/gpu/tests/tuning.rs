@@ -1,0 +1,16 @@
+//! Tests of `src/gpu/tuning.rs`.
+
+use super::*;
+
+/// Chunks that a large workgroup can walk are too long for the loops of a small one.
+#[test]
+fn tunings_that_are_narrowed_keep_their_bounds() {
+    let long = Tuning { min_chunk_words: 1 << 20, merged_partials: 1 << 20, ..HARDWARE };
+    for tuning in [HARDWARE, SOFTWARE, long] {
+        for invocations in [8, 16, 100, 256, 1024] {
+            let mut narrowed = tuning;
+            narrowed.narrow(invocations);
+            assert!(narrowed.workgroup <= invocations && narrowed.check().is_ok(), "{narrowed:?}");
+        }
+    }
+}
