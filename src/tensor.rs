@@ -197,7 +197,7 @@ macro_rules! settings {
 
         /// Chooses this tensor's units under [`Scope::Unit`](crate::Scope::Unit), in place of the clip's
         /// [`unit_axis`](crate::Clip::unit_axis), because layers of one model differ in which axis holds their outputs.
-        /// Others ignore it.
+        /// Other scopes ignore it.
         #[must_use]
         pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
             self.spec.unit_axis = Some(axis);
