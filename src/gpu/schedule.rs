@@ -56,7 +56,6 @@ impl Schedule {
         if segments + 2 > limit {
             return Err(Error::too_large("the number of segments", segments, limit - 2));
         }
-        let elements = pieces().map(|p| p.len).sum();
         let mut schedule = Self {
             groups: Vec::new(),
             writes: !matches!(job, Job::Measure | Job::Sum(_)),
@@ -66,9 +65,13 @@ impl Schedule {
             everything: 0,
             limits,
         };
-        let fits = schedule.place(groups, job, job_pieces).filter(|()| u64::from(schedule.tree.partials) <= limit);
-        let too_many = || Error::too_large("the number of chunks, for so many elements,", elements, limit);
-        fits.map(|()| schedule).ok_or_else(too_many)
+        let placed = schedule.place(groups, job, job_pieces);
+        // Those that 32 bits do not count are more than any limit.
+        let partials = placed.map_or(1 << 32, |()| schedule.tree.partials.into());
+        if partials > limit {
+            return Err(Error::too_large("the number of partials", partials, limit));
+        }
+        Ok(schedule)
     }
 
     /// None if there is no room for all rows.
