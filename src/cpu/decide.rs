@@ -55,9 +55,7 @@ pub(crate) fn decide(
     context: Context<'_>,
 ) -> Result<Vec<Decision>, Error> {
     let call = GroupCall::begin(context.processes);
-    decide_by(groups, threshold, call, |clip, tensors, segments| {
-        context.reads_first(clip).then(|| part(clip, tensors, segments, context.progress))
-    })
+    decide_by(groups, threshold, call, context.progress, |clip| context.reads_first(clip))
 }
 
 /// Clips groups of tensors in place, and reports on each in order. A `threshold` follows the norms of a single group.
@@ -80,17 +78,16 @@ pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], context: Context<'_>)
 
 /// Decides like [`decide`], but always reads the elements.
 fn measured(clip: &Clip, tensors: &[Tensor<'_>], call: GroupCall<'_>, progress: &Progress) -> Result<Decision, Error> {
-    let groups = [(*clip, tensors.to_vec())];
-    let read = |clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments| Some(part(clip, tensors, segments, progress));
-    Ok(decide_by(&groups, None, call, read)?.swap_remove(0))
+    Ok(decide_by(&[(*clip, tensors.to_vec())], None, call, progress, |_| true)?.swap_remove(0))
 }
 
-/// Decides by what `read` measures, which is None for a group that is not read. All checks come first.
+/// Decides, and first reads the groups whose clip `reads`. All checks come first.
 fn decide_by(
     groups: &[(Clip, Vec<Tensor<'_>>)],
     mut threshold: Option<&mut dyn Threshold>,
     call: GroupCall<'_>,
-    read: impl Fn(&Clip, &[Tensor<'_>], &Segments) -> Option<GroupPartials>,
+    progress: &Progress,
+    reads: impl Fn(&Clip) -> bool,
 ) -> Result<Vec<Decision>, Error> {
     check_groups(groups.iter().map(|(clip, _)| clip))?;
     let mut segments = Vec::new();
@@ -104,11 +101,13 @@ fn decide_by(
     if let (Some(threshold), [segments]) = (&mut threshold, &segments[..]) {
         threshold.bind(&segments.labels(|tensor| name_of(0, tensor)))?;
     }
-    let (mut parts, mut was_read) = (Vec::new(), Vec::new());
+    let mut parts = Vec::new();
     for ((clip, tensors), segments) in groups.iter().zip(segments) {
-        let part = read(clip, tensors, &segments);
-        was_read.push(part.is_some());
-        parts.push(part.unwrap_or_else(|| GroupPartials::new(clip, segments, vec![Partial::EMPTY])));
+        parts.push(if reads(clip) {
+            part(clip, tensors, segments, progress)
+        } else {
+            GroupPartials::new(clip, segments, vec![Partial::EMPTY])
+        });
     }
     let totals = if call.group().size() > 1 {
         block_on(merge(call, &mut parts, name_of))?
@@ -120,7 +119,11 @@ fn decide_by(
         found.follow(threshold);
     }
     let refused = found.iter().any(Measured::is_refused);
-    found.into_iter().zip(was_read).map(|(found, read)| found.decide(refused, read)).collect()
+    let decide = |found: Measured| {
+        let read = reads(&found.clip);
+        found.decide(refused, read)
+    };
+    found.into_iter().map(decide).collect()
 }
 
 /// Clips in place by norms that were measured elsewhere.
@@ -162,7 +165,7 @@ pub(crate) fn sum_examples(
 
 /// The partial of all tensors together.
 pub(crate) fn partial(clip: &Clip, tensors: &[Tensor<'_>], progress: &Progress) -> Result<Partial, Error> {
-    Ok(part(clip, tensors, &segments_of(clip, tensors)?, progress).total(|_| None).partial)
+    Ok(part(clip, tensors, segments_of(clip, tensors)?, progress).total(|_| None).partial)
 }
 
 pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
@@ -181,18 +184,18 @@ pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segment
 }
 
 /// What the first pass of this process measures.
-fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: &Segments, progress: &Progress) -> GroupPartials {
-    let partials = merged(tensors, segments, |task, slots| {
+fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Progress) -> GroupPartials {
+    let partials = merged(tensors, &segments, |task, slots| {
         progress.measured(task.bytes());
         match clip.measured() {
             Some(norm_type) => task.norm(norm_type, slots),
             None => with_element!(task.dtype, T => slots[0] = clamp::scan::<T>(clip, task.at, task.data)),
         }
     });
-    let mut part = GroupPartials::new(clip, segments.clone(), partials);
+    let mut part = GroupPartials::new(clip, segments, partials);
     if let (true, Some(norm_type)) = (clip.needs_parameters(), clip.measured()) {
         let of: Vec<_> = tensors.iter().filter_map(|t| Some(t.parameter?.replica(!t.spec.counted))).collect();
-        part.parameters = merged(&of, segments, |task, slots| task.norm(norm_type, slots));
+        part.parameters = merged(&of, &part.segments, |task, slots| task.norm(norm_type, slots));
     }
     part
 }
