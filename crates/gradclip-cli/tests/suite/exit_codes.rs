@@ -105,6 +105,24 @@ fn other_policies_go_on() {
     assert_eq!(folder.read("skip"), folder.read("in"));
 }
 
+/// The program says that it did, and does.
+#[test]
+fn an_infinite_threshold_still_unscales_and_drops() {
+    let folder = Folder::new();
+    let bad = folder.write("bad", file(&[("a", "F32", f32s(&[1.0, f32::NAN, f32::INFINITY, 2.0]))]));
+    let scaled = folder.write("scaled", file(&[("a", "F32", f32s(&[3.0, 4.0]))]));
+    for mode in ["--max-norm", "--max-rms", "--max-average-norm"] {
+        let clipped = |input: &Path, policy: &str, grad_scale: &str, count: usize| {
+            let options = [mode, "inf", "--non-finite", policy, "--grad-scale", grad_scale, "--force"];
+            clip(input, &folder.path("out"), &options).succeeded();
+            last_f32s(&folder.read("out"), count)
+        };
+        assert_eq!(clipped(&bad, "drop", "1", 4), [1.0, 0.0, 0.0, 2.0], "{mode}");
+        assert_eq!(clipped(&bad, "zero", "1", 4), [0.0; 4], "{mode}");
+        assert_eq!(clipped(&scaled, "error", "8", 2), [0.375, 0.5], "{mode}");
+    }
+}
+
 #[test]
 fn a_norm_of_non_finite_gradients_is_0() {
     let folder = Folder::new();
