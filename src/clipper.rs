@@ -34,7 +34,7 @@ enum Backend {
 
 impl Clipper {
     /// The fastest backend for gradients in host memory: the CPU. A GPU would receive each byte, and return what it
-    /// clips, over a bus that is slower than the memory ([`Clipper::gpu`]).
+    /// clips, over a bus that is slower than the memory (`Clipper::gpu`).
     #[must_use]
     pub fn auto() -> Self {
         Self::cpu()

@@ -35,7 +35,7 @@ impl GpuPlan {
     ///
     /// # Errors
     /// [`Error::Usage`] if the number of tensors, their dtypes, their shapes or which of them count differ; those of
-    /// [`GpuClipper::plan_with`]. The plan is then unchanged.
+    /// [`GpuClipper::plan_with`](crate::gpu::GpuClipper::plan_with). The plan is then unchanged.
     pub fn update(&mut self, groups: &[&[GpuTensor]]) -> Result<(), Error> {
         let of_plan = self.built.groups.iter();
         let shapes_differ =
