@@ -131,7 +131,7 @@ impl NormAccumulator {
         let refused = known.bad && clip.refuses_non_finite();
         let outcomes = [clip.outcome(known, max_norm, weight, refused)];
         let segments = Segments::new(clip, &[])?;
-        let totals = (known.norm * weight, self.partial.outside);
+        let totals = (known.norm.times(weight).to_f64(), self.partial.outside);
         clip.report((&segments, &outcomes), totals, self.elements, self.non_finite())
     }
 

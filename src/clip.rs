@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::Error;
+use crate::magnitude::Magnitude;
 
 /// Which norm is measured: (Σ |g|^p)^(1/p).
 ///
@@ -423,15 +424,15 @@ impl Clip {
 
     /// The threshold on the measured norm of a segment of `elements` elements. `share` is the segment's part of the
     /// threshold, `parameter` the norm of its parameter (0 if the mode needs none).
-    pub(crate) fn max_norm(&self, elements: u64, share: f64, parameter: f64) -> f64 {
+    pub(crate) fn max_norm(&self, elements: u64, share: f64, parameter: f64) -> Magnitude {
         let elements = elements.max(1) as f64;
         match self.mode {
-            Mode::Norm(max_norm) => share * max_norm,
-            Mode::Rms(max_rms) => share * max_rms * elements.sqrt(),
-            Mode::AverageNorm(max_average_norm) => share * max_average_norm * elements,
-            Mode::Agc(_) if parameter == f64::INFINITY => f64::INFINITY,
-            Mode::Agc(clip_factor) => clip_factor * parameter.max(self.agc_eps.unwrap_or(AGC_EPS)),
-            Mode::Value { .. } => f64::INFINITY,
+            Mode::Norm(max_norm) => Magnitude::plain(share * max_norm),
+            Mode::Rms(max_rms) => Magnitude::of(share * max_rms, |x| x * elements.sqrt()),
+            Mode::AverageNorm(max_average_norm) => Magnitude::of(share * max_average_norm, |x| x * elements),
+            Mode::Agc(_) if parameter == f64::INFINITY => Magnitude::plain(f64::INFINITY),
+            Mode::Agc(clip_factor) => Magnitude::plain(clip_factor * parameter.max(self.agc_eps.unwrap_or(AGC_EPS))),
+            Mode::Value { .. } => Magnitude::plain(f64::INFINITY),
         }
     }
 

@@ -1,5 +1,6 @@
 //! A segment's norm and coefficient, and what is done with its elements. The GPU's twin is `shaders/finalise.wgsl`.
 
+use crate::magnitude::{Magnitude, ldexp};
 use crate::partial::Partial;
 use crate::{Clip, NonFinite};
 
@@ -33,7 +34,7 @@ pub(crate) struct Outcome {
 pub(crate) struct Known {
     /// The measured norm, divided by `grad_scale`. NaN or infinite if an element is, except under [`NonFinite::Drop`].
     /// NaN if no norm is measured.
-    pub(crate) norm: f64,
+    pub(crate) norm: Magnitude,
     /// Whether there are non-finite elements.
     pub(crate) bad: bool,
 }
@@ -43,24 +44,24 @@ impl Clip {
     pub(crate) fn known(&self, partial: &Partial) -> Known {
         let bad = partial.non_finite > 0;
         let norm = match self.measured() {
-            None => f64::NAN,
+            None => Magnitude::plain(f64::NAN),
             Some(norm_type) if !bad || self.non_finite == NonFinite::Drop => {
                 partial.finite_norm(norm_type, self.grad_scale)
             }
-            Some(_) if partial.nan => f64::NAN,
-            Some(_) => f64::INFINITY,
+            Some(_) if partial.nan => Magnitude::plain(f64::NAN),
+            Some(_) => Magnitude::plain(f64::INFINITY),
         };
         Known { norm, bad }
     }
 
     /// Decides what to do with a segment. Its measured norm is compared with `max_norm`, and multiplied by `weight` it
     /// is N. `refused` says that non-finite elements anywhere forbid every write.
-    pub(crate) fn outcome(&self, known: Known, max_norm: f64, weight: f64, refused: bool) -> Outcome {
+    pub(crate) fn outcome(&self, known: Known, max_norm: Magnitude, weight: f64, refused: bool) -> Outcome {
         let Known { norm, bad } = known;
         let wanted_coef = match self.measured() {
             None => 1.0,
             // Infinity divided by infinity, as in PyTorch.
-            Some(_) if bad && max_norm == f64::INFINITY && !norm.is_finite() => f64::NAN,
+            Some(_) if bad && !max_norm.is_finite() && !norm.is_finite() => f64::NAN,
             Some(_) => coefficient(norm, max_norm, self.eps_and_floor()),
         };
         let action = if refused {
@@ -82,14 +83,16 @@ impl Clip {
             Action::Apply => wanted_coef,
         };
         let clipped = clip_coef != 1.0;
-        Outcome { norm: norm * weight, clip_coef, clipped, factor: clip_coef / self.grad_scale, action }
+        Outcome { norm: norm.times(weight).to_f64(), clip_coef, clipped, factor: clip_coef / self.grad_scale, action }
     }
 }
 
 /// c = min(1, max_norm / (max(N, floor) + eps)), and 1 unless N + eps exceeds `max_norm`. A NaN norm gives NaN, as in
 /// PyTorch. 0 / 0 (`max_norm`, `eps` and the norm all zero) gives 1, because nothing exceeds the threshold; Optax gives
 /// NaN there.
-fn coefficient(norm: f64, max_norm: f64, (eps, floor): (f64, f64)) -> f64 {
+fn coefficient(norm: Magnitude, max_norm: Magnitude, (eps, floor): (f64, f64)) -> f64 {
+    let (norm, max_norm, exponent) = norm.aligned(max_norm);
+    let (eps, floor) = (ldexp(eps, -exponent), ldexp(floor, -exponent));
     if norm.is_nan() {
         f64::NAN
     } else if norm + eps > max_norm {

@@ -104,6 +104,7 @@ mod examples;
 pub mod fuzzing;
 #[cfg(feature = "gpu")]
 pub mod gpu;
+mod magnitude;
 mod partial;
 mod pieces;
 pub mod processes;

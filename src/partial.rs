@@ -1,6 +1,7 @@
 //! [`Partial`], the mergeable result of a piece of a segment, and the norm computed from it. The GPU's twin of the
 //! merge is `shaders/shared/partial.wgsl`.
 
+use crate::magnitude::{Magnitude, ldexp};
 use crate::{NonFiniteElements, NormType};
 
 /// Where an element is: the tensor's place in the list, and the element's index in the tensor.
@@ -77,28 +78,32 @@ impl Partial {
 
     /// The norm of the finite elements divided by `scale`. The division comes before the exponent is applied, because
     /// the norm alone may overflow or lose digits where the quotient does not.
-    pub(crate) fn finite_norm(&self, norm_type: NormType, scale: f64) -> f64 {
-        match norm_type {
-            NormType::L1 => ldexp(self.sum / scale, self.exponent),
-            NormType::L2 => {
-                debug_assert_eq!(self.exponent % 2, 0);
-                ldexp(self.sum.sqrt() / scale, self.exponent / 2)
-            }
-            NormType::P(power) => root(self.sum, self.exponent, power) / scale,
-            NormType::Inf => self.max / scale,
+    pub(crate) fn finite_norm(&self, norm_type: NormType, scale: f64) -> Magnitude {
+        debug_assert!(norm_type != NormType::L2 || self.exponent % 2 == 0);
+        let (norm, exponent) = match norm_type {
+            NormType::L1 => (self.sum, self.exponent),
+            NormType::L2 => (self.sum.sqrt(), self.exponent / 2),
+            NormType::P(power) => root(self.sum, self.exponent, power),
+            NormType::Inf => (self.max, 0),
+        };
+        let plain = ldexp(norm / scale, exponent);
+        if plain.is_finite() {
+            return Magnitude::plain(plain);
         }
+        // A loss scale is a normal number.
+        let exponent_of_scale = (scale.to_bits() >> 52) as i64 - 1023;
+        Magnitude::new(norm / ldexp(scale, -exponent_of_scale), exponent - exponent_of_scale)
     }
 }
 
-/// The p-th root of `sum * 2^exponent`: 2 to the power of its logarithm over p, in two steps, because the first alone
-/// may overflow.
-fn root(sum: f64, exponent: i64, p: f64) -> f64 {
+/// The p-th root of `sum * 2^exponent`, as such a product: 2 to the power of its logarithm over p.
+fn root(sum: f64, exponent: i64, p: f64) -> (f64, i64) {
     if sum == 0.0 {
-        return 0.0;
+        return (0.0, 0);
     }
     let log2 = (sum.log2() + exponent as f64) / p;
     let whole = log2.floor();
-    ldexp((log2 - whole).exp2(), whole as i64)
+    ((log2 - whole).exp2(), whole as i64)
 }
 
 /// `a + b` where each is a value and a binary exponent.
@@ -113,19 +118,6 @@ fn add_scaled(a: (f64, i64), b: (f64, i64)) -> (f64, i64) {
         let (low, high) = if a.1 < b.1 { (a, b) } else { (b, a) };
         (ldexp(low.0, low.1 - high.1) + high.0, high.1)
     }
-}
-
-/// `x * 2^exponent`, in steps that neither overflow nor underflow before the result does.
-pub(crate) fn ldexp(x: f64, exponent: i64) -> f64 {
-    let mut left = exponent.clamp(-4400, 4400) as i32;
-    let mut result = x;
-    while left != 0 {
-        let step = left.clamp(-1022, 1023);
-        // A biased exponent between 1 and 2046 makes a normal power of two.
-        result *= f64::from_bits(((1023 + step) as u64) << 52);
-        left -= step;
-    }
-    result
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::hash::{Hash, Hasher};
 
 use crate::decision::{Action, Known, Outcome};
 use crate::error::tensor_label;
+use crate::magnitude::Magnitude;
 use crate::tensor::Spec;
 use crate::{Budget, Clip, Error, Scope, UnitAxis};
 
@@ -227,20 +228,26 @@ impl Segments {
 
     /// The threshold on the measured norm of each segment. `parameters` are the norms of the parameters and
     /// `thresholds` those of an adaptive threshold; either is empty if there are none.
-    pub(crate) fn max_norms(&self, clip: &Clip, parameters: &[f64], thresholds: &[f64]) -> Vec<f64> {
+    pub(crate) fn max_norms(&self, clip: &Clip, parameters: &[f64], thresholds: &[f64]) -> Vec<Magnitude> {
         let of = |(i, family): (usize, &Family)| {
             let parameter = parameters.get(i).copied().unwrap_or(0.0);
             let own = clip.max_norm(family.elements, family.share, parameter);
             // An adaptive threshold applies to N, as the report gives it.
-            let adaptive = thresholds.get(i).map_or(f64::INFINITY, |t| t / clip.weight(family.elements));
-            own.min(adaptive)
+            let adaptive = thresholds.get(i).copied().unwrap_or(f64::INFINITY);
+            own.min(Magnitude::of(adaptive, |t| t / clip.weight(family.elements)))
         };
         self.families().enumerate().map(of).collect()
     }
 
     /// The outcome of each segment: see [`Clip::outcome`].
-    pub(crate) fn outcomes(&self, clip: &Clip, known: &[Known], max_norms: &[f64], refused: bool) -> Vec<Outcome> {
-        let of = |((family, known), max_norm): ((&Family, &Known), &f64)| {
+    pub(crate) fn outcomes(
+        &self,
+        clip: &Clip,
+        known: &[Known],
+        max_norms: &[Magnitude],
+        refused: bool,
+    ) -> Vec<Outcome> {
+        let of = |((family, known), max_norm): ((&Family, &Known), &Magnitude)| {
             clip.outcome(*known, *max_norm, clip.weight(family.elements), refused)
         };
         self.families().zip(known).zip(max_norms).map(of).collect()

@@ -10,6 +10,7 @@ use crate::context::{Context, Progress};
 use crate::decision::{Known, Outcome};
 use crate::dtype::with_element;
 use crate::examples::check_sums;
+use crate::magnitude::Magnitude;
 use crate::partial::Partial;
 use crate::processes::{GroupCall, GroupPartials, GroupTotal, merge};
 use crate::segment::{Family, Segments, check_groups, check_parameter};
@@ -207,7 +208,7 @@ struct Measured {
     /// By segment.
     known: Vec<Known>,
     /// The threshold on the measured norm, by segment.
-    max_norms: Vec<f64>,
+    max_norms: Vec<Magnitude>,
     /// N over everything.
     total_norm: f64,
     elements: u64,
@@ -232,7 +233,7 @@ impl Measured {
     fn new(part: GroupPartials, GroupTotal { partial: total, non_finite }: GroupTotal) -> Self {
         let GroupPartials { clip, segments, partials, parameters } = part;
         let norm_of = |p: &Partial| match clip.measured() {
-            Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0),
+            Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0).to_f64(),
             _ => f64::INFINITY,
         };
         let parameters: Vec<_> = parameters.iter().map(norm_of).collect();
@@ -241,7 +242,7 @@ impl Measured {
             clip,
             known: partials.iter().map(|p| clip.known(p)).collect(),
             max_norms: segments.max_norms(&clip, &parameters, &[]),
-            total_norm: clip.known(&total).norm * clip.weight(elements),
+            total_norm: clip.known(&total).norm.times(clip.weight(elements)).to_f64(),
             elements,
             outside: total.outside,
             bad: total.non_finite > 0,
@@ -275,7 +276,7 @@ impl Measured {
                 let mut found = Self::new(GroupPartials::new(clip, segments, Vec::new()), nothing);
                 // Single elements are unknown, so `Drop` must look for non-finite elements wherever it writes.
                 let known = |(family, norm): (&Family, &f64)| Known {
-                    norm: norm / clip.weight(family.elements),
+                    norm: Magnitude::of(*norm, |norm| norm / clip.weight(family.elements)),
                     bad: !norm.is_finite() || clip.non_finite == NonFinite::Drop,
                 };
                 found.known = found.segments.families().zip(norms).map(known).collect();
@@ -288,7 +289,7 @@ impl Measured {
 
     /// Lets an adaptive threshold follow the norms.
     fn follow(&mut self, threshold: &mut dyn Threshold) {
-        let norm = |(family, known): (&Family, &Known)| known.norm * self.clip.weight(family.elements);
+        let norm = |(family, known): (&Family, &Known)| known.norm.times(self.clip.weight(family.elements)).to_f64();
         let norms: Vec<_> = self.segments.families().zip(&self.known).map(norm).collect();
         // A non-finite element makes the step non-finite, even where the policy measures the rest.
         let total_norm = if self.bad { f64::NAN } else { self.total_norm };

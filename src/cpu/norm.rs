@@ -29,7 +29,8 @@ use super::power::{Cube, Fourth, Magnitude, Power, Root, Square};
 use super::terms::{self, Matrix, STEP, tree};
 use super::tuning::BLOCK;
 use crate::NormType;
-use crate::partial::{Location, Partial, ldexp};
+use crate::magnitude::ldexp;
+use crate::partial::{Location, Partial};
 
 /// The partials of consecutive runs of `len` elements each. The first run begins at `at`.
 pub(super) fn norms<T: Widen>(norm_type: NormType, at: Location, data: &[u8], len: usize, slots: &mut [Partial]) {

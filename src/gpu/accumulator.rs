@@ -218,7 +218,7 @@ impl GpuNormAccumulator {
             (GroupTotal { partial, non_finite }, sets.elements)
         });
         let Group { clip, segments, .. } = &self.group;
-        let totals = (clip.known(&partial).norm, partial.outside);
+        let totals = (clip.known(&partial).norm.to_f64(), partial.outside);
         let outcomes = [outcome.to_outcome(clip, 1.0)];
         clip.report((segments, &outcomes), totals, elements, non_finite)
     }

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::partial::ldexp;
+use crate::magnitude::ldexp;
 
 /// `mantissa * 2^exponent`; the mantissa's top bit is set unless the number is 0.
 #[repr(C)]

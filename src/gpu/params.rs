@@ -91,7 +91,7 @@ pub(super) fn thresholds<'a>(groups: impl Iterator<Item = (&'a Group, &'a Clip)>
         for (max_norm, family) in max_norms.into_iter().zip(group.segments.families()) {
             // Given norms are N, and these thresholds are for measured norms.
             let weight = if group.given { clip.weight(family.elements) } else { 1.0 };
-            thresholds.push(threshold_number(max_norm * weight));
+            thresholds.push(threshold_number(max_norm.to_f64() * weight));
         }
     }
     thresholds

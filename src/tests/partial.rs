@@ -32,9 +32,13 @@ fn the_first_bad_element_is_the_first_in_list_order() {
 
 #[test]
 fn roots_reach_both_ends() {
-    assert_eq!(root(0.0, 5, 3.0), 0.0);
-    assert!((root(8.0, 0, 3.0) - 2.0).abs() < 1e-15);
-    assert!((root(1.5, 3000, 3.0) / 2f64.powi(1000) - 1.5f64.powf(1.0 / 3.0)).abs() < 1e-12);
-    assert_eq!(root(1.0, -3222, 3.0), f64::from_bits(1));
-    assert_eq!(root(2.0, 0, 1e-3), 2f64.powi(1000));
+    let root_of = |sum, exponent, p| {
+        let (value, exponent) = root(sum, exponent, p);
+        ldexp(value, exponent)
+    };
+    assert_eq!(root_of(0.0, 5, 3.0), 0.0);
+    assert!((root_of(8.0, 0, 3.0) - 2.0).abs() < 1e-15);
+    assert!((root_of(1.5, 3000, 3.0) / 2f64.powi(1000) - 1.5f64.powf(1.0 / 3.0)).abs() < 1e-12);
+    assert_eq!(root_of(1.0, -3222, 3.0), f64::from_bits(1));
+    assert_eq!(root_of(2.0, 0, 1e-3), 2f64.powi(1000));
 }

@@ -2,8 +2,9 @@
 //! cannot hold: gradients around 1e20, 1e38, 1e-25 and below the normal range.
 
 use crate::common::numbers::{Random, exact_norm, multiplied_bits, ulp};
-use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
-use gradclip::{Clip, Dtype, NormType};
+use crate::common::{Data, POLICIES, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
+use gradclip::processes::thread_group;
+use gradclip::{Clip, ClipReport, Clipper, Dtype, NormAccumulator, NormType, Scope, Tensor, TensorMut};
 
 const POWERS: [f64; 13] = [1.0, 2.0, f64::INFINITY, 1.0 / 1024.0, 0.25, 0.5, 1.5, 3.0, 4.0, 7.5, 64.0, 1e6, f64::MAX];
 
@@ -213,6 +214,62 @@ fn a_few_of_the_largest_floats_add_up() {
                 let (report, _) = path.clip(&clip(f64::INFINITY, norm_type), &set).ok();
                 let norm = exact_norm(norm_type, numbers_of(&set));
                 assert_norm(report.total_norm, norm, path.norm_tolerance(), &format!("{path:?} {norm_type:?}, {n}"));
+            }
+        }
+    }
+}
+
+/// Finite float64 gradients whose norm is not a float64, on every way that takes float64.
+#[test]
+fn norms_that_exceed_float64() {
+    let (two, eight) = ([1.7e308; 2], [f64::MAX; 8]);
+    let l1 = Clip::norm(1.0).norm_type(NormType::L1);
+    let cubic = Clip::norm(1e308).norm_type(NormType::P(3.0)).eps(0.0);
+    for (clip, set, coef) in [
+        (Clip::norm(1.0), &two[..], 1.0 / 1.7e308 * 0.5f64.sqrt()),
+        (Clip::norm(1.5e308).scope(Scope::Tensor), &two, 1.5 / 1.7 * 0.5f64.sqrt()),
+        (l1, &eight, 1.0 / f64::MAX / 8.0),
+        (l1.grad_scale(0.25), &eight, 1.0 / f64::MAX / 32.0),
+        (cubic, &eight, 1e308 / f64::MAX / 2.0),
+        (Clip::rms(1.7e308), &two, 1.0),
+        (Clip::rms(0.85e308), &two, 0.5),
+        (Clip::average_norm(1e307), &eight, 1e307 / f64::MAX * 8f64.sqrt()),
+    ] {
+        for policy in POLICIES {
+            let (clip, tensors) = (clip.non_finite(policy), [Tensor::new(set)]);
+            let factor = coef / clip.grad_scale;
+            let check = |report: &ClipReport, after: &[f64], what: &str| {
+                let right = |x: f64, before: f64| (x / before / factor - 1.0).abs() < 1e-12;
+                assert!(after.iter().zip(set).all(|(x, before)| right(*x, *before)), "{what}: {clip}: {after:?}");
+                assert!(!report.has_non_finite(), "{what}: {clip}");
+                assert!(report.clip_coef == 1.0 || (report.clip_coef / coef - 1.0).abs() < 1e-12, "{what}: {clip}");
+            };
+            let cpu = Clipper::cpu();
+            let mut after = set.to_vec();
+            let report = cpu.apply(&clip, &mut [TensorMut::new(&mut after)]).expect("finite");
+            check(&report, &after, "apply");
+            let decided = cpu.decide(&clip, &tensors).expect("finite");
+            let mut after = set.to_vec();
+            decided.apply(0, 0, &mut TensorMut::new(&mut after)).expect("a piece");
+            check(&decided.report(), &after, "decide");
+            if clip.scope == Scope::Global {
+                let mut accumulator = NormAccumulator::new(&clip).expect("it measures a norm");
+                cpu.accumulate(&mut accumulator, &tensors).expect("finite");
+                let mut after = set.to_vec();
+                let report = cpu.finish(&accumulator, &mut [TensorMut::new(&mut after)]).expect("finite");
+                check(&report, &after, "accumulate");
+            }
+            let ranks = thread_group(2, None).into_iter().zip(set.chunks(set.len() / 2)).map(|(group, part)| {
+                let mut after = part.to_vec();
+                std::thread::spawn(move || {
+                    let clipper = Clipper::cpu().processes(group);
+                    let report = clipper.apply(&clip, &mut [TensorMut::new(&mut after)]).expect("finite");
+                    (report, after)
+                })
+            });
+            for rank in ranks.collect::<Vec<_>>() {
+                let (report, after) = rank.join().expect("no panic");
+                check(&report, &after, "two ranks");
             }
         }
     }

@@ -16,6 +16,7 @@ use super::super::isa::{self, Set};
 use super::super::{clamp, columns, count, norm, scale};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
+use crate::magnitude::Magnitude;
 use crate::partial::{Location, Partial};
 use crate::segment::{By, SegmentLayout};
 use crate::{Clip, Dtype, NormType};
@@ -46,7 +47,7 @@ fn power(p: f64) -> NormType {
 
 fn outcome() -> Outcome {
     let clip = Clip::norm(0.5);
-    clip.outcome(clip.known(&Partial { sum: 1.0, ..Partial::EMPTY }), 0.5, 1.0, false)
+    clip.outcome(clip.known(&Partial { sum: 1.0, ..Partial::EMPTY }), Magnitude::plain(0.5), 1.0, false)
 }
 
 fn scaled(dtype: Dtype, data: &mut [u8], by: By, outcomes: usize, drop: bool) {

@@ -7,6 +7,7 @@ use super::super::isa::{self, Isa, Kernel, LANES, Set, run};
 use super::super::{clamp, columns, count, norm, scale, sum};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
+use crate::magnitude::Magnitude;
 use crate::partial::{Location, Partial};
 use crate::segment::{By, SegmentLayout};
 use crate::{Clip, Dtype, NonFinite, NormType};
@@ -110,7 +111,7 @@ fn norms_of_columns_agree() {
 
 fn outcomes(factor: f64, count: usize) -> Vec<Outcome> {
     let clip = Clip::norm(1.0);
-    let outcome = clip.outcome(clip.known(&Partial { sum: 4.0, ..Partial::EMPTY }), 1.0, 1.0, false);
+    let outcome = clip.outcome(clip.known(&Partial { sum: 4.0, ..Partial::EMPTY }), Magnitude::plain(1.0), 1.0, false);
     (0..count).map(|i| Outcome { factor: factor / (i + 1) as f64, ..outcome }).collect()
 }
 

@@ -110,7 +110,9 @@ impl GpuPlan {
             write(group.first_partial, &part.partials);
             group.first_parameter.iter().for_each(|first| write(*first, &part.parameters));
             write(group.total, &[total.partial]);
-            let of = |segments: &Segments| segments.max_norms(&group.clip, &[], &[]).into_iter().map(threshold_number);
+            let of = |segments: &Segments| {
+                segments.max_norms(&group.clip, &[], &[]).into_iter().map(|m| threshold_number(m.to_f64()))
+            };
             own_thresholds.extend(of(&group.segments));
             // The device overwrites thresholds that depend on parameters.
             thresholds.extend(of(&part.segments));

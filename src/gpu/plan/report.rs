@@ -134,7 +134,7 @@ impl GpuPlan {
         let own = measured.segments.iter().map(|s| s.norm).collect();
         let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
         let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
-        let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(*m)).collect();
+        let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(m.to_f64())).collect();
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
         // Later steps go by these, until they are set anew.
         *locked(&self.own_thresholds) = None;
@@ -160,7 +160,7 @@ impl Group {
         let total_norm = match &outcomes[..] {
             [outcome] if self.given => outcome.norm,
             _ if self.given => f64::NAN,
-            _ => clip.known(&total).norm * weight(elements),
+            _ => clip.known(&total).norm.times(weight(elements)).to_f64(),
         };
         let report = clip.report((&segments, &outcomes), (total_norm, total.outside), elements, non_finite)?;
         // A value clip looks at each element whatever is decided. Only what it found tells whether it wrote.
