@@ -34,11 +34,13 @@ run() {
     esac
 }
 
-# figures LOG: the counts of a part, separated by <br>; if it printed none, how many tests passed.
+# figures PART LOG: the counts of a part, separated by <br>; if it printed none, how many tests passed. Short soaks that other
+# parts run are no figures.
 figures() {
-    local found
-    found=$(grep -aoE "^(test .* \.\.\. )?($counted): .*" "$1" | sed -E 's/^test .* \.\.\. //' | sed 's/|/\\|/g' | sed -z 's/\n$//; s/\n/<br>/g')
-    [ -n "$found" ] || found=$(awk '/^test result: ok/ { sum += $4 } END { if (sum) print sum " tests passed" }' "$1")
+    local found of=$counted
+    [ "$1" = soak ] || of=${counted/|soak/}
+    found=$(grep -aoE "^(test .* \.\.\. )?($of): .*" "$2" | sed -E 's/^test .* \.\.\. //' | sed 's/|/\\|/g' | sed -z 's/\n$//; s/\n/<br>/g')
+    [ -n "$found" ] || found=$(awk '/^test result: ok/ { sum += $4 } END { if (sum) print sum " tests passed" }' "$2")
     echo "${found:-passed}"
 }
 counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|inventory'
@@ -56,7 +58,7 @@ for part in "$@"; do
     log=$devices/nightly-$part.log begin=$SECONDS
     step "$part"
     if run "$part" 2>&1 | tee "$log"; then
-        row="| $part | $(figures "$log") | $(((SECONDS - begin + 30) / 60)) | $commit | $(date -u +%F) |"
+        row="| $part | $(figures "$part" "$log") | $(((SECONDS - begin + 30) / 60)) | $commit | $(date -u +%F) |"
         # Rows stand in the order of the parts.
         {
             sed '/^<!-- nightly -->$/q' "$page"
