@@ -337,7 +337,7 @@ impl Kernels {
     }
 
     /// The layout of bind group 1 for a kernel.
-    fn subject(&self, gpu: &GpuDevice, kernel: Kernel, access: Access) -> wgpu::BindGroupLayout {
+    fn own_layout(&self, gpu: &GpuDevice, kernel: Kernel, access: Access) -> wgpu::BindGroupLayout {
         match kernel {
             Kernel::Merge => self.layouts.rows.clone(),
             Kernel::Threshold { .. } => self.layouts.threshold.clone(),
@@ -378,8 +378,8 @@ impl Kernels {
                     source: wgpu::ShaderSource::Wgsl(source.into()),
                 },
             );
-            let subject = self.subject(gpu, kernel, access);
-            let groups = [Some(self.layouts.clip.of(kernel)), Some(&subject)];
+            let own = self.own_layout(gpu, kernel, access);
+            let groups = [Some(self.layouts.clip.of(kernel)), Some(&own)];
             let layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
                 label: Some(kernel.name()),
                 bind_group_layouts: &groups,
