@@ -101,7 +101,8 @@ fn root(sum: f64, exponent: i64, p: f64) -> (f64, i64) {
     if sum == 0.0 {
         return (0.0, 0);
     }
-    let log2 = (sum.log2() + exponent as f64) / p;
+    // Beyond, a norm is infinite or 0 whatever it is compared with.
+    let log2 = ((sum.log2() + exponent as f64) / p).clamp(-1e9, 1e9);
     let whole = log2.floor();
     ((log2 - whole).exp2(), whole as i64)
 }

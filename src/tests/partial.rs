@@ -41,4 +41,5 @@ fn roots_reach_both_ends() {
     assert!((root_of(1.5, 3000, 3.0) / 2f64.powi(1000) - 1.5f64.powf(1.0 / 3.0)).abs() < 1e-12);
     assert_eq!(root_of(1.0, -3222, 3.0), f64::from_bits(1));
     assert_eq!(root_of(2.0, 0, 1e-3), 2f64.powi(1000));
+    assert_eq!([root_of(2.0, 0, 1e-308), root_of(0.5, 0, 1e-308)], [f64::INFINITY, 0.0]);
 }
