@@ -89,7 +89,7 @@ pub(crate) fn refuse(conditions: &[(bool, &str)]) -> Result<(), Failure> {
     first.map_or(Ok(()), |(_, message)| Err(Failure::Usage((*message).into())))
 }
 
-/// A clip that measures the same norm and changes nothing.
+/// A clip that measures the same norm and changes nothing, under a value that is not finite too.
 pub(crate) fn measuring(mut clip: Clip) -> Clip {
     clip.mode = match clip.mode {
         Mode::Rms(_) => Mode::Rms(f64::INFINITY),
@@ -97,7 +97,7 @@ pub(crate) fn measuring(mut clip: Clip) -> Clip {
         _ => Mode::Norm(f64::INFINITY),
     };
     clip.agc_eps = None;
-    clip.non_finite(NonFinite::Propagate)
+    clip.non_finite(NonFinite::Skip)
 }
 
 /// Whether the clip measures no norm.

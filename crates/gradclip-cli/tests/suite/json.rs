@@ -138,6 +138,19 @@ fn what_is_not_finite_is_null_and_located() {
     assert_eq!((&object["clipped"], &object["clip_coef"]), (&json!(true), &json!(1.0)));
 }
 
+/// A measurement clips nothing, under a NaN too.
+#[test]
+fn a_norm_that_is_not_finite_clips_nothing() {
+    let folder = Folder::new();
+    let input = folder.write("in", file(&[("a", "F32", f32s(&[f32::NAN])), ("b", "F32", f32s(&[2.0]))]));
+    let input = input.to_str().unwrap();
+    for args in [&["--scope", "global"][..], &["--scope", "tensor"], &["--norm-type", "inf"]] {
+        let object = gradclip([&["norm", input, "--json", "--backend", "cpu"], args].concat()).succeeded().json();
+        assert_eq!((&object["clip_coef"], &object["clipped"]), (&json!(1.0), &json!(false)), "{args:?}");
+        assert_eq!(object["total_norm"], Value::Null, "{args:?}");
+    }
+}
+
 #[test]
 fn errors_print_nothing_on_stdout() {
     let folder = Folder::new();
