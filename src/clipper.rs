@@ -56,7 +56,7 @@ impl Clipper {
     }
 
     fn on(backend: Backend) -> Self {
-        Self { backend, progress: Progress::default(), processes: single_process() }
+        Self { backend, progress: Progress::default(), processes: Arc::clone(single_process()) }
     }
 
     /// Calls `f` while tensors are measured (on a GPU, while they are uploaded), from any thread that works on them,

@@ -16,11 +16,8 @@ impl Context<'_> {
     /// No progress function and no other processes.
     #[cfg(feature = "gpu")]
     pub(crate) fn alone() -> Self {
-        use crate::processes::single_process;
-        use std::sync::LazyLock;
-        static PROGRESS: LazyLock<Progress> = LazyLock::new(Progress::default);
-        static ALONE: LazyLock<Arc<dyn ProcessGroup>> = LazyLock::new(single_process);
-        Self { progress: &PROGRESS, processes: &**ALONE }
+        static NO_PROGRESS: Progress = Progress(None);
+        Self { progress: &NO_PROGRESS, processes: &**crate::processes::single_process() }
     }
 
     /// Whether the tensors are read before anything is written. If another process fails, none may write.

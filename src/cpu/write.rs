@@ -29,9 +29,10 @@ pub(super) fn write(
     });
     let (total, panicked) = (Mutex::new(Partial::EMPTY), Mutex::new(None));
     in_parallel(work, pieces, bytes, |((at, dtype, data), own, counted)| {
-        let measured = || progress.into_iter().for_each(|progress| progress.measured(data.len()));
         // A panic of the caller's function must not stop the writing halfway.
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(measured)) {
+        if let Some(progress) = progress
+            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| progress.measured(data.len())))
+        {
             panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
         let met = write_piece(clip, at, dtype, own, data);

@@ -102,8 +102,7 @@ impl GpuClipper {
         let group = Group::new(clip, Segments::new(clip, &[])?, Vec::new());
         let groups = std::slice::from_ref(&group);
         let memory = Memory::new(&self.device, groups, 1, &[StateRow::zeroed()], Kept::Nothing)?;
-        let params = Params::new(&group, &group.clip, 0, None);
-        let params = self.device.filled("gradclip params", bytemuck::bytes_of(&params), wgpu::BufferUsages::UNIFORM)?;
+        let params = Params::new(&group, &group.clip, 0, None).upload(&self.device)?;
         let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params)?;
         let one = |kernel, bindings: &[_]| Dispatch::new(self, (kernel, Access::None), clips.of(kernel), bindings, 1);
         let finalise = Kernel::Finalise { norm: Some(Norm::from(norm_type)), given: false };
@@ -214,8 +213,7 @@ impl GpuNormAccumulator {
         let row: PartialRow = bytemuck::pod_read_unaligned(total);
         let (GroupTotal { partial, non_finite }, elements) = sets.across.of(&row).cloned().unwrap_or_else(|| {
             let partial = row.to_partial(|i| sets.origins[i]);
-            let non_finite = partial.non_finite_elements(|i| sets.names[i].as_deref());
-            (GroupTotal { partial, non_finite }, sets.elements)
+            (GroupTotal::of(partial, |i| sets.names[i].as_deref()), sets.elements)
         });
         let Group { clip, segments, .. } = &self.group;
         let totals = (clip.known(&partial).norm.to_f64(), partial.outside);

@@ -48,9 +48,7 @@ impl Built {
         let rules: Vec<_> = groups.iter().map(|group| Rule::of(&group.clip, threshold.as_ref())).collect();
         let mut params = Vec::new();
         for (group, rule) in groups.iter().zip(&rules) {
-            let of_group = Params::new(group, &group.clip, schedule.everything, *rule);
-            let (bytes, usage) = (bytemuck::bytes_of(&of_group), wgpu::BufferUsages::UNIFORM);
-            params.push(gpu.device.filled("gradclip params", bytes, usage)?);
+            params.push(Params::new(group, &group.clip, schedule.everything, *rule).upload(&gpu.device)?);
         }
         let mut pending = Pending::new(gpu, schedule.limits);
         schedule.add_to(&mut pending, &groups, &job, &rules);

@@ -130,7 +130,7 @@ impl Gathered {
                 buffers.push(t.buffer.clone());
                 buffers.len() - 1
             });
-            Piece { buffer, dtype: t.spec.dtype, start: t.start, len: t.spec.len, tensor, first_element: 0, layout }
+            t.piece(buffer, tensor, layout)
         };
         let mut gathered = Vec::new();
         for (clip, tensors) in groups {
@@ -168,21 +168,20 @@ impl Gathered {
 
     /// Checks that nothing is written twice, and that no sum overlaps a tensor.
     fn check_overlaps(&self) -> Result<(), Error> {
-        let of_group = |group: &'_ Group| -> Vec<_> {
-            group.pieces.iter().map(|piece| (*piece, group.names[piece.tensor].clone())).collect()
-        };
-        let mut pieces: Vec<_> = self.groups.iter().flat_map(of_group).collect();
-        match &self.job {
-            Job::Measure => return Ok(()),
-            Job::Sum(sums) => {
-                pieces.extend(self.job_pieces.iter().zip(sums).map(|(p, sum)| (*p, sum.spec.name.clone())));
-            }
-            _ => {}
+        if matches!(self.job, Job::Measure) {
+            return Ok(());
+        }
+        let mut pieces: Vec<(&Piece, Option<&str>)> = Vec::new();
+        for group in &self.groups {
+            pieces.extend(group.pieces.iter().map(|piece| (piece, group.names[piece.tensor].as_deref())));
+        }
+        if let Job::Sum(sums) = &self.job {
+            pieces.extend(self.job_pieces.iter().zip(sums).map(|(piece, sum)| (piece, sum.spec().name)));
         }
         pieces.retain(|(piece, _)| piece.len > 0);
         pieces.sort_by_key(|(piece, _)| (piece.buffer, piece.bytes().start));
-        let label = |(piece, name): &(Piece, Option<Arc<str>>)| tensor_label(name.as_deref(), piece.tensor);
-        let overlap = |pair: &&[(Piece, _)]| {
+        let label = |(piece, name): &(&Piece, Option<&str>)| tensor_label(*name, piece.tensor);
+        let overlap = |pair: &&[(&Piece, _)]| {
             pair[0].0.buffer == pair[1].0.buffer && pair[1].0.bytes().start < pair[0].0.bytes().end
         };
         pieces.windows(2).find(overlap).map_or(Ok(()), |pair| {

@@ -1,23 +1,23 @@
 //! Host tensors through the GPU.
 //!
-//! The bytes of all tensors, and behind them those of their parameters, are cut into *loads*, each as much as one buffer
-//! on the device takes. There are as many buffers as memory allows, and loads take turns in them:
+//! The bytes of all tensors, followed by those of their parameters, are cut into *loads*. A load fills one buffer on the
+//! device. There are as many buffers as memory allows, and loads take turns in them:
 //!
 //! ```text
 //! for each load: host -> staging -> buffer, measure
-//! merge, decide, report                                 a few dozen bytes come back; if nothing was written, no more
+//! merge, decide, report                                 a few dozen bytes come back, and no more if nothing was written
 //! for each load of which something was written, from last to first:
 //!     host -> staging -> buffer, unless it is still there; apply; buffer -> readback -> host
 //! ```
 //!
-//! From last to first, because the last loads measured are those that are still there. Where a load ends does not depend
-//! on how many buffers there are, and so neither does any bit of the result.
+//! The order is from last to first, because the last measured loads are still on the device. The number of buffers does not
+//! change where a load ends, so it changes no bit of the result.
 //!
-//! There is one staging buffer and one readback buffer: the host and the device take turns in each. With two of each, which
-//! overlap, host tensors were no faster (`benches/records/2026-11-28-xeon-llvmpipe-host-tensors.md`).
+//! There is one staging buffer and one readback buffer. The host and the device take turns in each. Two of each, which
+//! overlap, were no faster (`benches/records/2026-11-28-xeon-llvmpipe-host-tensors.md`).
 //!
-//! Once the first byte of the caller's has been written nothing may fail any more: what the device then does not bring
-//! back, the CPU writes, by the same outcomes and with the same bits ([`WriteBack`]).
+//! Once a byte of the caller's tensors is written, nothing may fail any more. If the device then fails, the CPU writes the
+//! rest, by the same outcomes and with the same bits ([`WriteBack`]).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,14 +53,14 @@ struct Run {
     offset: usize,
 }
 
-/// What one buffer on the device holds at a time: at most one run of a tensor, in the order of tensors.
+/// The runs that one buffer on the device holds at a time, in the order of tensors, at most one of each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Load {
     runs: Vec<Run>,
     size: usize,
 }
 
-/// Whose a tensor or parameter is.
+/// The tensor that a run is of, or whose parameter it is of.
 #[derive(Clone, Copy)]
 struct Owner {
     group: usize,
@@ -68,16 +68,16 @@ struct Owner {
     is_parameter: bool,
 }
 
-/// Host tensors on their way through the device.
+/// Moves host tensors through the device.
 struct Transfer<'a> {
     gpu: &'a GpuClipper,
     progress: &'a Progress,
     plan: GpuPlan,
     owners: Vec<Owner>,
     loads: Vec<Load>,
-    /// On the device; load number i is in buffer number i modulo their number, when it is there.
+    /// Buffers on the device. Load number i uses buffer number i modulo their number.
     buffers: Vec<wgpu::Buffer>,
-    /// Which load each buffer holds.
+    /// The load that each buffer holds.
     held: Vec<Option<usize>>,
     staging: wgpu::Buffer,
     /// The submission that reads the staging buffer, if it is not mapped.
@@ -129,7 +129,7 @@ impl GpuClipper {
     /// [`Clipper::apply_adaptive`](crate::Clipper::apply_adaptive).
     ///
     /// # Errors
-    /// [`Error::ThresholdState`] if the threshold is that of other tensors, [`Error::Usage`] if the clip has no norm to
+    /// [`Error::ThresholdState`] if the threshold belongs to other tensors, [`Error::Usage`] if the clip has no norm to
     /// follow, and those of [`GpuClipper::apply`].
     pub fn apply_adaptive<'a, 't>(
         &'a self,
@@ -147,8 +147,8 @@ impl GpuClipper {
     /// [`Clipper::sum_examples`](crate::Clipper::sum_examples).
     ///
     /// # Errors
-    /// [`Error::Usage`] under a scope without examples, or if the sums are not as many; [`Error::Tensor`] if one is not as
-    /// long; those of [`GpuClipper::apply`].
+    /// [`Error::Usage`] under a scope without examples, or unless there is one sum for each tensor; [`Error::Tensor`] if a
+    /// sum has another length than an example; those of [`GpuClipper::apply`].
     pub fn sum_examples<'a, 't>(
         &'a self,
         clip: &'a Clip,
@@ -246,7 +246,7 @@ impl GpuClipper {
                 transfer.plan.encode_for(encoder, Phase::Apply, None);
                 Ok(())
             })?;
-            // From first to last, which is the order that the plan adds examples in.
+            // The plan adds examples from first to last.
             for load in 0..transfer.loads.len() {
                 transfer.run(&[Phase::Apply], load, |i| tensors.get(i).map(|t| t.data), None).await?;
             }
@@ -282,11 +282,11 @@ impl GpuClipper {
     }
 }
 
-/// Runs begin at multiples of so many bytes, and loads end there: as much as a kernel reads at once.
+/// Runs begin, and loads end, at multiples of this number of bytes, which a kernel reads at once.
 const LOAD_ALIGNMENT: u64 = 16;
 
 impl<'a> Transfer<'a> {
-    /// Plans what is to be done with the tensors of groups.
+    /// Packs the tensors of groups into loads, and plans the job.
     fn new(
         gpu: &'a GpuClipper,
         progress: &'a Progress,
@@ -340,8 +340,7 @@ impl<'a> Transfer<'a> {
         let mut job_pieces = Vec::new();
         if let Job::Sum(sums) = &job {
             for (tensor, (sum, layout)) in sums.iter().zip(&parts[0].segments.layouts).enumerate() {
-                let (buffer, dtype, len) = (bound.len(), sum.spec.dtype, sum.spec.len);
-                job_pieces.push(Piece { buffer, dtype, start: 0, len, tensor, first_element: 0, layout: *layout });
+                job_pieces.push(sum.piece(bound.len(), tensor, *layout));
                 bound.push(sum.buffer.clone());
             }
         }
@@ -353,7 +352,7 @@ impl<'a> Transfer<'a> {
         Ok(Self { gpu, progress, plan, owners, loads, buffers, held, staging, staged, applying, moved })
     }
 
-    /// Brings all loads to the device, measures them, takes in what other processes have measured, and decides.
+    /// Brings all loads to the device, measures them, merges in the partials of other processes, and decides.
     async fn measure(&mut self, groups: &[(Clip, Vec<Tensor<'_>>)], call: GroupCall<'_>) -> Result<(), Error> {
         let all = of_all(groups);
         for load in 0..self.loads.len() {
@@ -372,7 +371,7 @@ impl<'a> Transfer<'a> {
         Ok(())
     }
 
-    /// Writes what became of the tensors, given the outcomes by group. From here on the device may fail as it likes.
+    /// Writes the clipped tensors, given the outcomes by group. From here on a failing device is no error.
     async fn write_back(self, groups: &mut [(Clip, &mut [TensorMut<'_>])], outcomes: Vec<Vec<Outcome>>) {
         let tensors = groups.iter_mut().flat_map(|(_, tensors)| tensors.iter_mut()).collect();
         let mut back = WriteBack { due: Vec::new(), transfer: self, tensors, outcomes, begun: false };
@@ -385,8 +384,8 @@ impl<'a> Transfer<'a> {
         }
     }
 
-    /// Submits phases over a load, and its copy to `readback`. A load that is not on the device is copied there first; one that
-    /// is was measured when it came.
+    /// Submits phases over a load, and its copy to `readback`. A load that is not on the device is copied there first. One
+    /// that is there is not measured again.
     async fn run<'s>(
         &mut self,
         phases: &[Phase],
@@ -421,7 +420,7 @@ impl<'a> Transfer<'a> {
         Ok(after)
     }
 
-    /// Copies a load to the staging buffer, once that is free. `data` has the bytes of tensors; a run without is left out.
+    /// Copies a load to the staging buffer, once that is free. `data` gives the bytes of a tensor, or None to leave it out.
     async fn stage<'s>(&mut self, load: usize, data: impl Fn(usize) -> Option<&'s [u8]>) -> Result<(), Error> {
         let device = &self.gpu.device;
         if let Some(after) = self.staged.take() {
@@ -435,7 +434,7 @@ impl<'a> Transfer<'a> {
             let from = &data[run.bytes.clone()];
             let (to, behind) = rest.split_at(run.offset - at).1.split_at(from.len());
             (rest, at) = (behind, run.offset + from.len());
-            // Of what wgpu hands out only pieces of a constant length may be sent to another thread.
+            // wgpu lets only slices of a constant length go to another thread.
             let (pieces, mut tail) = to.into_chunks::<COPIED_AT_ONCE>();
             let (whole, from) = from.as_chunks::<COPIED_AT_ONCE>();
             work.extend(pieces.into_iter().zip(whole));
@@ -474,15 +473,15 @@ impl Drop for Transfer<'_> {
     }
 }
 
-/// What is being written into the caller's tensors.
+/// The writing of clipped loads into the caller's tensors.
 struct WriteBack<'a, 't, 'd> {
     transfer: Transfer<'a>,
     tensors: Vec<&'t mut TensorMut<'d>>,
     /// By group and segment.
     outcomes: Vec<Vec<Outcome>>,
-    /// By load: what has to be written yet.
+    /// By load, the runs that are not written yet.
     due: Vec<Vec<Run>>,
-    /// Whether anything was.
+    /// Whether anything is written.
     begun: bool,
 }
 
@@ -518,7 +517,7 @@ impl WriteBack<'_, '_, '_> {
         Ok(())
     }
 
-    /// Writes what is due of a load that has come back.
+    /// Writes the due runs of a load that has come back.
     fn write(&mut self, load: usize, bytes: &[u8]) {
         self.begun = true;
         let due = std::mem::take(&mut self.due[load]);
@@ -535,7 +534,7 @@ impl WriteBack<'_, '_, '_> {
         in_parallel(work.into_iter(), pieces, bytes.len(), |(to, from)| to.copy_from_slice(from));
     }
 
-    /// Writes on the CPU whatever is due, from the caller's own bytes, which nothing has touched yet.
+    /// Clips the due runs on the CPU, in the caller's own bytes, which nothing has changed yet.
     fn finish(&mut self) {
         self.begun = false;
         for run in self.due.drain(..).flatten() {
@@ -556,7 +555,7 @@ impl WriteBack<'_, '_, '_> {
 }
 
 impl Drop for WriteBack<'_, '_, '_> {
-    /// Where the future was dropped halfway, the caller must not be left with half of it clipped.
+    /// If the future is dropped halfway, the CPU finishes, so that no set is left half clipped.
     fn drop(&mut self) {
         if self.begun {
             self.finish();
@@ -571,14 +570,14 @@ fn of_all<'t>(groups: &[(Clip, Vec<Tensor<'t>>)]) -> Vec<Tensor<'t>> {
     tensors.chain(needing.flat_map(|(_, tensors)| tensors.iter().filter_map(|t| t.parameter.copied()))).collect()
 }
 
-/// So many buffers, or as many as there is memory for.
+/// Makes `wanted` buffers, or as many as there is memory for.
 fn as_many_as(wanted: usize, make: impl Fn() -> Result<wgpu::Buffer, Error>) -> Result<Vec<wgpu::Buffer>, Error> {
     let mut made = Vec::new();
     while made.len() < wanted {
         match make() {
             Ok(buffer) => made.push(buffer),
             Err(Error::OutOfMemory(_)) if !made.is_empty() => {
-                // What else the clip needs must have room too.
+                // The clip needs room for other buffers too.
                 made.truncate((made.len() - 1).max(1));
                 break;
             }
@@ -588,7 +587,7 @@ fn as_many_as(wanted: usize, make: impl Fn() -> Result<wgpu::Buffer, Error>) -> 
     Ok(made)
 }
 
-/// Lays tensors of so many bytes into loads of at most `longest`, all full but the last.
+/// Lays tensors of these lengths into loads of at most `longest` bytes. All loads but the last are full.
 fn pack(lens: &[usize], longest: usize) -> Vec<Load> {
     let mut loads: Vec<Load> = Vec::new();
     for (tensor, len) in lens.iter().enumerate() {

@@ -2,10 +2,11 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::device::GpuDevice;
 use super::gather::Group;
 use super::number::Number;
 use super::threshold::{Rule, threshold_number};
-use crate::{Clip, Mode, NonFinite, NormType};
+use crate::{Clip, Error, Mode, NonFinite, NormType};
 
 /// Twin of `Params` in `shaders/shared/outcome.wgsl`.
 #[repr(C)]
@@ -80,6 +81,10 @@ impl Params {
             min: rounded(min),
             max: rounded(max),
         }
+    }
+
+    pub(super) fn upload(&self, device: &GpuDevice) -> Result<wgpu::Buffer, Error> {
+        device.filled("gradclip params", bytemuck::bytes_of(self), wgpu::BufferUsages::UNIFORM)
     }
 }
 

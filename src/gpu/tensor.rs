@@ -3,6 +3,8 @@
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 
+use super::table::Piece;
+use crate::segment::SegmentLayout;
 use crate::tensor::{Spec, TensorSpec, settings};
 use crate::{Dtype, Error, UnitAxis};
 
@@ -84,5 +86,11 @@ impl GpuTensor {
 
     pub(super) fn spec(&self) -> Spec<'_> {
         self.spec.as_ref()
+    }
+
+    /// The whole tensor as a piece of buffer number `buffer`.
+    pub(super) fn piece(&self, buffer: usize, tensor: usize, layout: SegmentLayout) -> Piece {
+        let TensorSpec { dtype, len, .. } = self.spec;
+        Piece { buffer, dtype, start: self.start, len, tensor, first_element: 0, layout }
     }
 }

@@ -90,6 +90,13 @@ pub(crate) struct GroupTotal {
     pub(crate) non_finite: Option<NonFiniteElements>,
 }
 
+impl GroupTotal {
+    /// The total of a partial of everything, which this process measured alone.
+    pub(crate) fn of<'a>(partial: Partial, name_of: impl Fn(usize) -> Option<&'a str>) -> Self {
+        Self { partial, non_finite: partial.non_finite_elements(name_of) }
+    }
+}
+
 impl GroupPartials {
     /// The partials of one segment, from its partial and its number of elements.
     pub(crate) fn of_one(clip: &Clip, mut segments: Segments, partial: Partial, elements: u64) -> Self {
@@ -103,8 +110,7 @@ impl GroupPartials {
 
     /// The total, if this process is alone.
     pub(crate) fn total<'a>(&self, name_of: impl Fn(usize) -> Option<&'a str>) -> GroupTotal {
-        let partial = self.partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b));
-        GroupTotal { partial, non_finite: partial.non_finite_elements(name_of) }
+        GroupTotal::of(self.partials.iter().fold(Partial::EMPTY, |a, b| a.merge(*b)), name_of)
     }
 
     fn rows(&self, rank: u32) -> Vec<Row> {

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::ProcessGroup;
@@ -21,8 +21,9 @@ pub fn thread_group(size: u32, timeout: Option<Duration>) -> Vec<Arc<dyn Process
 }
 
 /// The group of this process alone, for clips without another group.
-pub(crate) fn single_process() -> Arc<dyn ProcessGroup> {
-    thread_group(1, None).swap_remove(0)
+pub(crate) fn single_process() -> &'static Arc<dyn ProcessGroup> {
+    static SINGLE: LazyLock<Arc<dyn ProcessGroup>> = LazyLock::new(|| thread_group(1, None).swap_remove(0));
+    &SINGLE
 }
 
 /// A rank whose peers are threads of the same process.

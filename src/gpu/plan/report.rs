@@ -70,9 +70,8 @@ impl GpuPlan {
         let of_group = |(i, (group, total)): (usize, (&Group, &[u8]))| {
             let row: PartialRow = bytemuck::pod_read_unaligned(total);
             let own = || {
-                let total = row.to_partial(|i| self.built.origins[i]);
                 let name_of = |i: usize| group.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
-                let total = GroupTotal { partial: total, non_finite: total.non_finite_elements(name_of) };
+                let total = GroupTotal::of(row.to_partial(|i| self.built.origins[i]), name_of);
                 MergedGroup { segments: group.segments.clone(), total }
             };
             let all = across.of(&row).and_then(|all| all.get(i).cloned()).unwrap_or_else(own);

@@ -19,7 +19,7 @@ pub(super) fn gpu_bandwidth(gpu: &GpuClipper) -> Result<(Bandwidth, bool), Failu
             "the clock of this device stands still; try another driver or backend: WGPU_BACKEND".into(),
         ));
     }
-    let method = format!("{} MiB, {} and {}", speeds.bytes >> 20, speeds.copied_by, "shaders/read.wgsl");
+    let method = format!("{} MiB, {} and shaders/read.wgsl", speeds.bytes >> 20, speeds.copied_by);
     Ok((Bandwidth { copy: speeds.copy, read: speeds.read, method }, speeds.device_clock))
 }
 
