@@ -34,8 +34,8 @@ run() {
     esac
 }
 
-# figures PART LOG: the counts of a part, separated by <br>; if it printed none, how many tests passed. Short soaks that other
-# parts run are no figures.
+# figures PART LOG: the counts of a part, separated by <br>; if it printed none, how many tests passed. The short soaks of
+# other parts are left out.
 figures() {
     local found of=$counted
     [ "$1" = soak ] || of=${counted/|soak/}

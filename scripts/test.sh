@@ -81,8 +81,8 @@ else
 fi
 # The program has a suite of its own, which runs on lavapipe.
 on_a_gpu=("${all[@]}" --exclude gradclip-cli "${tests[@]/#/--test=}")
-# Lowered limits refuse these because of their size, or of that of their own kernels. three_thousand_tensors_cost_one_merge
-# counts allocations, which holds for one dispatch of each kernel.
+# Lowered limits refuse these: the sets or the tests' own kernels are too large. three_thousand_tensors_cost_one_merge counts
+# allocations, which holds for one dispatch of each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
     speeds_are_of_what_was_moved behind_the_callers_own_pass three_thousand_tensors_cost_one_merge
     the_same_at_each_step_of_one_plan training_runs_ahead_of_the_device)

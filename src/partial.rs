@@ -96,12 +96,12 @@ impl Partial {
     }
 }
 
-/// The p-th root of `sum * 2^exponent`, as such a product: 2 to the power of its logarithm over p.
+/// The p-th root of `sum * 2^exponent`, as a number and its own binary exponent: 2 to the power of the logarithm over p.
 fn root(sum: f64, exponent: i64, p: f64) -> (f64, i64) {
     if sum == 0.0 {
         return (0.0, 0);
     }
-    // Beyond, a norm is infinite or 0 whatever it is compared with.
+    // Outside these bounds every norm is infinite or 0.
     let log2 = ((sum.log2() + exponent as f64) / p).clamp(-1e9, 1e9);
     let whole = log2.floor();
     ((log2 - whole).exp2(), whole as i64)

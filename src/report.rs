@@ -10,8 +10,8 @@ use crate::{Clip, Error, NonFinite, NonFiniteElements, Scope};
 pub struct ClipReport {
     /// N over all gradients, whatever the scope, as the mode defines it ([`Clip`](crate::Clip) has the table). It is
     /// divided by `grad_scale`, and measured before anything is clipped. NaN or infinite if a gradient is, except under
-    /// [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip. A norm of finite
-    /// gradients that exceeds float64 is infinite here, and they are clipped by the norm that it is.
+    /// [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip. If finite
+    /// gradients have a norm that exceeds float64, it is infinite here, and they are still clipped by their true norm.
     pub total_norm: f64,
     /// The factor c that gradients were multiplied by, beside `1 / grad_scale`. It is the smallest of all segments, and
     /// NaN if one is NaN. It is 1 when nothing was clipped, and for a value clip.

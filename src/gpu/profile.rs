@@ -361,7 +361,7 @@ fn between_passes(
     stamp(encoder, |writes| writes.end_of_pass_write_index);
 }
 
-/// Submits so many passes, recorded by number, waits for them, and tells when each began and ended, in seconds from the
+/// Submits this number of passes, recorded by number, waits for them, and tells when each began and ended, in seconds from the
 /// beginning of the first, and whether by the device's clock.
 async fn timed(
     device: &GpuDevice,

@@ -66,7 +66,7 @@ impl Schedule {
             limits,
         };
         let placed = schedule.place(groups, job, job_pieces);
-        // Those that 32 bits do not count are more than any limit.
+        // A count that exceeds 32 bits exceeds every limit.
         let partials = placed.map_or(1 << 32, |()| schedule.tree.partials.into());
         if partials > limit {
             return Err(Error::too_large("the number of partials", partials, limit));

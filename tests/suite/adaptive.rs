@@ -6,7 +6,7 @@ use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, nu
 use gradclip::{AdaGc, AutoClip, Clip, ClipReport, Mode, NonFinite, NormType, Scope, Threshold, ZClip};
 
 const NAN_STEP: usize = 61;
-/// Spikes come every so many steps.
+/// The number of steps from one spike to the next.
 const SPIKES: usize = 47;
 
 /// The steps of a run; a GPU that is software takes long over each.

@@ -20,7 +20,7 @@ fn tensor(name: &str, shape: &[usize]) -> Data {
     Data::rounded(Dtype::F32, vec![3.0; shape.iter().product()]).named(name).shaped(shape)
 }
 
-/// That every path refuses a clip with these words and writes nothing.
+/// Checks that every path refuses a clip with these words and writes nothing.
 #[track_caller]
 fn refused(clip: &Clip, set: &[Data], words: &[&str]) {
     for path in Path::ALL {

@@ -13,7 +13,7 @@ use gradclip::{
     Threshold, UnitAxis, ZClip,
 };
 
-/// The elements of each tensor in pieces of so many, in an order of chance.
+/// The elements of each tensor in pieces of this length, in a random order.
 fn pieces(set: &[Data], most: usize, random: &mut Random) -> Vec<(usize, Range<usize>)> {
     let of = |(i, t): (usize, &Data)| {
         let len = t.len();
@@ -61,7 +61,7 @@ fn told(report: &ClipReport) -> String {
     format!("{report:?}")
 }
 
-/// That pieces become what they become in the whole.
+/// Checks that pieces are clipped as they are within the whole.
 #[track_caller]
 fn check(clip: &Clip, set: &[Data], sizes: &[usize], random: &mut Random) {
     let whole = Path::Cpu.clip(clip, set);

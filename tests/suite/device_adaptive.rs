@@ -11,7 +11,7 @@ use gradclip::{AdaGc, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, Scope,
 /// How far the device's norms, coefficients and states may be from the host's.
 const TOLERANCE: f64 = 1e-5;
 
-/// Spikes come every so many steps.
+/// The number of steps from one spike to the next.
 const SPIKES: usize = 47;
 
 /// A step with a NaN, one with an infinity, both in the warm-up of AdaGC, and the same again behind it.
@@ -91,7 +91,7 @@ impl Run {
         Clipper::cpu().apply_adaptive(&clip, threshold, &mut views).expect("the policy goes on")
     }
 
-    /// Runs so many steps on both, and returns which were clipped.
+    /// Runs this number of steps on both, and returns which were clipped.
     #[track_caller]
     fn check(mut self, steps: usize) -> Vec<usize> {
         let placed = self.placed();
@@ -107,7 +107,7 @@ impl Run {
             let report = plan.report().wait().expect("the policy goes on");
             let on_host = self.on_host(&set);
             compare_reports(&report, &on_host, &what);
-            // What became of the gradients follows from the coefficients.
+            // The coefficients decide how the gradients end.
             let after = placed.read(std::slice::from_ref(&set)).remove(0);
             let refused = bad && self.policy == NonFinite::Skip;
             for (t, (before, after)) in set.iter().zip(&after).enumerate() {
@@ -140,7 +140,7 @@ fn state(plan: &GpuPlan) -> DeviceThreshold {
     plan.threshold().wait().expect("the device works").expect("it has one")
 }
 
-/// That a device's state is nearly the host's. The fields are private, so by what is printed of them.
+/// Checks that a device's state is nearly the host's, by what both print, because the fields are private.
 #[track_caller]
 fn compare_states(device: &DeviceThreshold, host: &DeviceThreshold, what: &str) {
     let numbers = |state: &DeviceThreshold| -> Vec<f64> {

@@ -33,14 +33,14 @@ fn in_one_buffer(sets: &[Vec<Data>]) -> Interleaved {
     Interleaved::new(gpu(), sets, |i| (i + 1) % 2)
 }
 
-/// `skip`, and so many factors.
+/// `skip`, and `count` factors.
 fn coefficients(buffer: &wgpu::Buffer, count: usize) -> (u32, Vec<f64>) {
     let bytes = download(gpu(), buffer);
     let factors: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes[4..4 + 4 * count]);
     (bytemuck::pod_read_unaligned(&bytes[..4]), factors.into_iter().map(f64::from).collect())
 }
 
-/// That they are what the gradients of each segment should be multiplied by.
+/// Checks the factors that the gradients of each segment should be multiplied by.
 #[track_caller]
 fn check_coefficients(buffer: &wgpu::Buffer, asked: &Asked, set: &[Data], what: &str) {
     let expected = asked.expected(set);
@@ -107,7 +107,7 @@ fn factors_follow_the_policy() {
     }
 }
 
-/// Nothing is clipped, but there is a loss scale to take out: for the plan, or for whoever folds its factors in.
+/// Nothing is clipped, but the loss scale is divided out: by the plan, or by a kernel that multiplies by its factors.
 #[test]
 fn factors_under_an_infinite_threshold() {
     let sets = [set(3)];
@@ -225,7 +225,7 @@ impl Norms {
     }
 }
 
-/// That the norms of the segments are told as they were given.
+/// Checks that the report has the norms of the segments as they were given.
 #[track_caller]
 fn check_given(report: &ClipReport, norms: &[f64], what: &str) {
     let told: Vec<_> = report.segments.iter().map(|s| s.norm).collect();
@@ -328,7 +328,7 @@ fn given_norms_that_are_not_finite_follow_the_policy() {
         for bad in [f64::NAN, f64::INFINITY] {
             let what = format!("{policy:?} {bad}");
             let mut sets = [set(33)];
-            // That the gradients are not finite either is found where they are written, and not counted.
+            // The gradients are not finite either. That is found where they are written, and not counted.
             sets[0][4].set(44, f64::NAN);
             let before = &sets[0];
             let clip = Clip::norm(1.0).eps(0.0).scope(Scope::Tensor).non_finite(policy);

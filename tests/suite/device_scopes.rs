@@ -66,7 +66,7 @@ fn halves_share_words_with_parameters_and_strangers() {
     }
 }
 
-/// Bindings of 64 KiB, and dispatches of at most so many workgroups in each of two dimensions.
+/// Bindings of 64 KiB, and dispatches of at most this number of workgroups in each of two dimensions.
 fn small(workgroups: u32) -> GpuClipper {
     shared(wgpu::Limits { max_compute_workgroups_per_dimension: workgroups, ..small_limits() })
 }

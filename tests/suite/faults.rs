@@ -28,7 +28,7 @@ fn halving() -> Clip {
     Clip::norm(f64::MAX).grad_scale(2.0)
 }
 
-/// Runs `f` in so many threads at once, and fails if one of them has not ended in time. Panics are passed on.
+/// Runs `f` in this number of threads at once, and fails if one has not ended in time. Panics are passed on.
 fn in_threads<T: Send + 'static>(f: impl Fn(usize) -> T + Send + Sync + 'static) -> Vec<T> {
     let (f, begin) = (Arc::new(f), Arc::new(Barrier::new(THREADS)));
     let (sender, receiver) = mpsc::channel();

@@ -219,7 +219,7 @@ fn a_few_of_the_largest_floats_add_up() {
     }
 }
 
-/// Finite float64 gradients whose norm is not a float64, on every way that takes float64.
+/// Finite float64 gradients whose norm exceeds float64, on every path that takes float64.
 #[test]
 fn norms_that_exceed_float64() {
     let (two, eight) = ([1.7e308; 2], [f64::MAX; 8]);

@@ -45,7 +45,7 @@ fn set(scale: f64) -> Vec<Data> {
 
 const BUFFERS: usize = 13;
 
-/// Clips copies in so many buffers.
+/// Clips copies in this number of buffers.
 fn clip(gpu: &GpuClipper, clip: &Clip, set: &[Data]) -> (Result<ClipReport, Error>, Vec<Data>) {
     let part = |b: usize| set.iter().skip(b).step_by(BUFFERS).cloned().collect::<Vec<_>>();
     let parts: Vec<_> = (0..BUFFERS).map(part).collect();
@@ -115,7 +115,7 @@ fn every_variant_finds_the_same() {
     }
 }
 
-/// llvmpipe ends loops without a word after so many iterations. The longest task of the slowest elements stays below.
+/// llvmpipe ends loops silently after this number of iterations. The longest task of the slowest elements stays below.
 #[test]
 fn the_longest_chunks_are_taken_to_their_end() {
     for (name, gpu) in variants(true) {

@@ -102,7 +102,7 @@ fn scopes() -> Vec<(Clip, Vec<Data>)> {
     ]
 }
 
-/// That a clip leaves the same bits and reports the same, whatever the device holds at a time.
+/// Checks that a clip leaves the same bits and reports the same, no matter how much the device holds at a time.
 #[track_caller]
 fn check(clip: &Clip, set: &[Data], what: &str) {
     let (all_at_once, few) = clippers();

@@ -33,7 +33,7 @@ fn without_bad(set: &[Data]) -> Vec<Data> {
     changed(set, |x| if x.is_finite() { x } else { 0.0 })
 }
 
-/// That a clip by norm or by value does what its policy says, with everything that it reports.
+/// Checks that a clip by norm or by value does what its policy says, and reports it.
 #[track_caller]
 fn check(path: Path, set: &[Data], policy: NonFinite, by_norm: bool, what: &str) {
     let (clip, what) = if by_norm {

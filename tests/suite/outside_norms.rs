@@ -120,7 +120,7 @@ fn finish(running: &NormAccumulator, pieces: &[&[Data]]) -> Vec<Done> {
     pieces.iter().map(of).collect()
 }
 
-/// Every way to cut a list in at most so many pieces, empty ones too.
+/// Every way to cut a list into at most this number of pieces, empty ones too.
 fn cuts(set: &[Data]) -> Vec<Vec<&[Data]>> {
     let n = set.len();
     let two = (0..=n).map(|i| vec![&set[..i], &set[i..]]);

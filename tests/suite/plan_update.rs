@@ -136,7 +136,7 @@ fn a_threshold_goes_on() {
 /// Thresholds that clip something, nothing, everything; the infinite one from the start, and again.
 const THRESHOLDS: [f64; 6] = [f64::INFINITY, 0.3, 1e9, 0.0, f64::INFINITY, 0.01];
 
-/// That a plan does the bits of one that was made for this clip.
+/// Checks that a plan gives the bits of one that was made for this clip.
 fn assert_as_new(plan: &mut gradclip::gpu::GpuPlan, place: &Placed, clip: &Clip, options: PlanOptions, of: &[Data]) {
     let fresh = Placed::new(of, 1, 1);
     let new = gpu().plan_with(&[(*clip, &with_parameters(gpu(), fresh.tensors(), of))], options).expect("valid");

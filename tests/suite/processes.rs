@@ -71,7 +71,7 @@ fn tensors(path: Path, random: &mut Random) -> Vec<Data> {
 /// What ranks may differ by from one process. Tensors that are whole have the same partials there; they merge in another order.
 const REORDERED: f64 = 1e-12;
 
-/// That what the ranks did is what one process does, up to a relative error of the norm.
+/// Checks that the ranks did what one process does, up to a relative error of the norm.
 fn assert_as_one(
     whole: &Done,
     ranks: &[Done],
@@ -417,7 +417,8 @@ fn thresholds_follow_the_norm_of_all_ranks() {
     }
 }
 
-/// One group goes by parameters, which the device computes thresholds from, and one by how many elements all ranks have.
+/// The device computes the thresholds of one group from parameters. Those of another depend on the number of elements of
+/// all ranks.
 #[test]
 fn groups_of_different_kinds_merge_in_one_call() {
     for path in Path::HOST {

@@ -368,8 +368,8 @@ impl Drawn {
 /// How many devices a case chooses from.
 const POOL: usize = 2;
 
-/// For so many cases the devices are the same: a tuning of its own has kernels of its own, and compiling them is most of
-/// what a case takes on a software device.
+/// This number of cases share devices. A tuning of its own has kernels of its own, and compiling them takes most of a
+/// case's time on a software device.
 const CASES_A_POOL: u64 = 500;
 
 /// The device of the tests, and two more with few bindings, small ones, and few workgroups in a dimension.
@@ -406,7 +406,7 @@ fn device(seed: u64, slot: usize) -> GpuClipper {
         tuning.chunks = [1, 7, 64][random.below(3)];
         tuning.min_chunk_words = [16, 64, 512, 4096][random.below(4)];
         if at == 1 {
-            // There are not so many workgroups.
+            // There are fewer workgroups.
             tuning.min_chunk_words = tuning.min_chunk_words.max(64);
         }
         tuning.max_chunk_words = tuning.min_chunk_words << random.below(4);
@@ -422,7 +422,7 @@ enum Place<'a> {
     Cpu,
     /// Host tensors, through a device that may take so much memory for them.
     Host(&'a GpuClipper, u64),
-    /// In so many buffers by turns, with gaps of so many elements.
+    /// In this number of buffers by turns, with gaps of this number of elements.
     Buffers(&'a GpuClipper, usize, &'a [usize]),
 }
 
@@ -742,7 +742,7 @@ fn check_placed_otherwise(case: &Case, place: Place<'_>, other: Place<'_>, seed:
 /// The cases of a run that does not say how many.
 const CASES: u32 = 200;
 
-/// Runs cases, or one for so many, and says how far off what came out was. Not one may fail.
+/// Runs all cases, or one of each `one_for`, and prints how far off the results were. None may fail.
 fn run(what: &str, one_for: u32, check: impl Fn(u64, &Drawn) -> Option<Errors>) {
     thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
     let loud = std::panic::take_hook();

@@ -216,8 +216,8 @@ fn bounds_are_rounded_to_the_stored_type() {
     }
 }
 
-/// Elements that reach the bound once they are divided by the loss scale, at the end of tensors of many lengths: inside,
-/// whoever looks at them, and how often.
+/// Elements that reach the bound once they are divided by the loss scale, at the end of tensors of many lengths. They are
+/// inside the bounds for every kernel that looks at them.
 #[test]
 fn an_element_at_the_bound_is_not_outside() {
     on_each(|path, dtype| {

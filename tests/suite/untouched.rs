@@ -93,7 +93,7 @@ fn an_infinite_threshold_clips_nothing_and_does_all_else() {
     }
 }
 
-/// Among groups, the infinite threshold of one takes no loss scale from it.
+/// A group with an infinite threshold is divided by the loss scale like the others.
 #[test]
 fn an_infinite_threshold_of_one_group_unscales_it() {
     for path in Path::HOST {

@@ -105,7 +105,7 @@ fn other_policies_go_on() {
     assert_eq!(folder.read("skip"), folder.read("in"));
 }
 
-/// The program says that it did, and does.
+/// The program once said that it had done so, and had not.
 #[test]
 fn an_infinite_threshold_still_unscales_and_drops() {
     let folder = Folder::new();
