@@ -138,8 +138,8 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     } else {
         let norm = divide(measured_norm(partials[params.segment_partials + index]), number(params.grad_scale));
         let total = partials[params.group_partial];
-        // A step with a non-finite element does not change the state.
-        let enters = !is_bad(total);
+        // A step whose norm is not finite does not change the state. `drop` measures the finite elements.
+        let enters = !is_bad(total) || params.policy == POLICY_DROP;
         if THRESHOLD == ZCLIP {
             states[index] = by_zclip(norm, enters, states[index]);
         } else {

@@ -291,9 +291,7 @@ impl Measured {
     fn follow(&mut self, threshold: &mut dyn Threshold) {
         let norm = |(family, known): (&Family, &Known)| known.norm.times(self.clip.weight(family.elements)).to_f64();
         let norms: Vec<_> = self.segments.families().zip(&self.known).map(norm).collect();
-        // A non-finite element makes the step non-finite, even where the policy measures the rest.
-        let total_norm = if self.bad { f64::NAN } else { self.total_norm };
-        self.max_norms = self.segments.max_norms(&self.clip, &[], &threshold.max_norms(total_norm, &norms));
+        self.max_norms = self.segments.max_norms(&self.clip, &[], &threshold.max_norms(self.total_norm, &norms));
     }
 
     /// Whether the policy leaves everything unchanged.

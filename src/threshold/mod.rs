@@ -5,7 +5,8 @@
 //!
 //! - Settings are checked where the threshold is used. `bind` reports what is wrong. A step with an invalid setting
 //!   clips nothing and leaves the state as it was.
-//! - A step with a NaN or infinite norm leaves the state as it was, and does not count.
+//! - A step with a NaN or infinite norm leaves the state as it was, and does not count. Under
+//!   [`NonFinite::Drop`](crate::NonFinite::Drop) the norm is that of the finite elements, so the step counts.
 //! - Averages move by `mean += (1 - rate) * (norm - mean)`. Constant norms then leave the mean unchanged to the bit, so
 //!   rounding alone never clips.
 //! - A saved state carries a version and is checked when it is read.

@@ -3,7 +3,7 @@
 
 use crate::common::numbers::{Random, exact_norm};
 use crate::common::{Data, Path, assert_norm, assert_same_bits, assert_scaled, numbers_of};
-use gradclip::{AdaGc, AutoClip, Clip, ClipReport, Mode, NonFinite, NormType, Scope, Threshold, ZClip};
+use gradclip::{AdaGc, AutoClip, Clip, ClipReport, Mode, NonFinite, NormType, Scope, TensorMut, Threshold, ZClip};
 
 const NAN_STEP: usize = 61;
 /// The number of steps from one spike to the next.
@@ -176,9 +176,9 @@ fn norms_are_followed_without_the_loss_scale() {
     }
 }
 
-/// Under the policies that go on without the bad elements, a step with one still leaves the state.
+/// `Drop` measures the finite elements.
 #[test]
-fn a_bad_step_leaves_the_state_under_every_policy() {
+fn a_bad_step_leaves_the_state_unless_its_norm_is_finite() {
     for path in Path::HOST {
         for policy in [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop] {
             let clip = measuring(Clip::norm(f64::INFINITY)).non_finite(policy);
@@ -199,9 +199,32 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
                 }
                 assert_eq!(
                     (z.clone(), auto.clone(), ada.clone()) == before,
-                    step == NAN_STEP,
+                    step == NAN_STEP && policy != NonFinite::Drop,
                     "{policy:?}, step {step}"
                 );
+            }
+        }
+    }
+}
+
+/// A NaN in each step does not keep a threshold from its warm-up's end, and a spike from being clipped.
+#[test]
+fn a_run_with_a_nan_in_each_step_clips_the_spike_under_drop() {
+    for path in Path::HOST {
+        let clip = measuring(Clip::norm(f64::INFINITY)).non_finite(NonFinite::Drop);
+        for (scope, threshold) in [
+            (Scope::Global, &mut ZClip::new().warm_up(4) as &mut dyn Threshold),
+            (Scope::Global, &mut AutoClip::new().percentile(50.0)),
+            (Scope::Tensor, &mut AdaGc::new().warm_up(4).lambda_abs(10.0)),
+        ] {
+            for step in 0..8 {
+                let norm = if step == 7 { 1.4e6 } else { [1.0f32, 2.0][step % 2] };
+                let mut gradient = [norm, f32::NAN];
+                let views = &mut [TensorMut::new(&mut gradient)];
+                let report = path.clipper().apply_adaptive(&clip.scope(scope), threshold, views).expect("dropped");
+                assert_norm(report.total_norm, norm.into(), path.norm_tolerance(), "the norm of the rest");
+                assert!(report.has_non_finite() && gradient[1] == 0.0, "{report:?}");
+                assert!(gradient[0] < 3.0, "{path:?} {scope:?}, step {step}: {}", gradient[0]);
             }
         }
     }
@@ -211,10 +234,17 @@ fn a_bad_step_leaves_the_state_under_every_policy() {
 #[cfg(feature = "gpu")]
 #[test]
 fn a_threshold_on_the_host_follows_gradients_on_the_device() {
+    let clip = measuring(Clip::norm(f64::INFINITY));
+    for clip in [clip, clip.non_finite(NonFinite::Drop)] {
+        follows_on_the_device(&clip);
+    }
+}
+
+#[cfg(feature = "gpu")]
+fn follows_on_the_device(clip: &Clip) {
     use crate::common::gpu::{Layout, download, encoder, gpu, upload, write};
     use gradclip::gpu::{DeviceThreshold, PlanOptions};
     use gradclip::{Dtype, Error, wgpu};
-    let clip = measuring(Clip::norm(f64::INFINITY));
     let mut random = Random(104);
     let mut gradients = |step| {
         let mut set = [Data::rounded(Dtype::F32, random.normals(100, 1.0 + (step % 7) as f64))];
@@ -227,7 +257,7 @@ fn a_threshold_on_the_host_follows_gradients_on_the_device() {
     let layout = Layout::with_gaps(&shape, |_| 1);
     let buffer = upload(gpu(), &layout.bytes(&shape));
     let tensors = layout.tensors(&buffer, &shape);
-    let plan = gpu().plan(&clip, &tensors).expect("valid");
+    let plan = gpu().plan(clip, &tensors).expect("valid");
     let (mut on_device, mut by_hand) = (AutoClip::new(), AutoClip::new());
     for step in 0..60 {
         let set = gradients(step);
@@ -242,9 +272,14 @@ fn a_threshold_on_the_host_follows_gradients_on_the_device() {
         submit(&|e| plan.encode_scale(e).expect("the device works"));
         let after = layout.taken_from(&download(gpu(), &buffer), &set);
         let report = plan.report().wait().expect("it ran");
-        let max_norm = by_hand.max_norm(if report.has_non_finite() { f64::NAN } else { report.total_norm });
+        let max_norm = by_hand.max_norm(report.total_norm);
         assert_eq!(on_device, by_hand, "step {step}");
-        let coef = if report.has_non_finite() { 1.0 } else { (max_norm / report.total_norm).min(1.0) };
+        // 1 for a NaN.
+        let coef = (max_norm / report.total_norm).min(1.0);
+        let mut set = set;
+        if clip.non_finite == NonFinite::Drop && report.has_non_finite() {
+            set[0].set(20, 0.0);
+        }
         if coef < 1.0 {
             assert_scaled(&set, &after, coef, 1e-6, &format!("step {step}"));
         } else {
@@ -252,7 +287,7 @@ fn a_threshold_on_the_host_follows_gradients_on_the_device() {
         }
     }
     let of_the_device = PlanOptions::default().threshold(DeviceThreshold::ZClip(ZClip::new()));
-    for other in [gpu().plan(&Clip::value(1.0), &tensors), gpu().plan_with(&[(clip, &tensors)], of_the_device)] {
+    for other in [gpu().plan(&Clip::value(1.0), &tensors), gpu().plan_with(&[(*clip, &tensors)], of_the_device)] {
         let followed = other.expect("valid").follow(&mut on_device).wait();
         assert!(matches!(followed, Err(Error::Usage(_))), "{followed:?}");
     }

@@ -101,7 +101,8 @@ impl Run {
             let what = format!("{:?}, step {number}", self.threshold);
             let set = self.gradients(number);
             let bad = BAD.iter().any(|(at, _)| *at == number);
-            let before = bad.then(|| state(&plan));
+            // `Drop` measures the finite elements, and the threshold follows.
+            let before = (bad && self.policy == NonFinite::Skip).then(|| state(&plan));
             placed.write(std::slice::from_ref(&set));
             step(gpu(), &plan);
             let report = plan.report().wait().expect("the policy goes on");

@@ -520,6 +520,25 @@ fn decided_clips_follow_all_ranks() {
     }
 }
 
+/// The norm of the finite elements is followed, wherever the NaN is.
+#[test]
+fn a_threshold_follows_beside_a_nan_of_another_rank_under_drop() {
+    for path in Path::HOST {
+        let clip = Clip::norm(f64::INFINITY).non_finite(NonFinite::Drop);
+        let ends = on_ranks(vec![[1.0f32, 0.0], [0.0, f32::NAN]], |group, own| {
+            let clipper = path.clipper().processes(group);
+            let mut threshold = ZClip::new().warm_up(4);
+            let mut last = own;
+            for size in [1.0, 2.0, 1.0, 2.0, 1.4e6] {
+                last = own.map(|x| x * size);
+                clipper.apply_adaptive(&clip, &mut threshold, &mut [TensorMut::new(&mut last)]).expect("dropped");
+            }
+            (last, threshold)
+        });
+        assert!(ends[0].0[0] < 3.0 && ends[1].0[1] == 0.0 && ends[0].1 == ends[1].1, "{path:?}: {ends:?}");
+    }
+}
+
 #[test]
 fn running_partials_merge_across_ranks_once() {
     let clip = Clip::norm(1.0).non_finite(NonFinite::Drop);

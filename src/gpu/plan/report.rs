@@ -129,10 +129,9 @@ impl GpuPlan {
         // Those of all processes, if they have merged.
         let segments = all.segments.clone();
         let (measured, _) = group.report(&outcomes, all)?;
-        let total_norm = if measured.has_non_finite() { f64::NAN } else { measured.total_norm };
         let own = measured.segments.iter().map(|s| s.norm).collect();
         let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
-        let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(total_norm, &norms));
+        let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(measured.total_norm, &norms));
         let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(m.to_f64())).collect();
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
         // Later steps go by these, until they are set anew.
