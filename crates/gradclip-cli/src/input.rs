@@ -189,7 +189,8 @@ fn open_set(index: &Path) -> Result<(Vec<u8>, Vec<InputFile>), Failure> {
 }
 
 /// The path of a shard. It must be in the folder of the index, not even behind a link, because an index from an untrusted
-/// source must not choose which files are read.
+/// source must not choose which files are read. In a Hugging Face cache, where every file is a link, it must be in the folder of
+/// the index's repository.
 fn shard_path(index: &Path, shard: &str, tensor: &str) -> Result<PathBuf, Failure> {
     let bad = |problem: &str| Failure::file(index, format!("shard {shard:?} of tensor {tensor:?} {problem}"));
     let mut components = Path::new(shard).components();
@@ -204,11 +205,25 @@ fn shard_path(index: &Path, shard: &str, tensor: &str) -> Result<PathBuf, Failur
     let folder = folder.canonicalize().map_err(Failure::io(folder, "open"))?;
     match path.canonicalize() {
         Ok(real) if real.parent() == Some(&folder) => Ok(path),
-        Ok(_) => Err(bad("is a link that leaves the index's folder: put the file itself there")),
+        Ok(real) if cached_repository(&folder).is_some_and(|repository| real.starts_with(repository)) => Ok(path),
+        Ok(_) => Err(bad(
+            "is a link that leaves the index's folder (in a Hugging Face cache: the folder of its repository): \
+             put the file itself there, as cp -L does",
+        )),
         Err(error) if error.kind() == ErrorKind::NotFound => Err(bad("is missing: put it beside the index")),
         // The name is untrusted, and must not reach a terminal as it is.
         Err(error) => Err(bad(&format!("cannot be opened: {error}"))),
     }
+}
+
+/// The folder of the repository, if this folder is in a snapshot of a Hugging Face cache:
+/// `models--ORG--NAME/snapshots/REVISION`. The files there are links into `models--ORG--NAME/blobs`.
+fn cached_repository(folder: &Path) -> Option<&Path> {
+    folder.ancestors().find(|above| {
+        let name = above.file_name().unwrap_or_default().to_string_lossy();
+        let is_repository = ["models--", "datasets--", "spaces--"].iter().any(|kind| name.starts_with(kind));
+        is_repository && folder.starts_with(above.join("snapshots"))
+    })
 }
 
 /// The folder of a file.

@@ -16,6 +16,8 @@ mod exit_codes;
 mod full_disk;
 #[cfg(feature = "gpu")]
 mod gpu;
+#[cfg(unix)]
+mod hugging_face_cache;
 mod json;
 #[cfg(unix)]
 mod killed;

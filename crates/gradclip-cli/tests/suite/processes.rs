@@ -237,6 +237,20 @@ fn as_one_file_is_clipped_when_something_is_not_finite() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn files_of_a_hugging_face_cache() {
+    use crate::common::{last_f32s, text};
+    use crate::hugging_face_cache::{SHARDS, repository};
+    let cache = Folder::new();
+    let set = repository(&cache, "models--org--name", "");
+    let files = SHARDS.map(|shard| set.join(shard));
+    let out = cache.path("out");
+    let args = [text(&files[0]), text(&files[1]), "-o", text(&out), "--max-norm", "2.5", "--eps", "0"];
+    ranks(2, &[&["clip"][..], &args].concat()).succeeded();
+    assert_eq!(SHARDS.map(|shard| last_f32s(&fs::read(out.join(shard)).unwrap(), 1)), [[1.5], [2.0]]);
+}
+
 #[test]
 fn a_norm_is_that_of_all_files() {
     let set = set(&[]);
