@@ -40,8 +40,10 @@ impl Clipper {
         Self::cpu()
     }
 
-    /// The CPU, on rayon's current pool: install one of your own to choose the number of threads. The calling thread
-    /// works with them. It works alone on small sets and where no thread can be started.
+    /// The CPU, on rayon's current pool: install one of your own to choose the number of threads. No more than 4 threads
+    /// for each core work on a clip, however many a pool has, and the global pool, if the clip is the first to use it, has
+    /// no more (`RAYON_NUM_THREADS` may ask for them). The calling thread works with them. It works alone on small sets
+    /// and where no thread can be started.
     #[must_use]
     pub fn cpu() -> Self {
         Self::on(Backend::Cpu)

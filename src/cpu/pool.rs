@@ -7,12 +7,17 @@
 
 use std::any::Any;
 use std::error::Error;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::available_parallelism;
 
 use rayon::ThreadPoolBuilder;
 
 use super::tuning::{CHUNK, PARALLEL_FROM};
+
+/// More threads for each core than this only wait for each other. To wake thousands takes seconds.
+const THREADS_PER_CORE: usize = 4;
 
 /// Runs `task` on every piece of work, in parallel if their `bytes` together are many. `pieces` is about their number.
 /// Each piece is made when a thread asks for it.
@@ -136,11 +141,16 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// The number of threads to work on: one if there is no pool, because the system gives no more threads.
+/// The number of threads to work on: at most [`THREADS_PER_CORE`] for each core, whatever the pool has. One if there is no
+/// pool, because the system gives no more threads.
 fn threads() -> usize {
+    static MOST: OnceLock<usize> = OnceLock::new();
     static GLOBAL: OnceLock<bool> = OnceLock::new();
+    let most = *MOST.get_or_init(|| THREADS_PER_CORE * available_parallelism().map_or(1, NonZeroUsize::get));
     let global = || {
-        ThreadPoolBuilder::new().build_global().map_or_else(
+        // 0 is rayon's own choice: a thread for each core.
+        let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|number| number.parse().ok()).unwrap_or(0);
+        ThreadPoolBuilder::new().num_threads(most.min(asked)).build_global().map_or_else(
             // Without a source, the error says that the pool exists already.
             |error| {
                 let built = error.source().is_none();
@@ -154,7 +164,7 @@ fn threads() -> usize {
     };
     // Without this check rayon would panic where it cannot start its threads.
     if rayon::current_thread_index().is_some() || *GLOBAL.get_or_init(global) {
-        rayon::current_num_threads()
+        rayon::current_num_threads().min(most)
     } else {
         1
     }

@@ -195,7 +195,7 @@ pub(crate) struct BackendArgs {
     /// Use the first GPU whose name contains NAME, even a software device
     #[arg(long, value_name = "NAME")]
     pub(crate) adapter: Option<String>,
-    /// Number of CPU threads; it does not change the result [default: one per core]
+    /// Number of CPU threads, at most 4 per core; it does not change the result [default: one per core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
 }

@@ -1,7 +1,9 @@
 //! The backend: the CPU or a GPU.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::thread::available_parallelism;
 
 use gradclip::processes::ProcessGroup;
 #[cfg(feature = "gpu")]
@@ -16,7 +18,11 @@ use rayon::ThreadPool;
 
 use crate::args::{BackendArgs, BackendChoice};
 use crate::failure::Failure;
+use crate::print::remark;
 use crate::text::plural;
+
+/// More threads for each core than this only wait for each other, and thousands can stop the machine.
+const THREADS_PER_CORE: usize = 4;
 
 /// The chosen backend, and the threads that it uses.
 #[derive(Debug)]
@@ -26,6 +32,8 @@ pub(crate) struct Backend {
     adapter: Option<Adapter>,
     /// Why `auto` did not take a GPU.
     pub(crate) fallback: Option<String>,
+    /// That there are fewer threads than were asked for.
+    fewer_threads: Option<String>,
 }
 
 /// A GPU, and what it is called.
@@ -56,11 +64,18 @@ impl Backend {
         let clipper = adapter.as_ref().map_or_else(Clipper::cpu, |adapter| Clipper::gpu(adapter.gpu.clone()));
         #[cfg(not(feature = "gpu"))]
         let clipper = Clipper::cpu();
+        let (threads, fewer_threads) = threads(args.threads);
         let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(args.threads.map_or(0, Into::into))
+            .num_threads(threads)
             .build()
             .map_err(|error| Failure::Setup(format!("cannot start the threads ({error}); try fewer: --threads N")))?;
-        Ok(Self { clipper, pool, adapter, fallback })
+        Ok(Self { clipper, pool, adapter, fallback, fewer_threads })
+    }
+
+    /// Says on stderr how the backend differs from what was asked for; `doing` is what it will do.
+    pub(crate) fn explain(&self, doing: &str) {
+        let fallback = self.fallback.iter().map(|why| format!("{why}: {doing} on the CPU"));
+        fallback.chain(self.fewer_threads.clone()).for_each(|text| remark(&text));
     }
 
     /// Clips within a process group.
@@ -124,6 +139,16 @@ impl fmt::Display for Backend {
             None => write!(f, "CPU, {}", plural(self.pool.current_num_threads() as u64, "thread")),
         }
     }
+}
+
+/// The number of threads to start, and a remark if more were asked for. 0 leaves the number to rayon: one per core.
+fn threads(asked: Option<NonZeroUsize>) -> (usize, Option<String>) {
+    let by_environment = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok();
+    let asked = asked.map(NonZeroUsize::get).or_else(by_environment).unwrap_or(0);
+    let most = THREADS_PER_CORE * available_parallelism().map_or(1, NonZeroUsize::get);
+    let fewer =
+        || format!("{} for {asked}: no more than {THREADS_PER_CORE} for each core", plural(most as u64, "thread"));
+    (asked.min(most), (asked > most).then(fewer))
 }
 
 /// The name of the first float64 tensor. No GPU can clip it.

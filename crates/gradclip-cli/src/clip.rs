@@ -12,7 +12,7 @@ use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
 use crate::input::{Input, explain, unchanged, with_parameters};
 use crate::output::Output;
-use crate::print::{print, print_json, remark};
+use crate::print::{print, print_json};
 use crate::progress;
 use crate::report::{Summary, segments};
 use crate::text::{number, shown, table};
@@ -30,8 +30,8 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     let parameters = input.parameters(params)?;
     let tensors = with_parameters(input.tensors()?, &parameters);
     let mut backend = Backend::choose(&args.backend, &[&tensors[..], &parameters].concat())?;
-    if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
-        remark(&format!("{why}: clipping on the CPU"));
+    if !hidden {
+        backend.explain("clipping");
     }
     if args.verify {
         let spinner = progress::spinner("verifying", hidden);

@@ -12,7 +12,7 @@ use crate::header::Entry;
 use crate::input::{Input, explain, unchanged};
 use crate::output;
 use crate::plot::{self, TensorNorm};
-use crate::print::{print, print_json, remark};
+use crate::print::{print, print_json};
 use crate::progress;
 use crate::report::{Summary, segments};
 use crate::text::{number, shown, table};
@@ -38,8 +38,8 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();
     let tensors = tensors.concat();
     let mut backend = Backend::choose(&args.backend, &tensors)?;
-    if let Some(why) = backend.fallback.as_ref().filter(|_| !hidden) {
-        remark(&format!("{why}: measuring on the CPU"));
+    if !hidden {
+        backend.explain("measuring");
     }
 
     let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();

@@ -71,3 +71,10 @@ fn a_late_helper_finds_the_latch_closed() {
     });
     pool.install(|| ());
 }
+
+/// A pool of thousands of threads takes seconds to wake.
+#[test]
+fn no_more_threads_work_than_some_for_each_core() {
+    let most = THREADS_PER_CORE * available_parallelism().map_or(1, NonZeroUsize::get);
+    assert_eq!([1, most, most + 1].map(|size| pool(size).install(threads)), [1, most, most]);
+}

@@ -53,8 +53,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         args.host_clock && backend.adapter().is_none(),
         "--host-clock is for a GPU: the CPU has no other clock",
     )])?;
-    if let Some(why) = backend.fallback.as_ref().filter(|_| !args.json) {
-        remark(&format!("{why}: measuring the CPU"));
+    if !args.json {
+        backend.explain("measuring");
     }
     let dtypes = if args.dtype.is_empty() { vec![Dtype::F32, Dtype::F16, Dtype::BF16] } else { args.dtype.clone() };
     // Before anything is measured, so that an error comes at once.

@@ -103,14 +103,17 @@ impl Operation {
         let prepared = self.prepare(lockstep, &own, &all_files, output.as_ref()).map_err(&explained);
         let (mut prepared, fallbacks) = lockstep.step(
             "ready",
-            prepared.map(|prepared| {
-                let fallback = prepared.backend.fallback.clone();
+            prepared.map(|mut prepared| {
+                let fallback = prepared.backend.fallback.take();
                 (prepared, fallback)
             }),
         )?;
-        if let Some(why) = fallbacks.iter().flatten().next().filter(|_| !self.hidden(lockstep)) {
-            let count = fallbacks.iter().flatten().count();
-            remark(&format!("{why}: {count} of {} ranks compute on the CPU", lockstep.group.size()));
+        if !self.hidden(lockstep) {
+            prepared.backend.explain("");
+            if let Some(why) = fallbacks.iter().flatten().next() {
+                let count = fallbacks.iter().flatten().count();
+                remark(&format!("{why}: {count} of {} ranks compute on the CPU", lockstep.group.size()));
+            }
         }
 
         let start = Instant::now();

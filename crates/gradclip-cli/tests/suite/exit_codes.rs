@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, last_f32s};
+use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, gradclip_with, last_f32s};
 
 #[test]
 fn usage_is_2_and_begins_nothing() {
@@ -71,6 +71,25 @@ fn usage_is_2_and_begins_nothing() {
     assert!(folder.names().is_empty());
     gradclip(["verify", EXAMPLE, "--seed", "1"]).failed(2, &["--seed"]);
     gradclip(["verify", "--cases", "0"]).failed(2, &["--cases"]);
+}
+
+/// Two thousand threads once took seconds for 80 bytes, and more stopped the machine.
+#[test]
+fn more_threads_than_cores_can_run_are_not_started() {
+    let most = 4 * std::thread::available_parallelism().unwrap().get();
+    let (more, told) = (2000.to_string(), format!("{most} threads for 2000"));
+    for (args, variable) in [(&["--threads", &more][..], "GRADCLIP"), (&[], "RAYON_NUM_THREADS")] {
+        let norm = |quiet: &[&str]| {
+            let args = [&["norm", EXAMPLE, "--backend", "cpu"], args, quiet].concat();
+            gradclip_with(args, [(variable, more.as_str())])
+        };
+        let run = norm(&[]);
+        assert!(run.code == Some(0) && run.stderr.starts_with(&told) && run.stderr.lines().count() == 1, "{run:?}");
+        assert!(run.stdout.contains(&format!("CPU, {most} threads")), "{run:?}");
+        norm(&["--quiet"]).succeeded();
+        norm(&["--json"]).succeeded();
+    }
+    gradclip(["norm", EXAMPLE, "--backend", "cpu", "--threads", &most.to_string()]).succeeded();
 }
 
 #[test]
