@@ -316,7 +316,7 @@ impl Clip {
         self
     }
 
-    /// Sets the loss scale that the gradients carry, a finite number above 0. They are divided by it in the same pass.
+    /// Sets the loss scale that the gradients carry, a normal float64 above 0. They are divided by it in the same pass.
     #[must_use]
     pub fn grad_scale(mut self, grad_scale: f64) -> Self {
         self.grad_scale = grad_scale;
@@ -374,7 +374,7 @@ impl Clip {
         }
         let scale = self.grad_scale;
         let valid = scale.is_normal() && scale > 0.0;
-        setting(valid, "grad_scale", number(scale), "it must be a finite number above 0")
+        setting(valid, "grad_scale", number(scale), "it must be a normal number above 0, from 2.3e-308 to 1.7e308")
     }
 
     /// The same clip with another threshold, whatever the mode calls it.

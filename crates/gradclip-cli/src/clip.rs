@@ -15,7 +15,7 @@ use crate::output::Output;
 use crate::print::{print, print_json};
 use crate::progress;
 use crate::report::{Summary, segments};
-use crate::text::{number, shown, table};
+use crate::text::{exact, number, shown, table};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     let clip = args.clip()?;
@@ -123,7 +123,7 @@ fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
         (_, false) => "unchanged".into(),
     };
     if clip.grad_scale != 1.0 {
-        words += &format!(", divided by the scale {}", clip.grad_scale);
+        words += &format!(", divided by the scale {}", exact(clip.grad_scale));
     }
     if sum {
         words += ", summed over examples";

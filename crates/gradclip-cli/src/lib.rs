@@ -56,6 +56,7 @@ use failure::Failure;
 
 /// Runs the command line, and prints errors to stderr.
 pub fn main() -> ExitCode {
+    temporary::ignore_length_signal();
     match run(&Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -1,5 +1,6 @@
 //! `gradclip norm`: the norm over all files, and its largest segments.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use gradclip::{Clip, NonFiniteElements, NormType, Scope, SegmentReport};
@@ -12,10 +13,10 @@ use crate::header::Entry;
 use crate::input::{Input, explain, unchanged};
 use crate::output;
 use crate::plot::{self, TensorNorm};
-use crate::print::{print, print_json};
+use crate::print::{print, print_json, remark};
 use crate::progress;
 use crate::report::{Summary, segments};
-use crate::text::{number, shown, table};
+use crate::text::{exact, number, plural, shown, table};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let asked = measuring(args.measure.clip(Clip::norm(f64::INFINITY))?);
@@ -33,6 +34,9 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let hidden = args.quiet || args.json;
     if let Some(plot) = &args.plot.out {
         output::check(std::slice::from_ref(plot), inputs.iter(), args.plot.force)?;
+    }
+    if let Some(twice) = twice(inputs).filter(|_| !args.quiet) {
+        remark(&twice);
     }
     let tensors = inputs.iter().map(Input::tensors).collect::<Result<Vec<_>, _>>()?;
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();
@@ -67,7 +71,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         return print_json(&summary.json());
     }
     if args.quiet {
-        return print(&format!("{}\n", report.total_norm));
+        return print(&(exact(report.total_norm) + "\n"));
     }
     let mut lines = summary.measured(asked);
     lines.extend(summary.lines(inputs.iter().map(Input::others).sum(), bytes));
@@ -75,6 +79,21 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         lines.push(("plot", path.display().to_string()));
     }
     print(&(table(&lines) + &largest))
+}
+
+/// A warning if several inputs have gradients of the same name: each counts, which is seldom meant.
+fn twice(inputs: &[Input]) -> Option<String> {
+    let mut seen: HashMap<&str, (&Input, usize)> = HashMap::new();
+    let gradients = inputs.iter().flat_map(|input| input.gradients().map(move |entry| (entry.name.as_str(), input)));
+    let mut again = gradients.filter_map(|(name, input)| {
+        let (first, count) = seen.entry(name).or_insert((input, 0));
+        *count += 1;
+        (*count == 2).then_some((name, *first, input))
+    });
+    let (name, first, second) = again.next()?;
+    let tensors = plural(1 + again.count() as u64, "tensor");
+    let (first, second) = (first.path.display(), second.path.display());
+    Some(format!("warning: {tensors} counted more than once, the first {name:?} in {first} and in {second}"))
 }
 
 /// The number of the file that holds a tensor, given how many tensors each file holds.

@@ -39,6 +39,12 @@ pub(crate) fn remove_folder(path: &Path) {
     }
 }
 
+/// From now on a file that may not become so long (`ulimit -f`) is an error of who writes it, and not a signal.
+pub(crate) fn ignore_length_signal() {
+    #[cfg(unix)]
+    signals::ignore(&[libc::SIGXFSZ]);
+}
+
 /// From the first call on, an interrupt removes unfinished files.
 pub(crate) fn watch_for_interrupts() -> Result<(), Failure> {
     static WATCHING: Mutex<bool> = Mutex::new(false);

@@ -17,6 +17,12 @@ pub(crate) fn plural(count: u64, what: &str) -> String {
     format!("{} {what}{}", HumanCount(count), if count == 1 { "" } else { "s" })
 }
 
+/// A number with all its digits, in short form.
+pub(crate) fn exact(x: f64) -> String {
+    let plain = x == 0.0 || !x.is_finite() || (1e-4..1e16).contains(&x.abs());
+    if plain { x.to_string() } else { format!("{x:e}") }
+}
+
 /// A number with this many significant digits, without trailing zeros.
 pub(crate) fn number(x: f64, digits: i32) -> String {
     if x == 0.0 {
@@ -39,7 +45,7 @@ pub(crate) fn number(x: f64, digits: i32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::number;
+    use super::{exact, number};
 
     #[test]
     fn numbers_are_short_and_right() {
@@ -58,6 +64,9 @@ mod tests {
         ];
         for (x, text) in cases {
             assert_eq!(number(x, 7), text);
+        }
+        for (x, text) in [(5.0, "5"), (0.1, "0.1"), (1e-310, "1e-310"), (2.5e300, "2.5e300"), (f64::NAN, "NaN")] {
+            assert_eq!(exact(x), text);
         }
     }
 }

@@ -33,6 +33,7 @@ use gradclip::processes::ProcessGroup;
 
 use crate::failure::Failure;
 use crate::print::printed;
+use crate::temporary::ignore_length_signal;
 use args::Cli;
 pub use lockstep::Exit;
 use lockstep::Lockstep;
@@ -48,6 +49,7 @@ pub fn main(group: Arc<dyn ProcessGroup>) -> ExitCode {
 
 /// The same with these arguments, without the name of the program. Only rank 0 writes to `stdout`.
 pub fn run(group: Arc<dyn ProcessGroup>, args: impl IntoIterator<Item = OsString>, stdout: &mut dyn Write) -> Exit {
+    ignore_length_signal();
     let args: Vec<_> = args.into_iter().collect();
     let lockstep = Lockstep { group };
     let operation = parse(&lockstep, &args, stdout);

@@ -20,7 +20,7 @@ use crate::output::{Copies, Output};
 use crate::print::{printed, remark};
 use crate::progress;
 use crate::report::{Ranks, Summary};
-use crate::text::{plural, table};
+use crate::text::{exact, plural, table};
 
 /// What all ranks do.
 #[derive(Debug)]
@@ -242,7 +242,7 @@ impl Operation {
             return json.map(|json| json + "\n").map_err(|error| Failure::Setup(error.to_string()));
         }
         let mut lines = match (&self.out, self.args.quiet) {
-            (None, true) => return Ok(format!("{}\n", report.total_norm)),
+            (None, true) => return Ok(exact(report.total_norm) + "\n"),
             (Some(_), true) => return Ok(String::new()),
             (None, false) => summary.measured(&self.clip),
             (Some(_), false) => clip::lines(&self.clip, &summary),

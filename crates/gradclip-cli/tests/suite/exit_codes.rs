@@ -6,7 +6,7 @@ use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, gradclip_with, 
 
 #[test]
 fn usage_is_2_and_begins_nothing() {
-    let cases: [(&[&str], &str); 46] = [
+    let cases: [(&[&str], &str); 47] = [
         (&[], "required"),
         (&["--max-norm", "1", "--clip-value", "1"], "cannot be used with"),
         (&["--clip-range", "0,1", "--clip-value", "1"], "cannot be used with"),
@@ -23,6 +23,8 @@ fn usage_is_2_and_begins_nothing() {
         (&["--max-norm", "1", "--eps", "-1"], "eps is -1"),
         (&["--max-norm", "1", "--grad-scale", "0"], "grad_scale is 0"),
         (&["--max-norm", "1", "--grad-scale", "-2"], "grad_scale is -2"),
+        // Above 0, but with too few digits to divide by.
+        (&["--max-norm", "1", "--grad-scale", "1e-310"], "grad_scale is 1e-310; it must be a normal number above 0"),
         (&["--max-norm", "1", "--norm-type", "much"], "invalid"),
         (&["--max-norm", "1", "--norm-type", "0"], "norm_type is 0; it must be above 0"),
         (&["--max-norm", "1", "--norm-type", "-2"], "norm_type is -2"),

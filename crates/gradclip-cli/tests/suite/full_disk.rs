@@ -149,6 +149,24 @@ fn a_sharded_set() {
     }
 }
 
+/// Not a full disk, but a limit on the length of files (`ulimit -f`), which by default is a signal.
+#[test]
+fn a_file_that_may_not_become_so_long() {
+    let folder = Folder::new();
+    let input = input(&folder);
+    let sum = ["--scope", "example", "--sum"];
+    for route in [&["--backend", "cpu"][..], &[&["--backend", "cpu"][..], &sum].concat(), &["--backend", "gpu"]] {
+        let out = Folder::new();
+        let args = [&["clip", &input, "-o", text(&out.path("out")), "--max-norm", "1"], route].concat();
+        // In blocks of 512 bytes or of 1 KiB.
+        let script = ["-c", "ulimit -f 4; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_gradclip")];
+        let output = Command::new("sh").args(script).args(args).output().expect("a shell");
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && error.contains("out: cannot write: File too large"), "{output:?}");
+        assert!(out.names().is_empty(), "{:?}", out.names());
+    }
+}
+
 /// Not full, but closed.
 #[test]
 fn a_disk_that_is_mounted_for_reading() {

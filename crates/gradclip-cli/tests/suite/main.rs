@@ -30,5 +30,6 @@ mod peers;
 mod pieces;
 mod processes;
 mod readme;
+mod same_name_twice;
 mod sharded;
 mod sums;
