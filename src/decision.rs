@@ -20,6 +20,8 @@ pub(crate) enum Action {
 pub(crate) struct Outcome {
     /// N: the norm over gradients divided by `grad_scale`; NaN for a value clip.
     pub(crate) norm: f64,
+    /// Whether `norm` is NaN or infinite because an element is, and not because it exceeds float64.
+    pub(crate) non_finite: bool,
     /// c, without `grad_scale`.
     pub(crate) clip_coef: f64,
     /// Whether c is below 1, or NaN, or the segment becomes 0.
@@ -83,7 +85,8 @@ impl Clip {
             Action::Apply => wanted_coef,
         };
         let clipped = clip_coef != 1.0;
-        Outcome { norm: norm.times(weight).to_f64(), clip_coef, clipped, factor: clip_coef / self.grad_scale, action }
+        let (non_finite, factor) = (!norm.is_finite(), clip_coef / self.grad_scale);
+        Outcome { norm: norm.times(weight).to_f64(), non_finite, clip_coef, clipped, factor, action }
     }
 }
 

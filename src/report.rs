@@ -52,8 +52,10 @@ pub struct SegmentReport {
     pub tensor: Option<usize>,
     /// The number of the unit or example, in its tensor or over all tensors; None for a whole tensor.
     pub index: Option<u64>,
-    /// N, as the mode defines it.
+    /// N, as the mode defines it. Infinite also if finite gradients have a norm that exceeds float64.
     pub norm: f64,
+    /// Whether `norm` is NaN or infinite because a gradient is.
+    pub non_finite: bool,
     /// c.
     pub clip_coef: f64,
     /// Whether it was clipped.
@@ -79,8 +81,8 @@ impl Clip {
         let least = |least: f64, o: &Outcome| if least.is_nan() || o.clip_coef >= least { least } else { o.clip_coef };
         let applies = outcomes.iter().any(|o| o.action == Action::Apply);
         let each = segments.places().zip(outcomes).map(|((tensor, index), outcome)| {
-            let Outcome { norm, clip_coef, clipped, .. } = *outcome;
-            SegmentReport { tensor, index, norm, clip_coef, clipped }
+            let Outcome { norm, non_finite, clip_coef, clipped, .. } = *outcome;
+            SegmentReport { tensor, index, norm, non_finite, clip_coef, clipped }
         });
         Ok(ClipReport {
             total_norm,

@@ -156,6 +156,6 @@ impl OutcomeRow {
             _ => 0.0,
         };
         let clipped = clip_coef != 1.0 || (action == Action::Apply && exceeds);
-        Outcome { norm, clip_coef, clipped, factor, action }
+        Outcome { norm, non_finite: self.flags & 6 != 0, clip_coef, clipped, factor, action }
     }
 }

@@ -73,9 +73,9 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
             },
         )?
     };
-    let (scope, sum, time) = (clip.scope, args.sum, start.elapsed());
+    let (sum, time) = (args.sum, start.elapsed());
     let (backend, tensors) = (&backend, &tensors[..]);
-    let summary = Summary { report: &report, scope, tensors, sum, backend, time, file: None, ranks: None };
+    let summary = Summary { report: &report, clip, tensors, sum, backend, time, file: None, ranks: None };
 
     if args.json {
         return print_json(&summary.json());
@@ -83,15 +83,16 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     if args.quiet {
         return Ok(());
     }
-    let mut lines = lines(clip, &summary);
+    let mut lines = lines(&summary);
     lines.extend(summary.lines(input.others(), input.bytes()));
     lines.push(("written to", args.out.display().to_string()));
     print(&table(&lines))
 }
 
 /// The lines of a clip: what was measured, and the result.
-pub(crate) fn lines(clip: &Clip, summary: &Summary<'_>) -> Vec<(&'static str, String)> {
-    let Summary { report, scope, .. } = *summary;
+pub(crate) fn lines(summary: &Summary<'_>) -> Vec<(&'static str, String)> {
+    let Summary { report, clip, .. } = *summary;
+    let scope = clip.scope;
     let mut lines = Vec::new();
     if !clamps(clip) {
         lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), norm_name(clip))));

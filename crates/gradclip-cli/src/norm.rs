@@ -50,16 +50,16 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", hidden));
     backend.show_progress(&bar);
     let report = backend.run(|clipper| clipper.measure(clip, &tensors))?;
-    let (scope, time) = (asked.scope, start.elapsed());
+    let time = start.elapsed();
     // With several files a name may not identify the tensor.
     let file_of_element =
         |found: &NonFiniteElements| file_of(found.tensor, tensors_of.iter().copied()).map(|i| args.files[i].as_path());
     let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(file_of_element);
     let (backend, tensors) = (&backend, &tensors[..]);
-    let summary = Summary { report: &report, scope, tensors, sum: false, backend, time, file, ranks: None };
+    let summary = Summary { report: &report, clip: asked, tensors, sum: false, backend, time, file, ranks: None };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
-    let largest = if hidden { String::new() } else { largest(&summary, &entries, asked, args.top) };
+    let largest = if hidden { String::new() } else { largest(&summary, &entries, args.top) };
     let drawing = args.plot.out.as_ref().map(|path| (path, draw(&summary, &title(args, asked))));
 
     // Nothing is read after this.
@@ -73,7 +73,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     if args.quiet {
         return print(&(exact(report.total_norm) + "\n"));
     }
-    let mut lines = summary.measured(asked);
+    let mut lines = summary.measured();
     lines.extend(summary.lines(inputs.iter().map(Input::others).sum(), bytes));
     if let Some(path) = &args.plot.out {
         lines.push(("plot", path.display().to_string()));
@@ -118,7 +118,8 @@ fn draw(summary: &Summary<'_>, title: &str) -> String {
 }
 
 /// The largest norms, one per line.
-fn largest(summary: &Summary<'_>, entries: &[&Entry], asked: &Clip, top: usize) -> String {
+fn largest(summary: &Summary<'_>, entries: &[&Entry], top: usize) -> String {
+    let asked = summary.clip;
     let (found, all) = (summary.largest(top), summary.report.segments.len());
     if found.is_empty() {
         return String::new();

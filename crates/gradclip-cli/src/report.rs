@@ -3,20 +3,21 @@
 use std::path::Path;
 use std::time::Duration;
 
-use gradclip::{Clip, ClipReport, NonFiniteElements, Scope, SegmentReport, Tensor};
+use gradclip::{Clip, ClipReport, NonFinite, NonFiniteElements, Scope, SegmentReport, Tensor};
 use indicatif::HumanCount;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::backend::Backend;
-use crate::description::norm_name;
+use crate::description::{clamps, norm_name};
 use crate::text::{number, plural};
 
 /// A report of the library, and what else is printed with it.
 #[derive(Debug)]
 pub(crate) struct Summary<'a> {
     pub(crate) report: &'a ClipReport,
-    pub(crate) scope: Scope,
+    /// What was asked for.
+    pub(crate) clip: &'a Clip,
     pub(crate) tensors: &'a [Tensor<'a>],
     /// Whether clipped examples were summed.
     pub(crate) sum: bool,
@@ -36,10 +37,12 @@ pub(crate) struct Ranks {
     pub(crate) tensors: usize,
 }
 
-/// The fields of `--json`. Numbers that are not finite become null.
+/// The fields of `--json`. Numbers that are not finite become null; a field beside a norm says why.
 #[derive(Serialize)]
 struct Json<'a> {
     total_norm: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_norm_is: Option<&'static str>,
     clip_coef: f64,
     clipped: bool,
     elements: u64,
@@ -72,8 +75,12 @@ struct SegmentsJson<'a>(&'a Summary<'a>);
 
 impl Serialize for SegmentsJson<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let json = |s: &SegmentReport| SegmentJson { name: self.0.name(s), norm: s.norm, clip_coef: s.clip_coef };
-        serializer.collect_seq(self.0.report.segments.iter().map(json))
+        serializer.collect_seq(self.0.report.segments.iter().map(|segment| SegmentJson {
+            name: self.0.name(segment),
+            norm: segment.norm,
+            norm_is: why_null(segment.norm, segment.non_finite),
+            clip_coef: segment.clip_coef,
+        }))
     }
 }
 
@@ -81,7 +88,19 @@ impl Serialize for SegmentsJson<'_> {
 struct SegmentJson {
     name: String,
     norm: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    norm_is: Option<&'static str>,
     clip_coef: f64,
+}
+
+/// Why a norm is null; `non_finite` says that a gradient is the reason.
+fn why_null(norm: f64, non_finite: bool) -> Option<&'static str> {
+    match norm {
+        finite if finite.is_finite() => None,
+        nan if nan.is_nan() => Some("nan"),
+        _ if non_finite => Some("infinite"),
+        _ => Some("beyond float64"),
+    }
 }
 
 impl<'a> Summary<'a> {
@@ -94,8 +113,13 @@ impl<'a> Summary<'a> {
             tensor: found.name.as_deref(),
             index: found.index,
         };
+        let non_finite_norm = self.report.has_non_finite() && self.clip.non_finite != NonFinite::Drop;
         Json {
             total_norm: self.report.total_norm,
+            total_norm_is: match clamps(self.clip) {
+                true => Some("not measured"),
+                false => why_null(self.report.total_norm, non_finite_norm),
+            },
             clip_coef: self.report.clip_coef,
             clipped: self.report.clipped,
             elements: self.report.elements,
@@ -104,7 +128,7 @@ impl<'a> Summary<'a> {
             adapter: self.backend.adapter(),
             non_finite: self.report.non_finite.as_ref().map(non_finite),
             seconds: self.time.as_secs_f64(),
-            segments: (self.scope != Scope::Global).then_some(SegmentsJson(self)),
+            segments: (self.clip.scope != Scope::Global).then_some(SegmentsJson(self)),
             num_clipped: self.sum.then(|| self.num_clipped()),
             ranks: self.ranks.map(|ranks| ranks.count),
         }
@@ -115,8 +139,8 @@ impl<'a> Summary<'a> {
     }
 
     /// The lines of a measurement.
-    pub(crate) fn measured(&self, clip: &Clip) -> Vec<(&'static str, String)> {
-        let norm = format!("{} ({})", number(self.report.total_norm, 9), norm_name(clip));
+    pub(crate) fn measured(&self) -> Vec<(&'static str, String)> {
+        let norm = format!("{} ({})", number(self.report.total_norm, 9), norm_name(self.clip));
         [("total norm", norm)].into_iter().chain(self.non_finite().map(|found| ("non-finite", found))).collect()
     }
 
@@ -128,7 +152,7 @@ impl<'a> Summary<'a> {
 
     /// How many examples were clipped: one count, or a list by tensor under scope `example-tensor`.
     fn num_clipped(&self) -> Value {
-        if self.scope == Scope::Example {
+        if self.clip.scope == Scope::Example {
             return self.report.num_clipped().into();
         }
         let mut counts = vec![0; self.tensors.len()];
@@ -143,7 +167,7 @@ impl<'a> Summary<'a> {
         let tensor = segment.tensor.and_then(|i| self.tensors[i].name()).unwrap_or_default();
         match segment.index {
             None => tensor.to_owned(),
-            Some(index) if self.scope == Scope::Unit => format!("{tensor}[{index}]"),
+            Some(index) if self.clip.scope == Scope::Unit => format!("{tensor}[{index}]"),
             Some(index) => format!("{tensor} example {index}").trim_start().to_owned(),
         }
     }

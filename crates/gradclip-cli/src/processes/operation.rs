@@ -235,8 +235,8 @@ impl Operation {
         count: u32,
     ) -> Result<String, Failure> {
         let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found));
-        let (scope, ranks) = (Scope::Global, Some(Ranks { count, tensors: all_files.tensors() }));
-        let summary = Summary { report, scope, tensors, sum: false, backend, time, file, ranks };
+        let (clip, ranks) = (&self.clip, Some(Ranks { count, tensors: all_files.tensors() }));
+        let summary = Summary { report, clip, tensors, sum: false, backend, time, file, ranks };
         if self.args.json {
             let json = serde_json::to_string(&summary.json());
             return json.map(|json| json + "\n").map_err(|error| Failure::Setup(error.to_string()));
@@ -244,8 +244,8 @@ impl Operation {
         let mut lines = match (&self.out, self.args.quiet) {
             (None, true) => return Ok(exact(report.total_norm) + "\n"),
             (Some(_), true) => return Ok(String::new()),
-            (None, false) => summary.measured(&self.clip),
-            (Some(_), false) => clip::lines(&self.clip, &summary),
+            (None, false) => summary.measured(),
+            (Some(_), false) => clip::lines(&summary),
         };
         if all_files.uncounted() > 0 {
             lines.push(("replicas", format!("{} not counted", plural(all_files.uncounted() as u64, "tensor"))));

@@ -180,7 +180,7 @@ fn same_report(ours: &Value, theirs: &Value, ranks: u32) {
             (a, b) => assert_eq!(a, b, "{key}"),
         }
     }
-    for key in ["clipped", "elements", "tensors", "backend", "adapter"] {
+    for key in ["total_norm_is", "clipped", "elements", "tensors", "backend", "adapter"] {
         assert_eq!(ours[key], theirs[key], "{key}: {ours} {theirs}");
     }
     for key in ["count", "tensor", "index"] {
