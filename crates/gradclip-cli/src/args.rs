@@ -24,7 +24,7 @@ const ABOUT: &str = "Measures, clips and verifies gradients in safetensors files
 const LONG: &str = "Measures, clips and verifies gradients in safetensors files, on the GPU or on the CPU.
 
 FILE is a safetensors file, or the *.safetensors.index.json of a sharded set. The program measures and clips float32, \
-float64, float16 and bfloat16 tensors. It copies metadata, integers and booleans unchanged.";
+float64, float16 and bfloat16 tensors. It copies everything else unchanged, and names tensors of other floating-point dtypes.";
 
 const EXIT_CODES: &str = "Exit codes: 0 success; 1 failure (file, device); 2 usage error;
 3 non-finite gradients under --non-finite error; 4 GPU and CPU disagree.";

@@ -10,9 +10,9 @@ use crate::args::ClipArgs;
 use crate::backend::Backend;
 use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
-use crate::input::{Input, explain, unchanged, with_parameters};
+use crate::input::{Input, explain, left_out, unchanged, with_parameters};
 use crate::output::Output;
-use crate::print::{print, print_json};
+use crate::print::{print, print_json, remark};
 use crate::progress;
 use crate::report::{Summary, segments};
 use crate::text::{exact, number, shown, table};
@@ -32,6 +32,9 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     let mut backend = Backend::choose(&args.backend, &[&tensors[..], &parameters].concat())?;
     if !hidden {
         backend.explain("clipping");
+    }
+    if let Some(warning) = left_out(input.unsupported(), "clipped").filter(|_| !args.quiet) {
+        remark(&warning);
     }
     if args.verify {
         let spinner = progress::spinner("verifying", hidden);

@@ -32,7 +32,7 @@ pub(crate) struct Entry {
     pub(crate) name: String,
     /// The dtype in the header.
     pub(crate) kind: safetensors::Dtype,
-    /// The dtype as which it is clipped; `None` for integers and booleans, which pass through.
+    /// The dtype as which it is clipped; `None` for all others, which pass through.
     pub(crate) dtype: Option<Dtype>,
     pub(crate) shape: Vec<usize>,
     /// Where its bytes are in the file.
@@ -118,21 +118,28 @@ fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
     if bits != Some((end - start) * 8) {
         return Err(format!("its shape {shape:?} of {dtype} does not fit its {} bytes", end - start));
     }
-    Ok(Entry { name: name.to_owned(), kind, dtype: clipped_as(kind)?, shape, bytes: start as usize..end as usize })
+    Ok(Entry { name: name.to_owned(), kind, dtype: clipped_as(kind), shape, bytes: start as usize..end as usize })
 }
 
-/// `None` for a tensor that is no gradient. A gradient that cannot be clipped is an error, because it must not pass as clipped.
-fn clipped_as(kind: safetensors::Dtype) -> Result<Option<Dtype>, String> {
+/// The dtype as which a tensor is clipped, if it can be.
+fn clipped_as(kind: safetensors::Dtype) -> Option<Dtype> {
     use safetensors::Dtype as Kind;
     match kind {
-        Kind::F32 => Ok(Some(Dtype::F32)),
-        Kind::F64 => Ok(Some(Dtype::F64)),
-        Kind::F16 => Ok(Some(Dtype::F16)),
-        Kind::BF16 => Ok(Some(Dtype::BF16)),
-        Kind::BOOL | Kind::U8 | Kind::I8 | Kind::U16 | Kind::I16 | Kind::U32 | Kind::I32 | Kind::U64 | Kind::I64 => {
-            Ok(None)
-        }
-        other => Err(format!("{other} gradients cannot be clipped: convert it to bfloat16 or float32 first")),
+        Kind::F32 => Some(Dtype::F32),
+        Kind::F64 => Some(Dtype::F64),
+        Kind::F16 => Some(Dtype::F16),
+        Kind::BF16 => Some(Dtype::BF16),
+        _ => None,
+    }
+}
+
+impl Entry {
+    /// Whether it may be a gradient, but passes through, because its dtype cannot be clipped.
+    pub(crate) fn is_unsupported(&self) -> bool {
+        use safetensors::Dtype as Kind;
+        let integers = [Kind::U8, Kind::I8, Kind::U16, Kind::I16, Kind::U32, Kind::I32, Kind::U64, Kind::I64];
+        // A complex tensor does not pass through: it is an error.
+        self.dtype.is_none() && ![Kind::BOOL, Kind::C64].contains(&self.kind) && !integers.contains(&self.kind)
     }
 }
 

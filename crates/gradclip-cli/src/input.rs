@@ -12,6 +12,10 @@ use gradclip::Tensor;
 use crate::failure::Failure;
 use crate::header::{self, Entry, MAX_HEADER, Pairs};
 use crate::mapped::Mapped;
+use crate::text::plural;
+
+/// What can be clipped.
+const SUPPORTED: &str = "float32, float64, float16 and bfloat16";
 
 /// The end of the name of an index.
 pub(crate) const INDEX_SUFFIX: &str = ".safetensors.index.json";
@@ -53,10 +57,20 @@ impl Input {
         Ok(Self { path: path.to_owned(), index, files })
     }
 
-    /// The gradients, in the order of the files and of their data.
-    pub(crate) fn tensors(&self) -> Result<Vec<Tensor<'_>>, gradclip::Error> {
-        let files = self.files.iter();
-        files.flat_map(|file| file.entries.iter().filter_map(|entry| file.tensor(entry).transpose())).collect()
+    /// The gradients, in the order of the files and of their data. A complex tensor is an error, because the norm would
+    /// miss it.
+    pub(crate) fn tensors(&self) -> Result<Vec<Tensor<'_>>, Failure> {
+        let mut tensors = Vec::new();
+        for (file, entry) in self.files.iter().flat_map(|file| file.entries.iter().map(move |entry| (file, entry))) {
+            if entry.kind == safetensors::Dtype::C64 {
+                let advice =
+                    "save its real and imaginary parts as float32 (torch.view_as_real), which have the same L2 norm";
+                let problem = format!("tensor {:?} is complex and cannot be clipped: {advice}", entry.name);
+                return Err(Failure::file(&file.path, problem));
+            }
+            tensors.extend(file.tensor(entry)?);
+        }
+        Ok(tensors)
     }
 
     /// The parameters of the gradients, in the same order: the tensors of the same names in `params`.
@@ -72,7 +86,8 @@ impl Input {
             if entry.shape != gradient.shape {
                 return Err(bad(format!("has the shape {:?}, but its gradient {:?}", entry.shape, gradient.shape)));
             }
-            file.tensor(entry)?.ok_or_else(|| bad(format!("is {}, but a parameter must be floating-point", entry.kind)))
+            file.tensor(entry)?
+                .ok_or_else(|| bad(format!("is {}, but --agc needs parameters of {SUPPORTED}", entry.kind)))
         };
         self.gradients().map(of).collect()
     }
@@ -87,7 +102,13 @@ impl Input {
         self.files.iter().map(|file| file.bytes().len() as u64).sum()
     }
 
-    /// The number of tensors that are no gradients.
+    /// The tensors that may be gradients but cannot be clipped: name and dtype.
+    pub(crate) fn unsupported(&self) -> impl Iterator<Item = (String, String)> {
+        let entries = self.files.iter().flat_map(|file| &file.entries).filter(|entry| entry.is_unsupported());
+        entries.map(|entry| (entry.name.clone(), entry.kind.to_string()))
+    }
+
+    /// The number of tensors that are no gradients, or cannot be clipped.
     pub(crate) fn others(&self) -> usize {
         self.files.iter().flat_map(|file| &file.entries).filter(|entry| entry.dtype.is_none()).count()
     }
@@ -117,6 +138,13 @@ impl InputFile {
         };
         entry.dtype.map(of).transpose()
     }
+}
+
+/// A warning about tensors (name and dtype) that may be gradients; `done` is what is not done to them.
+pub(crate) fn left_out(mut tensors: impl Iterator<Item = (String, String)>, done: &str) -> Option<String> {
+    let (name, dtype) = tensors.next()?;
+    let count = plural(1 + tensors.count() as u64, "tensor");
+    Some(format!("warning: {count} not {done}, the first {name:?} ({dtype}): only {SUPPORTED} can be"))
 }
 
 /// Fails if a file has changed since it was opened: what was read is then invalid.

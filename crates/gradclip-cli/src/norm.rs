@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::description::{measuring, norm_name, refuse};
 use crate::failure::Failure;
 use crate::header::Entry;
-use crate::input::{Input, explain, unchanged};
+use crate::input::{Input, explain, left_out, unchanged};
 use crate::output;
 use crate::plot::{self, TensorNorm};
 use crate::print::{print, print_json, remark};
@@ -35,8 +35,9 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     if let Some(plot) = &args.plot.out {
         output::check(std::slice::from_ref(plot), inputs.iter(), args.plot.force)?;
     }
-    if let Some(twice) = twice(inputs).filter(|_| !args.quiet) {
-        remark(&twice);
+    if !args.quiet {
+        let left_out = left_out(inputs.iter().flat_map(Input::unsupported), "measured");
+        twice(inputs).into_iter().chain(left_out).for_each(|warning| remark(&warning));
     }
     let tensors = inputs.iter().map(Input::tensors).collect::<Result<Vec<_>, _>>()?;
     let tensors_of: Vec<_> = tensors.iter().map(Vec::len).collect();

@@ -12,8 +12,8 @@ use crate::backend;
 use crate::description::refuse;
 use crate::failure::Failure;
 use crate::generated::{TestCase, largest_norm};
-use crate::input::{Input, unchanged, with_parameters};
-use crate::print::{print, print_json};
+use crate::input::{Input, left_out, unchanged, with_parameters};
+use crate::print::{print, print_json, remark};
 use crate::progress;
 use crate::text::{number, plural};
 
@@ -33,6 +33,9 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let gpu = backend::open_gpu(args.adapter.as_deref())?;
     let compared = match &input {
         Some(input) => {
+            if let Some(warning) = left_out(input.unsupported(), "compared").filter(|_| !hidden) {
+                remark(&warning);
+            }
             let parameters = input.parameters(params.as_ref())?;
             let tensors = with_parameters(input.tensors()?, &parameters);
             let clips = clip.map_or_else(|| clips_for(&tensors), |clip| Ok(vec![clip]));

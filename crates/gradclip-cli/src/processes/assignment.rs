@@ -36,8 +36,10 @@ pub(super) struct FileSummary {
     pub(super) rank: u32,
     pub(super) bytes: u64,
     pub(super) gradients: usize,
-    /// How many tensors are no gradients.
+    /// How many tensors are no gradients, or cannot be clipped.
     pub(super) others: usize,
+    /// Those that may be gradients: name and dtype.
+    pub(super) unsupported: Vec<(String, String)>,
     /// The gradients that `--replicated` names.
     pub(super) replicas: Vec<Replica>,
 }
@@ -64,6 +66,7 @@ impl FileSummary {
             bytes: input.bytes(),
             gradients: input.gradients().count(),
             others: input.others(),
+            unsupported: input.unsupported().collect(),
             replicas: input.gradients().filter(is_replicated).map(replica).collect(),
         }
     }

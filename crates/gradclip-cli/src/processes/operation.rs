@@ -15,7 +15,7 @@ use crate::backend::Backend;
 use crate::clip;
 use crate::description::{MODE_NEEDED, clamps, measuring, refuse};
 use crate::failure::Failure;
-use crate::input::{Input, explain, is_index, unchanged};
+use crate::input::{Input, explain, is_index, left_out, unchanged};
 use crate::output::{Copies, Output};
 use crate::print::{printed, remark};
 use crate::progress;
@@ -94,6 +94,11 @@ impl Operation {
         let all_files = AllFiles::new(&self.args.files, opened, &self.args.replicated);
         let all_files = all_files.map_err(|failure| lockstep.exit_with(&failure))?;
 
+        let unsupported = all_files.opened.iter().flat_map(|file| file.unsupported.iter().cloned());
+        let done = if self.out.is_some() { "clipped" } else { "measured" };
+        if let Some(warning) = left_out(unsupported, done).filter(|_| lockstep.is_first() && !self.args.quiet) {
+            remark(&warning);
+        }
         let mut folder = self.folder(lockstep)?;
         let output = folder.as_ref().map(|folder| Output::into_folder(&own.inputs, folder.path()));
         let explained = |failure| {

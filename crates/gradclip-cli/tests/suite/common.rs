@@ -135,7 +135,7 @@ pub(crate) fn shaped_file(tensors: &[(&str, &str, &[usize], Vec<u8>)]) -> Vec<u8
 
 fn size(dtype: &str) -> usize {
     match dtype {
-        "F64" | "I64" => 8,
+        "F64" | "I64" | "C64" => 8,
         "F32" => 4,
         "F16" | "BF16" => 2,
         _ => 1,

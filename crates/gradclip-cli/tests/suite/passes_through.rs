@@ -1,6 +1,6 @@
-//! What is no gradient stays as it is, bit for bit; what is one is clipped, whatever its dtype and alignment.
+//! What is no gradient, or cannot be clipped, stays as it is, bit for bit; what is one is clipped, whatever its dtype and alignment.
 
-use crate::common::{Folder, clip, f32s, file, last_f32s, raw};
+use crate::common::{Folder, clip, f32s, file, gradclip, last_f32s, raw, text};
 
 /// An odd number of bytes first, so that everything behind is misaligned.
 fn mixed() -> Vec<u8> {
@@ -65,4 +65,43 @@ fn bounds_and_scales() {
     assert_eq!(last_f32s(&folder.read("value"), 5), [-0.5, -0.125, 0.0, 0.25, 0.5]);
     clip(&input, &folder.path("inf"), &["--max-norm", "1.5", "--norm-type", "inf", "--eps", "0"]).succeeded();
     assert_eq!(last_f32s(&folder.read("inf"), 5), [-1.0, -0.125, 0.0, 0.25, 1.5]);
+}
+
+/// Floating-point numbers that cannot be clipped pass through, and the program says so.
+#[test]
+fn float8_and_float4() {
+    let header = concat!(
+        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[4,6]},"#,
+        r#""c":{"dtype":"F8_E5M2","shape":[1],"data_offsets":[6,7]},"d":{"dtype":"F4","shape":[2],"data_offsets":[7,8]}}"#
+    );
+    let with = |first: f32| raw(header, &[&first.to_le_bytes()[..], &[1, 2, 3, 0x45]].concat());
+    let folder = Folder::new();
+    let input = folder.write("in", with(8.0));
+    let told = |done: &str| {
+        let supported = "only float32, float64, float16 and bfloat16 can be";
+        format!("warning: 3 tensors not {done}, the first \"b\" (F8_E4M3): {supported}\n")
+    };
+    let run = clip(&input, &folder.path("out"), &["--max-norm", "4", "--eps", "0"]);
+    assert_eq!((run.code, &run.stderr), (Some(0), &told("clipped")));
+    assert!(run.stdout.contains("1 in 1 tensor (3 others passed through)"), "{run:?}");
+    assert_eq!(folder.read("out"), with(4.0));
+    let run = gradclip(["norm", "--backend", "cpu", "--json", text(&input)]);
+    assert_eq!((&run.stderr, &run.json()["total_norm"]), (&told("measured"), &8.0.into()));
+    assert_eq!(gradclip(["norm", "--quiet", text(&input)]).succeeded().stdout, "8\n");
+}
+
+/// A parameter that no gradient has needs no dtype that can be measured.
+#[test]
+fn parameters_that_are_not_used() {
+    let folder = Folder::new();
+    let f32 = ("a", "F32", f32s(&[8.0]));
+    let input = folder.write("in", file(&[f32.clone()]));
+    let others = [("q", "F8_E4M3", vec![1]), ("z", "C64", vec![0; 8])];
+    let params = folder.write("params", file(&[&[f32][..], &others].concat()));
+    clip(&input, &folder.path("out"), &["--agc", "0.5", "--params", text(&params)]).succeeded();
+    assert_eq!(last_f32s(&folder.read("out"), 1), [4.0]);
+
+    let used = folder.write("used", file(&[("a", "F8_E4M3", vec![1])]));
+    clip(&input, &folder.path("none"), &["--agc", "0.5", "--params", text(&used)])
+        .failed(1, &["used: tensor \"a\" is F8_E4M3, but --agc needs parameters of float32"]);
 }
