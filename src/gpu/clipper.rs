@@ -47,6 +47,14 @@ impl GpuClipper {
         Waiting::new(async move { Self::on(GpuDevice::open(&device::adapter(Some(name)).await?).await?) })
     }
 
+    /// Opens a device on one of [`adapters`](super::adapters), with all its limits. For several GPUs, open one on each.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the adapter gives no device.
+    pub fn open_on(adapter: &wgpu::Adapter) -> Waiting<'_, Result<Self, Error>> {
+        Waiting::new(async move { Self::on(GpuDevice::open(adapter).await?) })
+    }
+
     fn on(device: GpuDevice) -> Result<Self, Error> {
         let tuning = Tuning::of(&device.device.adapter_info());
         Self::tuned(device, tuning)

@@ -198,6 +198,9 @@ pub(crate) struct BackendArgs {
     /// Number of CPU threads, at most 4 per core; it does not change the result [default: one per core]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
+    /// The number of this process among the ranks on its machine, if it is a rank.
+    #[arg(skip)]
+    pub(crate) local_rank: Option<u32>,
 }
 
 /// A plot of what was measured.

@@ -54,11 +54,11 @@ impl Backend {
                 return Err(Failure::Usage("--adapter names a GPU: leave out --backend cpu".into()));
             }
             BackendChoice::Cpu => (None, None),
-            BackendChoice::Auto if named.is_none() => match hardware(tensors) {
+            BackendChoice::Auto if named.is_none() => match hardware(tensors, args.local_rank) {
                 Ok(adapter) => (Some(adapter), None),
                 Err(why) => (None, Some(why)),
             },
-            BackendChoice::Auto | BackendChoice::Gpu => (Some(open(named, tensors)?), None),
+            BackendChoice::Auto | BackendChoice::Gpu => (Some(open(named, tensors, args.local_rank)?), None),
         };
         #[cfg(feature = "gpu")]
         let clipper = adapter.as_ref().map_or_else(Clipper::cpu, |adapter| Clipper::gpu(adapter.gpu.clone()));
@@ -160,24 +160,51 @@ fn float64(tensors: &[Tensor<'_>]) -> Option<String> {
 
 /// Opens a GPU that was asked for, software or not.
 #[cfg(feature = "gpu")]
-fn open(named: Option<&str>, tensors: &[Tensor<'_>]) -> Result<Adapter, Failure> {
+fn open(named: Option<&str>, tensors: &[Tensor<'_>], local_rank: Option<u32>) -> Result<Adapter, Failure> {
     if let Some(name) = float64(tensors) {
         // The library would return the same error, but only after a copy.
         let tensor = format!("tensor {name:?}");
         return Err(gradclip::Error::UnsupportedDtype { tensor, dtype: Dtype::F64 }.into());
     }
-    Ok(Adapter::new(open_gpu(named)?))
+    Ok(Adapter::new(open_gpu(named, local_rank)?))
 }
 
-/// Opens the named GPU, or the fastest.
+/// Opens the named GPU, or the fastest. If this process is a rank, the ranks on its machine take turns at all such GPUs.
 #[cfg(feature = "gpu")]
-pub(crate) fn open_gpu(named: Option<&str>) -> Result<GpuClipper, gradclip::Error> {
+pub(crate) fn open_gpu(named: Option<&str>, local_rank: Option<u32>) -> Result<GpuClipper, gradclip::Error> {
+    if let Some(rank) = local_rank {
+        let found = adapters().wait();
+        let infos: Vec<_> = found.iter().map(wgpu::Adapter::get_info).collect();
+        if let Some(own) = own_adapter(&infos, named, rank) {
+            return GpuClipper::open_on(&found[own]).wait();
+        }
+    }
     named.map_or_else(|| GpuClipper::open().wait(), |name| GpuClipper::open_named(name).wait())
+}
+
+/// The adapter of a rank, by its number among the ranks of its machine: they take turns at the adapters with this name (or
+/// all) that are of the fastest kind and have one graphics API, since a GPU is listed once for each.
+#[cfg(feature = "gpu")]
+fn own_adapter(found: &[wgpu::AdapterInfo], named: Option<&str>, local_rank: u32) -> Option<usize> {
+    use wgpu::DeviceType as Kind;
+    let name = named.unwrap_or_default().to_lowercase();
+    let speed = |i: &usize| match found[*i].device_type {
+        Kind::DiscreteGpu => 0,
+        Kind::IntegratedGpu => 1,
+        Kind::VirtualGpu => 2,
+        Kind::Other => 3,
+        Kind::Cpu => 4,
+    };
+    let mut fitting: Vec<_> = (0..found.len()).filter(|&i| found[i].name.to_lowercase().contains(&name)).collect();
+    let first = *fitting.iter().min_by_key(|i| speed(i))?;
+    let kind = |i: usize| (found[i].device_type, found[i].backend);
+    fitting.retain(|&i| kind(i) == kind(first));
+    Some(fitting[local_rank as usize % fitting.len()])
 }
 
 /// Opens a hardware GPU that can clip these tensors, or returns why there is none.
 #[cfg(feature = "gpu")]
-fn hardware(tensors: &[Tensor<'_>]) -> Result<Adapter, String> {
+fn hardware(tensors: &[Tensor<'_>], local_rank: Option<u32>) -> Result<Adapter, String> {
     if let Some(name) = float64(tensors) {
         return Err(format!("tensor {name:?} is float64, which GPUs do not support"));
     }
@@ -189,7 +216,7 @@ fn hardware(tensors: &[Tensor<'_>]) -> Result<Adapter, String> {
     if found.iter().all(software) {
         return Err(only_software(first));
     }
-    let gpu = GpuClipper::open().wait().map_err(|error| format!("the GPU cannot be used ({error})"))?;
+    let gpu = open_gpu(None, local_rank).map_err(|error| format!("the GPU cannot be used ({error})"))?;
     let info = gpu.device().adapter_info();
     if software(&info) { Err(only_software(&info)) } else { Ok(Adapter::new(gpu)) }
 }
@@ -205,11 +232,38 @@ impl Adapter {
 }
 
 #[cfg(not(feature = "gpu"))]
-fn open(_named: Option<&str>, _tensors: &[Tensor<'_>]) -> Result<Adapter, Failure> {
+fn open(_named: Option<&str>, _tensors: &[Tensor<'_>], _local_rank: Option<u32>) -> Result<Adapter, Failure> {
     Err(Failure::BuiltWithoutGpu)
 }
 
 #[cfg(not(feature = "gpu"))]
-fn hardware(_tensors: &[Tensor<'_>]) -> Result<Adapter, String> {
+fn hardware(_tensors: &[Tensor<'_>], _local_rank: Option<u32>) -> Result<Adapter, String> {
     Err("this program was built without GPU support".into())
+}
+
+#[cfg(all(test, feature = "gpu"))]
+mod tests {
+    use wgpu::{AdapterInfo, Backend, DeviceType};
+
+    use super::*;
+
+    #[test]
+    fn ranks_take_turns_at_the_gpus_of_their_machine() {
+        let adapter = |name: &str, kind, backend| AdapterInfo { name: name.into(), ..AdapterInfo::new(kind, backend) };
+        let (software, small, large) = (DeviceType::Cpu, DeviceType::IntegratedGpu, DeviceType::DiscreteGpu);
+        let found = [
+            adapter("Graphics", small, Backend::Vulkan),
+            adapter("Card A", large, Backend::Vulkan),
+            adapter("Card B", large, Backend::Vulkan),
+            adapter("llvmpipe", software, Backend::Vulkan),
+            adapter("Card A", large, Backend::Gl),
+        ];
+        let turns = |count: usize, name| [0, 1, 2, 3].map(|rank| own_adapter(&found[..count], name, rank));
+        assert_eq!(turns(5, None), [1, 2, 1, 2].map(Some));
+        assert_eq!(turns(5, Some("card b")), [Some(2); 4]);
+        assert_eq!(turns(5, Some("card")), [1, 2, 1, 2].map(Some));
+        assert_eq!(turns(5, Some("LLVM")), [Some(3); 4]);
+        assert_eq!(turns(1, None), [Some(0); 4]);
+        assert_eq!((turns(0, None), turns(5, Some("other"))), ([None; 4], [None; 4]));
+    }
 }

@@ -30,7 +30,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     refuse(&[(without_file, "generated gradients have generated clips: name a FILE, or leave out the mode")])?;
     let open = |path: &Option<PathBuf>| path.as_deref().map(Input::open).transpose();
     let (input, params) = (open(&args.file)?, open(&args.options.params)?);
-    let gpu = backend::open_gpu(args.adapter.as_deref())?;
+    let gpu = backend::open_gpu(args.adapter.as_deref(), None)?;
     let compared = match &input {
         Some(input) => {
             if let Some(warning) = left_out(input.unsupported(), "compared").filter(|_| !hidden) {
@@ -203,7 +203,8 @@ mod tests {
     /// Alters real verifications, because devices that compute wrongly are rare.
     #[test]
     fn a_mismatch_is_reported_and_ends_with_4() {
-        let gpu = backend::open_gpu(None).expect("a Vulkan device: apt-get install mesa-vulkan-drivers libvulkan1");
+        let gpu =
+            backend::open_gpu(None, None).expect("a Vulkan device: apt-get install mesa-vulkan-drivers libvulkan1");
         let tensors = [Tensor::new(&[3.0f32, 4.0]).named("w")];
         let mut compared = verify_file(&tensors, &clips_for(&tensors).unwrap(), &gpu, true).unwrap();
         assert!(report(&compared, "card", false, true).is_ok());

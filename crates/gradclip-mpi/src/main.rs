@@ -49,7 +49,10 @@ fn main() -> ExitCode {
             world.abort(FAILED.into());
         }
     };
-    let exit = catch_unwind(AssertUnwindSafe(|| run(group, std::env::args_os().skip(1), &mut std::io::stdout())));
+    // Ranks that share memory are on one machine.
+    let local_rank = u32::try_from(world.split_shared(world.rank()).rank()).unwrap_or_default();
+    let exit =
+        catch_unwind(AssertUnwindSafe(|| run(group, local_rank, std::env::args_os().skip(1), &mut std::io::stdout())));
     // The panic has printed its message. Other ranks may wait for a message of this one.
     let Ok(Exit { exit_code, message }) = exit else { world.abort(PANICKED.into()) };
     print_error(&message);

@@ -1,5 +1,5 @@
 //! The program `gradclip-mpi`: many processes measure or clip the files of a sharded model by one norm. The crate of that name
-//! gives [`main()`] its process group; only that crate uses MPI.
+//! gives [`run`] its process group; only that crate uses MPI.
 //!
 //! Every rank goes through the same steps. None begins a step before all have finished the one before ([`lockstep`]):
 //!
@@ -25,7 +25,6 @@ mod operation;
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
@@ -39,30 +38,33 @@ pub use lockstep::Exit;
 use lockstep::Lockstep;
 use operation::Operation;
 
-/// Runs the command line as one rank of a group, and prints errors to stderr. All ranks must call it.
-pub fn main(group: Arc<dyn ProcessGroup>) -> ExitCode {
-    let Exit { exit_code, message } = run(group, std::env::args_os().skip(1), &mut std::io::stdout());
-    // If stderr is closed, nobody can read the message.
-    let _ = std::io::stderr().write_all(message.as_bytes());
-    ExitCode::from(exit_code)
-}
-
-/// The same with these arguments, without the name of the program. Only rank 0 writes to `stdout`.
-pub fn run(group: Arc<dyn ProcessGroup>, args: impl IntoIterator<Item = OsString>, stdout: &mut dyn Write) -> Exit {
+/// Runs these arguments, without the name of the program, as one rank of a group. All ranks must call it. `local_rank` is the
+/// number of this one among the ranks on its machine. Only rank 0 writes to `stdout`.
+pub fn run(
+    group: Arc<dyn ProcessGroup>,
+    local_rank: u32,
+    args: impl IntoIterator<Item = OsString>,
+    stdout: &mut dyn Write,
+) -> Exit {
     ignore_length_signal();
     let args: Vec<_> = args.into_iter().collect();
     let lockstep = Lockstep { group };
-    let operation = parse(&lockstep, &args, stdout);
+    let operation = parse(&lockstep, local_rank, &args, stdout);
     let done = operation.and_then(|operation| operation.map_or(Ok(()), |operation| operation.run(&lockstep, stdout)));
     done.err().unwrap_or(Exit { exit_code: 0, message: String::new() })
 }
 
 /// The operation that all ranks perform; `None` if rank 0 has printed the answer (help, version).
-fn parse(lockstep: &Lockstep, args: &[OsString], stdout: &mut dyn Write) -> Result<Option<Operation>, Exit> {
+fn parse(
+    lockstep: &Lockstep,
+    local_rank: u32,
+    args: &[OsString],
+    stdout: &mut dyn Write,
+) -> Result<Option<Operation>, Exit> {
     let other = |rank| Failure::Usage(format!("rank {rank} was given other arguments than rank 0: give all the same"));
     lockstep.same("arguments", Ok((env!("CARGO_PKG_VERSION"), args)), other)?;
     let error = match Cli::try_parse_from([&OsString::from("gradclip-mpi")].into_iter().chain(args)) {
-        Ok(cli) => return Operation::new(cli).map(Some).map_err(|failure| lockstep.exit_with(&failure)),
+        Ok(cli) => return Operation::new(cli, local_rank).map(Some).map_err(|failure| lockstep.exit_with(&failure)),
         Err(error) => error,
     };
     let text = error.render().to_string();

@@ -50,8 +50,8 @@ struct Prepared<'o, 'a> {
 }
 
 impl Operation {
-    pub(super) fn new(cli: Cli) -> Result<Self, Failure> {
-        let (clip, args, out) = match cli.command {
+    pub(super) fn new(cli: Cli, local_rank: u32) -> Result<Self, Failure> {
+        let (clip, mut args, out) = match cli.command {
             Command::Norm(NormArgs { measure, common }) => {
                 (measuring(measure.clip(Clip::norm(f64::INFINITY))?), common, None)
             }
@@ -80,6 +80,7 @@ impl Operation {
             return Err(Failure::Usage(format!("two files are called {:?}, and OUT can hold only one", name[0])));
         }
         clip.check()?;
+        args.backend.local_rank = Some(local_rank);
         Ok(Self { clip, args, out })
     }
 

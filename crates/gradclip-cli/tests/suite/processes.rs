@@ -39,7 +39,7 @@ fn run_groups<'a>(groups: impl IntoIterator<Item = (Arc<dyn ProcessGroup>, Vec<&
         let args: Vec<_> = args.into_iter().map(OsString::from).collect();
         thread::spawn(move || {
             let mut stdout = Vec::new();
-            (run(group, args, &mut stdout), String::from_utf8(stdout).expect("stdout is text"))
+            (run(group, 0, args, &mut stdout), String::from_utf8(stdout).expect("stdout is text"))
         })
     });
     let ranks = groups.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no rank panics"));
@@ -542,7 +542,7 @@ fn a_closed_stdout_stops_all() {
     }
     let ranks = thread_group(3, None)
         .into_iter()
-        .map(|group| thread::spawn(move || run(group, [OsString::from("--help")], &mut Full)));
+        .map(|group| thread::spawn(move || run(group, 0, [OsString::from("--help")], &mut Full)));
     let exits: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
     assert!(exits.iter().all(|exit| exit.exit_code == 1), "{exits:?}");
 }
