@@ -156,14 +156,15 @@ fn a_file_that_may_not_become_so_long() {
     let input = input(&folder);
     let sum = ["--scope", "example", "--sum"];
     for route in [&["--backend", "cpu"][..], &[&["--backend", "cpu"][..], &sum].concat(), &["--backend", "gpu"]] {
-        let out = Folder::new();
-        let args = [&["clip", &input, "-o", text(&out.path("out")), "--max-norm", "1"], route].concat();
+        let folder = Folder::new();
+        let out = folder.path("out");
+        let args = [&["clip", &input, "-o", text(&out), "--max-norm", "1"], route].concat();
         // In blocks of 512 bytes or of 1 KiB.
         let script = ["-c", "ulimit -f 4; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_gradclip")];
         let output = Command::new("sh").args(script).args(args).output().expect("a shell");
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.code() == Some(1) && error.contains("out: cannot write: File too large"), "{output:?}");
-        assert!(out.names().is_empty(), "{:?}", out.names());
+        assert!(folder.names().is_empty(), "{:?}", folder.names());
     }
 }
 
