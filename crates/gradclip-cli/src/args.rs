@@ -78,6 +78,8 @@ pub(crate) struct NormArgs {
     pub(crate) files: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) measure: MeasureArgs,
+    #[command(flatten)]
+    pub(crate) select: SelectArgs,
     /// How many of the largest norms to list
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) top: usize,
@@ -103,6 +105,8 @@ pub(crate) struct ClipArgs {
     pub(crate) out: PathBuf,
     #[command(flatten)]
     pub(crate) options: ClipOptions,
+    #[command(flatten)]
+    pub(crate) select: SelectArgs,
     /// Write the sum of the clipped examples, in float32, or in float64 for float64
     #[arg(long)]
     pub(crate) sum: bool,
@@ -187,6 +191,17 @@ pub(crate) struct MeasureArgs {
     pub(crate) grad_scale: Option<f64>,
 }
 
+/// Which gradients are taken, by name.
+#[derive(Debug, Args)]
+pub(crate) struct SelectArgs {
+    /// Take only tensors whose names fit: * is any characters, ? is one. Others pass through. Repeatable
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) only: Vec<String>,
+    /// Let tensors whose names fit pass through unchanged. Repeatable
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) except: Vec<String>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct BackendArgs {
     /// The device to compute on
@@ -227,6 +242,8 @@ pub(crate) struct VerifyArgs {
     pub(crate) cases: NonZeroUsize,
     #[command(flatten)]
     pub(crate) options: ClipOptions,
+    #[command(flatten)]
+    pub(crate) select: SelectArgs,
     /// Use the first GPU whose name contains NAME
     #[arg(long, value_name = "NAME")]
     pub(crate) adapter: Option<String>,

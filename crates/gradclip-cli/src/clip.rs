@@ -1,6 +1,7 @@
 //! `gradclip clip`: clips the gradients of a file into a new file.
 
 use std::iter::once;
+use std::slice::from_mut;
 use std::time::Instant;
 
 use gradclip::{Clip, ClipReport, Mode, NonFinite, Scope, Tensor};
@@ -10,7 +11,7 @@ use crate::args::ClipArgs;
 use crate::backend::Backend;
 use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
-use crate::input::{Input, explain, left_out, unchanged, with_parameters};
+use crate::input::{Input, explain, unchanged, unsupported_warning, with_parameters};
 use crate::output::Output;
 use crate::print::{print, print_json, remark};
 use crate::progress;
@@ -19,7 +20,8 @@ use crate::text::{exact, number, shown, table};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     let clip = args.clip()?;
-    let input = Input::open(&args.file)?;
+    let mut input = Input::open(&args.file)?;
+    args.select.take(from_mut(&mut input))?;
     let params = args.options.params.as_deref().map(Input::open).transpose()?;
     clip_file(args, &clip, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
 }
@@ -33,7 +35,7 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     if !hidden {
         backend.explain("clipping");
     }
-    if let Some(warning) = left_out(input.unsupported(), "clipped").filter(|_| !args.quiet) {
+    if let Some(warning) = unsupported_warning(input.unsupported(), "clipped").filter(|_| !args.quiet) {
         remark(&warning);
     }
     if args.verify {
@@ -78,7 +80,9 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     };
     let (sum, time) = (args.sum, start.elapsed());
     let (backend, tensors) = (&backend, &tensors[..]);
-    let summary = Summary { report: &report, clip, tensors, sum, backend, time, file: None, ranks: None };
+    let (others, left_out) = (input.others(), args.select.is_given().then(|| input.left_out()));
+    let (file, ranks) = (None, None);
+    let summary = Summary { report: &report, clip, tensors, sum, backend, time, file, ranks, others, left_out };
 
     if args.json {
         return print_json(&summary.json());
@@ -87,7 +91,7 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
         return Ok(());
     }
     let mut lines = lines(&summary);
-    lines.extend(summary.lines(input.others(), input.bytes()));
+    lines.extend(summary.lines(input.bytes()));
     lines.push(("written to", args.out.display().to_string()));
     print(&table(&lines))
 }

@@ -56,7 +56,7 @@ fn check_entries(entries: &[Entry], length: usize) -> usize {
     let mut names = HashSet::new();
     let start = entries.first().map_or(length, |entry| entry.bytes.start);
     let mut end = start;
-    for Entry { name, kind, dtype, shape, bytes } in entries {
+    for Entry { name, kind, dtype, shape, bytes, .. } in entries {
         assert!(names.insert(name), "{name} twice");
         assert_eq!(bytes.start, end, "{name} begins where the one before ends");
         let bits = shape.iter().fold(kind.bitsize() as u128, |bits, n| bits.saturating_mul(*n as u128));

@@ -32,11 +32,13 @@ pub(crate) struct Entry {
     pub(crate) name: String,
     /// The dtype in the header.
     pub(crate) kind: safetensors::Dtype,
-    /// The dtype as which it is clipped; `None` for all others, which pass through.
+    /// The dtype as which it is clipped; `None` for all others, and for those that are left out, which pass through.
     pub(crate) dtype: Option<Dtype>,
     pub(crate) shape: Vec<usize>,
     /// Where its bytes are in the file.
     pub(crate) bytes: Range<usize>,
+    /// Whether it passes through because others were selected.
+    pub(crate) left_out: bool,
 }
 
 /// Reads the header of a whole file: its entries in the order of their data, and the text of its metadata.
@@ -118,7 +120,14 @@ fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
     if bits != Some((end - start) * 8) {
         return Err(format!("its shape {shape:?} of {dtype} does not fit its {} bytes", end - start));
     }
-    Ok(Entry { name: name.to_owned(), kind, dtype: clipped_as(kind), shape, bytes: start as usize..end as usize })
+    Ok(Entry {
+        name: name.to_owned(),
+        kind,
+        dtype: clipped_as(kind),
+        shape,
+        bytes: start as usize..end as usize,
+        left_out: false,
+    })
 }
 
 /// The dtype as which a tensor is clipped, if it can be.
@@ -134,12 +143,18 @@ fn clipped_as(kind: safetensors::Dtype) -> Option<Dtype> {
 }
 
 impl Entry {
-    /// Whether it may be a gradient, but passes through, because its dtype cannot be clipped.
-    pub(crate) fn is_unsupported(&self) -> bool {
+    /// Whether it may be a gradient: all but integers and booleans may.
+    pub(crate) fn may_be_gradient(&self) -> bool {
         use safetensors::Dtype as Kind;
         let integers = [Kind::U8, Kind::I8, Kind::U16, Kind::I16, Kind::U32, Kind::I32, Kind::U64, Kind::I64];
+        self.kind != Kind::BOOL && !integers.contains(&self.kind)
+    }
+
+    /// Whether it passes through, although it may be a gradient, because its dtype cannot be clipped.
+    pub(crate) fn is_unsupported(&self) -> bool {
         // A complex tensor does not pass through: it is an error.
-        self.dtype.is_none() && ![Kind::BOOL, Kind::C64].contains(&self.kind) && !integers.contains(&self.kind)
+        let complex = self.kind == safetensors::Dtype::C64;
+        self.may_be_gradient() && self.dtype.is_none() && !complex && !self.left_out
     }
 }
 

@@ -62,7 +62,7 @@ impl Input {
     pub(crate) fn tensors(&self) -> Result<Vec<Tensor<'_>>, Failure> {
         let mut tensors = Vec::new();
         for (file, entry) in self.files.iter().flat_map(|file| file.entries.iter().map(move |entry| (file, entry))) {
-            if entry.kind == safetensors::Dtype::C64 {
+            if entry.kind == safetensors::Dtype::C64 && !entry.left_out {
                 let advice =
                     "save its real and imaginary parts as float32 (torch.view_as_real), which have the same L2 norm";
                 let problem = format!("tensor {:?} is complex and cannot be clipped: {advice}", entry.name);
@@ -97,6 +97,20 @@ impl Input {
         self.files.iter().flat_map(|file| &file.entries).filter(|entry| entry.dtype.is_some())
     }
 
+    /// Lets tensors pass through whose names are not to be taken, if they may be gradients.
+    pub(crate) fn retain(&mut self, takes: impl Fn(&str) -> bool) {
+        for entry in self.files.iter_mut().flat_map(|file| &mut file.entries) {
+            if entry.may_be_gradient() && !takes(&entry.name) {
+                (entry.dtype, entry.left_out) = (None, true);
+            }
+        }
+    }
+
+    /// How many tensors pass through because others were selected.
+    pub(crate) fn left_out(&self) -> usize {
+        self.files.iter().flat_map(|file| &file.entries).filter(|entry| entry.left_out).count()
+    }
+
     /// The size of all files together.
     pub(crate) fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes().len() as u64).sum()
@@ -110,7 +124,8 @@ impl Input {
 
     /// The number of tensors that are no gradients, or cannot be clipped.
     pub(crate) fn others(&self) -> usize {
-        self.files.iter().flat_map(|file| &file.entries).filter(|entry| entry.dtype.is_none()).count()
+        let entries = self.files.iter().flat_map(|file| &file.entries);
+        entries.filter(|entry| entry.dtype.is_none() && !entry.left_out).count()
     }
 }
 
@@ -141,7 +156,7 @@ impl InputFile {
 }
 
 /// A warning about tensors (name and dtype) that may be gradients; `done` is what is not done to them.
-pub(crate) fn left_out(mut tensors: impl Iterator<Item = (String, String)>, done: &str) -> Option<String> {
+pub(crate) fn unsupported_warning(mut tensors: impl Iterator<Item = (String, String)>, done: &str) -> Option<String> {
     let (name, dtype) = tensors.next()?;
     let count = plural(1 + tensors.count() as u64, "tensor");
     Some(format!("warning: {count} not {done}, the first {name:?} ({dtype}): only {SUPPORTED} can be"))

@@ -80,7 +80,7 @@ impl<'a> FileLayout<'a> {
                 return Err(Failure::file(&file.path, format!("tensor {:?}: {problem}", slot.entry.name)));
             }
             let name = std::mem::take(&mut slot.entry.name);
-            slot.entry = Entry { name, kind, dtype: Some(dtype), shape, bytes: 0..length };
+            slot.entry = Entry { name, kind, dtype: Some(dtype), shape, bytes: 0..length, left_out: false };
             slot.content = &[];
         }
         // Readers of the format need every tensor aligned to its elements.

@@ -4,7 +4,7 @@
 //! library `gradclip`.
 //!
 //! Each command has a file: [`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. [`args`] is the command
-//! line, [`values`] parses options, [`description`] makes the clip. [`input`], [`header`] and [`mapped`] read; [`layout`],
+//! line, [`values`] parses options, [`description`] makes the clip, [`selection`] takes gradients by name. [`input`], [`header`] and [`mapped`] read; [`layout`],
 //! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, and [`generated`] has gradients for
 //! it. [`report`], [`text`], [`print`], [`progress`] and [`plot`] show; [`failure`] has the exit codes. [`processes`] is the program
 //! `gradclip-mpi`, which does the same on many ranks.
@@ -39,6 +39,7 @@ mod print;
 pub mod processes;
 mod progress;
 mod report;
+mod selection;
 mod stream;
 mod temporary;
 mod text;

@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::description::{measuring, norm_name, refuse};
 use crate::failure::Failure;
 use crate::header::Entry;
-use crate::input::{Input, explain, left_out, unchanged};
+use crate::input::{Input, explain, unchanged, unsupported_warning};
 use crate::output;
 use crate::plot::{self, TensorNorm};
 use crate::print::{print, print_json, remark};
@@ -26,7 +26,8 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     // A global norm that is measured by tensor is the same.
     let segments = args.plot.out.is_some() || (args.top > 0 && !(args.quiet || args.json));
     let clip = if by_tensor && segments { asked.scope(Scope::Tensor) } else { asked };
-    let inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
+    let mut inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
+    args.select.take(&mut inputs)?;
     measure(args, &asked, &clip, &inputs).map_err(explain(&inputs))
 }
 
@@ -36,7 +37,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         output::check(std::slice::from_ref(plot), inputs.iter(), args.plot.force)?;
     }
     if !args.quiet {
-        let left_out = left_out(inputs.iter().flat_map(Input::unsupported), "measured");
+        let left_out = unsupported_warning(inputs.iter().flat_map(Input::unsupported), "measured");
         twice(inputs).into_iter().chain(left_out).for_each(|warning| remark(&warning));
     }
     let tensors = inputs.iter().map(Input::tensors).collect::<Result<Vec<_>, _>>()?;
@@ -57,7 +58,10 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         |found: &NonFiniteElements| file_of(found.tensor, tensors_of.iter().copied()).map(|i| args.files[i].as_path());
     let file = report.non_finite.as_ref().filter(|_| args.files.len() > 1).and_then(file_of_element);
     let (backend, tensors) = (&backend, &tensors[..]);
-    let summary = Summary { report: &report, clip: asked, tensors, sum: false, backend, time, file, ranks: None };
+    let others = inputs.iter().map(Input::others).sum();
+    let left_out = args.select.is_given().then(|| inputs.iter().map(Input::left_out).sum());
+    let (clip, sum, ranks) = (asked, false, None);
+    let summary = Summary { report: &report, clip, tensors, sum, backend, time, file, ranks, others, left_out };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
     let largest = if hidden { String::new() } else { largest(&summary, &entries, args.top) };
@@ -75,7 +79,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         return print(&(exact(report.total_norm) + "\n"));
     }
     let mut lines = summary.measured();
-    lines.extend(summary.lines(inputs.iter().map(Input::others).sum(), bytes));
+    lines.extend(summary.lines(bytes));
     if let Some(path) = &args.plot.out {
         lines.push(("plot", path.display().to_string()));
     }

@@ -27,6 +27,10 @@ pub(crate) struct Summary<'a> {
     pub(crate) file: Option<&'a Path>,
     /// The ranks, if it was done by several.
     pub(crate) ranks: Option<Ranks>,
+    /// How many tensors are no gradients.
+    pub(crate) others: usize,
+    /// How many gradients were left out, if there was a selection.
+    pub(crate) left_out: Option<usize>,
 }
 
 /// The ranks of a process group.
@@ -57,6 +61,8 @@ struct Json<'a> {
     num_clipped: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     ranks: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    left_out: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -131,6 +137,7 @@ impl<'a> Summary<'a> {
             segments: (self.clip.scope != Scope::Global).then_some(SegmentsJson(self)),
             num_clipped: self.sum.then(|| self.num_clipped()),
             ranks: self.ranks.map(|ranks| ranks.count),
+            left_out: self.left_out,
         }
     }
 
@@ -181,13 +188,16 @@ impl<'a> Summary<'a> {
         segments
     }
 
-    /// The lines that both commands print; `others` is the number of tensors that are no gradients, `bytes` how many were read.
-    pub(crate) fn lines(&self, others: usize, bytes: u64) -> Vec<(&'static str, String)> {
+    /// The lines that both commands print; `bytes` is how many were read.
+    pub(crate) fn lines(&self, bytes: u64) -> Vec<(&'static str, String)> {
         let mut size =
             format!("{} in {}", HumanCount(self.report.elements), plural(self.num_tensors() as u64, "tensor"));
-        if others > 0 {
-            size +=
-                &format!(" ({} other{} passed through)", HumanCount(others as u64), if others == 1 { "" } else { "s" });
+        let others = Some(self.others).filter(|others| *others > 0);
+        let others = others.map(|count| plural(count as u64, "other") + " passed through");
+        let left_out = self.left_out.map(|count| plural(count as u64, "tensor") + " left out");
+        let beside: Vec<_> = left_out.into_iter().chain(others).collect();
+        if !beside.is_empty() {
+            size += &format!(" ({})", beside.join(", "));
         }
         let ran_on = match self.ranks {
             Some(Ranks { count, .. }) if count > 1 => format!("{count} ranks, the first on {}", self.backend),

@@ -12,7 +12,7 @@ use crate::backend;
 use crate::description::refuse;
 use crate::failure::Failure;
 use crate::generated::{TestCase, largest_norm};
-use crate::input::{Input, left_out, unchanged, with_parameters};
+use crate::input::{Input, unchanged, unsupported_warning, with_parameters};
 use crate::print::{print, print_json, remark};
 use crate::progress;
 use crate::text::{number, plural};
@@ -27,13 +27,17 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
     let clip = args.options.clip()?;
     let without_file = clip.is_some() && args.file.is_none();
-    refuse(&[(without_file, "generated gradients have generated clips: name a FILE, or leave out the mode")])?;
+    refuse(&[
+        (without_file, "generated gradients have generated clips: name a FILE, or leave out the mode"),
+        (args.file.is_none() && args.select.is_given(), "--only and --except take gradients of a FILE"),
+    ])?;
     let open = |path: &Option<PathBuf>| path.as_deref().map(Input::open).transpose();
-    let (input, params) = (open(&args.file)?, open(&args.options.params)?);
+    let (mut input, params) = (open(&args.file)?, open(&args.options.params)?);
+    args.select.take(input.as_mut_slice())?;
     let gpu = backend::open_gpu(args.adapter.as_deref(), None)?;
     let compared = match &input {
         Some(input) => {
-            if let Some(warning) = left_out(input.unsupported(), "compared").filter(|_| !hidden) {
+            if let Some(warning) = unsupported_warning(input.unsupported(), "compared").filter(|_| !hidden) {
                 remark(&warning);
             }
             let parameters = input.parameters(params.as_ref())?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, Args, Parser, Subcommand};
 
-use crate::args::{BackendArgs, ClipOptions, MeasureArgs};
+use crate::args::{BackendArgs, ClipOptions, MeasureArgs, SelectArgs};
 
 #[derive(Debug, Parser)]
 #[command(name = "gradclip-mpi", version, about = ABOUT, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
@@ -93,6 +93,8 @@ pub(super) struct CommonArgs {
     /// be given several times
     #[arg(long, value_name = "NAME")]
     pub(super) replicated: Vec<String>,
+    #[command(flatten)]
+    pub(super) select: SelectArgs,
     #[command(flatten)]
     pub(super) backend: BackendArgs,
     /// Print one JSON object

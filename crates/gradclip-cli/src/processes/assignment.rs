@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::header::Entry;
 use crate::input::Input;
 use crate::norm::file_of;
+use crate::selection::{fits, no_such_gradient};
 
 /// The rank of each file. The largest file comes first, and each goes to the rank with the fewest bytes so far.
 pub(super) fn owners(sizes: &[u64], ranks: u32) -> Vec<u32> {
@@ -40,6 +41,10 @@ pub(super) struct FileSummary {
     pub(super) others: usize,
     /// Those that may be gradients: name and dtype.
     pub(super) unsupported: Vec<(String, String)>,
+    /// How many gradients were left out.
+    pub(super) left_out: usize,
+    /// For each pattern of the selection, whether it fits a gradient.
+    pub(super) fitting: Vec<bool>,
     /// The gradients that `--replicated` names.
     pub(super) replicas: Vec<Replica>,
 }
@@ -53,7 +58,7 @@ pub(super) struct Replica {
 }
 
 impl FileSummary {
-    pub(super) fn new(number: usize, rank: u32, input: &Input, replicated: &[String]) -> Self {
+    pub(super) fn new(number: usize, rank: u32, input: &Input, fitting: Vec<bool>, replicated: &[String]) -> Self {
         let is_replicated = |entry: &&Entry| replicated.iter().any(|pattern| fits(&entry.name, pattern));
         let replica = |entry: &Entry| Replica {
             name: entry.name.clone(),
@@ -67,6 +72,8 @@ impl FileSummary {
             gradients: input.gradients().count(),
             others: input.others(),
             unsupported: input.unsupported().collect(),
+            left_out: input.left_out(),
+            fitting,
             replicas: input.gradients().filter(is_replicated).map(replica).collect(),
         }
     }
@@ -102,7 +109,7 @@ impl<'a> AllFiles<'a> {
             }
         }
         if let Some(pattern) = replicated.iter().find(|pattern| !first.keys().any(|name| fits(name, pattern))) {
-            return Err(Failure::Usage(format!("--replicated {pattern:?}: no gradient in the files has this name")));
+            return Err(no_such_gradient("--replicated", pattern));
         }
         let counted_in = first.into_iter().map(|(name, (file, _))| (name.to_owned(), file)).collect();
         Ok(Self { paths, opened, counted_in })
@@ -133,20 +140,6 @@ impl<'a> AllFiles<'a> {
     }
 }
 
-/// Whether a name fits a pattern, in which `*` stands for any characters, or none.
-pub(super) fn fits(name: &str, pattern: &str) -> bool {
-    let Some((start, rest)) = pattern.split_once('*') else { return name == pattern };
-    let Some(mut name) = name.strip_prefix(start) else { return false };
-    let mut parts: Vec<_> = rest.split('*').collect();
-    let end = parts.pop().unwrap_or_default();
-    for part in parts {
-        // As early as it can be, which leaves the most for the others.
-        let Some(at) = name.find(part) else { return false };
-        name = &name[at + part.len()..];
-    }
-    name.ends_with(end)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,19 +155,5 @@ mod tests {
         owners(&sizes, 16).iter().zip(&sizes).for_each(|(owner, size)| bytes[*owner as usize] += size);
         let [least, most] = [bytes.iter().min(), bytes.iter().max()].map(Option::unwrap);
         assert!(most - least <= 64, "{bytes:?}");
-    }
-
-    #[test]
-    fn patterns() {
-        for (name, pattern) in
-            [("a", "a"), ("a", "*"), ("", "*"), ("a.bias", "*.bias"), ("abcbc", "a*bc"), ("abab", "*ab*")]
-        {
-            assert!(fits(name, pattern), "{name} {pattern}");
-        }
-        for (name, pattern) in
-            [("a", "b"), ("a", ""), ("ab", "a"), ("a.bias", "bias*"), ("ab", "ab*b"), ("aXb", "a*Y*b")]
-        {
-            assert!(!fits(name, pattern), "{name} {pattern}");
-        }
     }
 }

@@ -15,7 +15,7 @@ use crate::backend::Backend;
 use crate::clip;
 use crate::description::{MODE_NEEDED, clamps, measuring, refuse};
 use crate::failure::Failure;
-use crate::input::{Input, explain, is_index, left_out, unchanged};
+use crate::input::{Input, explain, is_index, unchanged, unsupported_warning};
 use crate::output::{Copies, Output};
 use crate::print::{printed, remark};
 use crate::progress;
@@ -91,13 +91,17 @@ impl Operation {
         let sizes = lockstep.same("sizes", self.sizes(), other)?;
         let opened = self.open(&owners(&sizes, lockstep.group.size()), lockstep.group.rank());
         let (own, opened) = lockstep.step("open", opened)?;
-        let opened = opened.into_iter().flatten().collect();
-        let all_files = AllFiles::new(&self.args.files, opened, &self.args.replicated);
+        let opened: Vec<_> = opened.into_iter().flatten().collect();
+        let fitting: Vec<_> = opened.iter().map(|file: &FileSummary| file.fitting.clone()).collect();
+        let selected = self.args.select.check(&fitting);
+        let all_files = selected.and_then(|()| AllFiles::new(&self.args.files, opened, &self.args.replicated));
         let all_files = all_files.map_err(|failure| lockstep.exit_with(&failure))?;
 
         let unsupported = all_files.opened.iter().flat_map(|file| file.unsupported.iter().cloned());
         let done = if self.out.is_some() { "clipped" } else { "measured" };
-        if let Some(warning) = left_out(unsupported, done).filter(|_| lockstep.is_first() && !self.args.quiet) {
+        if let Some(warning) =
+            unsupported_warning(unsupported, done).filter(|_| lockstep.is_first() && !self.args.quiet)
+        {
             remark(&warning);
         }
         let mut folder = self.folder(lockstep)?;
@@ -156,10 +160,12 @@ impl Operation {
     fn open(&self, owners: &[u32], rank: u32) -> Result<(OwnFiles, Vec<FileSummary>), Failure> {
         let numbers: Vec<_> = (0..owners.len()).filter(|&number| owners[number] == rank).collect();
         let files = numbers.iter().map(|&number| &self.args.files[number]);
-        let inputs = files.map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
-        let opened = inputs.iter().zip(&numbers);
-        let opened =
-            opened.map(|(input, &number)| FileSummary::new(number, rank, input, &self.args.replicated)).collect();
+        let mut inputs = files.map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
+        let opened = inputs.iter_mut().zip(&numbers).map(|(input, &number)| {
+            let fitting = self.args.select.take_of(input);
+            FileSummary::new(number, rank, input, fitting, &self.args.replicated)
+        });
+        let opened = opened.collect();
         Ok((OwnFiles { inputs, numbers }, opened))
     }
 
@@ -242,7 +248,10 @@ impl Operation {
     ) -> Result<String, Failure> {
         let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found));
         let (clip, ranks) = (&self.clip, Some(Ranks { count, tensors: all_files.tensors() }));
-        let summary = Summary { report, clip, tensors, sum: false, backend, time, file, ranks };
+        let others = all_files.opened.iter().map(|file| file.others).sum();
+        let left_out = || all_files.opened.iter().map(|file| file.left_out).sum();
+        let left_out = self.args.select.is_given().then(left_out);
+        let summary = Summary { report, clip, tensors, sum: false, backend, time, file, ranks, others, left_out };
         if self.args.json {
             let json = serde_json::to_string(&summary.json());
             return json.map(|json| json + "\n").map_err(|error| Failure::Setup(error.to_string()));
@@ -256,8 +265,7 @@ impl Operation {
         if all_files.uncounted() > 0 {
             lines.push(("replicas", format!("{} not counted", plural(all_files.uncounted() as u64, "tensor"))));
         }
-        let others = all_files.opened.iter().map(|file| file.others).sum();
-        lines.extend(summary.lines(others, all_files.opened.iter().map(|file| file.bytes).sum()));
+        lines.extend(summary.lines(all_files.opened.iter().map(|file| file.bytes).sum()));
         lines.extend(self.out.as_ref().map(|(out, _)| ("written to", out.display().to_string())));
         Ok(table(&lines))
     }

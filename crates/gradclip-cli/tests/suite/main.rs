@@ -7,6 +7,7 @@ mod common;
 mod bad_files;
 mod bad_tensors;
 mod bench;
+mod by_name;
 #[cfg(target_os = "linux")]
 mod changing_inputs;
 #[cfg(target_os = "linux")]

@@ -180,7 +180,7 @@ fn same_report(ours: &Value, theirs: &Value, ranks: u32) {
             (a, b) => assert_eq!(a, b, "{key}"),
         }
     }
-    for key in ["total_norm_is", "clipped", "elements", "tensors", "backend", "adapter"] {
+    for key in ["total_norm_is", "clipped", "elements", "tensors", "left_out", "backend", "adapter"] {
         assert_eq!(ours[key], theirs[key], "{key}: {ours} {theirs}");
     }
     for key in ["count", "tensor", "index"] {
@@ -209,7 +209,7 @@ fn as_one_file_is_clipped() {
     for count in [1, 2, 3, 5, 8] {
         same_clip(&set, count, &["--max-norm", "1"]);
     }
-    let modes: [&[&str]; 8] = [
+    let modes: [&[&str]; 9] = [
         &["--max-norm", "1e9"],
         &["--max-norm", "0.01", "--grad-scale", "4", "--eps", "0"],
         &["--max-norm", "0.03", "--norm-type", "inf"],
@@ -218,6 +218,7 @@ fn as_one_file_is_clipped() {
         &["--max-average-norm", "1e-7"],
         &["--clip-value", "0.01"],
         &["--clip-range=-0.02,0.04"],
+        &["--max-norm", "1", "--only", "*.weight", "--except", "c.*"],
     ];
     for mode in modes {
         same_clip(&set, 2, mode);
@@ -505,7 +506,7 @@ fn usage() {
     let set = set(&[]);
     let out = set.out();
     let scope = "use gradclip on each file";
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["clip", "-o", &out], "a mode is required"),
         (&["clip", "-o", &out, "--max-norm", "-1"], "max_norm is -1"),
         (&["clip", "--max-norm", "1"], "--out <OUT>"),
@@ -514,6 +515,7 @@ fn usage() {
         (&["clip", "-o", &out, "--clip-value", "1", "--replicated", "a"], "a clip by value measures no norm"),
         (&["clip", "-o", &out, "--max-norm", "1", &set.files[0]], r#"two files are called "0.safetensors""#),
         (&["norm", "--scope", "unit"], scope),
+        (&["norm", "--only", "a.*", "--only", "f"], r#"--only "f": no gradient in the files has this name"#),
         (&["norm", "x.safetensors.index.json"], "is an index: name the files"),
     ];
     for (args, expected) in cases {
