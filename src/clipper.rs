@@ -172,8 +172,18 @@ impl Clipper {
     /// # Errors
     /// Those of [`Clipper::apply`].
     pub fn decide(&self, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
-        let decided = cpu::decide(&[(*clip, tensors.to_vec())], None, self.context())?.swap_remove(0);
-        Ok(DecidedClip::new(decided, tensors))
+        Ok(self.decide_groups(&[(*clip, tensors)])?.swap_remove(0))
+    }
+
+    /// Measures and decides what [`Clipper::apply_groups`] would do, on the CPU, as [`Clipper::decide`] does. It returns
+    /// one decision for each group, in order.
+    ///
+    /// # Errors
+    /// Those of [`Clipper::apply_groups`].
+    pub fn decide_groups(&self, groups: &[(Clip, &[Tensor<'_>])]) -> Result<Vec<DecidedClip>, Error> {
+        let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, tensors.to_vec())).collect();
+        let decided = cpu::decide(&views, None, self.context())?.into_iter().zip(groups);
+        Ok(decided.map(|(decided, (_, tensors))| DecidedClip::new(decided, tensors)).collect())
     }
 
     /// Measures and decides what [`Clipper::apply_adaptive`] would do, on the CPU, as [`Clipper::decide`] does. The

@@ -301,3 +301,38 @@ fn no_tensors_at_all() {
         assert_eq!((decided.report().elements, decided.report().clipped), (0, false));
     }
 }
+
+/// Groups in pieces are the groups as a whole, and a NaN in one is refused for all.
+#[test]
+fn groups_are_decided_together() {
+    let mut random = Random(8);
+    let clipper = Clipper::cpu();
+    for policy in POLICIES {
+        for bad in [false, true] {
+            let sets = [set(&[&[3, 50], &[7]], 1), set(&[&[40], &[2, 90]], 2)];
+            let sets = if bad { sets.map(spoil) } else { sets };
+            let clips = [Clip::norm(0.5), Clip::norm(0.25).scope(Scope::Tensor)].map(|clip| clip.non_finite(policy));
+            let mut whole = sets.clone();
+            let mut groups: Vec<Vec<_>> =
+                whole.iter_mut().map(|set| set.iter_mut().map(Data::view_mut).collect()).collect();
+            let mut groups: Vec<_> = clips.into_iter().zip(groups.iter_mut().map(|group| &mut group[..])).collect();
+            let reports = clipper.apply_groups(&mut groups);
+            let parameters = sets.each_ref().map(|set| parameters(set));
+            let views = [0, 1].map(|i| views(&sets[i], &parameters[i]));
+            match (reports, clipper.decide_groups(&[(clips[0], &views[0]), (clips[1], &views[1])])) {
+                (Ok(reports), Ok(decided)) => {
+                    for (i, (report, decided)) in reports.iter().zip(&decided).enumerate() {
+                        let after = clip_pieces(decided, &sets[i], &pieces(&sets[i], 11, &mut random));
+                        assert_same_bits(&after, &whole[i], &format!("{policy:?} {bad}"));
+                        assert_eq!(told(&decided.report()), told(report), "{policy:?} {bad}");
+                    }
+                }
+                (reports, decided) => {
+                    let errors = (reports.expect_err("refused").to_string(), decided.expect_err("refused").to_string());
+                    assert_eq!(errors.0, errors.1);
+                    assert!(bad && policy == NonFinite::Error && whole[0] == sets[0]);
+                }
+            }
+        }
+    }
+}

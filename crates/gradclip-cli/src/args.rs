@@ -131,6 +131,9 @@ pub(crate) struct ClipArgs {
 pub(crate) struct ClipOptions {
     #[command(flatten)]
     pub(crate) mode: ModeArgs,
+    /// Clip tensors whose names fit as a group, with its own norm and this threshold. The first fit counts. Repeatable
+    #[arg(long = "group", value_name = "PATTERN=MAX", value_parser = values::group)]
+    pub(crate) groups: Vec<(String, f64)>,
     /// The parameters of the gradients, for --agc: a safetensors file or index
     #[arg(long, value_name = "FILE")]
     pub(crate) params: Option<PathBuf>,

@@ -12,12 +12,13 @@ use gradclip::{
     gpu::{GpuClipper, adapters},
     wgpu,
 };
-use gradclip::{Clipper, Tensor};
+use gradclip::{ClipReport, Clipper, Tensor, TensorMut};
 use indicatif::ProgressBar;
 use rayon::ThreadPool;
 
 use crate::args::{BackendArgs, BackendChoice};
 use crate::failure::Failure;
+use crate::groups::{Decided, Groups};
 use crate::print::remark;
 use crate::text::plural;
 
@@ -112,6 +113,21 @@ impl Backend {
         clip: impl FnOnce(&Clipper) -> Result<T, gradclip::Error> + Send,
     ) -> Result<T, Failure> {
         Ok(self.pool.install(|| clip(&self.clipper))?)
+    }
+
+    /// Clips groups of tensors in place.
+    pub(crate) fn apply(&self, groups: &Groups, tensors: Vec<TensorMut<'_>>) -> Result<Vec<ClipReport>, Failure> {
+        let mut divided = groups.divide(tensors);
+        let mut of: Vec<_> = groups.clips().zip(divided.iter_mut().map(|tensors| &mut tensors[..])).collect();
+        self.run(|clipper| clipper.apply_groups(&mut of))
+    }
+
+    /// Decides what [`Backend::apply`] would do, to be done piece by piece.
+    pub(crate) fn decide(&self, groups: &Groups, tensors: &[Tensor<'_>]) -> Result<Decided, Failure> {
+        let divided = groups.divide(tensors.iter().copied());
+        let of: Vec<_> = groups.clips().zip(divided.iter().map(|tensors| &tensors[..])).collect();
+        let clips = self.run(|clipper| clipper.decide_groups(&of))?;
+        Ok(Decided::new(groups, tensors, clips))
     }
 
     /// Runs other work on the threads of the backend.

@@ -4,13 +4,14 @@ use std::iter::once;
 use std::slice::from_mut;
 use std::time::Instant;
 
-use gradclip::{Clip, ClipReport, Mode, NonFinite, Scope, Tensor};
+use gradclip::{Clip, DecidedClip, Mode, NonFinite, Scope, Tensor};
 use indicatif::HumanCount;
 
 use crate::args::ClipArgs;
 use crate::backend::Backend;
 use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
+use crate::groups::{GroupReport, Groups};
 use crate::input::{Input, explain, unchanged, unsupported_warning, with_parameters};
 use crate::output::Output;
 use crate::print::{print, print_json, remark};
@@ -19,14 +20,15 @@ use crate::report::{Summary, segments};
 use crate::text::{exact, number, shown, table};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
-    let clip = args.clip()?;
+    let groups = args.options.groups(args.clip()?)?;
     let mut input = Input::open(&args.file)?;
     args.select.take(from_mut(&mut input))?;
+    groups.check(&groups.counts(input.gradients().map(|entry| &*entry.name)))?;
     let params = args.options.params.as_deref().map(Input::open).transpose()?;
-    clip_file(args, &clip, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
+    clip_file(args, &groups, &input, params.as_ref()).map_err(explain(once(&input).chain(&params)))
 }
 
-fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>) -> Result<(), Failure> {
+fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&Input>) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
     let output = Output::new(input, params, &args.out, args.sum, args.force)?;
     let parameters = input.parameters(params)?;
@@ -40,7 +42,9 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
     }
     if args.verify {
         let spinner = progress::spinner("verifying", hidden);
-        verify(&backend, clip, &tensors)?;
+        for (clip, tensors) in groups.clips().zip(groups.divide(tensors.iter().copied())) {
+            verify(&backend, &clip, &tensors)?;
+        }
         drop(spinner);
     }
 
@@ -51,15 +55,15 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
         backend.show_progress(&bar);
         bar
     };
-    let report = if backend.streams() && !args.sum {
+    let reports = if backend.streams() && !args.sum {
         let bar = show_progress(&mut backend, "measuring");
-        let decided = backend.run(|clipper| clipper.decide(clip, &tensors))?;
+        let decided = backend.decide(groups, &tensors)?;
         unchanged(output.inputs())?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
         backend.install(|| output.stream(&decided, &bar))?;
         bar.finish_and_clear();
-        decided.report()
+        decided.clips.iter().map(DecidedClip::report).collect()
     } else {
         let bar = progress::bytes(output.bytes(), "copying", hidden);
         let copies = output.copy(&bar)?;
@@ -68,21 +72,26 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
         copies.clip(
             &parameters,
             |_| true,
-            |written| {
-                let report = backend.run(|clipper| match args.sum {
-                    true => clipper.sum_examples(clip, &tensors, written),
-                    false => clipper.apply(clip, written),
-                });
+            |mut written| {
+                let reports = match args.sum {
+                    true => {
+                        backend.run(|clipper| Ok(vec![clipper.sum_examples(&groups.rest, &tensors, &mut written)?]))
+                    }
+                    false => backend.apply(groups, written),
+                };
                 bar.finish_and_clear();
-                report
+                reports
             },
         )?
     };
+    let clip = &groups.rest;
     let (sum, time) = (args.sum, start.elapsed());
+    let (report, groups) = groups.report(&tensors, reports);
     let (backend, tensors) = (&backend, &tensors[..]);
     let (others, left_out) = (input.others(), args.select.is_given().then(|| input.left_out()));
     let (file, ranks) = (None, None);
-    let summary = Summary { report: &report, clip, tensors, sum, backend, time, file, ranks, others, left_out };
+    let (report, groups) = (&report, &groups[..]);
+    let summary = Summary { report, groups, clip, tensors, sum, backend, time, file, ranks, others, left_out };
 
     if args.json {
         return print_json(&summary.json());
@@ -98,19 +107,28 @@ fn clip_file(args: &ClipArgs, clip: &Clip, input: &Input, params: Option<&Input>
 
 /// The lines of a clip: what was measured, and the result.
 pub(crate) fn lines(summary: &Summary<'_>) -> Vec<(&'static str, String)> {
-    let Summary { report, clip, .. } = *summary;
+    let Summary { report, groups, clip, .. } = *summary;
     let scope = clip.scope;
     let mut lines = Vec::new();
     if !clamps(clip) {
         lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), norm_name(clip))));
-        let least = if scope == Scope::Global { "" } else { " at the least" };
+        let least = if scope == Scope::Global && groups.is_empty() { "" } else { " at the least" };
         lines.push(("coefficient", number(report.clip_coef, 9) + least));
     }
     lines.extend(summary.non_finite().map(|found| ("non-finite", found)));
-    lines.push(("result", result(clip, report, summary.sum)));
+    lines.push(("result", result(summary)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
         lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
+    }
+    for (i, GroupReport { name, report }) in groups.iter().enumerate() {
+        let clipped = if report.clipped { "" } else { ", not clipped" };
+        let words = if clamps(clip) {
+            format!("{}{clipped}", shown(name))
+        } else {
+            format!("{} times {}: {}", number(report.total_norm, 6), number(report.clip_coef, 6), shown(name))
+        };
+        lines.push((if i == 0 { "groups" } else { "" }, words));
     }
     for (i, segment) in summary.largest(3).into_iter().enumerate() {
         let (norm, coefficient) = (number(segment.norm, 6), number(segment.clip_coef, 6));
@@ -121,8 +139,11 @@ pub(crate) fn lines(summary: &Summary<'_>) -> Vec<(&'static str, String)> {
 }
 
 /// The result of the clip, in words.
-fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
+fn result(summary: &Summary<'_>) -> String {
+    let Summary { report, clip, sum, .. } = *summary;
+    let whole = clip.scope == Scope::Global && summary.groups.is_empty();
     let mut words = match (clip.mode, report.clipped) {
+        (_, true) if !summary.groups.is_empty() => "clipped, each group to its threshold".into(),
         (Mode::Norm(to) | Mode::Rms(to) | Mode::AverageNorm(to), true) => format!("clipped to {}", number(to, 9)),
         (Mode::Agc(factor), true) => format!("clipped to {} of the parameters' norms", number(factor, 9)),
         (Mode::Value { min, max }, true) => format!("clipped to {} .. {}", number(min, 9), number(max, 9)),
@@ -138,7 +159,7 @@ fn result(clip: &Clip, report: &ClipReport, sum: bool) -> String {
     }
     match (&report.non_finite, clip.non_finite) {
         (Some(_), NonFinite::Skip) => "unchanged, because not all are finite".into(),
-        (Some(_), NonFinite::Zero) if clip.scope == Scope::Global => "all set to 0, because not all are finite".into(),
+        (Some(_), NonFinite::Zero) if whole => "all set to 0, because not all are finite".into(),
         (Some(_), NonFinite::Zero) => words + ", gradients that share a norm with non-finite elements set to 0",
         (Some(_), NonFinite::Drop) if !report.clipped => "non-finite elements set to 0, others ".to_owned() + &words,
         (Some(_), NonFinite::Drop) => words + ", non-finite elements set to 0",

@@ -52,12 +52,21 @@ impl ClipOptions {
             (agc.is_some() && self.params.is_none(), "--agc needs the parameters of the gradients: --params FILE"),
             (agc.is_none() && self.params.is_some(), "--params goes with --agc only"),
             (agc.is_none() && self.agc_eps.is_some(), "--agc-eps goes with --agc only"),
+            (
+                !self.groups.is_empty() && clip_range.is_some(),
+                "--group gives one threshold, and --clip-range needs two",
+            ),
+            (
+                !self.groups.is_empty() && by_example(&clip),
+                "--group needs --scope global, tensor or unit: an example has one norm over all tensors",
+            ),
         ])?;
         clip.budget = self.budget.unwrap_or(clip.budget);
         clip.eps = self.eps.or(clip.eps);
         clip.agc_eps = self.agc_eps.or(clip.agc_eps);
         clip.non_finite = self.non_finite.unwrap_or(clip.non_finite);
         clip.check()?;
+        self.groups(clip)?;
         Ok(Some(clip))
     }
 }

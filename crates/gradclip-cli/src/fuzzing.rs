@@ -152,6 +152,9 @@ pub fn arguments(data: &[u8]) {
         Command::Verify(args) => args.options.clip(),
         _ => return,
     };
+    if let (Command::Clip(args), Ok(Some(clip))) = (&cli.command, &clip) {
+        args.options.groups(*clip).expect("they are checked with it").clips().for_each(|clip| check_clip(&clip));
+    }
     match clip.and_then(|clip| clip.map_or(Ok(None), |clip| Ok(clip.check().map(|()| Some(clip))?))) {
         Ok(None) => {}
         Ok(Some(clip)) => check_clip(&clip),

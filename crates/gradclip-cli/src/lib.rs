@@ -4,7 +4,8 @@
 //! library `gradclip`.
 //!
 //! Each command has a file: [`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. [`args`] is the command
-//! line, [`values`] parses options, [`description`] makes the clip, [`selection`] takes gradients by name. [`input`], [`header`] and [`mapped`] read; [`layout`],
+//! line, [`values`] parses options, [`description`] makes the clip, [`selection`] takes
+//! gradients by name, and [`groups`] divides them. [`input`], [`header`] and [`mapped`] read; [`layout`],
 //! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, and [`generated`] has gradients for
 //! it. [`report`], [`text`], [`print`], [`progress`] and [`plot`] show; [`failure`] has the exit codes. [`processes`] is the program
 //! `gradclip-mpi`, which does the same on many ranks.
@@ -26,6 +27,7 @@ mod failure;
 pub mod fuzzing;
 #[cfg(feature = "gpu")]
 mod generated;
+mod groups;
 mod header;
 mod input;
 mod layout;

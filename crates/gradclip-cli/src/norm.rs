@@ -60,8 +60,19 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let (backend, tensors) = (&backend, &tensors[..]);
     let others = inputs.iter().map(Input::others).sum();
     let left_out = args.select.is_given().then(|| inputs.iter().map(Input::left_out).sum());
-    let (clip, sum, ranks) = (asked, false, None);
-    let summary = Summary { report: &report, clip, tensors, sum, backend, time, file, ranks, others, left_out };
+    let summary = Summary {
+        report: &report,
+        groups: &[],
+        clip: asked,
+        tensors,
+        sum: false,
+        backend,
+        time,
+        file,
+        ranks: None,
+        others,
+        left_out,
+    };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
     let largest = if hidden { String::new() } else { largest(&summary, &entries, args.top) };

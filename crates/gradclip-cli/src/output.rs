@@ -22,13 +22,14 @@ use std::io::ErrorKind;
 use std::iter::once;
 use std::path::{Path, PathBuf};
 
-use gradclip::{DecidedClip, Tensor, TensorMut};
+use gradclip::{Tensor, TensorMut};
 use indicatif::ProgressBar;
 use same_file::Handle;
 use serde_json::Value;
 use tempfile::NamedTempFile;
 
 use crate::failure::Failure;
+use crate::groups::Decided;
 use crate::input::{INDEX_SUFFIX, Input, InputFile, folder_of, is_index, unchanged};
 use crate::layout::FileLayout;
 use crate::mapped::MappedMut;
@@ -107,7 +108,7 @@ impl<'a> Output<'a> {
     }
 
     /// Writes the files piece by piece, clipped as decided, on the threads of the current pool.
-    pub(crate) fn stream(&self, decided: &DecidedClip, progress: &ProgressBar) -> Result<(), Failure> {
+    pub(crate) fn stream(&self, decided: &Decided, progress: &ProgressBar) -> Result<(), Failure> {
         let empty = |(_, target): &(FileLayout<'_>, PathBuf)| temporary::empty(target);
         let temporary_files = self.files.iter().map(empty).collect::<Result<Vec<_>, _>>()?;
         let outputs = self.files.iter().zip(&temporary_files);
@@ -149,7 +150,7 @@ impl Copies<'_, '_> {
         mut self,
         parameters: &[Tensor<'_>],
         counted: impl Fn(usize) -> bool,
-        clip: impl FnOnce(&mut [TensorMut<'_>]) -> Result<T, Failure>,
+        clip: impl FnOnce(Vec<TensorMut<'_>>) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let mut tensors = Vec::new();
         for ((layout, _), map) in self.output.files.iter().zip(&mut self.maps) {
@@ -164,8 +165,7 @@ impl Copies<'_, '_> {
                 None => tensor,
             });
         }
-        let result = clip(&mut described)?;
-        drop(described);
+        let result = clip(described)?;
 
         for (map, (_, target)) in self.maps.into_iter().zip(&self.output.files) {
             map.finish(target)?;

@@ -10,13 +10,16 @@ use serde_json::Value;
 
 use crate::backend::Backend;
 use crate::description::{clamps, norm_name};
+use crate::groups::GroupReport;
 use crate::text::{number, plural};
 
 /// A report of the library, and what else is printed with it.
 #[derive(Debug)]
 pub(crate) struct Summary<'a> {
     pub(crate) report: &'a ClipReport,
-    /// What was asked for.
+    /// The report on each group, if there are several.
+    pub(crate) groups: &'a [GroupReport],
+    /// What was asked for; of groups, what the rest was.
     pub(crate) clip: &'a Clip,
     pub(crate) tensors: &'a [Tensor<'a>],
     /// Whether clipped examples were summed.
@@ -56,6 +59,8 @@ struct Json<'a> {
     non_finite: Option<NonFiniteJson<'a>>,
     seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
+    groups: Option<Vec<GroupJson<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     segments: Option<SegmentsJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     num_clipped: Option<Value>,
@@ -74,6 +79,17 @@ struct NonFiniteJson<'a> {
     file: Option<String>,
     tensor: Option<&'a str>,
     index: u64,
+}
+
+#[derive(Serialize)]
+struct GroupJson<'a> {
+    name: &'a str,
+    norm: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    norm_is: Option<&'static str>,
+    clip_coef: f64,
+    clipped: bool,
+    elements: u64,
 }
 
 /// A list that is serialised without being held in memory: there may be millions of segments.
@@ -119,13 +135,17 @@ impl<'a> Summary<'a> {
             tensor: found.name.as_deref(),
             index: found.index,
         };
-        let non_finite_norm = self.report.has_non_finite() && self.clip.non_finite != NonFinite::Drop;
+        let group = |GroupReport { name, report }: &'a GroupReport| GroupJson {
+            name,
+            norm: report.total_norm,
+            norm_is: self.norm_is(report),
+            clip_coef: report.clip_coef,
+            clipped: report.clipped,
+            elements: report.elements,
+        };
         Json {
             total_norm: self.report.total_norm,
-            total_norm_is: match clamps(self.clip) {
-                true => Some("not measured"),
-                false => why_null(self.report.total_norm, non_finite_norm),
-            },
+            total_norm_is: self.norm_is(self.report),
             clip_coef: self.report.clip_coef,
             clipped: self.report.clipped,
             elements: self.report.elements,
@@ -134,11 +154,18 @@ impl<'a> Summary<'a> {
             adapter: self.backend.adapter(),
             non_finite: self.report.non_finite.as_ref().map(non_finite),
             seconds: self.time.as_secs_f64(),
+            groups: (!self.groups.is_empty()).then(|| self.groups.iter().map(group).collect()),
             segments: (self.clip.scope != Scope::Global).then_some(SegmentsJson(self)),
             num_clipped: self.sum.then(|| self.num_clipped()),
             ranks: self.ranks.map(|ranks| ranks.count),
             left_out: self.left_out,
         }
+    }
+
+    /// Why the norm of a report is null.
+    fn norm_is(&self, report: &ClipReport) -> Option<&'static str> {
+        let non_finite = report.has_non_finite() && self.clip.non_finite != NonFinite::Drop;
+        if clamps(self.clip) { Some("not measured") } else { why_null(report.total_norm, non_finite) }
     }
 
     fn num_tensors(&self) -> usize {

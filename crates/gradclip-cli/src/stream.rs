@@ -10,11 +10,12 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use gradclip::{DecidedClip, TensorMut};
+use gradclip::TensorMut;
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use crate::failure::Failure;
+use crate::groups::Decided;
 use crate::layout::{FileLayout, Piece};
 
 /// Bytes in a piece; a multiple of 8, so that no element is cut. Milliseconds to write 512 MiB, all of it clipped, from
@@ -29,7 +30,7 @@ const PIECE: usize = 1 << 20;
 /// beside the file. Runs on the threads of the current pool.
 pub(crate) fn write<'a>(
     outputs: impl Iterator<Item = (&'a FileLayout<'a>, &'a File, &'a Path)> + Clone + Send,
-    decided: &DecidedClip,
+    decided: &Decided,
     progress: &ProgressBar,
 ) -> Result<(), Failure> {
     for (layout, file, path) in outputs.clone() {
@@ -46,7 +47,8 @@ pub(crate) fn write<'a>(
         |buffer, (before, Piece { offset, bytes, gradient }, file, path)| {
             let mut clipped = bytes;
             if let Some((number, dtype, first)) = gradient {
-                let (tensor, end) = (before + number, first + (bytes.len() / dtype.size()) as u64);
+                let (decided, tensor) = decided.of(before + number);
+                let end = first + (bytes.len() / dtype.size()) as u64;
                 if !decided.is_unchanged(tensor, first..end)? {
                     buffer.clear();
                     buffer.extend_from_slice(bytes);

@@ -47,6 +47,12 @@ pub(crate) fn range(text: &str) -> Result<(f64, f64), String> {
     Ok((number(min)?, number(max)?))
 }
 
+/// Parses `PATTERN=MAX`. A name may hold the sign.
+pub(crate) fn group(text: &str) -> Result<(String, f64), String> {
+    let (pattern, max) = text.rsplit_once('=').ok_or("give a pattern and a threshold: PATTERN=MAX")?;
+    Ok((pattern.to_owned(), max.trim().parse().map_err(|_| format!("{max:?} is not a number"))?))
+}
+
 /// How the elements of a benchmark are cut into tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cut {

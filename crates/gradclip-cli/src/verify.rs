@@ -12,6 +12,7 @@ use crate::backend;
 use crate::description::refuse;
 use crate::failure::Failure;
 use crate::generated::{TestCase, largest_norm};
+use crate::groups::Groups;
 use crate::input::{Input, unchanged, unsupported_warning, with_parameters};
 use crate::print::{print, print_json, remark};
 use crate::progress;
@@ -42,8 +43,10 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
             }
             let parameters = input.parameters(params.as_ref())?;
             let tensors = with_parameters(input.tensors()?, &parameters);
-            let clips = clip.map_or_else(|| clips_for(&tensors), |clip| Ok(vec![clip]));
-            let compared = clips.and_then(|clips| verify_file(&tensors, &clips, &gpu, hidden));
+            let compared = match clip {
+                None => clips_for(&tensors).and_then(|clips| verify_file(&tensors, &clips, &gpu, hidden)),
+                Some(clip) => verify_groups(&args.options.groups(clip)?, tensors, &gpu, hidden),
+            };
             // GPU and CPU read the same only if nobody wrote meanwhile.
             unchanged(once(input).chain(&params))?;
             compared?
@@ -123,6 +126,19 @@ fn verify_file(
         Ok(Compared { clip: format!("{clip:.2}"), verification })
     };
     clips.iter().map(one).collect()
+}
+
+fn verify_groups(
+    groups: &Groups,
+    tensors: Vec<Tensor<'_>>,
+    gpu: &GpuClipper,
+    hidden: bool,
+) -> Result<Vec<Compared>, Failure> {
+    let divided = groups.divide(tensors);
+    let counts: Vec<_> = divided.iter().map(Vec::len).collect();
+    groups.check(&counts)?;
+    let each = groups.clips().zip(&divided).map(|(clip, tensors)| verify_file(tensors, &[clip], gpu, hidden));
+    Ok(each.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
 }
 
 fn verify_generated(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result<Vec<Compared>, Failure> {

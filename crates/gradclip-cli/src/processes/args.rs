@@ -53,6 +53,7 @@ fn by_one_norm(arg: Arg) -> Arg {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one in a run")]
 pub(super) enum Command {
     /// Measure the norm of the gradients of all files together
     #[command(override_usage = NORM_USAGE, mut_args(by_one_norm))]

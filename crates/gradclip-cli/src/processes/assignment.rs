@@ -8,6 +8,7 @@ use gradclip::NonFiniteElements;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
+use crate::groups::Groups;
 use crate::header::Entry;
 use crate::input::Input;
 use crate::norm::file_of;
@@ -36,7 +37,8 @@ pub(super) struct FileSummary {
     pub(super) number: usize,
     pub(super) rank: u32,
     pub(super) bytes: u64,
-    pub(super) gradients: usize,
+    /// How many gradients each group takes.
+    pub(super) gradients: Vec<usize>,
     /// How many tensors are no gradients, or cannot be clipped.
     pub(super) others: usize,
     /// Those that may be gradients: name and dtype.
@@ -58,7 +60,13 @@ pub(super) struct Replica {
 }
 
 impl FileSummary {
-    pub(super) fn new(number: usize, rank: u32, input: &Input, fitting: Vec<bool>, replicated: &[String]) -> Self {
+    pub(super) fn new(
+        (number, rank): (usize, u32),
+        input: &Input,
+        fitting: Vec<bool>,
+        groups: &Groups,
+        replicated: &[String],
+    ) -> Self {
         let is_replicated = |entry: &&Entry| replicated.iter().any(|pattern| fits(&entry.name, pattern));
         let replica = |entry: &Entry| Replica {
             name: entry.name.clone(),
@@ -69,7 +77,7 @@ impl FileSummary {
             number,
             rank,
             bytes: input.bytes(),
-            gradients: input.gradients().count(),
+            gradients: groups.counts(input.gradients().map(|entry| &*entry.name)),
             others: input.others(),
             unsupported: input.unsupported().collect(),
             left_out: input.left_out(),
@@ -127,15 +135,22 @@ impl<'a> AllFiles<'a> {
 
     /// How many tensors are counted.
     pub(super) fn tensors(&self) -> usize {
-        self.opened.iter().map(|file| file.gradients).sum::<usize>() - self.uncounted()
+        self.opened.iter().flat_map(|file| &file.gradients).sum::<usize>() - self.uncounted()
     }
 
-    /// The file of a non-finite element.
-    pub(super) fn file_of(&self, found: &NonFiniteElements) -> Option<&'a Path> {
+    /// How many gradients each group takes.
+    pub(super) fn of_groups(&self, groups: &Groups) -> Vec<usize> {
+        let of = |group: usize| self.opened.iter().map(|file| file.gradients[group]).sum();
+        (0..groups.clips().count()).map(of).collect()
+    }
+
+    /// The file of a non-finite element. Its tensor is numbered in its group.
+    pub(super) fn file_of(&self, found: &NonFiniteElements, groups: &Groups) -> Option<&'a Path> {
+        let group = groups.of(found.name.as_deref().unwrap_or_default());
         // A group of one rank reports none.
         let rank = found.rank.unwrap_or_default();
         let files: Vec<_> = self.opened.iter().filter(|file| file.rank == rank).collect();
-        let file = file_of(found.tensor, files.iter().map(|file| file.gradients))?;
+        let file = file_of(found.tensor, files.iter().map(|file| file.gradients[group]))?;
         Some(&self.paths[files[file].number])
     }
 }

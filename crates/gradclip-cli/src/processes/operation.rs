@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use gradclip::{Clip, ClipReport, Scope, Tensor};
+use gradclip::{Clip, ClipReport, DecidedClip, Scope, Tensor};
 
 use super::args::{Cli, ClipArgs, Command, CommonArgs, NormArgs};
 use super::assignment::{AllFiles, FileSummary, owners};
@@ -15,6 +15,7 @@ use crate::backend::Backend;
 use crate::clip;
 use crate::description::{MODE_NEEDED, clamps, measuring, refuse};
 use crate::failure::Failure;
+use crate::groups::Groups;
 use crate::input::{Input, explain, is_index, unchanged, unsupported_warning};
 use crate::output::{Copies, Output};
 use crate::print::{printed, remark};
@@ -25,7 +26,7 @@ use crate::text::{exact, plural, table};
 /// What all ranks do.
 #[derive(Debug)]
 pub(super) struct Operation {
-    clip: Clip,
+    groups: Groups,
     args: CommonArgs,
     /// OUT, and whether it may be replaced; `None` if the gradients are only measured.
     out: Option<(PathBuf, bool)>,
@@ -51,15 +52,16 @@ struct Prepared<'o, 'a> {
 
 impl Operation {
     pub(super) fn new(cli: Cli, local_rank: u32) -> Result<Self, Failure> {
-        let (clip, mut args, out) = match cli.command {
+        let (groups, mut args, out) = match cli.command {
             Command::Norm(NormArgs { measure, common }) => {
-                (measuring(measure.clip(Clip::norm(f64::INFINITY))?), common, None)
+                (measuring(measure.clip(Clip::norm(f64::INFINITY))?).into(), common, None)
             }
             Command::Clip(ClipArgs { out, force, options, common }) => {
                 let clip = options.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
-                (clip, common, Some((out, force)))
+                (options.groups(clip)?, common, Some((out, force)))
             }
         };
+        let clip = groups.rest;
         refuse(&[
             (
                 clip.scope != Scope::Global || clip.needs_parameters(),
@@ -81,7 +83,7 @@ impl Operation {
         }
         clip.check()?;
         args.backend.local_rank = Some(local_rank);
-        Ok(Self { clip, args, out })
+        Ok(Self { groups, args, out })
     }
 
     pub(super) fn run(&self, lockstep: &Lockstep, stdout: &mut dyn Write) -> Result<(), Exit> {
@@ -95,6 +97,10 @@ impl Operation {
         let fitting: Vec<_> = opened.iter().map(|file: &FileSummary| file.fitting.clone()).collect();
         let selected = self.args.select.check(&fitting);
         let all_files = selected.and_then(|()| AllFiles::new(&self.args.files, opened, &self.args.replicated));
+        let all_files = all_files.and_then(|files| {
+            self.groups.check(&files.of_groups(&self.groups))?;
+            Ok(files)
+        });
         let all_files = all_files.map_err(|failure| lockstep.exit_with(&failure))?;
 
         let unsupported = all_files.opened.iter().flat_map(|file| file.unsupported.iter().cloned());
@@ -107,7 +113,7 @@ impl Operation {
         let mut folder = self.folder(lockstep)?;
         let output = folder.as_ref().map(|folder| Output::into_folder(&own.inputs, folder.path()));
         let explained = |failure| {
-            let failure = explain(&own.inputs)(located(failure, &all_files));
+            let failure = explain(&own.inputs)(self.located(failure, &all_files));
             folder.iter().fold(failure, |failure, folder| folder.with_final_path(failure))
         };
         let prepared = self.prepare(lockstep, &own, &all_files, output.as_ref()).map_err(&explained);
@@ -131,13 +137,13 @@ impl Operation {
         if let (Some(folder), true) = (&mut folder, written.is_ok() && !lockstep.is_first()) {
             folder.leave_to_rank_0();
         }
-        let (report, _) = lockstep.step("done", written.map(|report| (report, ())))?;
+        let (reports, _) = lockstep.step("done", written.map(|reports| (reports, ())))?;
 
         let time = start.elapsed();
         let finish = || {
             if lockstep.is_first() {
                 folder.map_or(Ok(()), Folder::rename)?;
-                let text = self.text((&report, time), &prepared, &all_files, lockstep.group.size())?;
+                let text = self.text((reports, time), &prepared, &all_files, lockstep.group.size())?;
                 printed(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))?;
             }
             Ok(((), ()))
@@ -163,7 +169,7 @@ impl Operation {
         let mut inputs = files.map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
         let opened = inputs.iter_mut().zip(&numbers).map(|(input, &number)| {
             let fitting = self.args.select.take_of(input);
-            FileSummary::new(number, rank, input, fitting, &self.args.replicated)
+            FileSummary::new((number, rank), input, fitting, &self.groups, &self.args.replicated)
         });
         let opened = opened.collect();
         Ok((OwnFiles { inputs, numbers }, opened))
@@ -214,44 +220,51 @@ impl Operation {
         OwnFiles { inputs, .. }: &OwnFiles,
         Prepared { tensors, counted, backend, copies }: &mut Prepared<'_, '_>,
         output: Option<&Output<'_>>,
-    ) -> Result<ClipReport, Failure> {
+    ) -> Result<Vec<ClipReport>, Failure> {
         let hidden = self.hidden(lockstep);
         let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
         let bar = progress::bytes(bytes, if copies.is_some() { "clipping" } else { "measuring" }, hidden);
         backend.show_progress(&bar);
         if let Some(copies) = copies.take() {
-            return copies.clip(
-                &[],
-                |i| counted[i],
-                |written| backend.run(|clipper| clipper.apply(&self.clip, written)),
-            );
+            return copies.clip(&[], |i| counted[i], |written| backend.apply(&self.groups, written));
         }
         let Some(output) = output else {
-            let report = backend.run(|clipper| clipper.measure(&self.clip, tensors))?;
-            return unchanged(inputs).map(|()| report);
+            let report = backend.run(|clipper| clipper.measure(&self.groups.rest, tensors))?;
+            return unchanged(inputs).map(|()| vec![report]);
         };
-        let decided = backend.run(|clipper| clipper.decide(&self.clip, tensors))?;
+        let decided = backend.decide(&self.groups, tensors)?;
         unchanged(inputs)?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
         backend.install(|| output.stream(&decided, &bar))?;
-        Ok(decided.report())
+        Ok(decided.clips.iter().map(DecidedClip::report).collect())
     }
 
     /// What rank 0 prints.
     fn text(
         &self,
-        (report, time): (&ClipReport, Duration),
+        (reports, time): (Vec<ClipReport>, Duration),
         Prepared { tensors, backend, .. }: &Prepared<'_, '_>,
         all_files: &AllFiles<'_>,
         count: u32,
     ) -> Result<String, Failure> {
-        let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found));
-        let (clip, ranks) = (&self.clip, Some(Ranks { count, tensors: all_files.tensors() }));
+        let (report, groups) = self.groups.report(tensors, reports);
+        let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found, &self.groups));
         let others = all_files.opened.iter().map(|file| file.others).sum();
         let left_out = || all_files.opened.iter().map(|file| file.left_out).sum();
-        let left_out = self.args.select.is_given().then(left_out);
-        let summary = Summary { report, clip, tensors, sum: false, backend, time, file, ranks, others, left_out };
+        let summary = Summary {
+            report: &report,
+            groups: &groups,
+            clip: &self.groups.rest,
+            tensors,
+            sum: false,
+            backend,
+            time,
+            file,
+            ranks: Some(Ranks { count, tensors: all_files.tensors() }),
+            others,
+            left_out: self.args.select.is_given().then(left_out),
+        };
         if self.args.json {
             let json = serde_json::to_string(&summary.json());
             return json.map(|json| json + "\n").map_err(|error| Failure::Setup(error.to_string()));
@@ -269,15 +282,14 @@ impl Operation {
         lines.extend(self.out.as_ref().map(|(out, _)| ("written to", out.display().to_string())));
         Ok(table(&lines))
     }
-}
-
-/// Adds the file of a non-finite element to the failure.
-fn located(failure: Failure, all_files: &AllFiles<'_>) -> Failure {
-    match failure {
-        Failure::NonFinite { found, .. } => {
-            let place = all_files.file_of(&found).map(|file| format!(" in {}", file.display()));
-            Failure::NonFinite { found, place: place.unwrap_or_default() }
+    /// Adds the file of a non-finite element to the failure.
+    fn located(&self, failure: Failure, all_files: &AllFiles<'_>) -> Failure {
+        match failure {
+            Failure::NonFinite { found, .. } => {
+                let place = all_files.file_of(&found, &self.groups).map(|file| format!(" in {}", file.display()));
+                Failure::NonFinite { found, place: place.unwrap_or_default() }
+            }
+            other => other,
         }
-        other => other,
     }
 }

@@ -17,6 +17,7 @@ mod exit_codes;
 mod full_disk;
 #[cfg(feature = "gpu")]
 mod gpu;
+mod groups;
 #[cfg(unix)]
 mod hugging_face_cache;
 mod json;
