@@ -75,7 +75,7 @@ impl Clipper {
 
     /// Clips together with the other processes of a group. Each process holds a part of the gradients, and every norm
     /// is that of all parts. [`processes`](crate::processes) says what must be called together. [`Clipper::scale`],
-    /// [`Clipper::accumulate`] and [`Clipper::finish`] measure no shared norm and exchange no messages.
+    /// [`Clipper::decide_scale`], [`Clipper::accumulate`] and [`Clipper::finish`] measure no shared norm and exchange no messages.
     #[cfg(not(target_arch = "wasm32"))]
     #[must_use]
     pub fn processes(mut self, processes: Arc<dyn ProcessGroup>) -> Self {
@@ -223,6 +223,15 @@ impl Clipper {
     pub fn scale(&self, clip: &Clip, norms: &[f64], tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         // The host reads and writes each element once, which is cheaper than sending it over a bus.
         cpu::scale(clip, Given::Norms(norms), tensors)
+    }
+
+    /// Decides what [`Clipper::scale`] would do, without reading the tensors. They are then clipped piece by piece, as
+    /// after [`Clipper::decide`].
+    ///
+    /// # Errors
+    /// Those of [`Clipper::scale`].
+    pub fn decide_scale(&self, clip: &Clip, norms: &[f64], tensors: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
+        Ok(DecidedClip::new(cpu::decide_scale(clip, Given::Norms(norms), tensors)?, tensors))
     }
 
     /// Adds tensors to a running partial, on the CPU. They count as measured, and as the next tensors in the list.

@@ -127,12 +127,17 @@ fn decide_by(
     found.into_iter().map(decide).collect()
 }
 
+/// Decides by norms that were measured elsewhere.
+pub(crate) fn decide_scale(clip: &Clip, given: Given<'_>, tensors: &[Tensor<'_>]) -> Result<Decision, Error> {
+    clip.check_adaptive()?;
+    let found = Measured::given(clip, segments_of(clip, tensors)?, given)?;
+    let refused = found.is_refused();
+    found.decide(refused, true)
+}
+
 /// Clips in place by norms that were measured elsewhere.
 pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-    clip.check_adaptive()?;
-    let found = Measured::given(clip, segments_of(clip, &views(tensors))?, given)?;
-    let refused = found.is_refused();
-    Ok(found.decide(refused, true)?.apply(tensors, &Progress::default()))
+    Ok(decide_scale(clip, given, &views(tensors))?.apply(tensors, &Progress::default()))
 }
 
 /// Measures examples, and writes the sum of the clipped examples: one sum for each tensor.

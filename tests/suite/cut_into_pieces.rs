@@ -336,3 +336,22 @@ fn groups_are_decided_together() {
         }
     }
 }
+
+/// By norms from outside, pieces are scaled as the whole is.
+#[test]
+fn norms_from_outside() {
+    let (mut random, set) = (Random(9), set(&[&[3, 50], &[7], &[90]], 3));
+    let (parameters, clipper) = (parameters(&set), Clipper::cpu());
+    let tensors = views(&set, &parameters);
+    for policy in POLICIES {
+        let clip = Clip::norm(0.5).scope(Scope::Tensor).grad_scale(4.0).non_finite(policy);
+        let norms = [2.0, 0.25, 3.0];
+        let mut whole = set.clone();
+        let report = clipper.scale(&clip, &norms, &mut whole.iter_mut().map(Data::view_mut).collect::<Vec<_>>());
+        let decided = clipper.decide_scale(&clip, &norms, &tensors).expect("valid");
+        assert_same_bits(&clip_pieces(&decided, &set, &pieces(&set, 11, &mut random)), &whole, &format!("{policy:?}"));
+        assert_eq!(told(&decided.report()), told(&report.expect("valid")), "{policy:?}");
+        let error = clipper.decide_scale(&clip, &norms[..2], &tensors).expect_err("too few");
+        assert_says(&error, &["2 given, 3 needed"]);
+    }
+}

@@ -107,6 +107,9 @@ pub(crate) struct ClipArgs {
     pub(crate) options: ClipOptions,
     #[command(flatten)]
     pub(crate) select: SelectArgs,
+    /// Scale by this norm, which was measured elsewhere: that of all gradients, divided by --grad-scale. Measures nothing
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub(crate) given_norm: Option<f64>,
     /// Write the sum of the clipped examples, in float32, or in float64 for float64
     #[arg(long)]
     pub(crate) sum: bool,
@@ -148,6 +151,9 @@ pub(crate) struct ClipOptions {
     /// The least norm of a parameter that --agc computes with [default: 1e-3]
     #[arg(long, value_name = "E", allow_hyphen_values = true)]
     pub(crate) agc_eps: Option<f64>,
+    /// Beside a clip by value, measure and report the L2 norm before it, in a pass of its own
+    #[arg(long)]
+    pub(crate) report_norm: bool,
     /// What to do about NaN and infinity [default: error; with --clip-value and --clip-range: propagate]
     #[arg(long, value_name = "POLICY", value_parser = one_of(POLICIES))]
     pub(crate) non_finite: Option<NonFinite>,

@@ -7,11 +7,11 @@ use std::time::Instant;
 use gradclip::{Clip, DecidedClip, Mode, NonFinite, Scope, Tensor};
 use indicatif::HumanCount;
 
-use crate::args::ClipArgs;
+use crate::args::{BackendArgs, BackendChoice, ClipArgs};
 use crate::backend::Backend;
 use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
-use crate::groups::{GroupReport, Groups};
+use crate::groups::{Decided, GroupReport, Groups};
 use crate::input::{Input, explain, unchanged, unsupported_warning, with_parameters};
 use crate::output::Output;
 use crate::print::{print, print_json, remark};
@@ -33,7 +33,12 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
     let output = Output::new(input, params, &args.out, args.sum, args.force)?;
     let parameters = input.parameters(params)?;
     let tensors = with_parameters(input.tensors()?, &parameters);
-    let mut backend = Backend::choose(&args.backend, &[&tensors[..], &parameters].concat())?;
+    // With a given norm nothing is measured, and pieces are scaled while they are written.
+    let backend_args = match args.given_norm {
+        Some(_) => &BackendArgs { backend: BackendChoice::Cpu, adapter: None, ..args.backend },
+        None => &args.backend,
+    };
+    let mut backend = Backend::choose(backend_args, &[&tensors[..], &parameters].concat())?;
     if !hidden {
         backend.explain("clipping");
     }
@@ -55,9 +60,21 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
         backend.show_progress(&bar);
         bar
     };
+    let mut norms = None;
+    if args.options.report_norm {
+        let bar = show_progress(&mut backend, "measuring");
+        norms = Some(backend.norms(groups, &tensors)?);
+        bar.finish_and_clear();
+    }
     let reports = if backend.streams() && !args.sum {
         let bar = show_progress(&mut backend, "measuring");
-        let decided = backend.decide(groups, &tensors)?;
+        let decided = match args.given_norm {
+            None => backend.decide(groups, &tensors)?,
+            Some(norm) => {
+                let decided = backend.run(|clipper| clipper.decide_scale(&groups.rest, &[norm], &tensors))?;
+                Decided::new(groups, &tensors, vec![decided])
+            }
+        };
         unchanged(output.inputs())?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
@@ -86,12 +103,14 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
     };
     let clip = &groups.rest;
     let (sum, time) = (args.sum, start.elapsed());
-    let (report, groups) = groups.report(&tensors, reports);
+    let (report, groups) = groups.report(&tensors, reports, norms);
     let (backend, tensors) = (&backend, &tensors[..]);
     let (others, left_out) = (input.others(), args.select.is_given().then(|| input.left_out()));
     let (file, ranks) = (None, None);
     let (report, groups) = (&report, &groups[..]);
-    let summary = Summary { report, groups, clip, tensors, sum, backend, time, file, ranks, others, left_out };
+    let has_norm = args.options.report_norm || !clamps(clip);
+    let summary =
+        Summary { report, groups, has_norm, clip, tensors, sum, backend, time, file, ranks, others, left_out };
 
     if args.json {
         return print_json(&summary.json());
@@ -110,8 +129,10 @@ pub(crate) fn lines(summary: &Summary<'_>) -> Vec<(&'static str, String)> {
     let Summary { report, groups, clip, .. } = *summary;
     let scope = clip.scope;
     let mut lines = Vec::new();
-    if !clamps(clip) {
+    if summary.has_norm {
         lines.push(("total norm", format!("{} ({})", number(report.total_norm, 9), norm_name(clip))));
+    }
+    if !clamps(clip) {
         let least = if scope == Scope::Global && groups.is_empty() { "" } else { " at the least" };
         lines.push(("coefficient", number(report.clip_coef, 9) + least));
     }
@@ -123,10 +144,12 @@ pub(crate) fn lines(summary: &Summary<'_>) -> Vec<(&'static str, String)> {
     }
     for (i, GroupReport { name, report }) in groups.iter().enumerate() {
         let clipped = if report.clipped { "" } else { ", not clipped" };
-        let words = if clamps(clip) {
-            format!("{}{clipped}", shown(name))
-        } else {
-            format!("{} times {}: {}", number(report.total_norm, 6), number(report.clip_coef, 6), shown(name))
+        let words = match (clamps(clip), summary.has_norm) {
+            (false, _) => {
+                format!("{} times {}: {}", number(report.total_norm, 6), number(report.clip_coef, 6), shown(name))
+            }
+            (true, true) => format!("{}: {}{clipped}", number(report.total_norm, 6), shown(name)),
+            (true, false) => format!("{}{clipped}", shown(name)),
         };
         lines.push((if i == 0 { "groups" } else { "" }, words));
     }

@@ -2,7 +2,7 @@
 
 use gradclip::{Clip, Mode, NonFinite, NormType, Scope};
 
-use crate::args::{ClipArgs, ClipOptions, MeasureArgs, ModeArgs};
+use crate::args::{BackendChoice, ClipArgs, ClipOptions, MeasureArgs, ModeArgs};
 use crate::failure::Failure;
 
 impl MeasureArgs {
@@ -53,6 +53,10 @@ impl ClipOptions {
             (agc.is_none() && self.params.is_some(), "--params goes with --agc only"),
             (agc.is_none() && self.agc_eps.is_some(), "--agc-eps goes with --agc only"),
             (
+                self.report_norm && !clamps(&clip),
+                "--report-norm goes with --clip-value and --clip-range: others report it",
+            ),
+            (
                 !self.groups.is_empty() && clip_range.is_some(),
                 "--group gives one threshold, and --clip-range needs two",
             ),
@@ -76,12 +80,23 @@ impl ClipArgs {
     pub(crate) fn clip(&self) -> Result<Clip, Failure> {
         let clip = self.options.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
         let skips = clip.non_finite == NonFinite::Skip;
+        let given = self.given_norm.is_some();
         refuse(&[
             (
                 self.sum && !by_example(&clip),
                 "--sum adds the clipped examples: it needs --scope example or example-tensor",
             ),
             (self.sum && skips, "--sum cannot be used with --non-finite skip: choose another policy"),
+            (
+                given && (clamps(&clip) || clip.needs_parameters() || clip.scope != Scope::Global),
+                "--given-norm goes with --max-norm, --max-rms and --max-average-norm of all gradients",
+            ),
+            (given && !self.options.groups.is_empty(), "--given-norm is one norm, and each --group has its own"),
+            (given && self.verify, "--verify compares norms too, and --given-norm measures none: leave out one"),
+            (
+                given && (self.backend.backend == BackendChoice::Gpu || self.backend.adapter.is_some()),
+                "--given-norm only scales, which the CPU does while it writes: leave out --backend gpu and --adapter",
+            ),
             (self.sum && self.verify, "--verify compares clipped gradients, not sums: leave out --verify or --sum"),
         ])?;
         Ok(clip)

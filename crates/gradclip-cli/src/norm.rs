@@ -63,6 +63,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let summary = Summary {
         report: &report,
         groups: &[],
+        has_norm: true,
         clip: asked,
         tensors,
         sum: false,

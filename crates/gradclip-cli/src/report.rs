@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::backend::Backend;
-use crate::description::{clamps, norm_name};
+use crate::description::norm_name;
 use crate::groups::GroupReport;
 use crate::text::{number, plural};
 
@@ -19,6 +19,8 @@ pub(crate) struct Summary<'a> {
     pub(crate) report: &'a ClipReport,
     /// The report on each group, if there are several.
     pub(crate) groups: &'a [GroupReport],
+    /// Whether norms were measured.
+    pub(crate) has_norm: bool,
     /// What was asked for; of groups, what the rest was.
     pub(crate) clip: &'a Clip,
     pub(crate) tensors: &'a [Tensor<'a>],
@@ -165,7 +167,7 @@ impl<'a> Summary<'a> {
     /// Why the norm of a report is null.
     fn norm_is(&self, report: &ClipReport) -> Option<&'static str> {
         let non_finite = report.has_non_finite() && self.clip.non_finite != NonFinite::Drop;
-        if clamps(self.clip) { Some("not measured") } else { why_null(report.total_norm, non_finite) }
+        if self.has_norm { why_null(report.total_norm, non_finite) } else { Some("not measured") }
     }
 
     fn num_tensors(&self) -> usize {

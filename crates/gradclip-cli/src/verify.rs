@@ -30,6 +30,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let without_file = clip.is_some() && args.file.is_none();
     refuse(&[
         (without_file, "generated gradients have generated clips: name a FILE, or leave out the mode"),
+        (args.options.report_norm, "--report-norm goes with gradclip clip"),
         (args.file.is_none() && args.select.is_given(), "--only and --except take gradients of a FILE"),
     ])?;
     let open = |path: &Option<PathBuf>| path.as_deref().map(Input::open).transpose();

@@ -26,6 +26,8 @@ use crate::text::{exact, plural, table};
 /// What all ranks do.
 #[derive(Debug)]
 pub(super) struct Operation {
+    /// Whether a clip by value also reports the norm.
+    report_norm: bool,
     groups: Groups,
     args: CommonArgs,
     /// OUT, and whether it may be replaced; `None` if the gradients are only measured.
@@ -52,12 +54,14 @@ struct Prepared<'o, 'a> {
 
 impl Operation {
     pub(super) fn new(cli: Cli, local_rank: u32) -> Result<Self, Failure> {
+        let mut report_norm = false;
         let (groups, mut args, out) = match cli.command {
             Command::Norm(NormArgs { measure, common }) => {
                 (measuring(measure.clip(Clip::norm(f64::INFINITY))?).into(), common, None)
             }
             Command::Clip(ClipArgs { out, force, options, common }) => {
                 let clip = options.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
+                report_norm = options.report_norm;
                 (options.groups(clip)?, common, Some((out, force)))
             }
         };
@@ -68,7 +72,7 @@ impl Operation {
                 "ranks compute one norm of all gradients; for other scopes and for --agc, use gradclip on each file",
             ),
             (
-                clamps(&clip) && !args.replicated.is_empty(),
+                clamps(&clip) && !report_norm && !args.replicated.is_empty(),
                 "--replicated names tensors that a norm counts once; a clip by value measures no norm",
             ),
         ])?;
@@ -83,7 +87,7 @@ impl Operation {
         }
         clip.check()?;
         args.backend.local_rank = Some(local_rank);
-        Ok(Self { groups, args, out })
+        Ok(Self { report_norm, groups, args, out })
     }
 
     pub(super) fn run(&self, lockstep: &Lockstep, stdout: &mut dyn Write) -> Result<(), Exit> {
@@ -220,41 +224,44 @@ impl Operation {
         OwnFiles { inputs, .. }: &OwnFiles,
         Prepared { tensors, counted, backend, copies }: &mut Prepared<'_, '_>,
         output: Option<&Output<'_>>,
-    ) -> Result<Vec<ClipReport>, Failure> {
+    ) -> Result<(Vec<ClipReport>, Option<Vec<f64>>), Failure> {
         let hidden = self.hidden(lockstep);
         let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
         let bar = progress::bytes(bytes, if copies.is_some() { "clipping" } else { "measuring" }, hidden);
         backend.show_progress(&bar);
+        let norms = self.report_norm.then(|| backend.norms(&self.groups, tensors)).transpose()?;
         if let Some(copies) = copies.take() {
-            return copies.clip(&[], |i| counted[i], |written| backend.apply(&self.groups, written));
+            let reports = copies.clip(&[], |i| counted[i], |written| backend.apply(&self.groups, written))?;
+            return Ok((reports, norms));
         }
         let Some(output) = output else {
             let report = backend.run(|clipper| clipper.measure(&self.groups.rest, tensors))?;
-            return unchanged(inputs).map(|()| vec![report]);
+            return unchanged(inputs).map(|()| (vec![report], norms));
         };
         let decided = backend.decide(&self.groups, tensors)?;
         unchanged(inputs)?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
         backend.install(|| output.stream(&decided, &bar))?;
-        Ok(decided.clips.iter().map(DecidedClip::report).collect())
+        Ok((decided.clips.iter().map(DecidedClip::report).collect(), norms))
     }
 
     /// What rank 0 prints.
     fn text(
         &self,
-        (reports, time): (Vec<ClipReport>, Duration),
+        ((reports, norms), time): ((Vec<ClipReport>, Option<Vec<f64>>), Duration),
         Prepared { tensors, backend, .. }: &Prepared<'_, '_>,
         all_files: &AllFiles<'_>,
         count: u32,
     ) -> Result<String, Failure> {
-        let (report, groups) = self.groups.report(tensors, reports);
+        let (report, groups) = self.groups.report(tensors, reports, norms);
         let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found, &self.groups));
         let others = all_files.opened.iter().map(|file| file.others).sum();
         let left_out = || all_files.opened.iter().map(|file| file.left_out).sum();
         let summary = Summary {
             report: &report,
             groups: &groups,
+            has_norm: self.report_norm || !clamps(&self.groups.rest),
             clip: &self.groups.rest,
             tensors,
             sum: false,

@@ -15,6 +15,7 @@ mod closed_stdout;
 mod exit_codes;
 #[cfg(target_os = "linux")]
 mod full_disk;
+mod given_norms;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod groups;

@@ -209,7 +209,7 @@ fn as_one_file_is_clipped() {
     for count in [1, 2, 3, 5, 8] {
         same_clip(&set, count, &["--max-norm", "1"]);
     }
-    let modes: [&[&str]; 9] = [
+    let modes: [&[&str]; 12] = [
         &["--max-norm", "1e9"],
         &["--max-norm", "0.01", "--grad-scale", "4", "--eps", "0"],
         &["--max-norm", "0.03", "--norm-type", "inf"],
@@ -219,6 +219,9 @@ fn as_one_file_is_clipped() {
         &["--clip-value", "0.01"],
         &["--clip-range=-0.02,0.04"],
         &["--max-norm", "1", "--only", "*.weight", "--except", "c.*"],
+        &["--max-norm", "1", "--group", "c.*=0.01", "--group", "?.weight=0.1"],
+        &["--clip-value", "0.01", "--group", "e.*=0.001"],
+        &["--clip-value", "0.01", "--report-norm"],
     ];
     for mode in modes {
         same_clip(&set, 2, mode);
@@ -230,9 +233,10 @@ fn as_one_file_is_clipped() {
 fn as_one_file_is_clipped_when_something_is_not_finite() {
     let set = set(&[("f.bias", "F32", f32s(&[1.0, f32::NAN, f32::INFINITY]))]);
     for policy in ["propagate", "skip", "zero", "drop"] {
-        for mode in [["--max-norm", "1"], ["--clip-value", "0.01"]] {
+        let groups = ["--max-norm", "1", "--group", "*.bias=1"];
+        for mode in [&["--max-norm", "1"][..], &["--clip-value", "0.01"], &groups] {
             for count in [1, 3, 8] {
-                same_clip(&set, count, &[&mode[..], &["--non-finite", policy]].concat());
+                same_clip(&set, count, &[mode, &["--non-finite", policy]].concat());
             }
         }
     }
