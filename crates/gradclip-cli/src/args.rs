@@ -44,6 +44,12 @@ const BENCH: &str = "The program generates the gradients and checks every result
 that the case must move, divided by the median time: for float32 4, 4, 12 and 8 bytes per element. A copy of n bytes moves \
 2 n.";
 
+const HISTORY: &str = "A step is the last number in a file's name, or in that of its folder. If a file has none, or all have the \
+same, steps are numbered in the order given. If a log has a step twice, the last line counts.
+
+The z-score of a total norm N is (ln N - median) / spread, over ln N of the 50 steps before it. The spread is 1.4826 times the \
+median distance from the median, and at least 0.05. A norm with fewer than 5 steps before it has none.";
+
 const COMPLETIONS: &str = "For bash: gradclip completions bash > ~/.local/share/bash-completion/completions/gradclip";
 
 const MAN: &str = "To read a page: gradclip man clip > gradclip-clip.1; man ./gradclip-clip.1";
@@ -55,6 +61,9 @@ pub(crate) enum Command {
     /// Clip the gradients of a file into a new file
     #[command(override_usage = CLIP_USAGE)]
     Clip(ClipArgs),
+    /// Show norms over the steps of a training run, and where they spike or are not finite
+    #[command(after_help = HISTORY)]
+    History(HistoryArgs),
     /// Clip on the GPU and on the CPU, and compare the results
     #[command(override_usage = VERIFY_USAGE)]
     Verify(VerifyArgs),
@@ -85,6 +94,9 @@ pub(crate) struct NormArgs {
     pub(crate) top: usize,
     #[command(flatten)]
     pub(crate) plot: PlotArgs,
+    /// Append the norms of FILE and of its tensors to LOG, as a line of JSON for gradclip history
+    #[arg(long, value_name = "LOG")]
+    pub(crate) append: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Print one JSON object
@@ -93,6 +105,36 @@ pub(crate) struct NormArgs {
     /// Print only the norm
     #[arg(long, short)]
     pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryArgs {
+    /// Safetensors files or indexes, one for each step, or logs of gradclip norm --append
+    #[arg(value_name = "FILE", required = true)]
+    pub(crate) files: Vec<PathBuf>,
+    /// Which norm: 2, 1, inf or any P above 0 [default: 2]
+    #[arg(long, value_name = "P", allow_hyphen_values = true)]
+    pub(crate) norm_type: Option<f64>,
+    /// Take tensors whose names fit as a group: * is any characters, ? is one. The first fit counts. Repeatable
+    #[arg(long = "group", value_name = "PATTERN", conflicts_with = "levels")]
+    pub(crate) groups: Vec<String>,
+    /// Without --group: how many first levels of a name, divided by dots, make a group
+    #[arg(long, value_name = "N", default_value = "2")]
+    pub(crate) levels: NonZeroUsize,
+    /// How many of the largest groups to show
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub(crate) top: usize,
+    /// The z-score above which a total norm is a spike
+    #[arg(long, value_name = "Z", default_value_t = 6.0)]
+    pub(crate) spike: f64,
+    #[command(flatten)]
+    pub(crate) plot: PlotArgs,
+    /// Number of CPU threads; it does not change the result [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Print one JSON object of flat scalars for each step, with all groups
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

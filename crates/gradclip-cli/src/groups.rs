@@ -1,7 +1,7 @@
 //! Groups of gradients by name, each with a threshold of its own: `--group PATTERN=MAX`. What no group takes is one more group,
 //! clipped by the command's own threshold. Without that option it is the only one.
 
-use gradclip::{Clip, ClipReport, Mode, NormType, Tensor, TensorMut};
+use gradclip::{Clip, ClipReport, Mode, Tensor, TensorMut};
 
 use crate::args::ClipOptions;
 use crate::failure::Failure;
@@ -135,16 +135,19 @@ impl Groups {
             _ => 1.0,
         };
         let norms: Vec<_> = reports.iter().map(|report| report.total_norm * divisor(report.elements)).collect();
-        let (sum, largest) = (norms.iter().sum::<f64>(), norms.iter().copied().fold(0.0, f64::max));
-        let p = self.rest.norm_type.power();
-        let norm = if sum.is_nan() {
-            f64::NAN
-        } else if largest == 0.0 || largest.is_infinite() || self.rest.norm_type == NormType::Inf {
-            largest
-        } else {
-            largest * norms.iter().map(|norm| (norm / largest).powf(p)).sum::<f64>().powf(1.0 / p)
-        };
-        norm / divisor(reports.iter().map(|report| report.elements).sum())
+        norm_of_norms(&norms, self.rest.norm_type.power()) / divisor(reports.iter().map(|report| report.elements).sum())
+    }
+}
+
+/// The p-norm of all elements together, from the p-norms of parts.
+pub(crate) fn norm_of_norms(norms: &[f64], p: f64) -> f64 {
+    let (sum, largest) = (norms.iter().sum::<f64>(), norms.iter().copied().fold(0.0, f64::max));
+    if sum.is_nan() {
+        f64::NAN
+    } else if largest == 0.0 || largest.is_infinite() || p.is_infinite() {
+        largest
+    } else {
+        largest * norms.iter().map(|norm| (norm / largest).powf(p)).sum::<f64>().powf(1.0 / p)
     }
 }
 

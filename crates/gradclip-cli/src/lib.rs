@@ -3,9 +3,9 @@
 //! It is a library only so that tests and fuzzing can call it; it offers [`main()`] alone. To clip in your own program, use the
 //! library `gradclip`.
 //!
-//! Each command has a file: [`norm`], [`clip`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. [`args`] is the command
+//! Each command has a file: [`norm`], [`clip`], [`history`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. [`args`] is the command
 //! line, [`values`] parses options, [`description`] makes the clip, [`selection`] takes
-//! gradients by name, and [`groups`] divides them. [`input`], [`header`] and [`mapped`] read; [`layout`],
+//! gradients by name, and [`groups`] divides them. [`input`], [`header`], [`mapped`] and [`log`] read; [`layout`],
 //! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, and [`generated`] has gradients for
 //! it. [`report`], [`text`], [`print`], [`progress`] and [`plot`] show; [`failure`] has the exit codes. [`processes`] is the program
 //! `gradclip-mpi`, which does the same on many ranks.
@@ -29,8 +29,10 @@ pub mod fuzzing;
 mod generated;
 mod groups;
 mod header;
+mod history;
 mod input;
 mod layout;
+mod log;
 mod man;
 mod mapped;
 mod norm;
@@ -74,6 +76,7 @@ fn run(command: &Command) -> Result<(), Failure> {
     match command {
         Command::Norm(args) => norm::run(args),
         Command::Clip(args) => clip::run(args),
+        Command::History(args) => history::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),

@@ -11,6 +11,7 @@ use crate::description::{measuring, norm_name, refuse};
 use crate::failure::Failure;
 use crate::header::Entry;
 use crate::input::{Input, explain, unchanged, unsupported_warning};
+use crate::log::{self, LogLine};
 use crate::output;
 use crate::plot::{self, TensorNorm};
 use crate::print::{print, print_json, remark};
@@ -22,9 +23,16 @@ pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let asked = measuring(args.measure.clip(Clip::norm(f64::INFINITY))?);
     asked.check()?;
     let by_tensor = matches!(asked.scope, Scope::Global | Scope::Tensor);
-    refuse(&[(args.plot.out.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor")])?;
+    refuse(&[
+        (args.plot.out.is_some() && !by_tensor, "--plot draws tensors: it needs --scope global or tensor"),
+        (args.append.is_some() && !by_tensor, "--append logs tensors: it needs --scope global or tensor"),
+        (args.append.is_some() && args.files.len() > 1, "--append takes one FILE: run gradclip norm once for each"),
+    ])?;
+    if let Some(log) = &args.append {
+        log::check_appendable(log)?;
+    }
     // A global norm that is measured by tensor is the same.
-    let segments = args.plot.out.is_some() || (args.top > 0 && !(args.quiet || args.json));
+    let segments = args.plot.out.is_some() || args.append.is_some() || (args.top > 0 && !(args.quiet || args.json));
     let clip = if by_tensor && segments { asked.scope(Scope::Tensor) } else { asked };
     let mut inputs = args.files.iter().map(|file| Input::open(file)).collect::<Result<Vec<_>, _>>()?;
     args.select.take(&mut inputs)?;
@@ -84,6 +92,9 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     if let Some((path, drawing)) = &drawing {
         output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
+    if let Some(log) = &args.append {
+        LogLine::new(&args.files[0], asked, &report, tensors).append(log)?;
+    }
     if args.json {
         return print_json(&summary.json());
     }
@@ -92,8 +103,8 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     }
     let mut lines = summary.measured();
     lines.extend(summary.lines(bytes));
-    if let Some(path) = &args.plot.out {
-        lines.push(("plot", path.display().to_string()));
+    for (label, path) in [("plot", &args.plot.out), ("appended to", &args.append)] {
+        lines.extend(path.as_ref().map(|path| (label, path.display().to_string())));
     }
     print(&(table(&lines) + &largest))
 }

@@ -188,10 +188,18 @@ pub(crate) fn check<'a>(
     inputs: impl Iterator<Item = &'a Input>,
     force: bool,
 ) -> Result<(), Failure> {
-    let sources = inputs.flat_map(|input| input.files.iter().map(|file| &file.path).chain([&input.path]));
-    let sources = sources
-        .map(|path| Handle::from_path(path).map_err(Failure::io(path, "open")))
-        .collect::<Result<Vec<_>, _>>()?;
+    let paths = inputs.flat_map(|input| input.files.iter().map(|file| &*file.path).chain([&*input.path]));
+    check_paths(targets, paths, force)
+}
+
+/// The same for inputs that are not open.
+pub(crate) fn check_paths<'a>(
+    targets: &[PathBuf],
+    inputs: impl Iterator<Item = &'a Path>,
+    force: bool,
+) -> Result<(), Failure> {
+    let sources =
+        inputs.map(|path| Handle::from_path(path).map_err(Failure::io(path, "open"))).collect::<Result<Vec<_>, _>>()?;
     let mut distinct = HashSet::new();
     for target in targets {
         if target.file_name().is_none() {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use gradclip::Dtype;
 
 use super::case::{CASES, Case, Row};
-use crate::plot::{WIDTH, document, escaped};
+use crate::plot::{WIDTH, document, escaped, spread};
 use crate::text::{number, plural};
 use crate::values::size_label;
 
@@ -161,22 +161,6 @@ fn nice_step(least: f64) -> f64 {
     found.unwrap_or(10.0) * power
 }
 
-/// Moves names apart that would overlap, and back into the panel.
-fn spread(names: &mut [(f64, String, &str)], top: f64, bottom: f64) {
-    const APART: f64 = 14.0;
-    names.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut least = top - APART;
-    for (at, ..) in names.iter_mut() {
-        *at = at.max(least + APART);
-        least = *at;
-    }
-    let mut most = bottom + APART;
-    for (at, ..) in names.iter_mut().rev() {
-        *at = at.min(most - APART);
-        most = *at;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,13 +172,5 @@ mod tests {
         {
             assert!((nice_step(least) / step - 1.0).abs() < 1e-9, "{least}: {}", nice_step(least));
         }
-    }
-
-    #[test]
-    fn names_stand_apart_and_inside() {
-        let mut names: Vec<_> = [100.0, 100.0, 99.0, 218.0, 219.0, 0.0].map(|y| (y, String::new(), "")).into();
-        spread(&mut names, 0.0, 220.0);
-        assert!(names.windows(2).all(|pair| pair[1].0 - pair[0].0 > 13.9), "{names:?}");
-        assert!(names.iter().all(|(y, ..)| (0.0..=220.0).contains(y)), "{names:?}");
     }
 }

@@ -19,6 +19,7 @@ mod given_norms;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod groups;
+mod history;
 #[cfg(unix)]
 mod hugging_face_cache;
 mod json;
