@@ -18,6 +18,7 @@ mod columns;
 pub(crate) mod count;
 pub(crate) mod decide;
 mod element;
+pub(crate) mod histogram;
 mod isa;
 mod map;
 mod norm;

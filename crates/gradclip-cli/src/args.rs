@@ -94,6 +94,9 @@ pub(crate) struct NormArgs {
     pub(crate) top: usize,
     #[command(flatten)]
     pub(crate) plot: PlotArgs,
+    /// Count elements, as they are stored, by powers of two, and those that narrower formats would lose
+    #[arg(long, conflicts_with = "quiet")]
+    pub(crate) histogram: bool,
     /// Append the norms of FILE and of its tensors to LOG, as a line of JSON for gradclip history
     #[arg(long, value_name = "LOG")]
     pub(crate) append: Option<PathBuf>,

@@ -109,8 +109,21 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
     let (file, ranks) = (None, None);
     let (report, groups) = (&report, &groups[..]);
     let has_norm = args.options.report_norm || !clamps(clip);
-    let summary =
-        Summary { report, groups, has_norm, clip, tensors, sum, backend, time, file, ranks, others, left_out };
+    let summary = Summary {
+        report,
+        groups,
+        has_norm,
+        clip,
+        tensors,
+        sum,
+        backend,
+        time,
+        file,
+        ranks,
+        others,
+        left_out,
+        histogram: None,
+    };
 
     if args.json {
         return print_json(&summary.json());

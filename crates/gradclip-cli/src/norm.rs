@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use gradclip::{Clip, NonFiniteElements, NormType, Scope, SegmentReport};
+use gradclip::{Clip, Histogram, NonFiniteElements, NormType, Scope, SegmentReport};
+use indicatif::HumanCount;
 
 use crate::args::NormArgs;
 use crate::backend::Backend;
@@ -16,7 +17,7 @@ use crate::output;
 use crate::plot::{self, TensorNorm};
 use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::report::{Summary, segments};
+use crate::report::{Summary, formats, segments};
 use crate::text::{exact, number, plural, shown, table};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
@@ -68,7 +69,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let (backend, tensors) = (&backend, &tensors[..]);
     let others = inputs.iter().map(Input::others).sum();
     let left_out = args.select.is_given().then(|| inputs.iter().map(Input::left_out).sum());
-    let summary = Summary {
+    let mut summary = Summary {
         report: &report,
         groups: &[],
         has_norm: true,
@@ -81,11 +82,13 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         ranks: None,
         others,
         left_out,
+        histogram: None,
     };
     bar.finish_and_clear();
     let entries: Vec<_> = inputs.iter().flat_map(Input::gradients).collect();
     let largest = if hidden { String::new() } else { largest(&summary, &entries, args.top) };
     let drawing = args.plot.out.as_ref().map(|path| (path, draw(&summary, &title(args, asked))));
+    summary.histogram = args.histogram.then(|| histogram(&summary, hidden));
 
     // Nothing is read after this.
     unchanged(inputs)?;
@@ -106,7 +109,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     for (label, path) in [("plot", &args.plot.out), ("appended to", &args.append)] {
         lines.extend(path.as_ref().map(|path| (label, path.display().to_string())));
     }
-    print(&(table(&lines) + &largest))
+    print(&(table(&lines) + &largest + &summary.histogram.as_ref().map_or_else(String::new, magnitudes)))
 }
 
 /// A warning if several inputs have gradients of the same name: each counts, which is seldom meant.
@@ -171,6 +174,44 @@ fn largest(summary: &Summary<'_>, entries: &[&Entry], top: usize) -> String {
             }
             None => text += &format!("{name}\n"),
         }
+    }
+    text
+}
+
+/// Counts all elements by magnitude, on the CPU.
+fn histogram(summary: &Summary<'_>, hidden: bool) -> Histogram {
+    let bytes = summary.tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
+    let bar = progress::bytes(bytes, "counting", hidden);
+    let mut all = Histogram::default();
+    for tensor in summary.tensors {
+        all.add(&summary.backend.install(|| tensor.histogram()));
+        bar.inc(tensor.bytes().len() as u64);
+    }
+    all
+}
+
+/// The magnitudes, one power of two a line, and what narrower formats would lose.
+fn magnitudes(found: &Histogram) -> String {
+    let elements = found.zeros + found.non_finite + found.by_exponent.values().sum::<u64>();
+    let share = |count: u64| percent(count as f64 / elements as f64);
+    let mut text = format!("\n{:>12} {:>8}  magnitude\n", "elements", "share");
+    let mut row = |count: u64, what: &str| {
+        let bar = "#".repeat((40.0 * count as f64 / elements as f64).ceil() as usize);
+        text += format!("{:>12} {:>8}  {what:<16} {bar}", HumanCount(count), share(count)).trim_end();
+        text.push('\n');
+    };
+    if found.non_finite > 0 {
+        row(found.non_finite, "not finite");
+    }
+    for (exponent, count) in found.by_exponent.iter().rev() {
+        row(*count, &format!("2^{exponent} .. 2^{}", exponent + 1));
+    }
+    if found.zeros > 0 {
+        row(found.zeros, "0");
+    }
+    text += &format!("\n{:>12} {:>8}  would become 0, would be too large\n", "to 0", "too large");
+    for (name, lost) in formats(found) {
+        text += &format!("{:>12} {:>8}  as {name}\n", share(lost.to_zero), share(lost.overflow));
     }
     text
 }

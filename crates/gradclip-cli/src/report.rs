@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use gradclip::{Clip, ClipReport, NonFinite, NonFiniteElements, Scope, SegmentReport, Tensor};
+use gradclip::{Clip, ClipReport, Histogram, Lost, NonFinite, NonFiniteElements, Scope, SegmentReport, Tensor};
 use indicatif::HumanCount;
 use serde::{Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use crate::backend::Backend;
 use crate::description::norm_name;
@@ -36,6 +36,8 @@ pub(crate) struct Summary<'a> {
     pub(crate) others: usize,
     /// How many gradients were left out, if there was a selection.
     pub(crate) left_out: Option<usize>,
+    /// The magnitudes of all elements, if they were asked for.
+    pub(crate) histogram: Option<Histogram>,
 }
 
 /// The ranks of a process group.
@@ -70,6 +72,8 @@ struct Json<'a> {
     ranks: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     left_out: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    histogram: Option<Value>,
 }
 
 #[derive(Serialize)]
@@ -161,6 +165,7 @@ impl<'a> Summary<'a> {
             num_clipped: self.sum.then(|| self.num_clipped()),
             ranks: self.ranks.map(|ranks| ranks.count),
             left_out: self.left_out,
+            histogram: self.histogram.as_ref().map(histogram),
         }
     }
 
@@ -240,6 +245,24 @@ impl<'a> Summary<'a> {
             ("time", format!("{} s, {} GB/s", number(seconds, 3), number(speed, 3))),
         ]
     }
+}
+
+fn histogram(found: &Histogram) -> Value {
+    let lost =
+        |(name, lost): (&str, Lost)| (name.to_owned(), json!({ "to_zero": lost.to_zero, "overflow": lost.overflow }));
+    let lost: Map<_, _> = formats(found).into_iter().map(lost).collect();
+    let Histogram { zeros, non_finite, by_exponent, .. } = found;
+    json!({ "zeros": zeros, "non_finite": non_finite, "by_exponent": by_exponent, "lost": lost })
+}
+
+/// What each narrower format would lose.
+pub(crate) fn formats(found: &Histogram) -> [(&'static str, Lost); 4] {
+    [
+        ("float16", found.float16),
+        ("bfloat16", found.bfloat16),
+        ("float8_e4m3", found.float8_e4m3),
+        ("float8_e5m2", found.float8_e5m2),
+    ]
 }
 
 /// A number of segments, by the word of their scope.

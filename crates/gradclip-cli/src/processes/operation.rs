@@ -271,6 +271,7 @@ impl Operation {
             ranks: Some(Ranks { count, tensors: all_files.tensors() }),
             others,
             left_out: self.args.select.is_given().then(left_out),
+            histogram: None,
         };
         if self.args.json {
             let json = serde_json::to_string(&summary.json());

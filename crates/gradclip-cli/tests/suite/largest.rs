@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::{EXAMPLE, Folder, Run, f32s, file, gradclip, shaped_file, well_formed};
+use crate::common::{EXAMPLE, Folder, Run, f32s, file, gradclip, shaped_file, text, well_formed};
+use serde_json::json;
 
 fn norm(input: &Path, more: &[&str]) -> Run {
     gradclip([&["norm", "--backend", "cpu", input.to_str().unwrap()], more].concat())
@@ -154,4 +155,34 @@ fn the_plot_replaces_nothing() {
     assert_eq!(folder.read("mine.svg"), b"mine");
     plot(folder.path("mine.svg"), &["--force"]).succeeded();
     assert!(folder.read("mine.svg").starts_with(b"<?xml"));
+}
+
+/// Magnitudes by powers of two, over all files, and what narrower formats would lose.
+#[test]
+fn a_histogram() {
+    let folder = Folder::new();
+    let values = f32s(&[0.0, 0.75, -0.5, 1e-9, 1e5, f32::NAN]);
+    let half = [0x3c00u16, 0x8000].iter().flat_map(|bits| bits.to_le_bytes()).collect();
+    let input = folder.write("in", file(&[("a", "F32", values), ("b", "F16", half)]));
+    let args = ["norm", text(&input), "--histogram", "--backend", "cpu"];
+    let object = gradclip(args.iter().chain(&["--json"])).succeeded().json();
+    let lost = |to_zero, overflow| json!({ "to_zero": to_zero, "overflow": overflow });
+    let expected = json!({
+        "zeros": 2, "non_finite": 1, "by_exponent": { "-30": 1, "-1": 2, "0": 1, "16": 1 },
+        "lost": {
+            "float16": lost(1, 1), "bfloat16": lost(0, 0), "float8_e4m3": lost(1, 1), "float8_e5m2": lost(1, 1),
+        },
+    });
+    assert_eq!(object["histogram"], expected);
+    let run = gradclip(args).succeeded();
+    for line in
+        ["12.5%  not finite", "25%  2^-1 .. 2^0", "25%  0 ", "12.5%    12.5%  as float16", "0%       0%  as bfloat16"]
+    {
+        assert!(run.stdout.contains(line), "{line}: {run:?}");
+    }
+    let other = folder.write("other", file(&[("c", "F64", vec![0; 16])]));
+    let both = ["norm", text(&input), text(&other), "--histogram", "--json", "--backend", "cpu"];
+    assert_eq!(gradclip(both).succeeded().json()["histogram"]["zeros"], json!(4));
+    let object = gradclip(args.iter().chain(&["--json", "--only", "b"])).succeeded().json();
+    assert_eq!(object["histogram"]["by_exponent"], json!({ "0": 1 }));
 }
