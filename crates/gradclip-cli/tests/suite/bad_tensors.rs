@@ -75,7 +75,7 @@ fn parameters_that_do_not_match() {
     refused_parameters(shaped_file(&[ones("w", &[3, 2]), b()]), &expected);
     refused_parameters(
         shaped_file(&[("w", "U8", &[2, 3], vec![1; 6]), b()]),
-        &["tensor \"w\" is U8", "floating-point"],
+        &["tensor \"w\" is U8", "--agc needs parameters of float32"],
     );
     refused_parameters(b"short".to_vec(), &["too few"]);
 }

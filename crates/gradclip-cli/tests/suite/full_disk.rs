@@ -152,13 +152,14 @@ fn a_sharded_set() {
 /// Not a full disk, but a limit on the length of files (`ulimit -f`), which by default is a signal.
 #[test]
 fn a_file_that_may_not_become_so_long() {
-    let folder = Folder::new();
-    let input = input(&folder);
-    let sum = ["--scope", "example", "--sum"];
-    for route in [&["--backend", "cpu"][..], &[&["--backend", "cpu"][..], &sum].concat(), &["--backend", "gpu"]] {
+    let inputs = Folder::new();
+    let input = sparse(&inputs.path("in"), &[2, 16 << 10]);
+    let sum = ["--backend", "cpu", "--scope", "example", "--sum"];
+    let mapped = ["--backend", if cfg!(feature = "gpu") { "gpu" } else { "cpu" }];
+    for route in [&["--backend", "cpu"][..], &sum, &mapped] {
         let folder = Folder::new();
         let out = folder.path("out");
-        let args = [&["clip", &input, "-o", text(&out), "--max-norm", "1"], route].concat();
+        let args = [&["clip", text(&input), "-o", text(&out), "--max-norm", "1"], route].concat();
         // In blocks of 512 bytes or of 1 KiB.
         let script = ["-c", "ulimit -f 4; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_gradclip")];
         let output = Command::new("sh").args(script).args(args).output().expect("a shell");
