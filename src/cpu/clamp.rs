@@ -1,8 +1,9 @@
 //! Clamps each element of a chunk to the bounds of a value clip. Twin of `shaders/clamp.wgsl`.
 //!
 //! It works block by block: a look at the block, and a write if anything changes. The write finds the block in the
-//! first-level cache. Both compare bits as integers, which order like the numbers. So an element that stays keeps every
-//! bit, and a NaN its payload. With a loss scale, both work on an unscaled copy of the block in the type to compute in.
+//! first-level cache. Floats are compared as they are, and halves as integers that order like them. An element that stays
+//! keeps every bit, and a NaN its payload. With a loss scale, both work on an unscaled copy of the block in the type to
+//! compute in.
 
 use super::count::count;
 use super::element::{Bits, Wide, Widen, elements};
@@ -27,11 +28,13 @@ pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Par
     let blocks = data.chunks_mut(BLOCK * size_of::<T>()).enumerate();
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| {
         let partial = clamp.look(at.ahead(i * BLOCK), block, &mut wide);
-        let drops = clamp.drop && partial.non_finite > 0;
+        let (Clamp { min, max, .. }, drops) = (clamp, clamp.drop && partial.non_finite > 0);
         if clamp.factor != 1.0 {
-            clamp.write_unscaled(drops, block, &mut wide);
-        } else if partial.outside || drops {
-            run(Write { bounds: Bounds::new(clamp.min, clamp.max), drop: clamp.drop, block });
+            clamp.write_unscaled(&partial, block, &mut wide);
+        } else if drops {
+            run(Write::<T, true> { min, max, block });
+        } else if partial.outside {
+            run(Write::<T, false> { min, max, block });
         }
         chunk.merge(partial)
     })
@@ -64,71 +67,50 @@ impl<T: Widen> Clamp<T> {
 
     /// Finds what is outside the bounds or not finite. With a loss scale, it leaves the unscaled block in `wide`.
     fn look(self, at: Location, block: &[u8], wide: &mut Unscaled<T::Wide>) -> Partial {
-        let [mut outside, non_finite] = run(Look { bounds: Bounds::new(self.min, self.max), drop: self.drop, block });
-        if self.factor != 1.0 {
+        let [mut outside, non_finite] = if self.factor == 1.0 {
+            run(Look { min: self.min, max: self.max, block })
+        } else {
             match T::Wide::factor(self.factor) {
                 Some(factor) => map::write::<T, _>(Product::<_, false>(factor), block, wide),
                 None => write_exact_products::<T>(self.factor, false, block, wide),
             }
-            let (bounds, unscaled) = (self.wide_bounds(), &wide.as_flattened()[..block.len() / size_of::<T>()]);
-            outside = if self.drop && non_finite {
-                // The stored element decides: one that overflows only when unscaled is not dropped.
-                let mut was = elements::<T>(block).zip(unscaled);
-                was.any(|(x, wide)| x.bits().magnitude() < T::INFINITY && bounds.exclude(*wide))
-            } else {
-                run(Look { bounds, drop: false, block: bytemuck::cast_slice(unscaled) })[0]
-            };
+            let block = bytemuck::cast_slice(&wide.as_flattened()[..block.len() / size_of::<T>()]);
+            run(Look { min: self.min.wide(), max: self.max.wide(), block })
+        };
+        if !non_finite {
+            return Partial { outside, ..Partial::EMPTY };
         }
-        let counted = if non_finite { count::<T>(block).partial(|i| at.ahead(i)) } else { Partial::EMPTY };
-        Partial { outside, ..counted }
+        if outside {
+            // The stored element decides: one that overflows only when unscaled is not dropped.
+            let (min, max) = (self.min.wide(), self.max.wide());
+            outside = elements::<T>(block).zip(wide.as_flattened()).any(|(x, unscaled)| {
+                let wide = if self.factor == 1.0 { x.wide() } else { *unscaled };
+                (wide < min || wide > max) && (x.is_finite() || !self.drop)
+            });
+        }
+        Partial { outside, ..count::<T>(block).partial(|i| at.ahead(i)) }
     }
 
     /// Clamps what `look` has left in `wide`, and rounds it into the block.
-    fn write_unscaled(self, drops: bool, block: &mut [u8], wide: &mut Unscaled<T::Wide>) {
+    fn write_unscaled(self, found: &Partial, block: &mut [u8], wide: &mut Unscaled<T::Wide>) {
         let unscaled = &mut wide.as_flattened_mut()[..block.len() / size_of::<T>()];
-        run(Write { bounds: self.wide_bounds(), drop: false, block: bytemuck::cast_slice_mut(unscaled) });
-        if drops {
+        if found.outside {
+            let (min, max) = (self.min.wide(), self.max.wide());
+            run(Write::<T::Wide, false> { min, max, block: bytemuck::cast_slice_mut(unscaled) });
+        }
+        if self.drop && found.non_finite > 0 {
             // The stored element decides: an element may be infinite only because the loss scale is so small.
             let was = elements::<T>(block).zip(unscaled);
-            was.filter(|(x, _)| x.bits().magnitude() >= T::INFINITY).for_each(|(_, wide)| *wide = T::Wide::ZERO);
+            was.filter(|(x, _)| !x.is_finite()).for_each(|(_, wide)| *wide = T::Wide::ZERO);
         }
         run(Round::<T> { wide, block });
-    }
-
-    fn wide_bounds(self) -> Bounds<T::Wide> {
-        Bounds::new(self.min.wide(), self.max.wide())
-    }
-}
-
-/// The bounds, and the integers that stand for them in comparisons.
-#[derive(Clone, Copy)]
-struct Bounds<T: Widen> {
-    min: T::Bits,
-    max: T::Bits,
-    low: <T::Bits as Bits>::Signed,
-    high: <T::Bits as Bits>::Signed,
-}
-
-impl<T: Widen> Bounds<T> {
-    fn new(min: T, max: T) -> Self {
-        let (min, max) = (min.bits(), max.bits());
-        // Both zeros are within a bound of 0, although 0 comes after -0.
-        let zero = |bound: T::Bits| bound.magnitude() == T::Bits::ZERO;
-        let low = if zero(min) { T::Bits::NEGATIVE_ZERO } else { min }.ordered();
-        let high = if zero(max) { T::Bits::ZERO } else { max }.ordered();
-        Self { min, max, low, high }
-    }
-
-    fn exclude(&self, x: T) -> bool {
-        let ordered = x.bits().ordered();
-        ordered < self.low || ordered > self.high
     }
 }
 
 /// Finds whether anything is outside the bounds, and whether anything is not finite.
-struct Look<'a, T: Widen> {
-    bounds: Bounds<T>,
-    drop: bool,
+struct Look<'a, T> {
+    min: T,
+    max: T,
     block: &'a [u8],
 }
 
@@ -136,40 +118,30 @@ impl<T: Widen> Kernel for Look<'_, T> {
     type Output = [bool; 2];
     #[inline(always)]
     fn on<I: Isa>(self, _: I) -> [bool; 2] {
-        let Bounds { low, high, .. } = self.bounds;
-        // Neither a NaN nor an infinity that will be dropped counts as outside.
-        let greatest = if self.drop { T::INFINITY.below() } else { T::INFINITY };
         let (mut outside, mut non_finite) = (T::Bits::ZERO, T::Bits::ZERO);
         for x in elements::<T>(self.block) {
-            let (magnitude, ordered) = (x.bits().magnitude(), x.bits().ordered());
-            outside = outside.or(T::Bits::count(((ordered < low) | (ordered > high)) & (magnitude <= greatest)));
-            non_finite = non_finite.or(T::Bits::count(magnitude >= T::INFINITY));
+            outside = outside.or(x.outside(self.min, self.max));
+            non_finite = non_finite.or(x.not_finite());
         }
         [outside != T::Bits::ZERO, non_finite != T::Bits::ZERO]
     }
 }
 
-/// Clamps a block.
-struct Write<'a, T: Widen> {
-    bounds: Bounds<T>,
-    drop: bool,
+/// Clamps a block. With `DROP`, a non-finite element becomes 0, even if 0 is outside the bounds.
+struct Write<'a, T, const DROP: bool> {
+    min: T,
+    max: T,
     block: &'a mut [u8],
 }
 
-impl<T: Widen> Kernel for Write<'_, T> {
+impl<T: Widen, const DROP: bool> Kernel for Write<'_, T, DROP> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
-        let Bounds { min, max, low, high } = self.bounds;
-        // A dropped element becomes 0, even if 0 is outside the bounds.
-        let dropped_from = if self.drop { T::INFINITY } else { T::Bits::MAX };
         for bytes in self.block.chunks_exact_mut(size_of::<T>()) {
-            let bits = bytemuck::pod_read_unaligned::<T::Bits>(bytes);
-            let ordered = bits.ordered();
-            let above = if ordered > high { max } else { bits };
-            let clamped = if ordered < low { min } else { above };
-            let kept = if bits.magnitude() > T::INFINITY { bits } else { clamped };
-            let new = if bits.magnitude() >= dropped_from { T::Bits::ZERO } else { kept };
+            let x = bytemuck::pod_read_unaligned::<T>(bytes);
+            let clamped = x.clamped(self.min, self.max);
+            let new = if DROP && !x.is_finite() { T::of_bits(T::Bits::ZERO) } else { clamped };
             bytes.copy_from_slice(bytemuck::bytes_of(&new));
         }
     }

@@ -33,6 +33,17 @@ pub(super) trait Widen: Element {
     /// Rounds to this type, as a bound must be.
     fn round(x: f64) -> Self;
 
+    fn is_finite(self) -> bool;
+
+    /// Not 0 if it is NaN or infinite. Loops over elements gather bits in fewer instructions than truth values.
+    fn not_finite(self) -> Self::Bits;
+
+    /// Not 0 if it is below `min` or above `max`; -0 equals 0. A NaN may be either.
+    fn outside(self, min: Self, max: Self) -> Self::Bits;
+
+    /// What is nearest to it from `min` to `max`. A NaN, and what is not outside, keeps every bit.
+    fn clamped(self, min: Self, max: Self) -> Self;
+
     fn bits(self) -> Self::Bits;
     fn of_bits(bits: Self::Bits) -> Self;
 }
@@ -43,20 +54,13 @@ pub(super) type Lanes<I, T> = <<T as Widen>::Wide as Wide>::Lanes<I>;
 /// The bits of an element. Magnitudes order like their bits without the sign.
 pub(super) trait Bits: Copy + Ord + bytemuck::Pod {
     const ZERO: Self;
-    const NEGATIVE_ZERO: Self;
-    const MAX: Self;
     /// The bits without the sign.
     fn magnitude(self) -> Self;
     /// 1 if it holds.
     fn count(holds: bool) -> Self;
     fn plus(self, other: Self) -> Self;
     fn or(self, other: Self) -> Self;
-    /// The next smaller one.
-    fn below(self) -> Self;
     fn to_u64(self) -> u64;
-    /// Signed integers that order like the numbers; -0 comes just before 0.
-    fn ordered(self) -> Self::Signed;
-    type Signed: Copy + Ord;
 }
 
 /// The types to compute in.
@@ -72,7 +76,6 @@ pub(super) trait Wide: Widen<Wide = Self> + PartialOrd + Into<f64> {
     fn finite_or_zero<I: Isa>(isa: I, x: Self::Lanes<I>) -> Self::Lanes<I>;
     fn to_f64<I: Isa>(isa: I, x: Self::Lanes<I>) -> I::D;
 
-    fn is_finite(self) -> bool;
     /// x · factor in float64, rounded once.
     fn times(self, factor: f64) -> Self;
     /// The factor in this type, if it is neither too large nor too small for it. Otherwise use [`Wide::times`].
@@ -105,6 +108,26 @@ macro_rules! widen_self {
             }
             fn round(x: f64) -> $t {
                 x as $t
+            }
+            #[inline(always)]
+            fn is_finite(self) -> bool {
+                self.abs() < <$t>::INFINITY
+            }
+            #[inline(always)]
+            #[allow(clippy::eq_op)]
+            fn not_finite(self) -> $bits {
+                // 0, or NaN.
+                (self - self).to_bits()
+            }
+            #[inline(always)]
+            fn outside(self, min: $t, max: $t) -> $bits {
+                self.to_bits() ^ self.clamped(min, max).to_bits()
+            }
+            #[inline(always)]
+            fn clamped(self, min: $t, max: $t) -> $t {
+                // Two instructions, each of which returns its second operand if that is NaN or equals the first.
+                let above = if max < self { max } else { self };
+                if min > above { min } else { above }
             }
             #[inline(always)]
             fn bits(self) -> $bits {
@@ -148,6 +171,29 @@ macro_rules! widen_half {
                 <$t>::from_f32(x as f32)
             }
             #[inline(always)]
+            fn is_finite(self) -> bool {
+                self.to_bits().magnitude() < <Self as Widen>::INFINITY
+            }
+            #[inline(always)]
+            fn not_finite(self) -> u16 {
+                self.to_bits().magnitude().saturating_sub(<Self as Widen>::INFINITY - 1)
+            }
+            #[inline(always)]
+            fn outside(self, min: $t, max: $t) -> u16 {
+                let [low, high] = ordered_bounds(min.to_bits(), max.to_bits());
+                // What is below the lower bound wraps around, to above the upper one.
+                let above_low = ordered(self.to_bits()).wrapping_sub(low) as u16;
+                above_low.saturating_sub(high.wrapping_sub(low) as u16)
+            }
+            #[inline(always)]
+            fn clamped(self, min: $t, max: $t) -> $t {
+                let (bits, min, max) = (self.to_bits(), min.to_bits(), max.to_bits());
+                let (x, [low, high]) = (ordered(bits), ordered_bounds(min, max));
+                let above = if x > high { max } else { bits };
+                let clamped = if x < low { min } else { above };
+                <$t>::from_bits(if bits.magnitude() > <Self as Widen>::INFINITY { bits } else { clamped })
+            }
+            #[inline(always)]
             fn bits(self) -> u16 {
                 self.to_bits()
             }
@@ -163,13 +209,26 @@ widen_half!(f16, widen_f16, narrow_f16, 0.0);
 // A square that is no normal float32 is off by up to 2^-150. A chunk has 2^17 of them: 2^-70 of this bound.
 widen_half!(bf16, widen_bf16, narrow_bf16, 1.0 / (1u64 << 63) as f64);
 
+/// Integers that order like halves of these bits; -0 comes just before 0.
+#[inline(always)]
+fn ordered(half: u16) -> i16 {
+    // If the sign is set, all other bits are inverted.
+    let sign = half as i16 >> 15;
+    half as i16 ^ (sign & i16::MAX)
+}
+
+/// The smallest and the largest of what is within the bounds, in order. Both zeros are within a bound of 0.
+#[inline(always)]
+fn ordered_bounds(min: u16, max: u16) -> [i16; 2] {
+    let low = if min.magnitude() == 0 { 0x8000 } else { min };
+    let high = if max.magnitude() == 0 { 0 } else { max };
+    [ordered(low), ordered(high)]
+}
+
 macro_rules! bits {
-    ($t:ty, $signed:ty) => {
+    ($t:ty) => {
         impl Bits for $t {
             const ZERO: $t = 0;
-            const NEGATIVE_ZERO: $t = 1 << (<$t>::BITS - 1);
-            const MAX: $t = <$t>::MAX;
-            type Signed = $signed;
             #[inline(always)]
             fn magnitude(self) -> $t {
                 self & (<$t>::MAX >> 1)
@@ -186,25 +245,15 @@ macro_rules! bits {
             fn or(self, other: $t) -> $t {
                 self | other
             }
-            #[inline(always)]
-            fn below(self) -> $t {
-                self - 1
-            }
             fn to_u64(self) -> u64 {
                 u64::from(self)
-            }
-            #[inline(always)]
-            fn ordered(self) -> $signed {
-                // If the sign is set, all other bits are inverted.
-                let sign = (self as $signed) >> (<$t>::BITS - 1);
-                self as $signed ^ (sign & <$signed>::MAX)
             }
         }
     };
 }
-bits!(u16, i16);
-bits!(u32, i32);
-bits!(u64, i64);
+bits!(u16);
+bits!(u32);
+bits!(u64);
 
 impl Wide for f32 {
     type Lanes<I: Isa> = I::F;
@@ -236,9 +285,6 @@ impl Wide for f32 {
         isa.widen(x)
     }
 
-    fn is_finite(self) -> bool {
-        self.is_finite()
-    }
     fn times(self, factor: f64) -> f32 {
         (f64::from(self) * factor) as f32
     }
@@ -278,9 +324,6 @@ impl Wide for f64 {
         x
     }
 
-    fn is_finite(self) -> bool {
-        self.is_finite()
-    }
     fn times(self, factor: f64) -> f64 {
         self * factor
     }
@@ -328,12 +371,17 @@ pub(super) fn update_groups<T: Widen>(data: &mut [u8], mut f: impl FnMut([T; LAN
     let size = const { group_size::<T>() };
     let (whole, rest) = data.split_at_mut(data.len() - data.len() % size);
     let mut last = [0; group_size::<f64>()];
-    last[..rest.len()].copy_from_slice(rest);
-    let padded = if rest.is_empty() { 0 } else { size };
+    let mut padded = 0;
+    if !rest.is_empty() {
+        last[..rest.len()].copy_from_slice(rest);
+        padded = size;
+    }
     for part in [whole, &mut last[..padded]] {
         for group in part.chunks_exact_mut(size) {
             group.copy_from_slice(bytemuck::bytes_of(&f(load(group))));
         }
     }
-    rest.copy_from_slice(&last[..rest.len()]);
+    if !rest.is_empty() {
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
 }

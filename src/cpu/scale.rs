@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::element::{Wide, Widen, load, update_groups};
+use super::element::{Wide, Widen, update_groups};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{Map, Product, write_exact_products};
 use super::tuning::BLOCK;
@@ -29,19 +29,21 @@ pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first
                 // The last group needs as many factors as there are lanes.
                 factors.resize(factors.len() + LANES, T::Wide::ZERO);
             }
-            let (mut rest, mut column) = (data, (first % layout.columns) as usize);
-            while !rest.is_empty() {
-                let left = (outcomes.len() - column).min(rest.len() / size_of::<T>());
-                let (data, others) = rest.split_at_mut(left * size_of::<T>());
+            let column = (first % layout.columns) as usize;
+            let row_left = (outcomes.len() - column) * size_of::<T>();
+            let (row, rows) = data.split_at_mut(row_left.min(data.len()));
+            for (column, data) in [(column, row), (0, rows)] {
                 match &factors {
-                    Some(factors) => run(ByColumn::<T> { factors: &factors[column..], drop, data }),
+                    Some(factors) => {
+                        run(ByColumn::<T> { factors: &factors[column..], width: outcomes.len() - column, drop, data });
+                    }
                     None => {
-                        for (outcome, x) in outcomes[column..].iter().zip(data.chunks_exact_mut(size_of::<T>())) {
+                        let columns = outcomes[column..].iter().cycle();
+                        for (outcome, x) in columns.zip(data.chunks_exact_mut(size_of::<T>())) {
                             scale_run::<T>(outcome, drop, x);
                         }
                     }
                 }
-                (rest, column) = (others, 0);
             }
         }
     }
@@ -106,9 +108,10 @@ impl<T: Widen> Kernel for Round<'_, T> {
     }
 }
 
-/// Multiplies each element of a row by the factor of its column. [`LANES`] more factors follow the last one.
+/// Multiplies each element of some rows by the factor of its column. [`LANES`] more factors follow the last one.
 struct ByColumn<'a, T: Widen> {
     factors: &'a [T::Wide],
+    width: usize,
     drop: bool,
     data: &'a mut [u8],
 }
@@ -117,13 +120,14 @@ impl<T: Widen> Kernel for ByColumn<'_, T> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {
-        let mut first = 0;
-        update_groups::<T>(self.data, |group| {
-            let factors = load(bytemuck::cast_slice(&self.factors[first..][..LANES]));
-            first += LANES;
-            let wide = T::widen(isa, group);
-            let wide = if self.drop { T::Wide::finite_or_zero(isa, wide) } else { wide };
-            T::narrow(isa, T::Wide::mul(isa, wide, T::Wide::lanes(isa, factors)))
-        });
+        for row in self.data.chunks_mut(self.width * size_of::<T>()) {
+            let mut factors = self.factors.as_chunks::<LANES>().0.iter();
+            update_groups::<T>(row, |group| {
+                let Some(factors) = factors.next() else { return group };
+                let wide = T::widen(isa, group);
+                let wide = if self.drop { T::Wide::finite_or_zero(isa, wide) } else { wide };
+                T::narrow(isa, T::Wide::mul(isa, wide, T::Wide::lanes(isa, *factors)))
+            });
+        }
     }
 }

@@ -9,8 +9,8 @@
 //! 1. There are always [`LANES`] lanes, whatever the width of the machine's registers, and no operations are fused. So
 //!    every instruction set computes the same bits.
 //! 2. Sums and products of floats are written in operations of [`Isa`], each an intrinsic or two. Their order is fixed,
-//!    so the compiler may not reorder them, and it does not always find the vectors in such loops. Comparisons of
-//!    integers are plain loops over elements, which it vectorises reliably.
+//!    so the compiler may not reorder them, and it does not always find the vectors in such loops. Comparisons are
+//!    plain loops over elements, which it vectorises reliably if they select numbers or gather bits.
 //! 3. A test counts the instructions per element, for both kinds (`tests/instructions.rs`).
 //!
 //! Other CPUs than x86-64 use the portable set, compiled for what each of them has; on aarch64 that is NEON.

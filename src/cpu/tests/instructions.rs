@@ -12,14 +12,15 @@ use nix::sys::signal::{Signal, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::super::element::Widen;
 use super::super::isa::{self, Set};
-use super::super::{clamp, columns, count, norm, scale};
+use super::super::{clamp, columns, count, norm, scale, sum};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
 use crate::magnitude::Magnitude;
 use crate::partial::{Location, Partial};
 use crate::segment::{By, SegmentLayout};
-use crate::{Clip, Dtype, NormType};
+use crate::{Clip, Dtype, NonFinite, NormType};
 
 const CHILD: &str = "GRADCLIP_COUNTED";
 const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
@@ -61,6 +62,33 @@ fn clamped(dtype: Dtype, data: &mut [u8], bound: f64) {
     with_element!(dtype, T => clamp::clamp::<T>(&clip, AT, data));
 }
 
+/// Clamps a block with an infinity, which is dropped.
+fn dropped(dtype: Dtype, data: &mut [u8]) {
+    let clip = Clip::value(0.25).non_finite(NonFinite::Drop);
+    with_element!(dtype, T => {
+        data[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&<T as Widen>::of_bits(<T as Widen>::INFINITY)));
+        clamp::clamp::<T>(&clip, AT, data)
+    });
+}
+
+fn unscaled(dtype: Dtype, data: &mut [u8]) {
+    let clip = Clip::value(0.25).grad_scale(0.5);
+    with_element!(dtype, T => clamp::clamp::<T>(&clip, AT, data));
+}
+
+fn exact(dtype: Dtype, data: &mut [u8]) {
+    let outcomes = [Outcome { factor: 1e-42, ..outcome() }];
+    let layout = SegmentLayout { by: By::Whole, columns: 1, segment: 0 };
+    with_element!(dtype, T => scale::scale::<T>(&outcomes, layout, 0, false, data));
+}
+
+fn summed(dtype: Dtype, data: &[u8]) {
+    let outcomes = vec![outcome(); data.len() / COLUMNS / dtype.size()];
+    let mut sums = [0; COLUMNS * 8];
+    let size = if dtype == Dtype::F64 { 8 } else { 4 };
+    with_element!(dtype, T => sum::sum::<T>(&outcomes, false, data, COLUMNS, 0, &mut sums[..COLUMNS * size]));
+}
+
 /// The compiler of the counts in [`KERNELS`]. Another one counts a little differently.
 const RUST: &str = "rustc 1.95.0";
 
@@ -68,31 +96,41 @@ const RUST: &str = "rustc 1.95.0";
 type Counts = [[f64; 4]; 3];
 
 #[rustfmt::skip]
-const KERNELS: [(&str, Work, Counts); 13] = [
+const KERNELS: [(&str, Work, Counts); 18] = [
     ("L2", |dtype, data| measure(dtype, data, NormType::L2),
-        [[1.61, 1.61, 10.6, 3.19], [0.80, 0.80, 0.55, 0.67], [0.42, 0.42, 0.36, 0.36]]),
+        [[1.61, 1.61, 10.9, 3.16], [0.80, 0.80, 0.55, 0.67], [0.42, 0.42, 0.36, 0.36]]),
     ("L1", |dtype, data| measure(dtype, data, NormType::L1),
-        [[2.31, 1.62, 9.28, 3.52], [0.80, 0.55, 0.92, 1.05], [0.42, 0.30, 0.61, 0.61]]),
+        [[2.19, 1.62, 9.28, 3.61], [0.80, 0.55, 0.92, 1.05], [0.42, 0.30, 0.61, 0.61]]),
     ("inf", |dtype, data| measure(dtype, data, NormType::Inf),
         [[3.12, 9.75, 0.69, 0.69], [0.34, 1.44, 0.17, 0.17], [0.17, 0.34, 0.09, 0.09]]),
     ("p = 3", |dtype, data| measure(dtype, data, power(3.0)),
-        [[3.34, 3.34, 12.8, 5.12], [1.30, 1.30, 1.55, 1.69], [0.67, 0.67, 0.86, 0.86]]),
+        [[3.38, 3.38, 12.6, 5.66], [1.30, 1.30, 1.55, 1.69], [0.67, 0.67, 0.86, 0.86]]),
     ("p = 1.5", |dtype, data| measure(dtype, data, power(1.5)),
-        [[76.1, 73.1, 84.6, 76.3], [31.2, 30.8, 31.3, 31.3], [12.6, 12.7, 12.5, 12.5]]),
+        [[74.7, 73.1, 83.4, 76.2], [31.5, 30.5, 31.8, 31.9], [13.1, 12.5, 13.3, 13.3]]),
     ("columns", |dtype, data| columns(dtype, data, NormType::L2),
-        [[2.82, 2.71, 11.2, 3.63], [1.80, 1.77, 1.35, 1.47], [1.38, 1.38, 1.21, 1.13]]),
+        [[2.66, 2.66, 11.2, 3.66], [1.72, 1.74, 1.29, 1.41], [1.32, 1.30, 1.16, 1.16]]),
     ("columns, inf", |dtype, data| columns(dtype, data, NormType::Inf),
-        [[3.85, 10.7, 1.42, 1.42], [0.99, 1.97, 0.76, 0.76], [0.76, 0.99, 0.64, 0.64]]),
+        [[3.84, 10.7, 1.41, 1.42], [1.00, 1.98, 0.76, 0.77], [0.76, 0.99, 0.63, 0.64]]),
     ("scale", |dtype, data| scaled(dtype, data, By::Whole, 1, false),
-        [[0.94, 1.69, 19.3, 10.3], [0.34, 0.59, 0.47, 1.75], [0.17, 0.34, 0.30, 0.88]]),
+        [[0.94, 1.69, 19.0, 10.3], [0.34, 0.59, 0.47, 1.75], [0.17, 0.34, 0.30, 0.88]]),
     ("scale, drop", |dtype, data| scaled(dtype, data, By::Whole, 1, true),
         [[2.69, 4.19, 20.1, 12.3], [0.84, 1.94, 0.94, 2.12], [0.47, 0.94, 0.53, 1.06]]),
     ("scale columns", |dtype, data| scaled(dtype, data, By::Columns, COLUMNS, false),
-        [[2.62, 3.66, 22.1, 12.3], [2.06, 2.43, 2.35, 3.31], [1.86, 2.04, 1.97, 2.92]]),
+        [[1.77, 3.16, 20.1, 6.90], [0.96, 0.59, 1.59, 2.51], [0.72, 0.95, 1.39, 1.45]]),
     ("look", |dtype, data| clamped(dtype, data, 3.0),
-        [[4.88, 23.0, 2.56, 2.56], [2.19, 4.12, 1.09, 1.09], [0.98, 1.97, 0.52, 0.52]]),
+        [[2.62, 5.25, 1.56, 1.56], [1.06, 2.12, 0.69, 0.69], [0.42, 0.84, 0.34, 0.34]]),
     ("look, clamp", |dtype, data| clamped(dtype, data, 0.25),
-        [[11.0, 40.4, 5.62, 5.62], [3.66, 7.06, 1.89, 1.89], [1.72, 3.44, 0.89, 0.89]]),
+        [[4.50, 9.00, 4.62, 4.62], [1.53, 3.06, 1.48, 1.48], [0.66, 1.31, 0.70, 0.70]]),
+    ("look, clamp, drop", |dtype, data| dropped(dtype, data),
+        [[9.25, 23.2, 5.69, 5.69], [3.09, 6.19, 2.02, 2.02], [1.52, 3.03, 1.07, 1.07]]),
+    ("look, clamp, unscale", |dtype, data| unscaled(dtype, data),
+        [[7.81, 14.8, 24.2, 11.0], [3.47, 6.12, 2.97, 4.34], [1.59, 3.25, 1.84, 2.41]]),
+    ("scale rows", |dtype, data| scaled(dtype, data, By::Rows, 16, false),
+        [[1.95, 2.55, 20.0, 11.8], [1.50, 1.59, 1.62, 2.91], [1.33, 1.33, 1.45, 2.02]]),
+    ("exact products", |dtype, data| exact(dtype, data),
+        [[3.31, 1.69, 19.7, 6.50], [1.94, 0.59, 1.44, 2.81], [0.94, 0.34, 1.19, 1.75]]),
+    ("sum of examples", |dtype, data| summed(dtype, data),
+        [[4.39, 3.76, 12.8, 5.39], [2.52, 2.14, 2.64, 2.77], [2.00, 1.75, 2.13, 2.13]]),
     ("count", |dtype, data| with_element!(dtype, T => assert_eq!(count::count::<T>(data).non_finite, 0)),
         [[2.88, 10.5, 1.44, 1.44], [1.06, 2.12, 0.53, 0.53], [0.67, 1.34, 0.34, 0.34]]),
 ];
@@ -113,10 +151,10 @@ fn elements(dtype: Dtype, len: usize) -> Vec<u8> {
     }
 }
 
-/// Two numbers of elements. The counts are subtracted, so the cost of a call drops out. Columns take several rows at
-/// once.
+/// Two numbers of elements. The counts are subtracted, so the cost of a call drops out. Rows are taken several at once.
 fn lengths(kernel: usize) -> [usize; 2] {
-    if KERNELS[kernel].0.contains("columns") { [4 * COLUMNS, 8 * COLUMNS] } else { [COLUMNS, 2 * COLUMNS] }
+    let of_rows = ["columns", "rows", "examples"].iter().any(|word| KERNELS[kernel].0.contains(word));
+    if of_rows { [4 * COLUMNS, 8 * COLUMNS] } else { [COLUMNS, 2 * COLUMNS] }
 }
 
 /// Every case, in an order that child and parent share: instruction set, kernel, dtype.
