@@ -1,6 +1,7 @@
 //! [`NormAccumulator`]: a norm that is measured in pieces.
 
 use crate::cpu::decide::Given;
+use crate::magnitude::Magnitude;
 use crate::partial::{Location, Partial};
 use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge};
 use crate::segment::Segments;
@@ -127,7 +128,7 @@ impl NormAccumulator {
     pub fn report(&self) -> Result<ClipReport, Error> {
         let clip = &self.clip;
         let known = clip.known(&self.partial);
-        let (weight, max_norm) = (clip.weight(self.elements), clip.max_norm(self.elements, 1.0, 0.0));
+        let (weight, max_norm) = (clip.weight(self.elements), clip.max_norm(self.elements, 1.0, Magnitude::plain(0.0)));
         let refused = known.bad && clip.refuses_non_finite();
         let outcomes = [clip.outcome(known, max_norm, weight, refused)];
         let segments = Segments::new(clip, &[])?;

@@ -148,7 +148,7 @@ pub(crate) const AGC_FLOOR: f64 = 1e-6;
 /// | [`Clip::norm`] | the norm of [`Clip::norm_type`] | min(1, max_norm / (N + eps)) | Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural networks", algorithm 1; the eps is PyTorch's |
 /// | [`Clip::rms`] | sqrt(mean g²) | min(1, max_rms / N) | Optax, `clip_by_block_rms` (per tensor) |
 /// | [`Clip::average_norm`] | L2 norm / number of elements | min(1, max_average / N) | TensorFlow 1, `clip_by_average_norm` |
-/// | [`Clip::agc`] | L2 norm of a unit | m / max(N, 1e-6) where N > m = clip_factor · max(‖parameter‖, agc_eps), else 1 | Brock, De, Smith, Simonyan 2021, "High-performance large-scale image recognition without normalization", equation 3 |
+/// | [`Clip::agc`] | the norm of a unit, by [`Clip::norm_type`] | m / max(N, 1e-6) where N > m = clip_factor · max(‖parameter‖, agc_eps), else 1 | Brock, De, Smith, Simonyan 2021, "High-performance large-scale image recognition without normalization", equation 3 |
 /// | [`Clip::value`], [`Clip::range`] | none | none: g becomes clamp(g / grad_scale, min, max) | Mikolov 2012, "Statistical language models based on neural networks" |
 ///
 /// # What a clip leaves
@@ -158,7 +158,7 @@ pub(crate) const AGC_FLOOR: f64 = 1e-6;
 ///
 /// - r is 1e-6 for float32 and float64. It covers the error of the measured norm and the rounding of the coefficient
 ///   and of each element. For p other than 1, 2 and infinity it is the error that [`NormType`] gives, and 1.2e-7 for
-///   these roundings. Under AGC, where the threshold has an error too, it is 2.2e-6. Half precision rounds to nearest,
+///   these roundings. Under AGC the threshold has an error too: r is 2.2e-6, and for these p twice as large. Half precision rounds to nearest,
 ///   to 11 or 8 bits: r is 4.9e-4 (2^-11) more for float16 and 3.9e-3 (2^-8) more for bfloat16. A coefficient below
 ///   2.2e-308, the smallest normal float64, has fewer digits, and no r is promised for it.
 /// - z is n^(1/p) times half the smallest number of the dtype, because each of the n elements may be off by that half:
@@ -271,7 +271,7 @@ impl Clip {
         }
     }
 
-    /// Chooses the norm of [`Clip::norm`]; the default is L2.
+    /// Chooses the norm of [`Clip::norm`] and [`Clip::agc`]; the default is L2.
     #[must_use]
     pub fn norm_type(mut self, norm_type: NormType) -> Self {
         self.norm_type = norm_type;
@@ -355,7 +355,7 @@ impl Clip {
         let by_norm = matches!(self.mode, Mode::Norm(_));
         let by_agc = self.needs_parameters();
         let (norm_type, p) = (self.norm_type, self.norm_type.power());
-        setting(by_norm || p == 2.0, "norm_type", norm_type, "only Clip::norm uses it")?;
+        setting(by_norm || by_agc || p == 2.0, "norm_type", norm_type, "only Clip::norm and Clip::agc use it")?;
         setting(p > 0.0, "norm_type", number(p), "it must be above 0 (infinity for the largest)")?;
         let measures = self.measured().is_some() || self.scope == Scope::Global;
         setting(measures, "scope", self.scope, "a value clip measures no norm that elements could share")?;
@@ -403,11 +403,11 @@ impl Clip {
     pub(crate) fn measured(&self) -> Option<NormType> {
         match self.mode {
             // Beyond 2^50 a larger p changes no norm.
-            Mode::Norm(_) => Some(match NormType::p(self.norm_type.power()) {
+            Mode::Norm(_) | Mode::Agc(_) => Some(match NormType::p(self.norm_type.power()) {
                 NormType::P(p) => NormType::P(p.min(2f64.powi(50))),
                 named => named,
             }),
-            Mode::Rms(_) | Mode::AverageNorm(_) | Mode::Agc(_) => Some(NormType::L2),
+            Mode::Rms(_) | Mode::AverageNorm(_) => Some(NormType::L2),
             Mode::Value { .. } => None,
         }
     }
@@ -424,14 +424,16 @@ impl Clip {
 
     /// The threshold on the measured norm of a segment of `elements` elements. `share` is the segment's part of the
     /// threshold, `parameter` the norm of its parameter (0 if the mode needs none).
-    pub(crate) fn max_norm(&self, elements: u64, share: f64, parameter: f64) -> Magnitude {
+    pub(crate) fn max_norm(&self, elements: u64, share: f64, parameter: Magnitude) -> Magnitude {
         let elements = elements.max(1) as f64;
         match self.mode {
             Mode::Norm(max_norm) => Magnitude::plain(share * max_norm),
             Mode::Rms(max_rms) => Magnitude::of(share * max_rms, |x| x * elements.sqrt()),
             Mode::AverageNorm(max_average_norm) => Magnitude::of(share * max_average_norm, |x| x * elements),
-            Mode::Agc(_) if parameter == f64::INFINITY => Magnitude::plain(f64::INFINITY),
-            Mode::Agc(clip_factor) => Magnitude::plain(clip_factor * parameter.max(self.agc_eps.unwrap_or(AGC_EPS))),
+            Mode::Agc(_) if !parameter.is_finite() => Magnitude::plain(f64::INFINITY),
+            Mode::Agc(clip_factor) => {
+                parameter.max(Magnitude::plain(self.agc_eps.unwrap_or(AGC_EPS))).times(clip_factor)
+            }
             Mode::Value { .. } => Magnitude::plain(f64::INFINITY),
         }
     }
@@ -573,7 +575,8 @@ impl fmt::Display for Clip {
             Mode::Norm(x) => write!(f, "norm {} ({})", threshold(x), self.norm_type)?,
             Mode::Rms(x) => write!(f, "RMS {}", threshold(x))?,
             Mode::AverageNorm(x) => write!(f, "average norm {}", threshold(x))?,
-            Mode::Agc(x) => write!(f, "AGC {}", threshold(x))?,
+            Mode::Agc(x) if self.norm_type == NormType::L2 => write!(f, "AGC {}", threshold(x))?,
+            Mode::Agc(x) => write!(f, "AGC {} ({})", threshold(x), self.norm_type)?,
             Mode::Value { min, max } => write!(f, "value {} to {}", threshold(min), threshold(max))?,
         }
         if self.scope != Scope::Global {

@@ -51,10 +51,10 @@ fn clip(u: &mut Unstructured<'_>) -> Result<(Clip, bool)> {
     let by_value = matches!(made.mode, Mode::Value { .. });
     // Settings that are not used are seldom set.
     let sets = |u: &mut Unstructured<'_>, is_used| if is_used { u.arbitrary() } else { u.ratio(1, 16) };
-    if sets(u, by_norm)? {
+    if sets(u, by_norm || by_agc)? {
         let p = number(u)?;
         made = made.norm_type(NormType::p(p));
-        valid &= p > 0.0 && (by_norm || p == 2.0);
+        valid &= p > 0.0 && (by_norm || by_agc || p == 2.0);
     }
     if sets(u, !by_value)? {
         let scopes = [Scope::Global, Scope::Tensor, Scope::Unit, Scope::Example, Scope::ExampleTensor];

@@ -24,9 +24,11 @@ impl Magnitude {
         if exceeds { Self { value: f(ldexp(x, -64)), exponent: 64 } } else { plain }
     }
 
-    /// The product with a number that is at most 1.
-    pub(crate) fn times(self, weight: f64) -> Self {
-        Self { value: self.value * weight, ..self }
+    pub(crate) fn times(self, factor: f64) -> Self {
+        let plain = Self { value: self.value * factor, ..self };
+        let exceeds = plain.value.is_infinite() && self.is_finite() && factor.is_finite();
+        let halved = || Self { value: ldexp(self.value, -512) * ldexp(factor, -512), exponent: self.exponent + 1024 };
+        if exceeds { halved() } else { plain }
     }
 
     pub(crate) fn to_f64(self) -> f64 {
@@ -48,6 +50,11 @@ impl Magnitude {
     pub(crate) fn min(self, other: Self) -> Self {
         let (a, b, _) = self.aligned(other);
         if b < a { other } else { self }
+    }
+
+    pub(crate) fn max(self, other: Self) -> Self {
+        let (a, b, _) = self.aligned(other);
+        if a < b { other } else { self }
     }
 }
 

@@ -228,9 +228,9 @@ impl Segments {
 
     /// The threshold on the measured norm of each segment. `parameters` are the norms of the parameters and
     /// `thresholds` those of an adaptive threshold; either is empty if there are none.
-    pub(crate) fn max_norms(&self, clip: &Clip, parameters: &[f64], thresholds: &[f64]) -> Vec<Magnitude> {
+    pub(crate) fn max_norms(&self, clip: &Clip, parameters: &[Magnitude], thresholds: &[f64]) -> Vec<Magnitude> {
         let of = |(i, family): (usize, &Family)| {
-            let parameter = parameters.get(i).copied().unwrap_or(0.0);
+            let parameter = parameters.get(i).copied().unwrap_or(Magnitude::plain(0.0));
             let own = clip.max_norm(family.elements, family.share, parameter);
             // An adaptive threshold applies to N, as the report gives it.
             let adaptive = thresholds.get(i).copied().unwrap_or(f64::INFINITY);

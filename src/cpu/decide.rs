@@ -238,8 +238,8 @@ impl Measured {
     fn new(part: GroupPartials, GroupTotal { partial: total, non_finite }: GroupTotal) -> Self {
         let GroupPartials { clip, segments, partials, parameters } = part;
         let norm_of = |p: &Partial| match clip.measured() {
-            Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0).to_f64(),
-            _ => f64::INFINITY,
+            Some(norm_type) if p.non_finite == 0 => p.finite_norm(norm_type, 1.0),
+            _ => Magnitude::plain(f64::INFINITY),
         };
         let parameters: Vec<_> = parameters.iter().map(norm_of).collect();
         let elements = segments.elements();

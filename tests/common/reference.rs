@@ -147,7 +147,7 @@ impl Asked {
             Mode::Norm => Clip::norm(self.threshold).norm_type(self.norm_type).eps(self.eps),
             Mode::Rms => Clip::rms(self.threshold),
             Mode::AverageNorm => Clip::average_norm(self.threshold),
-            Mode::Agc => Clip::agc(self.threshold).agc_eps(self.agc_eps),
+            Mode::Agc => Clip::agc(self.threshold).norm_type(self.norm_type).agc_eps(self.agc_eps),
             Mode::Value => Clip::range(self.min, self.threshold),
         };
         clip.scope = self.scope();
@@ -188,7 +188,7 @@ impl Asked {
             Mode::Norm => path.tolerance_of(self.norm_type),
             Mode::Rms | Mode::AverageNorm => path.norm_tolerance(),
             // The parameter's norm has an error of its own.
-            Mode::Agc => 2.0 * path.norm_tolerance(),
+            Mode::Agc => 2.0 * path.tolerance_of(self.norm_type),
             Mode::Value => 0.0,
         }
     }
@@ -231,8 +231,8 @@ impl Asked {
     /// N of some elements.
     fn norm_of(&self, numbers: impl Iterator<Item = f64> + Clone) -> f64 {
         let measured = match self.mode {
-            Mode::Norm => self.norm_type,
-            Mode::Rms | Mode::AverageNorm | Mode::Agc => NormType::L2,
+            Mode::Norm | Mode::Agc => self.norm_type,
+            Mode::Rms | Mode::AverageNorm => NormType::L2,
             Mode::Value => return f64::NAN,
         };
         let norm = if self.policy == NonFinite::Drop || numbers.clone().all(f64::is_finite) {
@@ -329,7 +329,7 @@ impl Asked {
             let norm = self.norm_of(members.iter().copied());
             let by = match self.mode {
                 Mode::Agc if parameter.iter().any(|x| !x.is_finite()) => f64::INFINITY,
-                Mode::Agc => exact_norm(NormType::L2, parameter.iter().copied()).max(self.agc_eps),
+                Mode::Agc => exact_norm(self.norm_type, parameter.iter().copied()).max(self.agc_eps),
                 _ => share(tensor),
             };
             let limit = self.threshold * by;

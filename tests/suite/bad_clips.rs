@@ -68,9 +68,11 @@ fn settings_that_cannot_be() {
 fn settings_that_nothing_uses() {
     let set = [tensor("w", &[2, 3]).with_parameter(tensor("w", &[2, 3]))];
     let refused = |clip: Clip, words: &[&str]| refused(&clip, &set, words);
-    let others = [Clip::rms(1.0), Clip::average_norm(1.0), agc(), Clip::value(1.0)];
+    let others = [Clip::rms(1.0), Clip::average_norm(1.0), Clip::value(1.0)];
     for clip in others {
-        refused(clip.norm_type(NormType::L1), &["norm_type is L1;", "Clip::norm"]);
+        refused(clip.norm_type(NormType::L1), &["norm_type is L1;", "Clip::norm and Clip::agc"]);
+    }
+    for clip in others.into_iter().chain([agc()]) {
         refused(clip.eps(1e-6), &["eps is 1e-6;", "Clip::norm"]);
     }
     for clip in [norm(), Clip::rms(1.0), Clip::average_norm(1.0), Clip::value(1.0)] {
@@ -106,6 +108,7 @@ fn descriptions_are_told_on_one_line() {
         (Clip::rms(1e-9), "RMS 1e-9"),
         (Clip::average_norm(f64::INFINITY), "average norm inf"),
         (agc().agc_eps(0.5), "AGC 0.01, per unit, agc_eps 0.5"),
+        (agc().norm_type(NormType::Inf), "AGC 0.01 (inf), per unit"),
         (Clip::range(-1e300, 0.25).non_finite(NonFinite::Error), "value -1e300 to 0.25, non-finite: error"),
         (Clip::value(0.5), "value -0.5 to 0.5"),
     ] {

@@ -19,12 +19,12 @@ const SCOPES: [(Scope, Option<UnitAxis>, Budget); 9] = [
     (Scope::ExampleTensor, None, Budget::Sized),
 ];
 
-/// The modes; the norm once for each norm type.
+/// The modes; those that measure by any norm once for each norm type.
 fn modes() -> Vec<(Mode, NormType)> {
     let powers = [1.0, 2.0, f64::INFINITY, 3.0, 0.5, 1.7, 8.0];
-    let norms = powers.iter().map(|p| (Mode::Norm, NormType::p(*p)));
-    let others = [Mode::Rms, Mode::AverageNorm, Mode::Agc].map(|mode| (mode, NormType::L2));
-    norms.chain(others).collect()
+    let norms = |mode| powers.map(|p| (mode, NormType::p(p)));
+    let others = [Mode::Rms, Mode::AverageNorm].map(|mode| (mode, NormType::L2));
+    [&norms(Mode::Norm)[..], &norms(Mode::Agc), &others].concat()
 }
 
 /// A gradient of this shape with its parameter. Rows, columns and tensors differ in size, so that a segment mistaken for

@@ -38,7 +38,10 @@ impl ClipOptions {
         let mut clip = self.measure.clip(mode)?;
         let by_norm = max_norm.is_some();
         refuse(&[
-            (self.measure.norm_type.is_some() && !by_norm, "--norm-type goes with --max-norm only"),
+            (
+                self.measure.norm_type.is_some() && !by_norm && agc.is_none(),
+                "--norm-type goes with --max-norm and --agc only",
+            ),
             (self.eps.is_some() && !by_norm, "--eps goes with --max-norm only"),
             (
                 self.measure.scope.is_some() && clamps(&clip),

@@ -113,12 +113,12 @@ fn clip(random: &mut SplitMix64) -> Clip {
         ExampleTensor => clip.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
         _ => {}
     }
-    if let Mode::Norm(_) = clip.mode {
+    if let Mode::Norm(_) | Mode::Agc(_) = clip.mode {
         let (l2, l1) = (NormType::L2, NormType::L1);
         clip.norm_type = random.choose(&[l2, l2, l1, NormType::Inf, NormType::p(1.5), NormType::p(3.0)]);
-        if random.below(2) == 0 {
-            clip = clip.eps(0.0);
-        }
+    }
+    if let (Mode::Norm(_), 0) = (clip.mode, random.below(2)) {
+        clip = clip.eps(0.0);
     }
     let policies = [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
     clip.grad_scale(random.choose(&[1.0, 1.0, 65_536.0, 3.0])).non_finite(random.choose(&policies))
