@@ -57,8 +57,7 @@ pub enum Scope {
     Global,
     /// Each tensor by itself. TensorFlow's and Keras's `clip_by_norm`, burn's clipping.
     Tensor,
-    /// Each unit of each tensor by itself: a row or a column, by [`Clip::unit_axis`]. A tensor with fewer than two
-    /// dimensions is one unit.
+    /// Each unit of each tensor by itself: a row, a column or what else [`Clip::unit_axis`] says. A scalar is one unit.
     Unit,
     /// Each example by itself, over all tensors: dimension 0 of every tensor is the example, and all must agree on its
     /// size. [`Clipper::sum_examples`](crate::Clipper::sum_examples) makes this the clipping of DP-SGD (Abadi et al.
@@ -68,14 +67,76 @@ pub enum Scope {
     ExampleTensor,
 }
 
-/// Which axis of a tensor counts its units.
+/// Which axes of a tensor number its units: one unit for each place along them, and the norm of a unit over all other
+/// axes. Units are numbered in row-major order ([`SegmentReport::index`](crate::SegmentReport::index)). A tensor
+/// without axes, a scalar, is one unit. An axis that a tensor does not have is [`Error::Tensor`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum UnitAxis {
-    /// The first: a unit is a row with everything behind the first axis. PyTorch's layout, and timm's units.
+    /// The first: a unit is a row with everything behind the first axis. PyTorch's layout, and timm's units. A tensor
+    /// with fewer than two dimensions is one unit.
     #[default]
     First,
-    /// The last: a unit is a column. The layout of JAX and burn, and Optax's units for matrices.
+    /// The last: a unit is a column. The layout of JAX and burn. A tensor with fewer than two dimensions is one unit.
     Last,
+    /// Those of Optax's `adaptive_grad_clip`: all but the first in two or three dimensions, the last in four or five. A
+    /// tensor of which at most one dimension is not 1 is one unit, and any other of more than five is an error. (Of three
+    /// dimensions the page of Optax 0.2.8 says something else than its code does. This follows the code.)
+    Optax,
+    /// These: [`UnitAxis::axes`].
+    Axes(Axes),
+    /// All but these, which the norm goes over: [`UnitAxis::over`].
+    Over(Axes),
+}
+
+impl UnitAxis {
+    /// Units numbered by these axes. Negative numbers count from the end. Order and repetition do not matter.
+    #[must_use]
+    pub fn axes(axes: &[isize]) -> Self {
+        Self::Axes(Axes::new(axes))
+    }
+
+    /// Units whose norm goes over these axes, as TensorFlow's `clip_by_norm(t, m, axes)` and Optax's `axis` say it.
+    ///
+    /// ```
+    /// # use gradclip::{Clip, Clipper, Scope, TensorMut, UnitAxis};
+    /// let mut t = [3.0f32, 0.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.5];
+    /// let clip = Clip::norm(1.0).eps(0.0).scope(Scope::Unit).unit_axis(UnitAxis::over(&[0, -1]));
+    /// let report = Clipper::cpu().apply(&clip, &mut [TensorMut::new(&mut t).shape(&[2, 2, 2])?])?;
+    /// assert_eq!([report.segments[0].norm, report.segments[1].norm], [5.0, 0.5]);
+    /// assert_eq!(t, [0.6, 0.0, 0.0, 0.0, 0.8, 0.0, 0.0, 0.5]);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    #[must_use]
+    pub fn over(axes: &[isize]) -> Self {
+        Self::Over(Axes::new(axes))
+    }
+}
+
+/// A set of axes, from -31 to 30. Those beyond count as -32 or 31, and as missing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Axes(u64);
+
+impl Axes {
+    fn new(axes: &[isize]) -> Self {
+        Self(axes.iter().fold(0, |bits, axis| bits | 1 << (axis.clamp(&-32, &31) + 32)))
+    }
+
+    fn iter(self) -> impl Iterator<Item = isize> {
+        (0..32).chain(-32..0).filter(move |axis| self.0 >> (axis + 32) & 1 == 1)
+    }
+
+    /// Whether it holds axis `i` of a tensor of this many dimensions.
+    pub(crate) fn has(self, i: usize, rank: usize) -> bool {
+        let at = |axis: isize| axis == i as isize || axis + rank as isize == i as isize;
+        self.iter().any(at)
+    }
+
+    /// An axis that a tensor of this many dimensions does not have.
+    pub(crate) fn outside(self, rank: usize) -> Option<isize> {
+        let rank = rank.min(31) as isize;
+        self.iter().find(|axis| !(-rank..rank).contains(axis))
+    }
 }
 
 /// How the threshold of [`Scope::ExampleTensor`] is divided among K tensors.
@@ -285,8 +346,7 @@ impl Clip {
         self
     }
 
-    /// Chooses the units of [`Scope::Unit`]; the default is rows. Once this is called, a scalar (no dimensions) is an
-    /// error, because it has no axis; otherwise it is one unit.
+    /// Chooses the units of [`Scope::Unit`]; the default is rows.
     #[must_use]
     pub fn unit_axis(mut self, axis: UnitAxis) -> Self {
         self.unit_axis = Some(axis);
@@ -533,11 +593,28 @@ impl fmt::Display for Scope {
 }
 
 impl fmt::Display for UnitAxis {
+    /// `first`, `optax`, `0,-1`, `over:0,-1`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::First => "first",
-            Self::Last => "last",
-        })
+        match self {
+            Self::First => f.write_str("first"),
+            Self::Last => f.write_str("last"),
+            Self::Optax => f.write_str("optax"),
+            Self::Axes(axes) => axes.fmt(f),
+            Self::Over(axes) => write!(f, "over:{axes}"),
+        }
+    }
+}
+
+impl fmt::Display for Axes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let axes: Vec<_> = self.iter().map(|axis| axis.to_string()).collect();
+        f.write_str(&axes.join(","))
+    }
+}
+
+impl fmt::Debug for Axes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
     }
 }
 

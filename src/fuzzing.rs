@@ -62,7 +62,9 @@ fn clip(u: &mut Unstructured<'_>) -> Result<(Clip, bool)> {
         valid &= !by_value || made.scope == Scope::Global;
     }
     if sets(u, made.scope == Scope::Unit)? {
-        made = made.unit_axis(*u.choose(&[UnitAxis::First, UnitAxis::Last])?);
+        let some = [u.int_in_range(-4..=4)?, u.int_in_range(-1..=1)?];
+        let (axes, over) = (UnitAxis::axes(&some), UnitAxis::over(&some));
+        made = made.unit_axis(*u.choose(&[UnitAxis::First, UnitAxis::Last, UnitAxis::Optax, axes, over])?);
         valid &= made.scope == Scope::Unit;
     }
     let shares = made.scope == Scope::ExampleTensor && !by_agc;
@@ -140,8 +142,8 @@ impl Owned {
 }
 
 fn shape(u: &mut Unstructured<'_>) -> Result<Vec<usize>> {
-    let rank = u.int_in_range(0..=3)?;
-    let most = [1, 300, 20, 8][rank];
+    let rank = u.int_in_range(0..=4)?;
+    let most = [1, 300, 20, 8, 5][rank];
     (0..rank).map(|_| u.int_in_range(0..=most)).collect()
 }
 

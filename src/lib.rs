@@ -31,11 +31,12 @@
 //!   | PyTorch `GradScaler.unscale_`, its `found_inf`, then a clip | `.grad_scale(s).non_finite(NonFinite::Skip)`, [`ClipReport::has_non_finite`] |
 //!   | Optax `clip_by_global_norm(m)`, TensorFlow `clip_by_global_norm`, Keras `global_clipnorm` | `Clip::norm(m).eps(0.0)` |
 //!   | TensorFlow `clip_by_norm(t, m)`, Keras `clipnorm`, burn's norm clipping | the same with `.scope(Scope::Tensor)` |
-//!   | TensorFlow `clip_by_norm(t, m, axes)` | the same with `.scope(Scope::Unit).unit_axis(..)` |
+//!   | TensorFlow `clip_by_norm(t, m, axes)` | the same with `.scope(Scope::Unit).unit_axis(UnitAxis::over(&axes))` |
 //!   | TensorFlow 1 `clip_by_average_norm(t, m)` | `Clip::average_norm(m).scope(Scope::Tensor)` |
 //!   | Optax `clip_by_block_rms(t)` | `Clip::rms(t).scope(Scope::Tensor)` |
 //!   | Optax `clip(v)`, Keras `clipvalue`, burn's value clipping | `Clip::value(v)` |
-//!   | timm `adaptive_clip_grad`, Optax `adaptive_grad_clip` | `Clip::agc(f)`, for Optax with `.unit_axis(UnitAxis::Last)` |
+//!   | timm `adaptive_clip_grad(parameters, f, norm_type=p)` | `Clip::agc(f).norm_type(NormType::p(p))` |
+//!   | Optax `adaptive_grad_clip(f)` | `Clip::agc(f).unit_axis(UnitAxis::Optax)`; with its `axis`, [`UnitAxis::over`] |
 //!   | Optax `per_example_global_norm_clip`, Opacus flat clipping | [`Clipper::sum_examples`] with `Scope::Example` |
 //!   | Optax `per_example_layer_norm_clip`, Opacus per-layer clipping | the same with `Scope::ExampleTensor` and a [`Budget`] |
 //! - A threshold that follows the norms of a run: [`ZClip`], [`AutoClip`] and [`AdaGc`], with
@@ -63,14 +64,17 @@
 //! | peer | what it does | what this does |
 //! |---|---|---|
 //! | PyTorch | p = 0 counts the tensors | an error: no clip can use it |
+//! | PyTorch, timm | a negative p makes a norm of the smallest gradients, 0 if one is 0 | an error |
+//! | timm | p = 0 counts a unit's elements that are not 0 | an error |
 //! | PyTorch | float32 gradients around 1e20 overflow its norm, and the clip zeroes them | they are scaled |
 //! | PyTorch | a negative `max_norm` turns the gradients round | an error |
 //! | PyTorch | p = ∞ raises on a tensor without elements | its norm is 0 |
 //! | PyTorch | the norm of half-precision gradients is rounded to half precision | it is summed in float32 or better, and reported in float64 |
 //! | Optax | N = `max_norm` = 0 gives NaN | zeros are left alone |
 //! | TensorFlow | gradients below the threshold change in their last bits | they keep every bit |
+//! | TensorFlow | an infinite global norm makes every gradient NaN | by default an error; under `NonFinite::Propagate` finite gradients become 0, infinite ones NaN, as in PyTorch |
 //! | timm | a NaN in a parameter makes the gradients of its unit NaN | the unit is not clipped |
-//! | timm | AGC clips a unit whose N equals the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
+//! | timm, Optax | AGC clips a unit whose N equals the threshold, if that is below 1e-6: by N / 1e-6 | N is not above the threshold, and the unit is left alone |
 //!
 //! # Features
 //!
@@ -117,7 +121,7 @@ mod verify;
 mod wait;
 
 pub use accumulator::NormAccumulator;
-pub use clip::{Budget, Clip, Mode, NonFinite, NormType, Scope, UnitAxis};
+pub use clip::{Axes, Budget, Clip, Mode, NonFinite, NormType, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
 pub use cpu::count::TensorCounts;
 pub use cpu::histogram::{Histogram, Lost};

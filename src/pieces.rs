@@ -5,7 +5,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::cpu::decide::Decision;
 use crate::cpu::write::write_piece;
-use crate::decision::Action;
 use crate::error::tensor_label;
 use crate::partial::{Location, Partial};
 use crate::tensor::Spec;
@@ -77,11 +76,10 @@ impl DecidedClip {
             return Ok(());
         }
         let Decision { clip, segments, outcomes, .. } = &self.decision;
-        let layout = segments.layouts[tensor];
-        let own = (layout.numbered_from_zero(), layout.own(outcomes, described.len));
+        let layout = &segments.layouts[tensor];
         let at = Location { tensor, index: first };
-        if own.1.iter().any(|outcome| outcome.action != Action::Leave) {
-            let met = write_piece(clip, at, piece.dtype(), own, piece.data);
+        if !layout.leaves(outcomes, first..first + piece.spec.len) {
+            let met = write_piece(clip, at, piece.dtype(), (layout, outcomes), piece.data);
             if described.counted {
                 let mut all = self.met();
                 *all = all.merge(met);

@@ -50,7 +50,8 @@ impl ClipReport {
 pub struct SegmentReport {
     /// The place of its tensor in the list; None for an example over all tensors.
     pub tensor: Option<usize>,
-    /// The number of the unit or example, in its tensor or over all tensors; None for a whole tensor.
+    /// The number of the unit or example, in its tensor or over all tensors; None for a whole tensor. Units along several
+    /// axes are numbered in row-major order.
     pub index: Option<u64>,
     /// N, as the mode defines it. Infinite also if finite gradients have a norm that exceeds float64.
     pub norm: f64,

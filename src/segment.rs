@@ -1,7 +1,8 @@
 //! Segments: which elements share a norm and a coefficient, and each segment's threshold. Both backends use this one
-//! description: a scope makes each tensor a matrix whose rows or columns are consecutive segments.
+//! description: a scope makes each tensor one matrix or several, whose rows or columns are consecutive segments.
 
 use std::hash::{Hash, Hasher};
+use std::ops::Range;
 
 use crate::decision::{Action, Known, Outcome};
 use crate::error::tensor_label;
@@ -9,7 +10,7 @@ use crate::magnitude::Magnitude;
 use crate::tensor::Spec;
 use crate::{Budget, Clip, Error, Scope, UnitAxis};
 
-/// How the elements of a tensor, seen as a matrix in row-major order, belong to segments.
+/// How the elements of a matrix, in row-major order, belong to segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
     /// All elements belong to one segment.
@@ -20,41 +21,33 @@ pub(crate) enum By {
     Columns,
 }
 
-/// The segments of one tensor.
+/// The segments of one matrix of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SegmentLayout {
     pub(crate) by: By,
     /// The length of a row; the whole length for [`By::Whole`].
     pub(crate) columns: u64,
-    /// The tensor's first segment.
+    /// The matrix's first segment.
     pub(crate) segment: u32,
+    /// The place of the matrix's first element in the tensor: whole rows come before it.
+    pub(crate) first: u64,
 }
 
 impl SegmentLayout {
-    /// The segment of an element.
+    /// The segment of an element of the tensor.
     pub(crate) fn segment_of(&self, element: u64) -> u32 {
         let step = match self.by {
             By::Whole => 0,
-            By::Rows => element / self.columns,
+            By::Rows => (element - self.first) / self.columns,
             By::Columns => element % self.columns,
         };
         // `Segments::new` allows fewer than 2^32 segments.
         self.segment + step as u32
     }
 
-    /// The outcomes of the tensor's own segments, out of those of all segments. The tensor has `len` elements.
-    pub(crate) fn own<'o>(&self, outcomes: &'o [Outcome], len: u64) -> &'o [Outcome] {
-        let Some(last) = len.checked_sub(1) else { return &[] };
-        let last = match self.by {
-            By::Columns => self.segment + self.columns as u32 - 1,
-            By::Whole | By::Rows => self.segment_of(last),
-        };
-        &outcomes[self.segment as usize..=last as usize]
-    }
-
     /// Whether these elements of the tensor are left as they are, given the outcomes of all segments.
-    pub(crate) fn leaves(&self, outcomes: &[Outcome], elements: std::ops::Range<u64>) -> bool {
-        let std::ops::Range { start, end } = elements;
+    fn leaves(&self, outcomes: &[Outcome], elements: Range<u64>) -> bool {
+        let Range { start, end } = elements;
         let is_left = |segment: u32| outcomes[segment as usize].action == Action::Leave;
         match self.by {
             _ if start >= end => true,
@@ -62,11 +55,93 @@ impl SegmentLayout {
             By::Columns => (start..end.min(start + self.columns)).all(|i| is_left(self.segment_of(i))),
         }
     }
+}
 
-    /// The same layout, with the tensor's own segments numbered from 0.
-    pub(crate) fn numbered_from_zero(self) -> Self {
-        Self { segment: 0, ..self }
+/// The segments of one tensor: matrices of one size, one after another. Adjacent axes that number segments, or that do
+/// not, count as one, so that the two kinds take turns. The last two are the matrix. The others number the matrices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Matrices {
+    /// The first matrix.
+    pub(crate) matrix: SegmentLayout,
+    /// Elements in each.
+    len: u64,
+    /// The size of each axis before the matrix's own, and how many segments lie between its steps.
+    outer: Vec<(u64, u32)>,
+}
+
+impl Matrices {
+    /// The matrices of a tensor of `len` elements. Of each axis it takes the size, and whether it numbers segments.
+    fn new(len: u64, axes: &[(u64, bool)], segment: u32) -> Self {
+        let mut merged: Vec<(u64, bool)> = Vec::new();
+        for (size, numbers) in axes.iter().copied().filter(|(size, _)| len > 0 && *size > 1) {
+            match merged.last_mut() {
+                Some((last, same)) if *same == numbers => *last *= size,
+                _ => merged.push((size, numbers)),
+            }
+        }
+        let (by, columns, of_matrix, mut step) = match merged[..] {
+            [.., (rows, true), (columns, false)] => (By::Rows, columns, rows * columns, rows),
+            [.., (rows, false), (columns, true)] => (By::Columns, columns, rows * columns, columns),
+            [(rows, true)] => (By::Rows, 1, rows, rows),
+            _ => (By::Whole, len, len, 1),
+        };
+        merged.truncate(merged.len().saturating_sub(2));
+        let mut outer = Vec::new();
+        for (size, numbers) in merged.into_iter().rev() {
+            outer.push((size, if numbers { step as u32 } else { 0 }));
+            step *= if numbers { size } else { 1 };
+        }
+        outer.reverse();
+        Self { matrix: SegmentLayout { by, columns, segment, first: 0 }, len: of_matrix, outer }
     }
+
+    /// The matrices that hold these elements of the tensor, each with those that it holds. Never none.
+    pub(crate) fn within(&self, elements: Range<u64>) -> impl Iterator<Item = (SegmentLayout, Range<u64>)> {
+        let (Range { start, end }, len) = (elements, self.len.max(1));
+        let last = end.saturating_sub(1).max(start) / len;
+        (start / len..=last).map(move |i| {
+            let matrix = self.number(i);
+            (matrix, start.max(matrix.first)..end.min(matrix.first + len))
+        })
+    }
+
+    /// Matrix number `i`.
+    fn number(&self, i: u64) -> SegmentLayout {
+        let (mut rest, mut segment) = (i, self.matrix.segment);
+        for (size, step) in self.outer.iter().rev() {
+            segment += (rest % size) as u32 * step;
+            rest /= size;
+        }
+        SegmentLayout { segment, first: i * self.len, ..self.matrix }
+    }
+
+    /// Whether these elements of the tensor are left as they are, given the outcomes of all segments.
+    pub(crate) fn leaves(&self, outcomes: &[Outcome], elements: Range<u64>) -> bool {
+        self.within(elements).all(|(matrix, elements)| matrix.leaves(outcomes, elements))
+    }
+}
+
+/// The size of each axis, and whether it numbers units.
+fn unit_axes(axis: UnitAxis, t: Spec<'_>) -> Result<Vec<(u64, bool)>, String> {
+    let sizes = t.sizes();
+    let rank = sizes.len();
+    let numbers: Vec<bool> = match axis {
+        UnitAxis::First => (0..rank).map(|i| rank > 1 && i == 0).collect(),
+        UnitAxis::Last => (0..rank).map(|i| rank > 1 && i + 1 == rank).collect(),
+        UnitAxis::Optax => match rank {
+            _ if sizes.iter().filter(|size| **size != 1).count() < 2 => vec![false; rank],
+            2 | 3 => (0..rank).map(|i| i > 0).collect(),
+            4 | 5 => (0..rank).map(|i| i + 1 == rank).collect(),
+            _ => return Err(format!("its shape is {}; Optax has units for up to 5 dimensions", t.shape_text())),
+        },
+        UnitAxis::Axes(axes) | UnitAxis::Over(axes) => {
+            if let Some(lacking) = axes.outside(rank).filter(|_| rank > 0) {
+                return Err(format!("its shape is {}, which has no axis {lacking}", t.shape_text()));
+            }
+            (0..rank).map(|i| axes.has(i, rank) == matches!(axis, UnitAxis::Axes(_))).collect()
+        }
+    };
+    Ok(sizes.into_iter().zip(numbers).collect())
 }
 
 /// Consecutive segments with the same properties.
@@ -88,7 +163,7 @@ pub(crate) struct Family {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Segments {
     /// One for each tensor.
-    pub(crate) layouts: Vec<SegmentLayout>,
+    pub(crate) layouts: Vec<Matrices>,
     families: Vec<Family>,
     pub(crate) count: u32,
 }
@@ -123,22 +198,17 @@ impl Segments {
         let total: u64 = tensors.iter().map(|t| t.counted_len()).sum();
         let mut found = Self { layouts: Vec::new(), families: Vec::new(), count: 0 };
         for (i, t) in tensors.iter().enumerate() {
-            let whole = (By::Whole, t.len, 1);
-            let by_example = (By::Rows, t.len.checked_div(examples).unwrap_or(0), examples);
-            let (by, columns, segments) = match scope {
-                Scope::Global | Scope::Tensor => whole,
-                Scope::Example | Scope::ExampleTensor => by_example,
-                Scope::Unit => match (t.unit_axis.or(clip.unit_axis), t.first(), t.last()) {
-                    (Some(_), None, _) => {
-                        return fail(i, "it is a scalar, and has no axis to take units along".into());
-                    }
-                    (None | Some(UnitAxis::First), Some(first), _) if t.rank() > 1 => {
-                        (By::Rows, t.len.checked_div(first).unwrap_or(0), first)
-                    }
-                    (Some(UnitAxis::Last), _, Some(last)) if t.rank() > 1 => (By::Columns, last, last),
-                    _ => whole,
-                },
+            let axes = match scope {
+                Scope::Global | Scope::Tensor => vec![(t.len, false)],
+                Scope::Example | Scope::ExampleTensor => {
+                    vec![(examples, true), (t.len.checked_div(examples).unwrap_or(0), false)]
+                }
+                Scope::Unit => unit_axes(t.unit_axis.or(clip.unit_axis).unwrap_or_default(), *t)
+                    .map_err(|reason| Error::Tensor { tensor: label(i), reason })?,
             };
+            let numbering = || axes.iter().filter(|(_, numbers)| *numbers).map(|(size, _)| *size);
+            // Where one is 0 there are none, even if the product of the others overflows.
+            let segments = if numbering().any(|size| size == 0) { 0 } else { numbering().fold(1, u64::saturating_mul) };
             let share = match (scope, clip.budget) {
                 (Scope::ExampleTensor, Budget::Uniform) => (1.0 / tensors.len() as f64).sqrt(),
                 (Scope::ExampleTensor, Budget::Sized) if t.counted_len() > 0 => {
@@ -156,18 +226,11 @@ impl Segments {
             } else {
                 let first = found.count;
                 let elements = t.counted_len().checked_div(segments).unwrap_or(0);
-                let indexed = by != By::Whole;
+                let indexed = numbering().next().is_some();
                 found.add(segments, elements, share, Some(i), indexed)?;
                 first
             };
-            // A single row or column is the whole tensor.
-            let by = match by {
-                By::Rows if columns == t.len => By::Whole,
-                By::Columns if columns <= 1 => By::Whole,
-                by => by,
-            };
-            let columns = if by == By::Whole { t.len } else { columns };
-            found.layouts.push(SegmentLayout { by, columns, segment: first });
+            found.layouts.push(Matrices::new(t.len, &axes, first));
         }
         if tensors.is_empty() && scope == Scope::Global {
             // The norm of nothing is 0.

@@ -61,9 +61,9 @@ impl Spec<'_> {
         self.shape.map_or(Some(self.len), |shape| shape.first().map(|n| *n as u64))
     }
 
-    /// The size of the last dimension; None for a scalar.
-    pub(crate) fn last(self) -> Option<u64> {
-        self.shape.map_or(Some(self.len), |shape| shape.last().map(|n| *n as u64))
+    /// The size of each dimension.
+    pub(crate) fn sizes(self) -> Vec<u64> {
+        self.shape.map_or_else(|| vec![self.len], |shape| shape.iter().map(|n| *n as u64).collect())
     }
 
     pub(crate) fn has_shape_of(self, other: Self) -> bool {

@@ -156,9 +156,9 @@ pub(crate) fn sum_examples(
     let drop = clip.non_finite == NonFinite::Drop;
     for ((tensor, layout), sum) in tensors.iter().zip(&segments.layouts).zip(sums) {
         // A single example is a whole tensor; otherwise every row is an example.
-        let columns = usize::try_from(layout.columns).unwrap_or(usize::MAX);
+        let columns = usize::try_from(layout.matrix.columns).unwrap_or(usize::MAX);
         let rows = tensor.len().checked_div(columns).unwrap_or(0);
-        let outcomes = &outcomes[layout.segment as usize..][..rows];
+        let outcomes = &outcomes[layout.matrix.segment as usize..][..rows];
         let tile = COLUMNS * sum.dtype().size();
         let (pieces, tiles) = (sum.data.len().div_ceil(tile), sum.data.chunks_mut(tile).enumerate());
         let task = |(i, sums): (usize, &mut [u8])| {

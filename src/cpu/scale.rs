@@ -9,11 +9,11 @@ use super::tuning::BLOCK;
 use crate::decision::{Action, Outcome};
 use crate::segment::{By, SegmentLayout};
 
-/// Scales the elements of a chunk. Its first element is number `first` of its tensor. `outcomes` are the tensor's.
+/// Scales elements of a matrix, of which the first is number `first` of its tensor. `outcomes` are those of all segments.
 pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first: u64, drop: bool, data: &mut [u8]) {
     let size = size_of::<T>() as u64;
     match layout.by {
-        By::Whole => scale_run::<T>(&outcomes[0], drop, data),
+        By::Whole => scale_run::<T>(&outcomes[layout.segment as usize], drop, data),
         By::Rows => {
             let (mut rest, mut at) = (data, first);
             while !rest.is_empty() {
@@ -24,6 +24,7 @@ pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first
             }
         }
         By::Columns => {
+            let outcomes = &outcomes[layout.segment as usize..][..layout.columns as usize];
             let mut factors: Option<Vec<_>> = outcomes.iter().map(plain_factor::<T::Wide>).collect();
             if let Some(factors) = &mut factors {
                 // The last group needs as many factors as there are lanes.

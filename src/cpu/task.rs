@@ -62,9 +62,13 @@ impl Task<'_> {
 fn tasks<'a>(tensors: &[Tensor<'a>], segments: &Segments) -> Vec<Task<'a>> {
     let mut tasks = Vec::new();
     let counted = |(_, (t, _)): &(usize, (&Tensor<'a>, _))| t.spec.counted;
-    for (tensor, (t, layout)) in tensors.iter().zip(&segments.layouts).enumerate().filter(counted) {
-        let (dtype, size, all) = (t.dtype(), t.dtype().size(), t.len());
+    let of_tensors = tensors.iter().zip(&segments.layouts).enumerate().filter(counted);
+    let matrices = of_tensors.flat_map(|(i, (t, of))| of.within(0..t.len() as u64).map(move |found| (i, t, found)));
+    for (tensor, t, (layout, elements)) in matrices {
+        let (dtype, size) = (t.dtype(), t.dtype().size());
+        let (start, all) = (elements.start as usize, (elements.end - elements.start) as usize);
         let mut add = |first: usize, len: usize, shape, segment: usize| {
+            let first = start + first;
             let at = Location { tensor, index: first as u64 };
             let data = &t.data[first * size..(first + len) * size];
             tasks.push(Task { at, dtype, data, shape, segment: layout.segment + segment as u32 });

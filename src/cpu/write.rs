@@ -10,7 +10,7 @@ use crate::context::Progress;
 use crate::decision::{Action, Outcome};
 use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
-use crate::segment::{SegmentLayout, Segments};
+use crate::segment::{Matrices, Segments};
 use crate::{Clip, Dtype, NonFinite, TensorMut};
 
 /// Writes what the outcomes say. The partial is what clamps found. `progress` counts elements that are read only here.
@@ -22,20 +22,18 @@ pub(super) fn write(
 ) -> Partial {
     let (pieces, bytes) = pieces(tensors);
     let work = tensors.iter_mut().zip(&segments.layouts).enumerate().flat_map(|(i, (tensor, layout))| {
-        let own = layout.own(outcomes, tensor.len() as u64);
-        let written = own.iter().any(|o| o.action != Action::Leave);
-        let (layout, counted) = (layout.numbered_from_zero(), tensor.spec.counted);
-        chunks(i, tensor).filter(move |_| written).map(move |chunk| (chunk, (layout, own), counted))
+        let (left, counted) = (layout.leaves(outcomes, 0..tensor.spec.len), tensor.spec.counted);
+        chunks(i, tensor).filter(move |_| !left).map(move |chunk| (chunk, layout, counted))
     });
     let (total, panicked) = (Mutex::new(Partial::EMPTY), Mutex::new(None));
-    in_parallel(work, pieces, bytes, |((at, dtype, data), own, counted)| {
+    in_parallel(work, pieces, bytes, |((at, dtype, data), layout, counted)| {
         // A panic of the caller's function must not stop the writing halfway.
         if let Some(progress) = progress
             && let Err(panic) = catch_unwind(AssertUnwindSafe(|| progress.measured(data.len())))
         {
             panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
-        let met = write_piece(clip, at, dtype, own, data);
+        let met = write_piece(clip, at, dtype, (layout, outcomes), data);
         if counted && met != Partial::EMPTY {
             // Nothing is summed: counts and the first location do not depend on the order.
             let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,17 +59,22 @@ fn pieces(tensors: &[TensorMut<'_>]) -> (usize, usize) {
     (tensors.len() + bytes / (CHUNK * size_of::<f32>()), bytes)
 }
 
-/// Scales or clamps a piece of a tensor, given the tensor's own segments. The partial is what a clamp found.
+/// Scales or clamps a piece of a tensor, given the outcomes of all segments. The partial is what a clamp found.
 pub(crate) fn write_piece(
     clip: &Clip,
     at: Location,
     dtype: Dtype,
-    (layout, outcomes): (SegmentLayout, &[Outcome]),
-    data: &mut [u8],
+    (matrices, outcomes): (&Matrices, &[Outcome]),
+    mut data: &mut [u8],
 ) -> Partial {
     if clip.measured().is_some() {
         let drop = clip.non_finite == NonFinite::Drop;
-        with_element!(dtype, T => scale::scale::<T>(outcomes, layout, at.index, drop, data));
+        let end = at.index + (data.len() / dtype.size()) as u64;
+        for (layout, elements) in matrices.within(at.index..end) {
+            let (own, rest) = data.split_at_mut((elements.end - elements.start) as usize * dtype.size());
+            with_element!(dtype, T => scale::scale::<T>(outcomes, layout, elements.start, drop, own));
+            data = rest;
+        }
         Partial::EMPTY
     } else if outcomes[0].action == Action::Zero {
         data.fill(0);

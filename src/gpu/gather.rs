@@ -16,6 +16,9 @@ use crate::{Clip, Dtype, Error};
 /// equal elements is then at most 5e-6 too large. Below 2^-20 the norm of two elements already exceeds every float64.
 const POWERS: std::ops::RangeInclusive<f64> = 1.0 / 1_048_576.0..=4_194_304.0;
 
+/// The segments of a job's own tensors: each given norm has one, and a sum needs none.
+pub(super) const OF_JOB: SegmentLayout = SegmentLayout { by: By::Rows, columns: 1, segment: 0, first: 0 };
+
 #[derive(Clone, Debug)]
 pub(super) enum Job {
     Clip,
@@ -125,12 +128,11 @@ impl Gathered {
         check_groups(groups.iter().map(|(clip, _)| clip))?;
         check_job(groups, &job)?;
         let (mut places, mut buffers) = (HashMap::new(), Vec::new());
-        let mut piece = |t: &GpuTensor, tensor, layout| {
-            let buffer = *places.entry(t.buffer.clone()).or_insert_with(|| {
+        let mut number = |t: &GpuTensor| {
+            *places.entry(t.buffer.clone()).or_insert_with(|| {
                 buffers.push(t.buffer.clone());
                 buffers.len() - 1
-            });
-            t.piece(buffer, tensor, layout)
+            })
         };
         let mut gathered = Vec::new();
         for (clip, tensors) in groups {
@@ -139,16 +141,20 @@ impl Gathered {
             let described = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.counted)).collect();
             let mut group = Group { given: matches!(job, Job::Scale(_)), ..Group::new(clip, segments, described) };
             for (i, (t, layout)) in tensors.iter().zip(&group.segments.layouts).enumerate() {
+                let mut add = |to: &mut Vec<Piece>, t: &GpuTensor| {
+                    let buffer = number(t);
+                    to.extend(layout.within(0..t.spec.len).map(|elements| t.piece(buffer, i, elements)));
+                };
                 if clip.needs_parameters() {
                     let parameter = t.parameter.as_deref();
                     check_parameter(i, t.spec(), parameter.map(GpuTensor::spec))?;
-                    group.parameters.extend(parameter.map(|p| piece(p, i, *layout)));
+                    parameter.into_iter().for_each(|p| add(&mut group.parameters, p));
                 }
-                group.pieces.push(piece(t, i, *layout));
+                add(&mut group.pieces, t);
             }
             gathered.push(group);
         }
-        let one = SegmentLayout { by: By::Rows, columns: 1, segment: 0 };
+        let mut piece = |t: &GpuTensor, i| t.piece(number(t), i, (OF_JOB, 0..t.spec.len));
         let job_pieces = match &job {
             Job::Scale(norms) => {
                 let expected = u64::from(gathered[0].segments.count);
@@ -156,9 +162,9 @@ impl Gathered {
                     return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.spec.len)));
                 }
                 // Counted behind all tensors, so that reports can name it.
-                vec![piece(norms, gathered[0].names.len(), one)]
+                vec![piece(norms, gathered[0].names.len())]
             }
-            Job::Sum(sums) => sums.iter().enumerate().map(|(i, sum)| piece(sum, i, one)).collect(),
+            Job::Sum(sums) => sums.iter().enumerate().map(|(i, sum)| piece(sum, i)).collect(),
             _ => Vec::new(),
         };
         let gathered = Self { buffers, groups: gathered, job, job_pieces, threshold, in_turn: false };

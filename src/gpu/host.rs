@@ -25,7 +25,7 @@ use std::sync::Arc;
 use super::clipper::GpuClipper;
 use super::device::{DOWNLOAD, GpuDevice, UPLOAD};
 use super::dispatch::Phase;
-use super::gather::{Gathered, Group, Job};
+use super::gather::{Gathered, Group, Job, OF_JOB};
 use super::plan::GpuPlan;
 use super::table::{Piece, dtype_code};
 use super::tensor::GpuTensor;
@@ -318,16 +318,13 @@ impl<'a> Transfer<'a> {
                 let Owner { group, tensor, is_parameter } = owners[run.tensor];
                 let (of, dtype) = (&mut parts[group], all[run.tensor].dtype());
                 let elements = |bytes: usize| (bytes / dtype.size()) as u64;
-                let piece = Piece {
-                    buffer,
-                    dtype,
-                    start: elements(run.offset),
-                    len: elements(run.bytes.len()),
-                    tensor,
-                    first_element: elements(run.bytes.start),
-                    layout: of.segments.layouts[tensor],
+                let (first, end, start) = (elements(run.bytes.start), elements(run.bytes.end), elements(run.offset));
+                let piece = |(layout, Range { start: first_element, end }): (_, Range<u64>)| {
+                    let (start, len) = (start + first_element - first, end - first_element);
+                    Piece { buffer, dtype, start, len, tensor, first_element, layout }
                 };
-                if is_parameter { of.parameters.push(piece) } else { of.pieces.push(piece) }
+                let pieces = of.segments.layouts[tensor].within(first..end).map(piece);
+                if is_parameter { of.parameters.extend(pieces) } else { of.pieces.extend(pieces) }
             }
         }
         // A staging buffer has bytes even if no tensor has.
@@ -339,8 +336,8 @@ impl<'a> Transfer<'a> {
         let clips = matches!(job, Job::Clip);
         let mut job_pieces = Vec::new();
         if let Job::Sum(sums) = &job {
-            for (tensor, (sum, layout)) in sums.iter().zip(&parts[0].segments.layouts).enumerate() {
-                job_pieces.push(sum.piece(bound.len(), tensor, *layout));
+            for (tensor, sum) in sums.iter().enumerate() {
+                job_pieces.push(sum.piece(bound.len(), tensor, (OF_JOB, 0..sum.spec.len)));
                 bound.push(sum.buffer.clone());
             }
         }
@@ -493,7 +490,7 @@ impl WriteBack<'_, '_, '_> {
         }
         let size = self.tensors[run.tensor].dtype().size();
         let elements = (run.bytes.start / size) as u64..(run.bytes.end / size) as u64;
-        let layout = self.transfer.plan.built.groups[group].segments.layouts[tensor];
+        let layout = &self.transfer.plan.built.groups[group].segments.layouts[tensor];
         !layout.leaves(&self.outcomes[group], elements)
     }
 
@@ -541,8 +538,7 @@ impl WriteBack<'_, '_, '_> {
             let Owner { group, tensor, .. } = self.transfer.owners[run.tensor];
             let TensorMut { spec, data, .. } = &mut *self.tensors[run.tensor];
             let of = &self.transfer.plan.built.groups[group];
-            let layout = of.segments.layouts[tensor];
-            let own = (layout.numbered_from_zero(), layout.own(&self.outcomes[group], spec.len));
+            let own = (&of.segments.layouts[tensor], &self.outcomes[group][..]);
             let data = &mut data[run.bytes.clone()];
             let bytes = data.len();
             let chunks = data.chunks_mut(COPIED_AT_ONCE).enumerate();

@@ -1,6 +1,6 @@
 //! [`GpuTensor`]: a view of a gradient in GPU memory.
 
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 
 use super::table::Piece;
@@ -88,9 +88,10 @@ impl GpuTensor {
         self.spec.as_ref()
     }
 
-    /// The whole tensor as a piece of buffer number `buffer`.
-    pub(super) fn piece(&self, buffer: usize, tensor: usize, layout: SegmentLayout) -> Piece {
-        let TensorSpec { dtype, len, .. } = self.spec;
-        Piece { buffer, dtype, start: self.start, len, tensor, first_element: 0, layout }
+    /// Elements of one matrix as a piece of buffer number `buffer`.
+    pub(super) fn piece(&self, buffer: usize, tensor: usize, (layout, elements): (SegmentLayout, Range<u64>)) -> Piece {
+        let Range { start, end } = elements;
+        let dtype = self.spec.dtype;
+        Piece { buffer, dtype, start: self.start + start, len: end - start, tensor, first_element: start, layout }
     }
 }

@@ -16,6 +16,12 @@ fn segments(scope: Scope, shapes: &[&[usize]]) -> Segments {
     Segments::new(&clip, &specs(shapes)).expect("valid")
 }
 
+/// The segment of each element.
+fn segments_of(matrices: &Matrices, spec: Spec<'_>) -> Vec<u32> {
+    let parts = matrices.within(0..spec.len);
+    parts.flat_map(|(matrix, elements)| elements.map(move |i| matrix.segment_of(i))).collect()
+}
+
 #[test]
 fn every_element_has_its_segment() {
     let shapes: [&[usize]; 3] = [&[2, 3], &[2], &[2, 2, 2]];
@@ -23,10 +29,7 @@ fn every_element_has_its_segment() {
         let mut clip = Clip::norm(1.0).scope(scope);
         clip.unit_axis = axis;
         let found = Segments::new(&clip, &specs(&shapes)).expect("valid");
-        let of = |(layout, spec): (&SegmentLayout, Spec<'_>)| {
-            (0..spec.len).map(|i| layout.segment_of(i)).collect::<Vec<_>>()
-        };
-        let each: Vec<_> = found.layouts.iter().zip(specs(&shapes)).map(of).collect();
+        let each: Vec<_> = found.layouts.iter().zip(specs(&shapes)).map(|(of, spec)| segments_of(of, spec)).collect();
         (each, found.families().map(|f| f.elements).collect::<Vec<_>>())
     };
     assert_eq!(all(Scope::Global, None), (vec![vec![0; 6], vec![0; 2], vec![0; 8]], vec![16]));
@@ -50,7 +53,7 @@ fn a_tensor_may_choose_its_own_units() {
         let mut clip = Clip::norm(1.0).scope(scope);
         clip.unit_axis = (scope == Scope::Unit).then_some(UnitAxis::First);
         let found = Segments::new(&clip, &specs).expect("valid");
-        found.layouts.iter().map(|layout| layout.by).collect::<Vec<_>>()
+        found.layouts.iter().map(|matrices| matrices.matrix.by).collect::<Vec<_>>()
     };
     assert_eq!(of(Scope::Unit), [By::Columns, By::Rows, By::Whole]);
     assert_eq!(of(Scope::Global), [By::Whole; 3]);
@@ -77,4 +80,43 @@ fn nothing_and_empty_tensors_have_segments() {
     // The shape decides: a process that holds no column of a matrix still has all its rows.
     assert_eq!(segments(Scope::Unit, &[&[0, 3], &[4, 0], &[0]]).count, 5);
     assert_eq!(segments(Scope::Unit, &[&[]]).count, 1);
+}
+
+/// Any axes of any shape: an element's segment is its place along the axes that number units, in row-major order.
+#[test]
+fn units_by_any_set_of_axes() {
+    let shapes: [&[usize]; 9] =
+        [&[], &[7], &[1], &[3, 4], &[2, 3, 4], &[2, 1, 3, 2], &[2, 3, 2, 3, 2], &[3, 2, 1, 1, 2], &[2, 2, 2, 2, 2, 2]];
+    for shape in shapes {
+        for chosen in 0..1usize << shape.len() {
+            let axes: Vec<_> = (0..shape.len()).filter(|i| chosen >> i & 1 == 1).collect();
+            let signed = |axis: &usize| *axis as isize - if axis % 2 == 1 { shape.len() as isize } else { 0 };
+            let numbering: Vec<_> = axes.iter().map(signed).collect();
+            let others: Vec<_> = (0..shape.len()).filter(|i| !axes.contains(i)).map(|i| signed(&i)).collect();
+            let len = shape.iter().product::<usize>();
+            let number = |i: usize| {
+                let places = (0..shape.len()).map(|axis| i / shape[axis + 1..].iter().product::<usize>() % shape[axis]);
+                places.enumerate().filter(|(i, _)| axes.contains(i)).fold(0, |n, (i, at)| n * shape[i] + at) as u32
+            };
+            let want: Vec<_> = (0..len).map(number).collect();
+            let count = axes.iter().map(|i| shape[*i]).product::<usize>();
+            for unit_axis in [UnitAxis::axes(&numbering), UnitAxis::over(&others)] {
+                let clip = Clip::norm(1.0).scope(Scope::Unit).unit_axis(unit_axis);
+                let spec = specs(&[shape])[0];
+                let found = Segments::new(&clip, &[spec]).expect("valid");
+                assert_eq!(segments_of(&found.layouts[0], spec), want, "{shape:?} by {unit_axis}");
+                assert_eq!(found.count, count as u32);
+                assert!(found.families().all(|f| f.elements == (len / count) as u64));
+                // Of any part too.
+                for start in 0..len as u64 {
+                    for end in [start, start + 1, len as u64] {
+                        let parts = found.layouts[0].within(start..end);
+                        let of = |(matrix, part): (SegmentLayout, Range<u64>)| part.map(move |i| matrix.segment_of(i));
+                        let of: Vec<_> = parts.flat_map(of).collect();
+                        assert_eq!(of, want[start as usize..end as usize], "{shape:?} by {unit_axis}: {start}..{end}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -18,11 +18,12 @@ pub(crate) enum Mode {
 }
 
 /// Every scope, with every axis and every budget that makes different segments.
-pub(crate) const SCOPES: [(Scope, Option<UnitAxis>, Budget); 7] = [
+pub(crate) const SCOPES: [(Scope, Option<UnitAxis>, Budget); 8] = [
     (Scope::Global, None, Budget::Each),
     (Scope::Tensor, None, Budget::Each),
     (Scope::Unit, None, Budget::Each),
     (Scope::Unit, Some(UnitAxis::Last), Budget::Each),
+    (Scope::Unit, Some(UnitAxis::Optax), Budget::Each),
     (Scope::Example, None, Budget::Each),
     (Scope::ExampleTensor, None, Budget::Uniform),
     (Scope::ExampleTensor, None, Budget::Sized),
@@ -45,6 +46,9 @@ pub(crate) struct Asked {
     pub(crate) grad_scale: f64,
     pub(crate) policy: NonFinite,
 }
+
+/// The tensor of a segment, and its number there or among all examples.
+type Place = (Option<usize>, Option<u64>);
 
 /// What happens to a segment.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -198,28 +202,55 @@ impl Asked {
         if self.mode == Mode::Value { Scope::Global } else { self.scope }
     }
 
-    /// The segment of an element, as its tensor and its unit or example.
-    fn place(&self, tensor: usize, at: &[usize]) -> (Option<usize>, Option<u64>) {
+    /// Whether each axis of a tensor numbers segments.
+    fn numbering(&self, t: &Data) -> Vec<bool> {
+        let shape = t.dims();
+        let rank = shape.len();
+        let only = |range: std::ops::Range<usize>| (0..rank).map(|i| range.contains(&i)).collect();
         match self.scope() {
-            Scope::Global => (None, None),
-            Scope::Tensor => (Some(tensor), None),
-            Scope::Unit if at.len() < 2 => (Some(tensor), None),
-            Scope::Unit if self.axis == Some(UnitAxis::Last) => (Some(tensor), Some(at[at.len() - 1] as u64)),
-            Scope::Unit => (Some(tensor), Some(at[0] as u64)),
-            Scope::Example => (None, Some(at[0] as u64)),
-            Scope::ExampleTensor => (Some(tensor), Some(at[0] as u64)),
-            other => panic!("{other:?}"),
+            Scope::Global | Scope::Tensor => return only(0..0),
+            Scope::Example | Scope::ExampleTensor => return only(0..1),
+            _ => {}
+        }
+        let axis = t.unit_axis.or(self.axis).unwrap_or_default();
+        match (axis, rank) {
+            (UnitAxis::First | UnitAxis::Last, 0 | 1) => only(0..0),
+            (UnitAxis::First, _) => only(0..1),
+            (UnitAxis::Last, _) => only(rank - 1..rank),
+            (UnitAxis::Optax, _) if shape.iter().filter(|n| **n != 1).count() <= 1 => only(0..0),
+            (UnitAxis::Optax, 2 | 3) => only(1..rank),
+            (UnitAxis::Optax, _) => only(rank - 1..rank),
+            (axis, _) => {
+                // As it is told: `0,-1`, or `over:0,-1`.
+                let told = axis.to_string();
+                let (is_over, axes) = told.strip_prefix("over:").map_or((false, &*told), |axes| (true, axes));
+                let axes: Vec<isize> = axes.split(',').filter_map(|axis| axis.parse().ok()).collect();
+                let is_told = |i: usize| axes.contains(&(i as isize)) || axes.contains(&(i as isize - rank as isize));
+                (0..rank).map(|i| is_told(i) != is_over).collect()
+            }
         }
     }
 
+    /// The segment of an element, as its tensor and its unit or example: the place along the axes that number them.
+    fn place(&self, tensor: usize, (shape, numbering): &(Vec<usize>, Vec<bool>), at: &[usize]) -> Place {
+        let along = (0..shape.len()).filter(|i| numbering[*i]);
+        let number = along.fold(None, |n: Option<u64>, i| Some(n.unwrap_or(0) * shape[i] as u64 + at[i] as u64));
+        let is_shared = matches!(self.scope(), Scope::Global | Scope::Example);
+        ((!is_shared).then_some(tensor), number)
+    }
+
     /// All segments in order, including those without elements.
-    fn places(&self, shapes: &[Vec<usize>]) -> Vec<(Option<usize>, Option<u64>)> {
-        let one_each = |t: usize, n: usize| (0..n).map(move |i| self.place(t, &vec![i; shapes[t].len()]));
-        let of_tensor = |t: usize| match (self.scope(), &shapes[t][..]) {
-            (Scope::Tensor, _) | (Scope::Unit, [] | [_]) => vec![(Some(t), None)],
-            (Scope::Unit, [.., last]) if self.axis == Some(UnitAxis::Last) => one_each(t, *last).collect(),
-            (_, [first, ..]) => one_each(t, *first).collect(),
-            (scope, []) => panic!("{scope:?} of a scalar"),
+    fn places(&self, shapes: &[(Vec<usize>, Vec<bool>)]) -> Vec<Place> {
+        let of_tensor = |t: usize| {
+            let (shape, numbering) = &shapes[t];
+            let own: Vec<_> = (0..shape.len()).map(|i| if numbering[i] { shape[i] } else { 1 }).collect();
+            let mut at = own.clone();
+            let place = move |i| {
+                set_multi_index(&mut at, &own, i);
+                self.place(t, &shapes[t], &at)
+            };
+            let count = shape.iter().zip(numbering).map(|(n, numbers)| if *numbers { *n } else { 1 }).product();
+            (0..count).map(place).collect::<Vec<_>>()
         };
         match self.scope() {
             Scope::Global => vec![(None, None)],
@@ -288,7 +319,7 @@ impl Asked {
     pub(crate) fn expected_or_tie(&self, set: &[Data]) -> (Expected, bool) {
         let mut is_decisive = true;
         let mut outside = false;
-        let shapes: Vec<_> = set.iter().map(Data::dims).collect();
+        let shapes: Vec<_> = set.iter().map(|t| (t.dims(), self.numbering(t))).collect();
         let places = self.places(&shapes);
         let number: HashMap<_, _> = places.iter().enumerate().map(|(i, place)| (*place, i)).collect();
         assert_eq!(number.len(), places.len());
@@ -297,10 +328,10 @@ impl Asked {
         let mut bad = None;
         let mut of = Vec::new();
         for (t, (data, shape)) in set.iter().zip(&shapes).enumerate() {
-            let (mut own, mut at) = (Vec::new(), shape.clone());
+            let (mut own, mut at) = (Vec::new(), shape.0.clone());
             for (i, x) in data.numbers().enumerate() {
-                set_multi_index(&mut at, shape, i);
-                let segment = number[&self.place(t, &at)];
+                set_multi_index(&mut at, &shape.0, i);
+                let segment = number[&self.place(t, shape, &at)];
                 members[segment].push(x);
                 if let Some(parameter) = &data.parameter {
                     parameters[segment].push(parameter.get(i));

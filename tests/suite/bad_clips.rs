@@ -103,6 +103,9 @@ fn descriptions_are_told_on_one_line() {
             "norm 1 (L2), per tensor, grad_scale 65536, non-finite: skip",
         ),
         (scoped, "norm 1 (L2), per unit, unit_axis last, eps 0"),
+        (agc().unit_axis(UnitAxis::Optax), "AGC 0.01, per unit, unit_axis optax"),
+        (agc().unit_axis(UnitAxis::axes(&[-1, 2, 0, 2])), "AGC 0.01, per unit, unit_axis 0,2,-1"),
+        (agc().unit_axis(UnitAxis::over(&[1])), "AGC 0.01, per unit, unit_axis over:1"),
         (shared, "norm 1 (inf), per example-tensor, budget sized"),
         (norm().norm_type(NormType::P(1.5)).eps(1e-6), "norm 1 (L1.5)"),
         (Clip::rms(1e-9), "RMS 1e-9"),
@@ -160,14 +163,32 @@ fn examples_that_disagree() {
 }
 
 #[test]
-fn units_of_a_scalar() {
-    let set = [tensor("w", &[2, 3]), tensor("s", &[])];
-    for axis in [UnitAxis::First, UnitAxis::Last] {
-        refused(&norm().scope(Scope::Unit).unit_axis(axis), &set, &["tensor \"s\"", "scalar", "axis"]);
+fn axes_that_a_tensor_does_not_have() {
+    let set = [tensor("w", &[2, 3]), tensor("b", &[2])];
+    let per_unit = norm().scope(Scope::Unit);
+    for (axis, told) in [(1, "no axis 1"), (-2, "no axis -2"), (isize::MAX, "no axis 31"), (isize::MIN, "no axis -32")]
+    {
+        let name = if axis.unsigned_abs() < 9 { "\"b\"" } else { "\"w\"" };
+        for axes in [UnitAxis::axes(&[0, axis]), UnitAxis::over(&[axis])] {
+            refused(&per_unit.unit_axis(axes), &set, &["tensor", name, "its shape is", told]);
+        }
     }
-    // Unasked, it is one unit.
+    let set = [tensor("b", &[3]), tensor("w", &[2, 1, 1, 1, 1, 2])];
+    refused(&per_unit.unit_axis(UnitAxis::Optax), &set, &["tensor \"w\"", "[2, 1, 1, 1, 1, 2]", "up to 5 dimensions"]);
+}
+
+/// It has no axis that it could lack.
+#[test]
+fn a_scalar_is_one_unit() {
+    let set = [tensor("s", &[]).with_parameter(tensor("s", &[]))];
+    let axes = [UnitAxis::First, UnitAxis::Last, UnitAxis::Optax, UnitAxis::axes(&[5]), UnitAxis::over(&[-2])];
     for path in Path::ALL {
-        assert_eq!(path.clip(&norm().scope(Scope::Unit), &set).ok().0.segments.len(), 3);
+        for clip in [norm().scope(Scope::Unit), agc()] {
+            for clip in axes.map(|axis| clip.unit_axis(axis)).into_iter().chain([clip]) {
+                let report = path.clip(&clip, &set).ok().0;
+                assert!(report.clipped && report.segments.len() == 1 && report.segments[0].index.is_none(), "{clip}");
+            }
+        }
     }
 }
 

@@ -145,6 +145,11 @@ fn long_rows_and_many_columns() {
         let asked = Asked { scope, axis, ..Asked::new(Mode::Norm, 1.0) }.at_the_middle(&set);
         check(&asked.clip(), &set, &[999, 131_072, 200_003], &mut random);
     }
+    let set = self::set(&[&[3, 70, 1027], &[2, 3, 70_001], &[401, 3, 2]], 5);
+    for axes in [UnitAxis::axes(&[0, 2]), UnitAxis::axes(&[1])] {
+        let asked = Asked { scope: Scope::Unit, axis: Some(axes), ..Asked::new(Mode::Norm, 1.0) }.at_the_middle(&set);
+        check(&asked.clip(), &set, &[999, 131_072, 200_003], &mut random);
+    }
 }
 
 #[test]
@@ -259,6 +264,16 @@ fn what_is_left_is_told() {
     assert_eq!(all(&decide(clip.scope(Scope::Unit)), &ranges), by_row);
     let by_column = [false, false, false, true, true, false, true, true, true];
     assert_eq!(all(&decide(clip.scope(Scope::Unit).unit_axis(UnitAxis::Last)), &ranges), by_column);
+    // The middle axis of [2, 2, 3]: of its two units, twice six elements in turns of three, the first is clipped.
+    let cube = [3.0f32, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 3.0, 0.0, 1.0, 0.0, 0.0];
+    let per_unit = clip.scope(Scope::Unit).unit_axis(UnitAxis::axes(&[1]));
+    let cube = [Tensor::new(&cube).shape(&[2, 2, 3]).expect("fits")];
+    let by_middle = Clipper::cpu().decide(&per_unit, &cube).expect("valid");
+    for (range, is_unchanged) in
+        [(0..3, false), (3..6, true), (4..7, false), (6..9, false), (9..12, true), (0..12, false), (12..12, true)]
+    {
+        assert_eq!(by_middle.is_unchanged(0, range).expect("within"), is_unchanged);
+    }
 
     let bad = [f32::NAN, 5.0];
     let skip = Clip::value(1.0).non_finite(NonFinite::Skip);

@@ -9,11 +9,12 @@ use crate::common::{Data, Done, Path, assert_same_bits, numbers_of, unwritten_su
 use gradclip::gpu::{GpuClipper, PlanOptions};
 use gradclip::{Clip, ClipReport, Dtype, Error, NonFinite, NormType, Scope, UnitAxis};
 
-const SCOPES: [(Scope, Option<UnitAxis>); 6] = [
+const SCOPES: [(Scope, Option<UnitAxis>); 7] = [
     (Scope::Global, None),
     (Scope::Tensor, None),
     (Scope::Unit, None),
     (Scope::Unit, Some(UnitAxis::Last)),
+    (Scope::Unit, Some(UnitAxis::Optax)),
     (Scope::Example, None),
     (Scope::ExampleTensor, None),
 ];
@@ -74,7 +75,7 @@ fn small(workgroups: u32) -> GpuClipper {
 /// Sets whose rows, columns and examples begin in one binding and end in another.
 fn large_shapes(scope: Scope, axis: Option<UnitAxis>) -> [&'static [usize]; 4] {
     match (scope, axis) {
-        (Scope::Unit, Some(UnitAxis::Last)) => [&[701, 67], &[3], &[1101, 31], &[1]],
+        (Scope::Unit, Some(UnitAxis::Last | UnitAxis::Optax)) => [&[701, 67], &[3], &[1101, 31], &[1]],
         (Scope::Unit, _) => [&[3, 20_001], &[401, 67], &[7], &[31, 33]],
         _ => [&[5, 9001], &[5], &[5, 3, 2501], &[5, 1]],
     }
@@ -97,6 +98,27 @@ fn segments_across_bindings_and_dispatch_dimensions() {
                 for &policy in policies {
                     check_first(&gpu, &Asked { policy, ..asked }, &sets, |i| (i + 1) % 2);
                 }
+            }
+        }
+    }
+}
+
+/// Matrices of odd lengths, which share words, and long ones, which begin in one binding and end in another.
+#[test]
+fn units_along_any_axes() {
+    let odd: &[&[usize]] = &[&[3, 5, 7], &[3, 3, 3], &[5, 3, 1, 3, 3], &[3, 0, 3], &[3]];
+    let (numbered, over) = (UnitAxis::axes(&[0, -1]), UnitAxis::over(&[0, -1]));
+    for (gpu, axes, shapes) in [
+        (gpu().clone(), numbered, odd),
+        (gpu().clone(), over, odd),
+        (small(32), numbered, &[&[5, 401, 13], &[3, 901, 3], &[3, 31, 67, 5]]),
+        (small(32), over, &[&[3, 7, 5001], &[5, 31, 67], &[3, 5, 31, 9]]),
+    ] {
+        for (dtypes, mode) in [(&HALVES[..], Mode::Norm), (&ALL, Mode::Agc)] {
+            for first in [0, 1] {
+                let sets = [set(shapes, dtypes, first as u64), set(&SHAPES, dtypes, 100)];
+                let asked = Asked { scope: Scope::Unit, axis: Some(axes), ..Asked::new(mode, 1.0) };
+                check_first(&gpu, &asked.at_the_middle(&sets[0]), &sets, |i| if i == 0 { first } else { 0 });
             }
         }
     }

@@ -97,6 +97,21 @@ fn clipped_gradients_are_scaled_rightly() {
     });
 }
 
+/// The parameter's norm, 1e310, exceeds float64 with a p that small; so does the gradient's, which is half.
+#[test]
+fn norms_of_parameters_may_exceed_float64() {
+    for path in Path::ALL {
+        let set = [Data::of(&[5e9f32; 1000]).with_parameter(Data::of(&[1e10f32; 1000]))];
+        let clip = Clip::agc(0.1).norm_type(NormType::p(0.01));
+        let (report, after) = path.clip(&clip, &set).ok();
+        let tolerance = 2.0 * path.tolerance_of(NormType::p(0.01));
+        assert_norm(report.clip_coef, 0.2, tolerance, &format!("{path:?}"));
+        assert_scaled(&set, &after, 0.2, tolerance, &format!("{path:?}"));
+    }
+    let set = [Data::of(&[1e308f64; 2]).with_parameter(Data::of(&[1.7e308f64; 2]))];
+    assert_norm(Path::Cpu.clip(&Clip::agc(0.1), &set).ok().0.clip_coef, 0.17, 1e-12, "float64");
+}
+
 /// (gradients, max_norm, grad_scale): factors below and above the range of float32, with results inside it.
 #[test]
 fn factors_beyond_float32_are_applied_exactly() {

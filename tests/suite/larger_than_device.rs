@@ -62,6 +62,23 @@ fn columns() -> Vec<Data> {
     ]
 }
 
+/// The same for units of which a tensor has columns of several matrices, or rows that occur in several.
+fn matrices() -> [Vec<Data>; 2] {
+    let columns = vec![
+        of(Dtype::F32, &[5, 2003, 7], 26),
+        of(Dtype::F32, &[4, 0, 3], 27),
+        of(Dtype::F16, &[3, 6001, 3], 28),
+        of(Dtype::BF16, &[2, 1001, 3, 3], 29),
+    ];
+    let rows = vec![
+        of(Dtype::F32, &[3, 50, 457], 26),
+        of(Dtype::F32, &[4, 3, 0], 27),
+        of(Dtype::F16, &[5, 31, 301], 28),
+        of(Dtype::BF16, &[3, 7, 11, 99], 29),
+    ];
+    [columns, rows]
+}
+
 /// Five loads of two dtypes, for tests that take a device, with kernels to compile, for each step.
 fn few() -> Vec<Data> {
     vec![
@@ -91,11 +108,14 @@ fn norm() -> Clip {
 
 fn scopes() -> Vec<(Clip, Vec<Data>)> {
     let unit = |axis| norm().scope(Scope::Unit).unit_axis(axis);
+    let [columns_of_several, rows_of_several] = matrices();
     vec![
         (norm(), units()),
         (norm().scope(Scope::Tensor), units()),
         (unit(UnitAxis::First), units()),
         (unit(UnitAxis::Last), columns()),
+        (unit(UnitAxis::axes(&[0, -1])), columns_of_several),
+        (unit(UnitAxis::over(&[0, -1])), rows_of_several),
         (norm().scope(Scope::Example), examples()),
         (norm().scope(Scope::ExampleTensor), examples()),
         (norm().scope(Scope::ExampleTensor).budget(Budget::Sized), examples()),

@@ -63,7 +63,7 @@ fn cases(op: &str) -> Vec<Value> {
 #[test]
 fn no_case_is_left_out() {
     let cases = all_cases();
-    assert_eq!(cases.len(), 76);
+    assert_eq!(cases.len(), 86);
     let texts = |key: &str| -> BTreeSet<_> { cases.iter().map(|case| case[key].as_str().expect("a text")).collect() };
     assert_eq!(texts("op"), [&[NORM, VALUE, TOTAL], &SCOPED[..], &SUMMED].concat().into_iter().collect());
     assert_eq!(texts("id").len(), cases.len(), "ids repeat");
@@ -233,7 +233,11 @@ fn asked(case: &Value) -> Asked {
         None => None,
         Some("first") => Some(UnitAxis::First),
         Some("last") => Some(UnitAxis::Last),
-        Some(other) => panic!("{}: unit_axis is {other}", id(case)),
+        Some("optax") => Some(UnitAxis::Optax),
+        Some(other) => {
+            let over = other.strip_prefix("over:").unwrap_or_else(|| panic!("{}: unit_axis is {other}", id(case)));
+            Some(UnitAxis::over(&over.split(',').map(|axis| axis.parse().expect("an axis")).collect::<Vec<_>>()))
+        }
     };
     match case["op"].as_str().expect("an op") {
         "clip_norm_per_tensor" => Asked { norm_type: norm_type(case), ..norm(Scope::Tensor) },
@@ -242,7 +246,10 @@ fn asked(case: &Value) -> Asked {
         "clip_average_norm_per_tensor" => {
             Asked { scope: Scope::Tensor, ..Asked::new(Mode::AverageNorm, arg("max_norm")) }
         }
-        "clip_adaptive" => Asked { axis, agc_eps: arg("eps"), ..Asked::new(Mode::Agc, arg("clip_factor")) },
+        "clip_adaptive" => {
+            let norm_type = number(&args["p"]).map_or(NormType::L2, NormType::p);
+            Asked { axis, norm_type, agc_eps: arg("eps"), ..Asked::new(Mode::Agc, arg("clip_factor")) }
+        }
         "clip_per_example_global_sum" => norm(Scope::Example),
         "clip_per_example_layer_sum" => {
             let uniform = args["uniform"].as_bool().expect("uniform or not");

@@ -632,6 +632,33 @@ fn a_report_names_what_a_rank_holds() {
     assert!(norms.iter().zip([root, 2.0 * root, 3.0 * root]).all(|(a, b)| (a - b).abs() < 1e-12), "{norms:?}");
 }
 
+/// Ranks that hold parts of the same units, along axes that none of them reduces, share each unit's norm.
+#[test]
+fn units_along_any_axes_span_ranks() {
+    let clip = Clip::norm(1.0).scope(Scope::Unit).unit_axis(UnitAxis::axes(&[0, -1]));
+    let whole = Data::of(&[3.0f32, 0.0, 0.0, 2.0, 4.0, 0.0, 0.0, 1.0, 0.0, 5.0, 12.0, 0.0]).shaped(&[2, 3, 2]);
+    let part = |of: Range<usize>| {
+        let rows = [0, 1].into_iter().flat_map(|i| of.clone().flat_map(move |j| [6 * i + 2 * j, 6 * i + 2 * j + 1]));
+        Data::rounded(Dtype::F32, rows.map(|i| whole.get(i))).shaped(&[2, of.len(), 2])
+    };
+    let reports =
+        on_ranks(vec![part(0..1), part(1..3)], |group, own| clip_within(Path::Cpu, &clip, &group, &[own]).ok().0);
+    let alone = Path::Cpu.clip(&clip, &[whole.clone()]).ok().0;
+    assert!(
+        alone
+            .segments
+            .iter()
+            .map(|s| (s.index, s.norm))
+            .eq([5.0, 2.0, 12.0, 26f64.sqrt()].iter().enumerate().map(|(i, norm)| (Some(i as u64), *norm))),
+        "{alone:?}"
+    );
+    for report in reports {
+        for (own, all) in report.segments.iter().zip(&alone.segments) {
+            assert_norm(own.norm, all.norm, 1e-12, "a unit");
+        }
+    }
+}
+
 #[cfg(feature = "gpu")]
 mod on_the_device {
     use super::*;

@@ -21,7 +21,7 @@ use crate::common::reference::{Asked, Errors, Expected, Mode, SCOPES};
 use crate::common::{Data, Done, POLICIES, Path, assert_same_bits, clip_host, numbers_of, parameters, views};
 use gradclip::gpu::tuning::SOFTWARE;
 use gradclip::gpu::{GpuClipper, GpuTensor};
-use gradclip::{Clipper, Dtype, Error, NonFinite, NormType, Scope, wgpu};
+use gradclip::{Clipper, Dtype, Error, NonFinite, NormType, Scope, UnitAxis, wgpu};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{RngSeed, TestError, TestRunner};
@@ -130,7 +130,7 @@ fn tensors() -> impl Strategy<Value = DrawnTensor> {
     let dim =
         prop_oneof![1 => Just(0usize), 2 => Just(1usize), 6 => 2usize..12, 4 => 12usize..150, 1 => 150usize..5000];
     let most = prop_oneof![5 => Just(200usize), 4 => Just(3000usize), 1 => Just(40_000usize)];
-    (prop::collection::vec(dim, 0..5), most, 0..8usize, numbers(), any::<u64>(), bads(), numbers()).prop_map(
+    (prop::collection::vec(dim, 0..6), most, 0..8usize, numbers(), any::<u64>(), bads(), numbers()).prop_map(
         |(dims, most, dtype, numbers, seed, bad, parameter)| DrawnTensor {
             dims,
             most,
@@ -283,9 +283,6 @@ impl Drawn {
         if matches!(scope, Scope::Example | Scope::ExampleTensor) {
             shape.resize(shape.len().max(1), 1);
             shape[0] = self.examples;
-        } else if scope == Scope::Unit && SCOPES[self.scope].1.is_some() && shape.is_empty() {
-            // A scalar has no axis to choose.
-            shape.push(1);
         }
         let first = usize::from(matches!(scope, Scope::Example | Scope::ExampleTensor));
         while shape.iter().product::<usize>() > drawn.most
@@ -303,6 +300,13 @@ impl Drawn {
         if i.is_multiple_of(2) {
             t = t.named(&format!("tensor {i}"));
         }
+        // Bits of the seed choose axes.
+        let chosen: Vec<_> = (0..shape.len() as isize).filter(|axis| drawn.seed >> axis & 1 == 1).collect();
+        t = match drawn.seed >> 60 {
+            0..4 => t.with_unit_axis(UnitAxis::axes(&chosen)),
+            4..8 => t.with_unit_axis(UnitAxis::over(&chosen)),
+            _ => t,
+        };
         if self.mode != Mode::Agc {
             return t;
         }

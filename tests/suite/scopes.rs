@@ -7,12 +7,13 @@ use crate::common::{Data, Path, assert_same_bits, parameters, views};
 use gradclip::{Budget, Clip, Clipper, NonFinite, NormType, Scope, UnitAxis};
 
 /// A scope with what it asks for: units by axis, budgets by tensor.
-const SCOPES: [(Scope, Option<UnitAxis>, Budget); 9] = [
+const SCOPES: [(Scope, Option<UnitAxis>, Budget); 10] = [
     (Scope::Global, None, Budget::Each),
     (Scope::Tensor, None, Budget::Each),
     (Scope::Unit, None, Budget::Each),
     (Scope::Unit, Some(UnitAxis::First), Budget::Each),
     (Scope::Unit, Some(UnitAxis::Last), Budget::Each),
+    (Scope::Unit, Some(UnitAxis::Optax), Budget::Each),
     (Scope::Example, None, Budget::Each),
     (Scope::ExampleTensor, None, Budget::Each),
     (Scope::ExampleTensor, None, Budget::Uniform),
@@ -52,8 +53,8 @@ fn of_examples(scope: Scope) -> bool {
     matches!(scope, Scope::Example | Scope::ExampleTensor)
 }
 
-/// Shapes that a scope takes: all kinds (but a scalar has no axis to choose), or all that agree on the number of examples.
-fn small_shapes(scope: Scope, axis: Option<UnitAxis>) -> Vec<Vec<&'static [usize]>> {
+/// Shapes that a scope takes: all kinds, or all that agree on the number of examples.
+fn small_shapes(scope: Scope) -> Vec<Vec<&'static [usize]>> {
     if of_examples(scope) {
         return vec![
             vec![&[7, 3], &[7], &[7, 0, 2], &[7, 2, 3, 5], &[7, 1], &[7, 65]],
@@ -61,10 +62,9 @@ fn small_shapes(scope: Scope, axis: Option<UnitAxis>) -> Vec<Vec<&'static [usize
             vec![&[130, 4], &[130, 1, 3]],
         ];
     }
-    let scalar: &[usize] = if axis.is_none() { &[] } else { &[1] };
     vec![
-        vec![&[5, 7], scalar, &[17], &[0], &[3, 5, 7], &[4, 0], &[1, 9], &[9, 1], &[2, 3, 4, 5], &[1]],
-        vec![&[0, 4], &[2, 0, 3], &[33, 67], &[1, 1, 1], &[1], &[300, 3], &[2, 129]],
+        vec![&[5, 7], &[], &[17], &[0], &[3, 5, 7], &[4, 0], &[1, 9], &[9, 1], &[2, 3, 4, 5], &[1], &[1, 1, 9]],
+        vec![&[0, 4], &[2, 0, 3], &[33, 67], &[1, 1, 1], &[1], &[300, 3], &[2, 129], &[2, 3, 2, 3, 5]],
     ]
 }
 
@@ -75,7 +75,7 @@ fn every_scope_mode_and_norm_type_agrees_with_the_plain_loops() {
         let mut turn = 0;
         for (scope, axis, budget) in SCOPES {
             for (mode, norm_type) in modes() {
-                for shapes in small_shapes(scope, axis) {
+                for shapes in small_shapes(scope) {
                     turn += 1;
                     let set = set(*path, &shapes, turn);
                     let grad_scale = [1.0, 4.0, 0.37, 1.0, 65536.0][turn as usize % 5];
@@ -122,7 +122,7 @@ fn measuring_reports_what_clipping_does() {
     for path in Path::HOST {
         for (scope, axis, budget) in SCOPES {
             for (mode, norm_type) in modes() {
-                let set = set(*path, &small_shapes(scope, axis)[0], 72);
+                let set = set(*path, &small_shapes(scope)[0], 72);
                 let clip = Asked { scope, axis, budget, norm_type, ..Asked::new(mode, 1.0) }.at_the_middle(&set).clip();
                 let parameters = parameters(&set);
                 let measured = path.clipper().measure(&clip, &views(&set, &parameters)).expect("finite");
@@ -137,7 +137,7 @@ fn nothing_is_written_where_nothing_is_clipped() {
     for path in Path::ALL {
         for (scope, axis, budget) in SCOPES {
             for (mode, norm_type) in modes() {
-                for (i, shapes) in small_shapes(scope, axis).iter().enumerate() {
+                for (i, shapes) in small_shapes(scope).iter().enumerate() {
                     // The empty tensor's share of a budget by size is 0, which clips it.
                     let shapes: Vec<_> =
                         shapes.iter().filter(|s| budget != Budget::Sized || !s.contains(&0)).copied().collect();
@@ -182,7 +182,7 @@ fn thresholds_of_0_and_infinity_by_segment() {
     for path in Path::ALL {
         for (scope, axis, budget) in SCOPES {
             for mode in [Mode::Norm, Mode::Rms, Mode::AverageNorm, Mode::Agc] {
-                let set = set(*path, &small_shapes(scope, axis)[0], 65);
+                let set = set(*path, &small_shapes(scope)[0], 65);
                 for (threshold, eps, grad_scale) in [(0.0, 1e-6, 1.0), (0.0, 0.0, 4.0), (f64::INFINITY, 0.0, 4.0)] {
                     if mode == Mode::Agc && threshold == f64::INFINITY {
                         continue;
@@ -208,7 +208,7 @@ fn non_finite_elements_by_segment() {
                 for policy in
                     [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop]
                 {
-                    for shapes in small_shapes(scope, axis) {
+                    for shapes in small_shapes(scope) {
                         turn += 1;
                         let mut set = set(*path, &shapes, turn);
                         let grad_scale = [1.0, 2.0][turn as usize % 2];
@@ -273,7 +273,7 @@ fn sums_of_clipped_examples_agree_with_the_plain_loops() {
     for path in Path::HOST {
         let mut turn = 0;
         for (scope, axis, budget) in SCOPES.into_iter().filter(|(scope, ..)| of_examples(*scope)) {
-            let mut all = small_shapes(scope, axis);
+            let mut all = small_shapes(scope);
             all.extend([vec![&[0, 3][..], &[0]], vec![&[3, 1030], &[3]], vec![&[2, 140_001]], vec![&[3000, 5]]]);
             for shapes in all {
                 turn += 1;
@@ -296,7 +296,7 @@ fn sums_follow_the_policy() {
         for scope in [Scope::Example, Scope::ExampleTensor] {
             for policy in [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop] {
                 for bad in [f64::NAN, f64::NEG_INFINITY] {
-                    let mut set = set(*path, &small_shapes(scope, None)[0], 69);
+                    let mut set = set(*path, &small_shapes(scope)[0], 69);
                     set[3].set(100, bad);
                     let asked = Asked { scope, policy, ..Asked::new(Mode::Norm, 3.0) };
                     asked.check_sums(*path, &set, "bad");
@@ -323,6 +323,59 @@ fn progress_adds_up_under_every_scope() {
         let mut views: Vec<_> = set.iter_mut().map(Data::view_mut).collect();
         clipper.apply(&clip, &mut views).expect("finite");
         assert_eq!(told.load(Ordering::Relaxed), bytes, "{clip:?}");
+    }
+}
+
+/// Every set of axes of shapes of several sizes, of all dtypes by turns.
+#[test]
+fn units_along_any_axes() {
+    let shapes: [&[usize]; 6] = [&[], &[9], &[5, 7], &[3, 5, 7], &[2, 33, 3, 5], &[3, 2, 5, 2, 3]];
+    for &path in Path::ALL {
+        let mut random = Random(81);
+        let mut all = Vec::new();
+        for shape in shapes {
+            for chosen in 0..1usize << shape.len() {
+                let axes: Vec<_> = (0..shape.len() as isize).filter(|i| chosen >> i & 1 == 1).collect();
+                let from_the_end: Vec<_> = axes.iter().map(|axis| axis - shape.len() as isize).collect();
+                all.push(shaped(path, shape, &mut random).with_unit_axis(UnitAxis::axes(&axes)));
+                all.push(shaped(path, shape, &mut random).with_unit_axis(UnitAxis::over(&from_the_end)));
+            }
+        }
+        for (mode, norm_type) in [(Mode::Norm, NormType::L2), (Mode::Norm, NormType::Inf), (Mode::Agc, NormType::L1)] {
+            let clean = Asked { scope: Scope::Unit, norm_type, ..Asked::new(mode, 1.0) }.at_the_middle(&all);
+            let clipped = clean.check(path, &all, "any axes").clipped();
+            assert!(clipped.contains(&false) && clipped.contains(&true));
+            let mut spoilt = all.clone();
+            let last = spoilt.len() - 1;
+            spoilt[last].set(100, f64::NAN);
+            for policy in [NonFinite::Error, NonFinite::Zero, NonFinite::Drop] {
+                Asked { policy, ..clean }.check(path, &spoilt, "any axes of a NaN");
+            }
+        }
+    }
+}
+
+/// Matrices longer than a chunk, and long rows and many columns in each.
+#[test]
+fn long_matrices() {
+    let axes = |shape: &'static [usize], axes: &'static [isize]| (shape, UnitAxis::axes(axes));
+    let all = [
+        axes(&[3, 70, 1027], &[0, 2]),
+        axes(&[3, 2, 70_001], &[1]),
+        axes(&[2, 3, 140_001], &[1]),
+        axes(&[5, 40, 3, 301], &[0, 2]),
+        axes(&[5, 40, 3, 301], &[1, 3]),
+        axes(&[20_001, 2, 3], &[1]),
+        axes(&[4001, 3, 2], &[0, 2]),
+    ];
+    for &path in Path::ALL {
+        let mut random = Random(82);
+        let set: Vec<_> =
+            all.iter().map(|(shape, axes)| shaped(path, shape, &mut random).with_unit_axis(*axes)).collect();
+        for (mode, norm_type) in [(Mode::Norm, NormType::L2), (Mode::Agc, NormType::Inf)] {
+            let asked = Asked { scope: Scope::Unit, norm_type, ..Asked::new(mode, 1.0) }.at_the_middle(&set);
+            assert!(asked.check(path, &set, "long").clipped().contains(&true));
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use gradclip::{Budget, Dtype, NonFinite, Scope, UnitAxis};
 
-use crate::values::{self, AXES, BUDGETS, Cut, POLICIES, SCOPES, one_of};
+use crate::values::{self, BUDGETS, Cut, POLICIES, SCOPES, one_of};
 
 #[derive(Debug, Parser)]
 #[command(name = "gradclip", version, about = ABOUT, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
@@ -237,8 +237,9 @@ pub(crate) struct MeasureArgs {
     /// Which gradients share a norm [default: global]
     #[arg(long, value_name = "SCOPE", value_parser = one_of(SCOPES))]
     pub(crate) scope: Option<Scope>,
-    /// The axis of a tensor that numbers its units [default: first]
-    #[arg(long, value_name = "AXIS", value_parser = one_of(AXES))]
+    /// The axes of a tensor that number its units: first (rows, as in PyTorch), last (columns, as in JAX), optax, or a list
+    /// like 0,-1; or over:LIST, those that a norm goes over, as in TensorFlow [default: first]
+    #[arg(long, value_name = "AXES", allow_hyphen_values = true, value_parser = values::unit_axis)]
     pub(crate) unit_axis: Option<UnitAxis>,
     /// Divide the gradients by this loss scale [default: 1]
     #[arg(long, value_name = "S", allow_hyphen_values = true)]

@@ -109,7 +109,10 @@ fn clip(random: &mut SplitMix64) -> Clip {
         _ => random.choose(&[Global, Global, Scope::Tensor, Unit, Example, ExampleTensor]),
     };
     match clip.scope {
-        Unit => clip.unit_axis = Some(random.choose(&[UnitAxis::First, UnitAxis::Last])),
+        Unit => {
+            let axes = [UnitAxis::First, UnitAxis::Last, UnitAxis::Optax, UnitAxis::axes(&[0, -1])];
+            clip.unit_axis = Some(random.choose(&axes));
+        }
         ExampleTensor => clip.budget = random.choose(&[Budget::Each, Budget::Uniform, Budget::Sized]),
         _ => {}
     }

@@ -9,13 +9,10 @@ pub(crate) type Names<T> = [(&'static str, T, &'static str)];
 pub(crate) const SCOPES: &Names<Scope> = &[
     ("global", Scope::Global, "All gradients together"),
     ("tensor", Scope::Tensor, "Each tensor"),
-    ("unit", Scope::Unit, "Each unit of each tensor: a row, or a column by --unit-axis last"),
+    ("unit", Scope::Unit, "Each unit of each tensor: a row, a column or what else --unit-axis says"),
     ("example", Scope::Example, "Each example, over all tensors; dimension 0 of a tensor numbers the examples"),
     ("example-tensor", Scope::ExampleTensor, "Each example of each tensor"),
 ];
-
-pub(crate) const AXES: &Names<UnitAxis> =
-    &[("first", UnitAxis::First, "Rows, as in PyTorch"), ("last", UnitAxis::Last, "Columns, as in JAX and burn")];
 
 pub(crate) const BUDGETS: &Names<Budget> = &[
     ("each", Budget::Each, "Each tensor gets N"),
@@ -38,6 +35,19 @@ pub(crate) fn one_of<T: Copy + Send + Sync + 'static>(names: &'static Names<T>) 
         let found = names.iter().find(|(name, ..)| *name == text);
         found.map(|(_, value, _)| *value).ok_or("unknown value")
     })
+}
+
+/// Parses the axes of units as the library prints them.
+pub(crate) fn unit_axis(text: &str) -> Result<UnitAxis, String> {
+    let named = [UnitAxis::First, UnitAxis::Last, UnitAxis::Optax].into_iter().find(|axis| axis.to_string() == text);
+    let (list, is_over) = text.strip_prefix("over:").map_or((text, false), |list| (list, true));
+    let axes: Result<Vec<isize>, _> = list.split(',').map(|axis| axis.trim().parse()).collect();
+    match (named, axes) {
+        (Some(axis), _) => Ok(axis),
+        (_, Ok(axes)) if is_over => Ok(UnitAxis::over(&axes)),
+        (_, Ok(axes)) => Ok(UnitAxis::axes(&axes)),
+        _ => Err("give first, last, optax, axes like 0 or 0,-1, or over:0,-1".into()),
+    }
 }
 
 /// Parses `MIN,MAX`.

@@ -53,7 +53,7 @@ fn outcome() -> Outcome {
 
 fn scaled(dtype: Dtype, data: &mut [u8], by: By, outcomes: usize, drop: bool) {
     let outcomes = vec![outcome(); outcomes];
-    let layout = SegmentLayout { by, columns: COLUMNS as u64, segment: 0 };
+    let layout = SegmentLayout { by, columns: COLUMNS as u64, segment: 0, first: 0 };
     with_element!(dtype, T => scale::scale::<T>(&outcomes, layout, 0, drop, data));
 }
 
@@ -78,7 +78,7 @@ fn unscaled(dtype: Dtype, data: &mut [u8]) {
 
 fn exact(dtype: Dtype, data: &mut [u8]) {
     let outcomes = [Outcome { factor: 1e-42, ..outcome() }];
-    let layout = SegmentLayout { by: By::Whole, columns: 1, segment: 0 };
+    let layout = SegmentLayout { by: By::Whole, columns: 1, segment: 0, first: 0 };
     with_element!(dtype, T => scale::scale::<T>(&outcomes, layout, 0, false, data));
 }
 

@@ -124,7 +124,7 @@ fn scaling_agrees() {
         {
             for drop in [false, true] {
                 for (by, columns) in [(By::Whole, 1), (By::Rows, 7), (By::Columns, 19)] {
-                    let layout = SegmentLayout { by, columns, segment: 0 };
+                    let layout = SegmentLayout { by, columns, segment: 0, first: 0 };
                     let outcomes = outcomes(factor, if by == By::Rows { 20 } else { columns as usize });
                     on_each_set(&format!("{what} times {factor:e} by {by:?}, drop {drop}"), || {
                         let mut data = data.to_vec();

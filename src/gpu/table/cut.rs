@@ -146,7 +146,7 @@ impl Cutter {
     }
 
     fn run(&mut self, piece: &Piece, use_: Use, origin: u64, run: Range<u64>) -> Option<()> {
-        let SegmentLayout { by, columns, segment } = piece.layout;
+        let SegmentLayout { by, columns, segment, .. } = piece.layout;
         // In longer rows a chunk meets the end of a row at most once, and only the distance to it counts.
         let folded = columns.min(1 << 31);
         let column = folded - (columns - run.start.checked_rem(columns)?).min(folded);

@@ -12,7 +12,7 @@ use crate::segment::{By, SegmentLayout};
 fn partials_of_any_number_of_buffers_have_room() {
     let len = STAGING_BYTES / 4;
     let piece = |buffer| {
-        let layout = SegmentLayout { by: By::Whole, columns: len, segment: 0 };
+        let layout = SegmentLayout { by: By::Whole, columns: len, segment: 0, first: 0 };
         Piece { buffer, dtype: Dtype::F32, start: 0, len, tensor: 0, first_element: 0, layout }
     };
     for buffers in [1, 2, 255, 256, 257, 1 << 15] {

@@ -11,12 +11,12 @@ fn piece(buffer: usize, dtype: Dtype, start: u64, len: u64) -> Piece {
 }
 
 fn whole(columns: u64, segment: u32) -> SegmentLayout {
-    SegmentLayout { by: By::Whole, columns, segment }
+    SegmentLayout { by: By::Whole, columns, segment, first: 0 }
 }
 
 /// A [`piece`] as a matrix.
 fn matrix(by: By, columns: u64, of: Piece) -> Piece {
-    Piece { layout: SegmentLayout { by, columns, segment: 0 }, ..of }
+    Piece { layout: SegmentLayout { by, columns, segment: 0, first: 0 }, ..of }
 }
 
 /// [`check_tables`] for a clip, with segments from 0 on.

@@ -403,8 +403,10 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
             (_, 2) => vec![u.int_in_range(0..=20)?, u.int_in_range(0..=60)?],
             _ => vec![u.int_in_range(0..=20)?, u.int_in_range(0..=10)?, u.int_in_range(0..=10)?],
         };
+        let any =
+            UnitAxis::axes(&(0..shape.len() as isize).filter(|_| u.arbitrary().unwrap_or(false)).collect::<Vec<_>>());
+        axes.push(*u.choose(&[UnitAxis::First, UnitAxis::Last, any])?);
         shapes.push(shape);
-        axes.push(*u.choose(&[UnitAxis::First, UnitAxis::Last])?);
     }
     if matches!(scope, Scope::Example | Scope::ExampleTensor) {
         shapes.iter_mut().for_each(|shape| shape[0] = examples);
@@ -428,7 +430,11 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
             let size = dtype.size() as u64;
             let start = ends[buffer].div_ceil(size) + if u.arbitrary()? { u.int_in_range(0..=300)? } else { 0 };
             ends[buffer] = (start + len) * size;
-            pieces.push(Piece { buffer, dtype, start, len, tensor, first_element, layout: *layout });
+            pieces.extend(layout.within(first_element..first_element + len).map(|(layout, elements)| {
+                let start = start + elements.start - first_element;
+                let (first_element, len) = (elements.start, elements.end - elements.start);
+                Piece { buffer, dtype, start, len, tensor, first_element, layout }
+            }));
             first_element += len;
         }
     }
@@ -454,7 +460,7 @@ fn examples_and_sums(u: &mut Unstructured<'_>, limits: Limits) -> Result<Vec<(Pi
         } else {
             u.int_in_range(0..=(limits.binding_bytes / 2).min(500))?
         };
-        let layout = |by, columns| SegmentLayout { by, columns, segment: 0 };
+        let layout = |by, columns| SegmentLayout { by, columns, segment: 0, first: 0 };
         let start = u.int_in_range(0..=300)?;
         let sums = Piece {
             buffer: 2 * tensors + tensor,

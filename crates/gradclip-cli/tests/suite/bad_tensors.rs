@@ -20,15 +20,18 @@ fn refused(gradients: &[Shaped<'_>], options: &[&str], expected: &[&str]) {
 }
 
 #[test]
-fn a_unit_axis_for_a_scalar() {
-    for axis in ["first", "last"] {
-        let options = ["--scope", "unit", "--unit-axis", axis];
-        refused(&[ones("w", &[2, 2]), ones("scale", &[])], &options, &["\"scale\"", "it is a scalar, and has no axis"]);
+fn axes_that_a_tensor_does_not_have() {
+    for (axes, told) in [("0,2", "no axis 2"), ("over:-3", "no axis -3")] {
+        let options = ["--scope", "unit", "--unit-axis", axes];
+        refused(&[ones("w", &[2, 2])], &options, &["\"w\"", "its shape is [2, 2]", told]);
     }
-    // Without one, it is one unit.
+    // A scalar has no axis that it could lack.
     let folder = Folder::new();
     let input = folder.write("in", shaped_file(&[ones("scale", &[])]));
-    clip(&input, &folder.path("out"), &["--max-norm", "1", "--scope", "unit"]).succeeded();
+    for (i, axes) in ["first", "last", "optax", "-1", "over:0,2"].into_iter().enumerate() {
+        let options = ["--max-norm", "1", "--scope", "unit", "--unit-axis", axes];
+        clip(&input, &folder.path(&format!("out {i}")), &options).succeeded();
+    }
 }
 
 #[test]

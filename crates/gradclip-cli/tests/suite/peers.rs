@@ -157,6 +157,9 @@ fn options_reach_the_library() -> Result<(), gradclip::Error> {
         ("--agc 0.1 --scope global --params per_example_f32", agc.scope(Scope::Global)),
         ("--agc 0.1 --scope tensor --agc-eps 20 --params per_example_f32", agc.scope(Scope::Tensor).agc_eps(20.0)),
         ("--agc 0.1 --unit-axis last --params per_example_f32", agc.unit_axis(UnitAxis::Last)),
+        ("--agc 0.1 --unit-axis optax --params per_example_f32", agc.unit_axis(UnitAxis::Optax)),
+        ("--agc 0.1 --unit-axis 0,-1 --params per_example_f32", agc.unit_axis(UnitAxis::axes(&[0, -1]))),
+        ("--agc 0.1 --unit-axis=over:-1 --params per_example_f32", agc.unit_axis(UnitAxis::over(&[-1]))),
         ("--agc 0.1 --norm-type 1 --params per_example_f32", agc.norm_type(NormType::L1)),
     ];
     let folder = Folder::new();
