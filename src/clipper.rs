@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::context::{Context, Progress};
 use crate::cpu::decide::{self as cpu, Given};
-use crate::processes::{ProcessGroup, single_process};
+use crate::processes::{GroupCall, ProcessGroup, single_process};
+use crate::tensor::Spec;
 use crate::{Clip, ClipReport, DecidedClip, Element, Error, NormAccumulator, Tensor, TensorMut, Threshold};
 
 #[cfg(all(feature = "gpu", not(target_arch = "wasm32")))]
@@ -102,6 +103,49 @@ impl Clipper {
         let mut reports = self.apply_groups(&mut [(*clip, tensors)])?;
         // One group has one report.
         Ok(reports.swap_remove(0))
+    }
+
+    /// Clips tensors into others of the same or of a wider dtype, and leaves them as they are. Halves are widened to
+    /// float32 exactly before they are clipped, so nothing is lost where their dtype holds no element as small or as
+    /// large as the result. Names, shapes and parameters are those of `tensors`.
+    ///
+    /// ```
+    /// use gradclip::{Clip, Clipper, Tensor, TensorMut};
+    /// let half = [half::f16::from_f32(6.5e-5)];
+    /// let mut clipped = [0f32];
+    /// let clip = Clip::norm(1.0).grad_scale(65536.0);
+    /// Clipper::auto().apply_into(&clip, &[Tensor::new(&half)], &mut [TensorMut::new(&mut clipped)])?;
+    /// assert!(clipped[0] > 9e-10); // float16 has nothing between 0 and 6e-8
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Usage`] unless each tensor has one destination, and [`Error::Tensor`] if one has another length or a
+    /// narrower dtype; the destinations are then unchanged. Those of [`Clipper::apply`], after which they hold the
+    /// tensors, widened and not clipped.
+    pub fn apply_into(
+        &self,
+        clip: &Clip,
+        tensors: &[Tensor<'_>],
+        into: &mut [TensorMut<'_>],
+    ) -> Result<ClipReport, Error> {
+        let checked = if tensors.len() == into.len() {
+            (0..).zip(tensors).zip(&*into).try_for_each(|((i, tensor), into)| tensor.check_into(i, into))
+        } else {
+            Err(Error::usage(format!("{} tensors have {} destinations", tensors.len(), into.len())))
+        };
+        if let Err(error) = checked {
+            // So the other processes learn that this one has failed.
+            drop(GroupCall::begin(&*self.processes));
+            return Err(error);
+        }
+        let mut views = Vec::new();
+        for (tensor, into) in tensors.iter().zip(into) {
+            tensor.widen_into(into)?;
+            let spec = Spec { dtype: into.dtype(), ..tensor.spec };
+            views.push(TensorMut { spec, data: &mut *into.data, parameter: tensor.parameter });
+        }
+        self.apply(clip, &mut views)
     }
 
     /// Clips groups of tensors in place, each by a clip of its own. It returns one report for each group, in order. A
@@ -253,8 +297,8 @@ impl Clipper {
     pub fn finish(&self, running: &NormAccumulator, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
         // Comes first, because it names the bad element whichever set holds it.
         let report = running.report()?;
-        cpu::scale(running.clip(), running.given(), tensors)?;
-        Ok(report)
+        let lost = cpu::scale(running.clip(), running.given(), tensors)?.lost;
+        Ok(ClipReport { lost, ..report })
     }
 
     /// Clips each example by itself and sums the clipped examples: `sums[i]` becomes the sum over dimension 0 of the

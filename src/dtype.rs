@@ -26,6 +26,11 @@ impl Dtype {
             Self::F64 => 8,
         }
     }
+
+    /// Whether another dtype holds every element of this one exactly.
+    pub(crate) fn fits_in(self, other: Self) -> bool {
+        self == other || other == Self::F64 || (other == Self::F32 && self != Self::F64)
+    }
 }
 
 impl std::fmt::Display for Dtype {

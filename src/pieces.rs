@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::cpu::decide::Decision;
-use crate::cpu::write::write_piece;
+use crate::cpu::write::{Written, write_piece};
 use crate::error::tensor_label;
 use crate::partial::{Location, Partial};
 use crate::tensor::Spec;
@@ -38,8 +38,8 @@ use crate::{ClipReport, Dtype, Error, Tensor, TensorMut};
 pub struct DecidedClip {
     decision: Decision,
     tensors: Vec<Described>,
-    /// What was found in the pieces clamped so far.
-    met: Mutex<Partial>,
+    /// What was met in the pieces written so far.
+    met: Mutex<Written>,
 }
 
 /// The description of a tensor, without its elements.
@@ -58,19 +58,22 @@ impl DecidedClip {
             Described { name: name.map(str::to_owned), dtype, len, counted }
         };
         let tensors = tensors.iter().map(described).collect();
-        Self { decision, tensors, met: Mutex::new(Partial::EMPTY) }
+        Self { decision, tensors, met: Mutex::new(Written::NOTHING) }
     }
 
     /// Clips a piece in place, on the calling thread. The piece holds elements of tensor number `tensor`, from element
-    /// number `first` on, in the tensor's dtype; it may lie anywhere. Its name and shape do not matter.
+    /// number `first` on, and may lie anywhere. Its name and shape do not matter. Its dtype is the tensor's, or a wider
+    /// one that its elements were copied into ([`Tensor::widen_into`]): rounding then loses nothing that the wider dtype
+    /// holds.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if there is no such tensor, if it ends before the piece does, or if the dtypes differ. The
-    /// piece is then unchanged.
+    /// [`Error::Tensor`] if there is no such tensor, if it ends before the piece does, or if the piece's dtype does not
+    /// hold the tensor's elements. The piece is then unchanged.
     pub fn apply(&self, tensor: usize, first: u64, piece: &mut TensorMut<'_>) -> Result<(), Error> {
         let described = self.find(tensor, first, first.saturating_add(piece.len() as u64))?;
-        if piece.dtype() != described.dtype {
-            return Err(self.fail(tensor, format!("the piece is {}, the tensor {}", piece.dtype(), described.dtype)));
+        if !described.dtype.fits_in(piece.dtype()) {
+            let (piece, whole) = (piece.dtype(), described.dtype);
+            return Err(self.fail(tensor, format!("the piece is {piece}, which does not hold the tensor's {whole}")));
         }
         if piece.is_empty() {
             return Ok(());
@@ -79,11 +82,12 @@ impl DecidedClip {
         let layout = &segments.layouts[tensor];
         let at = Location { tensor, index: first };
         if !layout.leaves(outcomes, first..first + piece.spec.len) {
-            let met = write_piece(clip, at, piece.dtype(), (layout, outcomes), piece.data);
-            if described.counted {
-                let mut all = self.met();
-                *all = all.merge(met);
+            let mut met = write_piece(clip, at, piece.dtype(), (layout, outcomes), piece.data);
+            if !described.counted {
+                met.found = Partial::EMPTY;
             }
+            let mut all = self.met();
+            *all = all.and(met);
         }
         Ok(())
     }
@@ -99,15 +103,15 @@ impl DecidedClip {
         Ok(self.decision.segments.layouts[tensor].leaves(&self.decision.outcomes, start..end))
     }
 
-    /// What [`Clipper::apply`](crate::Clipper::apply) would report. For a clip that reads nothing first
-    /// ([`Clipper::decide`](crate::Clipper::decide)), `clipped` and `non_finite` cover the pieces applied so far. A
+    /// What [`Clipper::apply`](crate::Clipper::apply) would report. `lost` covers the pieces applied so far; so do
+    /// `clipped` and `non_finite` for a clip that reads nothing first ([`Clipper::decide`](crate::Clipper::decide)). A
     /// piece that was applied twice counts twice.
     #[must_use]
     pub fn report(&self) -> ClipReport {
         self.decision.report(&self.met(), |i| self.tensors[i].name.as_deref())
     }
 
-    fn met(&self) -> MutexGuard<'_, Partial> {
+    fn met(&self) -> MutexGuard<'_, Written> {
         self.met.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

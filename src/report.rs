@@ -24,6 +24,9 @@ pub struct ClipReport {
     pub elements: u64,
     /// The NaN and infinite elements, if there were any.
     pub non_finite: Option<NonFiniteElements>,
+    /// What rounding to the stored dtype has lost of all tensors that this process has clipped, replicas included. None
+    /// after a measurement and a sum of examples, which store no clipped element, and for a plan on the device.
+    pub lost: Option<LostElements>,
     /// Each segment of a scope other than [`Scope::Global`](crate::Scope::Global), ordered by tensor, then by unit or
     /// example. Empty under `Global`, where the totals are complete.
     pub segments: Vec<SegmentReport>,
@@ -41,6 +44,23 @@ impl ClipReport {
     #[must_use]
     pub fn num_clipped(&self) -> usize {
         self.segments.iter().filter(|segment| segment.clipped).count()
+    }
+}
+
+/// How many elements a clip has lost because their products were rounded to the stored dtype. It does not count what
+/// the clip makes 0 or infinite in exact arithmetic too, as a threshold of 0 or a bound does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LostElements {
+    /// How many were not 0 and became 0.
+    pub zero: u64,
+    /// How many were finite and became infinite.
+    pub infinite: u64,
+}
+
+impl LostElements {
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self { zero: self.zero + other.zero, infinite: self.infinite + other.infinite }
     }
 }
 
@@ -91,6 +111,7 @@ impl Clip {
             clipped: outcomes.iter().any(|o| o.clipped) || (outside && applies),
             elements,
             non_finite,
+            lost: None,
             segments: if self.scope == Scope::Global { Vec::new() } else { each.collect() },
         })
     }

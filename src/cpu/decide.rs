@@ -3,7 +3,7 @@
 use super::pool::in_parallel;
 use super::task::merged;
 use super::tuning::COLUMNS;
-use super::write::write;
+use super::write::{Written, write};
 use super::{clamp, sum};
 use crate::clip::{number, setting};
 use crate::context::{Context, Progress};
@@ -31,12 +31,14 @@ pub(crate) struct Decision {
 }
 
 impl Decision {
-    /// The report once the tensors are written, given the partial of what the writes found.
-    pub(crate) fn report<'a>(&self, met: &Partial, name_of: impl Fn(usize) -> Option<&'a str>) -> ClipReport {
+    /// The report once the tensors are written, given what the writes met.
+    pub(crate) fn report<'a>(&self, met: &Written, name_of: impl Fn(usize) -> Option<&'a str>) -> ClipReport {
         let mut report = self.report.clone();
+        report.lost = Some(met.lost);
+        // A wider dtype rounds the bounds less, so it may find more outside than what was read.
+        report.clipped |= met.found.outside;
         if !self.read {
-            report.clipped = met.outside;
-            report.non_finite = met.non_finite_elements(name_of);
+            report.non_finite = met.found.non_finite_elements(name_of);
         }
         report
     }

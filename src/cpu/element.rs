@@ -59,8 +59,12 @@ pub(super) trait Bits: Copy + Ord + bytemuck::Pod {
     /// 1 if it holds.
     fn count(holds: bool) -> Self;
     fn plus(self, other: Self) -> Self;
+    fn minus(self, other: Self) -> Self;
     fn or(self, other: Self) -> Self;
+    fn and(self, other: Self) -> Self;
     fn to_u64(self) -> u64;
+    /// The lowest bits.
+    fn of_u64(bits: u64) -> Self;
 }
 
 /// The types to compute in.
@@ -242,11 +246,22 @@ macro_rules! bits {
                 self.wrapping_add(other)
             }
             #[inline(always)]
+            fn minus(self, other: $t) -> $t {
+                self.wrapping_sub(other)
+            }
+            #[inline(always)]
             fn or(self, other: $t) -> $t {
                 self | other
             }
+            #[inline(always)]
+            fn and(self, other: $t) -> $t {
+                self & other
+            }
             fn to_u64(self) -> u64 {
                 u64::from(self)
+            }
+            fn of_u64(bits: u64) -> $t {
+                bits as $t
             }
         }
     };

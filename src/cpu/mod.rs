@@ -20,6 +20,7 @@ pub(crate) mod decide;
 mod element;
 pub(crate) mod histogram;
 mod isa;
+pub(crate) mod lost;
 mod map;
 mod norm;
 // Hands borrowed work to threads of the pool, with the proof that it outlives them.
@@ -33,4 +34,5 @@ mod terms;
 #[cfg(test)]
 mod tests;
 mod tuning;
+mod widen;
 pub(crate) mod write;

@@ -3,29 +3,47 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
 
+use super::lost::lost;
 use super::pool::in_parallel;
-use super::tuning::CHUNK;
+use super::tuning::{CHUNK, WRITTEN_AT_ONCE};
 use super::{clamp, scale};
 use crate::context::Progress;
 use crate::decision::{Action, Outcome};
 use crate::dtype::with_element;
 use crate::partial::{Location, Partial};
-use crate::segment::{Matrices, Segments};
+use crate::report::LostElements;
+use crate::segment::{By, Matrices, Segments};
 use crate::{Clip, Dtype, NonFinite, TensorMut};
 
-/// Writes what the outcomes say. The partial is what clamps found. `progress` counts elements that are read only here.
+/// What a write met.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Written {
+    /// What clamps found in tensors that count.
+    pub(crate) found: Partial,
+    pub(crate) lost: LostElements,
+}
+
+impl Written {
+    pub(crate) const NOTHING: Self = Self { found: Partial::EMPTY, lost: LostElements { zero: 0, infinite: 0 } };
+
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self { found: self.found.merge(other.found), lost: self.lost.and(other.lost) }
+    }
+}
+
+/// Writes what the outcomes say. `progress` counts elements that are read only here.
 pub(super) fn write(
     clip: &Clip,
     (segments, outcomes): (&Segments, &[Outcome]),
     tensors: &mut [TensorMut<'_>],
     progress: Option<&Progress>,
-) -> Partial {
+) -> Written {
     let (pieces, bytes) = pieces(tensors);
     let work = tensors.iter_mut().zip(&segments.layouts).enumerate().flat_map(|(i, (tensor, layout))| {
         let (left, counted) = (layout.leaves(outcomes, 0..tensor.spec.len), tensor.spec.counted);
         chunks(i, tensor).filter(move |_| !left).map(move |chunk| (chunk, layout, counted))
     });
-    let (total, panicked) = (Mutex::new(Partial::EMPTY), Mutex::new(None));
+    let (total, panicked) = (Mutex::new(Written::NOTHING), Mutex::new(None));
     in_parallel(work, pieces, bytes, |((at, dtype, data), layout, counted)| {
         // A panic of the caller's function must not stop the writing halfway.
         if let Some(progress) = progress
@@ -33,11 +51,14 @@ pub(super) fn write(
         {
             panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
-        let met = write_piece(clip, at, dtype, (layout, outcomes), data);
-        if counted && met != Partial::EMPTY {
+        let mut met = write_piece(clip, at, dtype, (layout, outcomes), data);
+        if !counted {
+            met.found = Partial::EMPTY;
+        }
+        if met != Written::NOTHING {
             // Nothing is summed: counts and the first location do not depend on the order.
             let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
-            *total = total.merge(met);
+            *total = total.and(met);
         }
     });
     if let Some(panic) = panicked.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -59,14 +80,32 @@ fn pieces(tensors: &[TensorMut<'_>]) -> (usize, usize) {
     (tensors.len() + bytes / (CHUNK * size_of::<f32>()), bytes)
 }
 
-/// Scales or clamps a piece of a tensor, given the outcomes of all segments. The partial is what a clamp found.
+/// Scales or clamps a piece of a tensor, given the outcomes of all segments.
 pub(crate) fn write_piece(
+    clip: &Clip,
+    at: Location,
+    dtype: Dtype,
+    how @ (matrices, _): (&Matrices, &[Outcome]),
+    data: &mut [u8],
+) -> Written {
+    // Each call looks at the factors of all columns.
+    let by_column = matrices.matrix.by == By::Columns;
+    let step = if by_column { data.len().max(1) } else { WRITTEN_AT_ONCE * dtype.size() };
+    let blocks = data.chunks_mut(step).enumerate();
+    blocks.fold(Written::NOTHING, |all, (i, data)| {
+        all.and(write_block(clip, at.ahead(i * WRITTEN_AT_ONCE), dtype, how, data))
+    })
+}
+
+fn write_block(
     clip: &Clip,
     at: Location,
     dtype: Dtype,
     (matrices, outcomes): (&Matrices, &[Outcome]),
     mut data: &mut [u8],
-) -> Partial {
+) -> Written {
+    let lost = lost(clip, at.index, dtype, (matrices, outcomes), data);
+    let mut found = Partial::EMPTY;
     if clip.measured().is_some() {
         let drop = clip.non_finite == NonFinite::Drop;
         let end = at.index + (data.len() / dtype.size()) as u64;
@@ -75,11 +114,10 @@ pub(crate) fn write_piece(
             with_element!(dtype, T => scale::scale::<T>(outcomes, layout, elements.start, drop, own));
             data = rest;
         }
-        Partial::EMPTY
     } else if outcomes[0].action == Action::Zero {
         data.fill(0);
-        Partial::EMPTY
     } else {
-        with_element!(dtype, T => clamp::clamp::<T>(clip, at, data))
+        found = with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
     }
+    Written { found, lost }
 }

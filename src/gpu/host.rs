@@ -20,18 +20,19 @@
 //! rest, by the same outcomes and with the same bits ([`WriteBack`]).
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::clipper::GpuClipper;
 use super::device::{DOWNLOAD, GpuDevice, UPLOAD};
 use super::dispatch::Phase;
 use super::gather::{Gathered, Group, Job, OF_JOB};
-use super::plan::GpuPlan;
+use super::plan::{GpuPlan, locked};
 use super::table::{Piece, dtype_code};
 use super::tensor::GpuTensor;
 use super::tuning::{COPIED_AT_ONCE, SMALLEST_LOAD, STAGING_BYTES};
 use crate::context::{Context, Progress};
 use crate::cpu::decide::{segments_of, views};
+use crate::cpu::lost::lost;
 use crate::cpu::pool::in_parallel;
 use crate::cpu::write::write_piece;
 use crate::decision::Outcome;
@@ -39,9 +40,10 @@ use crate::error::tensor_label;
 use crate::examples::check_sums;
 use crate::partial::Location;
 use crate::processes::{GroupCall, merge};
-use crate::segment::check_groups;
+use crate::report::LostElements;
+use crate::segment::{Matrices, check_groups};
 use crate::threshold::Threshold;
-use crate::{Clip, ClipReport, Error, Tensor, TensorMut, Waiting};
+use crate::{Clip, ClipReport, Dtype, Error, Tensor, TensorMut, Waiting};
 
 /// A run of bytes of a host tensor, and where it lies in its load.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,8 +177,9 @@ impl GpuClipper {
         let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
         let mut transfer = Transfer::new(self, context.progress, &views, Job::Clip)?;
         transfer.measure(&views, call).await?;
-        let (reports, outcomes) = transfer.plan.reports_and_outcomes().await?;
-        transfer.write_back(groups, outcomes).await;
+        let (mut reports, outcomes) = transfer.plan.reports_and_outcomes().await?;
+        let lost = transfer.write_back(groups, outcomes).await;
+        reports.iter_mut().zip(lost).for_each(|(report, lost)| report.lost = Some(lost));
         Ok(reports)
     }
 
@@ -196,8 +199,8 @@ impl GpuClipper {
         transfer.plan.follow_norms(threshold).await?;
         transfer.decide()?;
         let (mut reports, outcomes) = transfer.plan.reports_and_outcomes().await?;
-        transfer.write_back(&mut [(*clip, tensors)], outcomes).await;
-        Ok(reports.swap_remove(0))
+        let lost = transfer.write_back(&mut [(*clip, tensors)], outcomes).await.pop();
+        Ok(ClipReport { lost, ..reports.swap_remove(0) })
     }
 
     /// Measures what [`GpuClipper::apply`] would report, and writes nothing.
@@ -368,10 +371,16 @@ impl<'a> Transfer<'a> {
         Ok(())
     }
 
-    /// Writes the clipped tensors, given the outcomes by group. From here on a failing device is no error.
-    async fn write_back(self, groups: &mut [(Clip, &mut [TensorMut<'_>])], outcomes: Vec<Vec<Outcome>>) {
+    /// Writes the clipped tensors, given the outcomes by group, and returns what each group lost. From here on a failing
+    /// device is no error.
+    async fn write_back(
+        self,
+        groups: &mut [(Clip, &mut [TensorMut<'_>])],
+        outcomes: Vec<Vec<Outcome>>,
+    ) -> Vec<LostElements> {
+        let lost = groups.iter().map(|_| Mutex::default()).collect();
         let tensors = groups.iter_mut().flat_map(|(_, tensors)| tensors.iter_mut()).collect();
-        let mut back = WriteBack { due: Vec::new(), transfer: self, tensors, outcomes, begun: false };
+        let mut back = WriteBack { due: Vec::new(), transfer: self, tensors, outcomes, lost, begun: false };
         for load in &back.transfer.loads {
             back.due.push(load.runs.iter().filter(|run| back.is_written(run)).cloned().collect());
         }
@@ -379,6 +388,7 @@ impl<'a> Transfer<'a> {
             log::warn!("the GPU failed while clipped gradients were read back ({error}); the CPU clips the rest");
             back.finish();
         }
+        back.lost.iter().map(|lost| *locked(lost)).collect()
     }
 
     /// Submits phases over a load, and its copy to `readback`. A load that is not on the device is copied there first. One
@@ -470,12 +480,17 @@ impl Drop for Transfer<'_> {
     }
 }
 
+/// What is done with a piece of a tensor: its clip, its dtype, its segments, and the outcomes of all.
+type How<'a> = (&'a Clip, Dtype, (&'a Matrices, &'a [Outcome]));
+
 /// The writing of clipped loads into the caller's tensors.
 struct WriteBack<'a, 't, 'd> {
     transfer: Transfer<'a>,
     tensors: Vec<&'t mut TensorMut<'d>>,
     /// By group and segment.
     outcomes: Vec<Vec<Outcome>>,
+    /// By group.
+    lost: Vec<Mutex<LostElements>>,
     /// By load, the runs that are not written yet.
     due: Vec<Vec<Run>>,
     /// Whether anything is written.
@@ -518,35 +533,56 @@ impl WriteBack<'_, '_, '_> {
     fn write(&mut self, load: usize, bytes: &[u8]) {
         self.begun = true;
         let due = std::mem::take(&mut self.due[load]);
-        let first = due.first().map_or(0, |run| run.tensor);
-        let mut tensors = (first..).zip(&mut self.tensors[first..]);
-        let mut work = Vec::new();
-        for run in due {
-            // Runs are in the order of tensors, and at most one of each.
-            let Some((_, tensor)) = tensors.find(|(i, _)| *i == run.tensor) else { continue };
-            let (to, from) = (&mut tensor.data[run.bytes.clone()], &bytes[run.offset..][..run.bytes.len()]);
-            work.extend(to.chunks_mut(COPIED_AT_ONCE).zip(from.chunks(COPIED_AT_ONCE)));
-        }
-        let pieces = work.len();
-        in_parallel(work.into_iter(), pieces, bytes.len(), |(to, from)| to.copy_from_slice(from));
+        self.write_by(due, |run, (clip, dtype, own), (at, to)| {
+            let lost = lost(clip, at.index, dtype, own, to);
+            let start = run.offset + at.index as usize * dtype.size() - run.bytes.start;
+            to.copy_from_slice(&bytes[start..][..to.len()]);
+            lost
+        });
     }
 
     /// Clips the due runs on the CPU, in the caller's own bytes, which nothing has changed yet.
     fn finish(&mut self) {
         self.begun = false;
-        for run in self.due.drain(..).flatten() {
-            let Owner { group, tensor, .. } = self.transfer.owners[run.tensor];
-            let TensorMut { spec, data, .. } = &mut *self.tensors[run.tensor];
-            let of = &self.transfer.plan.built.groups[group];
-            let own = (&of.segments.layouts[tensor], &self.outcomes[group][..]);
-            let data = &mut data[run.bytes.clone()];
-            let bytes = data.len();
-            let chunks = data.chunks_mut(COPIED_AT_ONCE).enumerate();
-            in_parallel(chunks, bytes.div_ceil(COPIED_AT_ONCE), bytes, |(i, data)| {
-                let index = ((run.bytes.start + i * COPIED_AT_ONCE) / spec.dtype.size()) as u64;
-                write_piece(&of.clip, Location { tensor, index }, spec.dtype, own, data);
-            });
+        for due in std::mem::take(&mut self.due) {
+            self.write_by(due, |_, (clip, dtype, own), (at, data)| write_piece(clip, at, dtype, own, data).lost);
         }
+    }
+
+    /// Calls `write` with pieces of the caller's bytes, in parallel, and counts what it has lost.
+    fn write_by(
+        &mut self,
+        due: Vec<Run>,
+        write: impl Fn(&Run, How<'_>, (Location, &mut [u8])) -> LostElements + Send + Sync,
+    ) {
+        let Self { transfer, tensors, outcomes, lost, .. } = self;
+        let first = due.first().map_or(0, |run| run.tensor);
+        let mut tensors = (first..).zip(&mut tensors[first..]);
+        let (mut work, mut bytes) = (Vec::new(), 0);
+        for run in &due {
+            // Runs are in the order of tensors, and at most one of each.
+            let Some((_, tensor)) = tensors.find(|(i, _)| *i == run.tensor) else { continue };
+            let TensorMut { spec, data, .. } = &mut **tensor;
+            let Owner { group, tensor, .. } = transfer.owners[run.tensor];
+            let of = &transfer.plan.built.groups[group];
+            let own = (&of.segments.layouts[tensor], &outcomes[group][..]);
+            let (dtype, lost) = (spec.dtype, &lost[group]);
+            for (start, data) in
+                run.bytes.clone().step_by(COPIED_AT_ONCE).zip(data[run.bytes.clone()].chunks_mut(COPIED_AT_ONCE))
+            {
+                let at = Location { tensor, index: (start / dtype.size()) as u64 };
+                bytes += data.len();
+                work.push((run, (&of.clip, dtype, own), (at, data), lost));
+            }
+        }
+        let pieces = work.len();
+        in_parallel(work.into_iter(), pieces, bytes, |(run, how, piece, all)| {
+            let lost = write(run, how, piece);
+            if lost != LostElements::default() {
+                let mut all = locked(all);
+                *all = all.and(lost);
+            }
+        });
     }
 }
 

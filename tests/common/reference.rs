@@ -491,6 +491,9 @@ impl Expected {
     pub(crate) fn check(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) {
         self.check_report(done, before, tolerance, what);
         self.check_elements(before, &done.after, tolerance, what);
+        if let Ok(ClipReport { lost: Some(lost), .. }) = &done.report {
+            assert_eq!((lost.zero, lost.infinite), self.lost(before, &done.after), "{what}");
+        }
     }
 
     /// Asserts that the report and the sums are right.
@@ -564,6 +567,24 @@ impl Expected {
             }
         }
         assert_same_bits(after, &kept, what);
+    }
+
+    /// How many elements became 0 or infinite and would be neither if nothing were rounded.
+    fn lost(&self, before: &[Data], after: &[Data]) -> (u64, u64) {
+        let (mut zero, mut infinite) = (0, 0);
+        for (t, (before, after)) in before.iter().zip(after).enumerate() {
+            let (min, max) = match self.asked.mode {
+                Mode::Value => self.asked.bounds(before.dtype),
+                _ => (f64::NEG_INFINITY, f64::INFINITY),
+            };
+            for (i, (x, y)) in before.numbers().zip(after.numbers()).enumerate() {
+                let multiplied = matches!(self.segments[self.of[t][i]].fate, Fate::Times(factor) if factor != 0.0);
+                let bound = if x < 0.0 { min } else { max };
+                zero += u64::from(multiplied && x.is_finite() && x != 0.0 && y == 0.0 && bound != 0.0);
+                infinite += u64::from(multiplied && x.is_finite() && y.is_infinite() && min != max);
+            }
+        }
+        (zero, infinite)
     }
 
     #[track_caller]

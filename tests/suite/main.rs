@@ -18,6 +18,7 @@ mod large_offsets;
 mod larger_than_device;
 mod licences;
 mod long_sums;
+mod lost_by_rounding;
 mod many_tiny;
 mod misaligned;
 mod non_finite;

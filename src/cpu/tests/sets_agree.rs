@@ -4,13 +4,15 @@
 use half::{bf16, f16};
 
 use super::super::isa::{self, Isa, Kernel, LANES, Set, run};
+use super::super::lost::{lost, lost_by_segment};
 use super::super::{clamp, columns, count, norm, scale, sum};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
 use crate::magnitude::Magnitude;
 use crate::partial::{Location, Partial};
-use crate::segment::{By, SegmentLayout};
-use crate::{Clip, Dtype, NonFinite, NormType};
+use crate::report::LostElements;
+use crate::segment::{By, SegmentLayout, Segments};
+use crate::{Clip, Dtype, NonFinite, NormType, Tensor};
 
 const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
 const AT: Location = Location { tensor: 3, index: 1000 };
@@ -115,21 +117,39 @@ fn outcomes(factor: f64, count: usize) -> Vec<Outcome> {
     (0..count).map(|i| Outcome { factor: factor / (i + 1) as f64, ..outcome }).collect()
 }
 
+/// The elements that became 0 or infinite, counted one by one.
+fn lost_between(dtype: Dtype, before: &[u8], after: &[u8]) -> LostElements {
+    let numbers = |bytes: &[u8]| -> Vec<f64> {
+        with_element!(dtype, T => bytes.chunks(dtype.size()).map(|x| bytemuck::pod_read_unaligned::<T>(x).into()).collect())
+    };
+    let mut lost = LostElements::default();
+    for (x, y) in numbers(before).into_iter().zip(numbers(after)).filter(|(x, _)| x.is_finite()) {
+        lost.zero += u64::from(x != 0.0 && y == 0.0);
+        lost.infinite += u64::from(y.is_infinite());
+    }
+    lost
+}
+
 #[test]
 fn scaling_agrees() {
     everywhere(|dtype, data, what| {
         // The last two are no normal float32. Which payload of two NaNs stays is not promised.
-        for factor in
-            [0.37, 0.0, f64::NAN, 1e-42, 1e300].into_iter().filter(|f| !f.is_nan() || what.contains("ordinary"))
+        for factor in [0.37, 0.0, f64::NAN, 6e-5, 7.0, 1e-42, 1e300]
+            .into_iter()
+            .filter(|f| !f.is_nan() || what.contains("ordinary"))
         {
             for drop in [false, true] {
                 for (by, columns) in [(By::Whole, 1), (By::Rows, 7), (By::Columns, 19)] {
                     let layout = SegmentLayout { by, columns, segment: 0, first: 0 };
                     let outcomes = outcomes(factor, if by == By::Rows { 20 } else { columns as usize });
                     on_each_set(&format!("{what} times {factor:e} by {by:?}, drop {drop}"), || {
-                        let mut data = data.to_vec();
-                        with_element!(dtype, T => scale::scale::<T>(&outcomes, layout, 0, drop, &mut data));
-                        data
+                        let mut after = data.to_vec();
+                        let lost = with_element!(dtype, T => lost_by_segment::<T>(&outcomes, layout, 0, data));
+                        with_element!(dtype, T => scale::scale::<T>(&outcomes, layout, 0, drop, &mut after));
+                        if factor > 0.0 {
+                            assert_eq!(lost, lost_between(dtype, data, &after), "{what} times {factor:e} by {by:?}");
+                        }
+                        (after, lost)
                     });
                 }
             }
@@ -147,10 +167,16 @@ fn clamping_agrees() {
                     let clip = Clip::range(min, max).non_finite(policy);
                     let clip = clip.grad_scale(grad_scale);
                     on_each_set(&format!("{what} to {min}..={max} / {grad_scale:e}, {policy:?}"), || {
-                        let mut data = data.to_vec();
+                        let (before, mut data) = (data, data.to_vec());
+                        let tensor = Tensor::from_bytes(dtype, before).expect("whole elements");
+                        let segments = Segments::new(&clip, &[tensor.spec]).expect("a valid clip");
+                        let lost = lost(&clip, 0, dtype, (&segments.layouts[0], &outcomes(1.0, 1)), before);
                         let scan = with_element!(dtype, T => clamp::scan::<T>(&clip, AT, &data));
                         let partial = with_element!(dtype, T => clamp::clamp::<T>(&clip, AT, &mut data));
-                        (bits(&scan), bits(&partial), data)
+                        if (min, max) == (-inf, inf) {
+                            assert_eq!(lost, lost_between(dtype, before, &data), "{what} / {grad_scale:e}");
+                        }
+                        (bits(&scan), bits(&partial), data, lost)
                     });
                 }
             }
