@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use gradclip::{Budget, Dtype, NonFinite, Scope, UnitAxis};
 
-use crate::values::{self, BUDGETS, Cut, POLICIES, SCOPES, one_of};
+use crate::values::{self, BUDGETS, Cut, OUT_DTYPES, POLICIES, SCOPES, one_of};
 
 #[derive(Debug, Parser)]
 #[command(name = "gradclip", version, about = ABOUT, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
@@ -158,6 +158,9 @@ pub(crate) struct ClipArgs {
     /// Write the sum of the clipped examples, in float32, or in float64 for float64
     #[arg(long)]
     pub(crate) sum: bool,
+    /// Widen float16 and bfloat16 gradients to float32 before they are clipped, so that rounding loses none
+    #[arg(long, value_name = "float32", value_parser = one_of(OUT_DTYPES), hide_possible_values = true)]
+    pub(crate) out_dtype: Option<Dtype>,
     #[command(flatten)]
     pub(crate) backend: BackendArgs,
     /// Before OUT is written, clip in memory on GPU and CPU, and compare

@@ -4,7 +4,7 @@ use std::iter::once;
 use std::slice::from_mut;
 use std::time::Instant;
 
-use gradclip::{Clip, DecidedClip, Mode, NonFinite, Scope, Tensor};
+use gradclip::{Clip, DecidedClip, Dtype, Mode, NonFinite, Scope, Tensor, TensorMut};
 use indicatif::HumanCount;
 
 use crate::args::{BackendArgs, BackendChoice, ClipArgs};
@@ -13,6 +13,7 @@ use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
 use crate::groups::{Decided, GroupReport, Groups};
 use crate::input::{Input, explain, unchanged, unsupported_warning, with_parameters};
+use crate::layout::Content;
 use crate::output::Output;
 use crate::print::{print, print_json, remark};
 use crate::progress;
@@ -30,7 +31,13 @@ pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
 
 fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&Input>) -> Result<(), Failure> {
     let hidden = args.quiet || args.json;
-    let output = Output::new(input, params, &args.out, args.sum, args.force)?;
+    let content = match args.out_dtype {
+        // Sums are float32 already.
+        _ if args.sum => Content::Sums,
+        Some(_) => Content::Widened,
+        None => Content::Same,
+    };
+    let output = Output::new(input, params, &args.out, content, args.force)?;
     let parameters = input.parameters(params)?;
     let tensors = with_parameters(input.tensors()?, &parameters);
     // With a given norm nothing is measured, and pieces are scaled while they are written.
@@ -47,7 +54,14 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
     }
     if args.verify {
         let spinner = progress::spinner("verifying", hidden);
-        for (clip, tensors) in groups.clips().zip(groups.divide(tensors.iter().copied())) {
+        let widened = if content == Content::Widened { widened(&tensors)? } else { Vec::new() };
+        let views = input
+            .gradients()
+            .zip(&widened)
+            .map(|(entry, (dtype, bytes))| Tensor::from_bytes(*dtype, bytes)?.named(&entry.name).shape(&entry.shape));
+        let views = with_parameters(views.collect::<Result<_, gradclip::Error>>()?, &parameters);
+        let clipped = if widened.is_empty() { &tensors } else { &views };
+        for (clip, tensors) in groups.clips().zip(groups.divide(clipped.iter().copied())) {
             verify(&backend, &clip, &tensors)?;
         }
         drop(spinner);
@@ -90,6 +104,9 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
             &parameters,
             |_| true,
             |mut written| {
+                if content == Content::Widened {
+                    widen(&tensors, &mut written)?;
+                }
                 let reports = match args.sum {
                     true => {
                         backend.run(|clipper| Ok(vec![clipper.sum_examples(&groups.rest, &tensors, &mut written)?]))
@@ -116,6 +133,7 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
         clip,
         tensors,
         sum,
+        widened: content == Content::Widened,
         backend,
         time,
         file,
@@ -151,6 +169,7 @@ pub(crate) fn lines(summary: &Summary<'_>) -> Vec<(&'static str, String)> {
     }
     lines.extend(summary.non_finite().map(|found| ("non-finite", found)));
     lines.push(("result", result(summary)));
+    lines.extend(summary.lost().map(|lost| ("rounding", lost)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
         lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
@@ -201,6 +220,22 @@ fn result(summary: &Summary<'_>) -> String {
         (Some(_), NonFinite::Drop) => words + ", non-finite elements set to 0",
         _ => words,
     }
+}
+
+/// Copies tensors into others of the same or of a wider dtype.
+pub(crate) fn widen(tensors: &[Tensor<'_>], into: &mut [TensorMut<'_>]) -> Result<(), gradclip::Error> {
+    tensors.iter().zip(into).try_for_each(|(tensor, into)| tensor.widen_into(into))
+}
+
+/// Copies of the gradients, those of half precision as float32, and their dtypes.
+fn widened(tensors: &[Tensor<'_>]) -> Result<Vec<(Dtype, Vec<u8>)>, gradclip::Error> {
+    let copy = |tensor: &Tensor<'_>| {
+        let dtype = if tensor.dtype() == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
+        let mut bytes = vec![0; tensor.len() * dtype.size()];
+        tensor.widen_into(&mut TensorMut::from_bytes(dtype, &mut bytes)?)?;
+        Ok((dtype, bytes))
+    };
+    tensors.iter().map(copy).collect()
 }
 
 #[cfg(feature = "gpu")]

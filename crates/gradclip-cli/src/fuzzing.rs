@@ -14,7 +14,7 @@ use crate::description::{measuring, norm_name};
 use crate::failure::Failure;
 use crate::header::{self, Entry};
 use crate::input::Input;
-use crate::layout::FileLayout;
+use crate::layout::{Content, FileLayout};
 
 /// A file. A file that is accepted is consistent, and read as the crate `safetensors` reads it.
 pub fn file(bytes: &[u8]) {
@@ -49,6 +49,15 @@ pub fn file(bytes: &[u8]) {
         assert_eq!((&a.name, a.kind, &a.shape, a.dtype), (&b.name, b.kind, &b.shape, b.dtype));
         assert_eq!(a.bytes.start as isize + shift, b.bytes.start as isize);
     }
+}
+
+/// Checks that a file of this layout can be read again, and has so many gradients.
+fn check_written(layout: &FileLayout<'_>, gradients: usize) {
+    let mut written = layout.blocks().collect::<Vec<_>>().concat();
+    assert_eq!(written.len() as u64, layout.len());
+    let (entries, _) = header::parse(&written).expect("what is written can be read");
+    check_entries(&entries, written.len());
+    assert_eq!(layout.tensors_in(&mut written).expect("they fit").len(), gradients);
 }
 
 /// Checks that entries have unique names and cover a file from the end of its header, which is returned.
@@ -114,15 +123,13 @@ fn set(path: &Path, shards: &[&[u8]]) {
             end += piece.bytes.len() as u64;
         }
         assert_eq!(end, copy.len());
+        let widened = FileLayout::new(file, Content::Widened).expect("at most twice as long");
+        check_written(&widened, copy.gradients());
         // Sums may be larger than the file if there are no examples.
         if let Ok(sums) = FileLayout::sums(file)
             && sums.len() < 1 << 20
         {
-            let mut written = sums.blocks().collect::<Vec<_>>().concat();
-            assert_eq!(written.len() as u64, sums.len());
-            let (entries, _) = header::parse(&written).expect("what is written can be read");
-            check_entries(&entries, written.len());
-            assert_eq!(sums.tensors_in(&mut written).expect("they fit").len(), copy.gradients());
+            check_written(&sums, copy.gradients());
         }
     }
     let tensors = match input.tensors() {

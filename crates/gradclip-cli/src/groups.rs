@@ -104,6 +104,11 @@ impl Groups {
         all.clip_coef = reports.iter().map(|report| report.clip_coef).fold(1.0, least);
         all.clipped = reports.iter().any(|report| report.clipped);
         all.elements = reports.iter().map(|report| report.elements).sum();
+        let lost = reports.iter().filter_map(|report| report.lost);
+        all.lost = lost.reduce(|mut all, lost| {
+            (all.zero, all.infinite) = (all.zero + lost.zero, all.infinite + lost.infinite);
+            all
+        });
         all.non_finite = None;
         for found in reports.iter().filter_map(|report| report.non_finite.as_ref()) {
             match &mut all.non_finite {

@@ -1,4 +1,4 @@
-//! The layout of an output file: a copy of an input file, or one with sums of examples in place of the gradients.
+//! The layout of an output file: a copy of an input file, or one with other tensors in place of the gradients.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -16,6 +16,17 @@ static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 /// file of 80 bytes could describe a terabyte of zeros.
 const MAX_EMPTY_SUMS: usize = 64 << 20;
 
+/// What a file holds in place of the gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// The clipped gradients.
+    Same,
+    /// The same, those of half precision as float32.
+    Widened,
+    /// The sums of clipped examples.
+    Sums,
+}
+
 /// A header, and the tensors behind it.
 #[derive(Debug)]
 pub(crate) struct FileLayout<'a> {
@@ -27,11 +38,13 @@ pub(crate) struct FileLayout<'a> {
 /// One tensor.
 #[derive(Debug)]
 struct TensorSlot<'a> {
-    /// Its number among the entries of the input file.
+    /// Its number among the gradients of the input file, if it is one.
     number: usize,
     entry: Entry,
-    /// Its bytes before they are clipped; zeros follow up to its length.
+    /// Its bytes before they are widened and clipped; zeros follow up to its length.
     content: &'a [u8],
+    /// The dtype of these bytes, for a gradient.
+    from: Option<Dtype>,
 }
 
 /// A piece of the file before it is clipped.
@@ -40,21 +53,58 @@ pub(crate) struct Piece<'a> {
     /// Where it lies in the file.
     pub(crate) offset: u64,
     pub(crate) bytes: &'a [u8],
-    /// The number of its gradient in the file, the dtype, and the first element.
-    pub(crate) gradient: Option<(usize, Dtype, u64)>,
+    pub(crate) gradient: Option<GradientPiece>,
+}
+
+/// Of which gradient a piece is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GradientPiece {
+    /// The gradient's number in the file.
+    pub(crate) number: usize,
+    /// The dtype of the piece, and the one to write it in.
+    pub(crate) from: Dtype,
+    pub(crate) to: Dtype,
+    /// The piece's first element.
+    pub(crate) first: u64,
 }
 
 impl<'a> FileLayout<'a> {
+    /// The layout of a file with this content.
+    pub(crate) fn new(file: &'a InputFile, content: Content) -> Result<Self, Failure> {
+        match content {
+            Content::Same => Ok(Self::copy(file)),
+            Content::Widened => Self::widened(file),
+            Content::Sums => Self::sums(file),
+        }
+    }
+
     /// A copy of the file.
     pub(crate) fn copy(file: &'a InputFile) -> Self {
         let bytes = file.bytes();
         // The tensors cover everything behind the header.
         let header = &bytes[..file.entries.first().map_or(bytes.len(), |entry| entry.bytes.start)];
-        let slot = |(number, entry): (usize, &Entry)| {
-            let entry = entry.clone();
-            TensorSlot { number, content: &bytes[entry.bytes.clone()], entry }
+        let mut gradients = 0..;
+        let slot = |entry: &Entry| {
+            let (entry, from) = (entry.clone(), entry.dtype);
+            let number = from.and_then(|_| gradients.next()).unwrap_or_default();
+            TensorSlot { number, content: &bytes[entry.bytes.clone()], entry, from }
         };
-        Self { header: header.into(), slots: file.entries.iter().enumerate().map(slot).collect() }
+        Self { header: header.into(), slots: file.entries.iter().map(slot).collect() }
+    }
+
+    /// Gradients of half precision as float32; metadata and other tensors stay.
+    fn widened(file: &'a InputFile) -> Result<Self, Failure> {
+        let mut copy = Self::copy(file);
+        let is_half = |slot: &&mut TensorSlot<'_>| matches!(slot.from, Some(Dtype::F16 | Dtype::BF16));
+        let mut halves = copy.slots.iter_mut().filter(is_half).peekable();
+        if halves.peek().is_none() {
+            return Ok(copy);
+        }
+        for TensorSlot { entry, .. } in halves {
+            (entry.kind, entry.dtype) = (safetensors::Dtype::F32, Some(Dtype::F32));
+            entry.bytes = 0..entry.bytes.len().saturating_mul(2);
+        }
+        Self::composed(file, copy.slots)
     }
 
     /// The sum over dimension 0 in place of each gradient, in float32 or float64; metadata and other tensors stay.
@@ -83,12 +133,17 @@ impl<'a> FileLayout<'a> {
             slot.entry = Entry { name, kind, dtype: Some(dtype), shape, bytes: 0..length, left_out: false };
             slot.content = &[];
         }
+        Self::composed(file, slots)
+    }
+
+    /// Places tensors of these lengths behind a new header.
+    fn composed(file: &'a InputFile, mut slots: Vec<TensorSlot<'a>>) -> Result<Self, Failure> {
         // Readers of the format need every tensor aligned to its elements.
         slots.sort_by_key(|slot| Reverse(slot.entry.kind.bitsize()));
         let mut start = 0usize;
         for TensorSlot { entry, .. } in &mut slots {
             let end = start.checked_add(entry.bytes.len());
-            let end = end.ok_or_else(|| Failure::file(&file.path, "the sums of its examples are too large"))?;
+            let end = end.ok_or_else(|| Failure::file(&file.path, "its tensors are too large"))?;
             entry.bytes = start..end;
             start = end;
         }
@@ -118,19 +173,19 @@ impl<'a> FileLayout<'a> {
 
     /// The same in pieces of at most `most` bytes: a multiple of 8, so that no element is cut.
     pub(crate) fn pieces(&self, most: usize) -> impl Iterator<Item = Piece<'_>> {
-        let mut gradients = 0..;
-        let tensors = self.slots.iter().map(move |slot| {
-            let gradient = slot.entry.dtype.and_then(|dtype| Some((gradients.next()?, dtype)));
-            (slot.content, gradient)
-        });
+        let tensors = self.slots.iter().map(|slot| (slot.content, slot.entry.bytes.len(), Some(slot)));
         let mut end = 0;
-        once((&self.header[..], None)).chain(tensors).flat_map(move |(bytes, gradient)| {
+        once((&self.header[..], self.header.len(), None)).chain(tensors).flat_map(move |(bytes, len, slot)| {
             let start = end;
-            end += bytes.len() as u64;
-            bytes.chunks(most).zip((0u64..).step_by(most)).map(move |(bytes, from)| Piece {
-                offset: start + from,
-                bytes,
-                gradient: gradient.map(|(number, dtype)| (number, dtype, from / dtype.size() as u64)),
+            end += len as u64;
+            // What is widened takes more room than it has content.
+            let growth = len.checked_div(bytes.len()).unwrap_or(1) as u64;
+            bytes.chunks(most).zip((0u64..).step_by(most)).map(move |(bytes, at)| {
+                let gradient = slot.and_then(|slot| {
+                    let (from, to) = (slot.from?, slot.entry.dtype?);
+                    Some(GradientPiece { number: slot.number, from, to, first: at / from.size() as u64 })
+                });
+                Piece { offset: start + at * growth, bytes, gradient }
             })
         })
     }

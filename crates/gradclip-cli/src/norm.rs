@@ -76,6 +76,7 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
         clip: asked,
         tensors,
         sum: false,
+        widened: false,
         backend,
         time,
         file,

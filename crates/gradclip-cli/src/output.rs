@@ -4,7 +4,7 @@
 //! check      no target may be an input, or exist (unless forced)
 //! fill       a temporary file in the folder of each target, in one of two ways:
 //!              stream: clip piece by piece, as was decided before (stream.rs)
-//!              mapped: copy each input, or write zeros in place of its sums; then clip in the mapped copies
+//!              mapped: copy each input, or write zeros in place of its sums; then clip into the mapped copies
 //! check      no input may have changed meanwhile
 //! sync       every temporary file
 //! rename     each file to its target, the index last; an index that is replaced is removed first
@@ -31,7 +31,7 @@ use tempfile::NamedTempFile;
 use crate::failure::Failure;
 use crate::groups::Decided;
 use crate::input::{INDEX_SUFFIX, Input, InputFile, folder_of, is_index, unchanged};
-use crate::layout::FileLayout;
+use crate::layout::{Content, FileLayout};
 use crate::mapped::MappedMut;
 use crate::stream;
 use crate::temporary::{self, exists};
@@ -56,12 +56,12 @@ pub(crate) struct Copies<'o, 'a> {
 }
 
 impl<'a> Output<'a> {
-    /// Chooses the targets and checks them before any work begins. With `sum`, sums of examples will be written.
+    /// Chooses the targets and checks them before any work begins.
     pub(crate) fn new(
         input: &'a Input,
         parameters: Option<&'a Input>,
         out: &Path,
-        sum: bool,
+        content: Content,
         force: bool,
     ) -> Result<Self, Failure> {
         match (&input.index, is_index(out)) {
@@ -81,20 +81,23 @@ impl<'a> Output<'a> {
         targets.extend(input.index.iter().map(|_| out.to_owned()));
         let inputs: Vec<_> = once(input).chain(parameters).collect();
         check(&targets, inputs.iter().copied(), force)?;
-        let layout = |file| if sum { FileLayout::sums(file) } else { Ok(FileLayout::copy(file)) };
-        let files = input.files.iter().zip(targets).map(|(file, target)| Ok((layout(file)?, target)));
+        let files = input.files.iter().zip(targets);
+        let files = files.map(|(file, target)| Ok((FileLayout::new(file, content)?, target)));
         let files = files.collect::<Result<Vec<_>, Failure>>()?;
         let size = files.iter().map(|(layout, _)| layout.data_len()).sum();
-        let text = |text: Vec<u8>| if sum { with_total_size(text, size) } else { text };
+        let resized = content != Content::Same;
+        let text = |text: Vec<u8>| if resized { with_total_size(text, size) } else { text };
         let index = input.index.clone().map(|index| (text(index), out.to_owned()));
         Ok(Self { files, index, inputs, force })
     }
 
-    /// Copies of several files, under their names, in a folder that nobody else writes to.
-    pub(crate) fn into_folder(inputs: &'a [Input], folder: &Path) -> Self {
+    /// Several files, under their names, in a folder that nobody else writes to.
+    pub(crate) fn into_folder(inputs: &'a [Input], folder: &Path, content: Content) -> Result<Self, Failure> {
         let target = |file: &InputFile| folder.join(file.path.file_name().unwrap_or_default());
-        let files = inputs.iter().flat_map(|input| &input.files).map(|file| (FileLayout::copy(file), target(file)));
-        Self { files: files.collect(), index: None, inputs: inputs.iter().collect(), force: false }
+        let files = inputs.iter().flat_map(|input| &input.files);
+        let files = files.map(|file| Ok((FileLayout::new(file, content)?, target(file))));
+        let files = files.collect::<Result<_, Failure>>()?;
+        Ok(Self { files, index: None, inputs: inputs.iter().collect(), force: false })
     }
 
     /// How many bytes will be written.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use gradclip::{Clip, ClipReport, Histogram, Lost, NonFinite, NonFiniteElements, Scope, SegmentReport, Tensor};
+use gradclip::{Clip, ClipReport, Dtype, Histogram, Lost, NonFinite, NonFiniteElements, Scope, SegmentReport, Tensor};
 use indicatif::HumanCount;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
@@ -26,6 +26,8 @@ pub(crate) struct Summary<'a> {
     pub(crate) tensors: &'a [Tensor<'a>],
     /// Whether clipped examples were summed.
     pub(crate) sum: bool,
+    /// Whether gradients of half precision were clipped as float32.
+    pub(crate) widened: bool,
     pub(crate) backend: &'a Backend,
     pub(crate) time: Duration,
     /// The file of the first non-finite element, if there are several files.
@@ -61,6 +63,7 @@ struct Json<'a> {
     backend: &'static str,
     adapter: Option<&'a str>,
     non_finite: Option<NonFiniteJson<'a>>,
+    lost: Option<LostJson>,
     seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     groups: Option<Vec<GroupJson<'a>>>,
@@ -96,6 +99,12 @@ struct GroupJson<'a> {
     clip_coef: f64,
     clipped: bool,
     elements: u64,
+}
+
+#[derive(Serialize)]
+struct LostJson {
+    zero: u64,
+    infinite: u64,
 }
 
 /// A list that is serialised without being held in memory: there may be millions of segments.
@@ -159,6 +168,7 @@ impl<'a> Summary<'a> {
             backend: if self.backend.adapter().is_some() { "gpu" } else { "cpu" },
             adapter: self.backend.adapter(),
             non_finite: self.report.non_finite.as_ref().map(non_finite),
+            lost: self.report.lost.map(|lost| LostJson { zero: lost.zero, infinite: lost.infinite }),
             seconds: self.time.as_secs_f64(),
             groups: (!self.groups.is_empty()).then(|| self.groups.iter().map(group).collect()),
             segments: (self.clip.scope != Scope::Global).then_some(SegmentsJson(self)),
@@ -189,6 +199,23 @@ impl<'a> Summary<'a> {
     pub(crate) fn non_finite(&self) -> Option<String> {
         let file = self.file.map(|file| format!(" in {}", file.display()));
         self.report.non_finite.as_ref().map(|found| format!("{found}{}", file.unwrap_or_default()))
+    }
+
+    /// The elements that rounding has made 0 or infinite.
+    pub(crate) fn lost(&self) -> Option<String> {
+        let lost = self.report.lost.filter(|lost| lost.zero + lost.infinite > 0)?;
+        let all = plural(self.report.elements, "element");
+        let became = match (HumanCount(lost.zero), HumanCount(lost.infinite)) {
+            (zero, _) if lost.infinite == 0 => format!("{zero} of {all} became 0"),
+            (_, infinite) if lost.zero == 0 => format!("{infinite} of {all} became infinite"),
+            (zero, infinite) => format!("{zero} of {all} became 0, {infinite} infinite"),
+        };
+        let of = |dtype| self.tensors.iter().any(|tensor| tensor.dtype() == dtype);
+        let halves: Vec<_> = [Dtype::F16, Dtype::BF16].into_iter().filter(|dtype| of(*dtype)).collect();
+        let [first, ..] = halves[..] else { return Some(became) };
+        let halves = if halves.len() > 1 { "half precision".to_owned() } else { first.to_string() };
+        let keep = format!("{became}; --out-dtype float32 keeps those of {halves}");
+        Some(if self.widened { became } else { keep })
     }
 
     /// How many examples were clipped: one count, or a list by tensor under scope `example-tensor`.

@@ -28,6 +28,8 @@ pub(crate) const POLICIES: &Names<NonFinite> = &[
     ("drop", NonFinite::Drop, "Set these elements to 0 and clip the rest"),
 ];
 
+pub(crate) const OUT_DTYPES: &Names<Dtype> = &[("float32", Dtype::F32, "In place of float16 and bfloat16")];
+
 /// Parses the name of one of these values.
 pub(crate) fn one_of<T: Copy + Send + Sync + 'static>(names: &'static Names<T>) -> impl TypedValueParser<Value = T> {
     let named = |(name, _, help): &(&'static str, _, &'static str)| PossibleValue::new(name).help(help);

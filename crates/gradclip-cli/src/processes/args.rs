@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Arg, Args, Parser, Subcommand};
+use gradclip::Dtype;
 
 use crate::args::{BackendArgs, ClipOptions, MeasureArgs, SelectArgs};
+use crate::values::{OUT_DTYPES, one_of};
 
 #[derive(Debug, Parser)]
 #[command(name = "gradclip-mpi", version, about = ABOUT, long_about = LONG, max_term_width = 80, after_help = EXIT_CODES)]
@@ -79,6 +81,9 @@ pub(super) struct ClipArgs {
     /// Replace OUT if it exists and holds nothing but safetensors files
     #[arg(long)]
     pub(super) force: bool,
+    /// Widen float16 and bfloat16 gradients to float32 before they are clipped, so that rounding loses none
+    #[arg(long, value_name = "float32", value_parser = one_of(OUT_DTYPES), hide_possible_values = true)]
+    pub(super) out_dtype: Option<Dtype>,
     #[command(flatten)]
     pub(super) options: ClipOptions,
     #[command(flatten)]

@@ -17,6 +17,7 @@ use crate::description::{MODE_NEEDED, clamps, measuring, refuse};
 use crate::failure::Failure;
 use crate::groups::Groups;
 use crate::input::{Input, explain, is_index, unchanged, unsupported_warning};
+use crate::layout::Content;
 use crate::output::{Copies, Output};
 use crate::print::{printed, remark};
 use crate::progress;
@@ -32,6 +33,8 @@ pub(super) struct Operation {
     args: CommonArgs,
     /// OUT, and whether it may be replaced; `None` if the gradients are only measured.
     out: Option<(PathBuf, bool)>,
+    /// What OUT will hold.
+    content: Content,
 }
 
 /// The files of this rank.
@@ -55,13 +58,17 @@ struct Prepared<'o, 'a> {
 impl Operation {
     pub(super) fn new(cli: Cli, local_rank: u32) -> Result<Self, Failure> {
         let mut report_norm = false;
+        let mut content = Content::Same;
         let (groups, mut args, out) = match cli.command {
             Command::Norm(NormArgs { measure, common }) => {
                 (measuring(measure.clip(Clip::norm(f64::INFINITY))?).into(), common, None)
             }
-            Command::Clip(ClipArgs { out, force, options, common }) => {
+            Command::Clip(ClipArgs { out, force, out_dtype, options, common }) => {
                 let clip = options.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
                 report_norm = options.report_norm;
+                if out_dtype.is_some() {
+                    content = Content::Widened;
+                }
                 (options.groups(clip)?, common, Some((out, force)))
             }
         };
@@ -87,7 +94,7 @@ impl Operation {
         }
         clip.check()?;
         args.backend.local_rank = Some(local_rank);
-        Ok(Self { report_norm, groups, args, out })
+        Ok(Self { report_norm, groups, args, out, content })
     }
 
     pub(super) fn run(&self, lockstep: &Lockstep, stdout: &mut dyn Write) -> Result<(), Exit> {
@@ -115,7 +122,8 @@ impl Operation {
             remark(&warning);
         }
         let mut folder = self.folder(lockstep)?;
-        let output = folder.as_ref().map(|folder| Output::into_folder(&own.inputs, folder.path()));
+        let output = folder.as_ref().map(|folder| Output::into_folder(&own.inputs, folder.path(), self.content));
+        let output = lockstep.step("layout", output.transpose().map(|output| (output, ())))?.0;
         let explained = |failure| {
             let failure = explain(&own.inputs)(self.located(failure, &all_files));
             folder.iter().fold(failure, |failure, folder| folder.with_final_path(failure))
@@ -141,7 +149,19 @@ impl Operation {
         if let (Some(folder), true) = (&mut folder, written.is_ok() && !lockstep.is_first()) {
             folder.leave_to_rank_0();
         }
-        let (reports, _) = lockstep.step("done", written.map(|reports| (reports, ())))?;
+        let with_lost = |(reports, norms): (Vec<ClipReport>, _)| {
+            let lost: Vec<_> =
+                reports.iter().map(|report| report.lost.map(|lost| (lost.zero, lost.infinite))).collect();
+            ((reports, norms), lost)
+        };
+        let (mut reports, lost) = lockstep.step("done", written.map(with_lost))?;
+        // Those of all ranks, by group.
+        for (i, report) in reports.0.iter_mut().enumerate() {
+            if let Some(all) = &mut report.lost {
+                let of_ranks = lost.iter().filter_map(|of_rank| *of_rank.get(i)?);
+                (all.zero, all.infinite) = of_ranks.fold((0, 0), |all, lost| (all.0 + lost.0, all.1 + lost.1));
+            }
+        }
 
         let time = start.elapsed();
         let finish = || {
@@ -231,7 +251,16 @@ impl Operation {
         backend.show_progress(&bar);
         let norms = self.report_norm.then(|| backend.norms(&self.groups, tensors)).transpose()?;
         if let Some(copies) = copies.take() {
-            let reports = copies.clip(&[], |i| counted[i], |written| backend.apply(&self.groups, written))?;
+            let reports = copies.clip(
+                &[],
+                |i| counted[i],
+                |mut written| {
+                    if self.content == Content::Widened {
+                        clip::widen(tensors, &mut written)?;
+                    }
+                    backend.apply(&self.groups, written)
+                },
+            )?;
             return Ok((reports, norms));
         }
         let Some(output) = output else {
@@ -265,6 +294,7 @@ impl Operation {
             clip: &self.groups.rest,
             tensors,
             sum: false,
+            widened: self.content == Content::Widened,
             backend,
             time,
             file,

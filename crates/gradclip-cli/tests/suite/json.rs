@@ -5,8 +5,18 @@ use std::path::Path;
 use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, shaped_file};
 use serde_json::{Value, json};
 
-const FIELDS: [&str; 9] =
-    ["adapter", "backend", "clip_coef", "clipped", "elements", "non_finite", "seconds", "tensors", "total_norm"];
+const FIELDS: [&str; 10] = [
+    "adapter",
+    "backend",
+    "clip_coef",
+    "clipped",
+    "elements",
+    "lost",
+    "non_finite",
+    "seconds",
+    "tensors",
+    "total_norm",
+];
 
 #[track_caller]
 fn checked(object: &Value) -> &Value {

@@ -28,6 +28,7 @@ mod killed;
 #[cfg(target_os = "linux")]
 mod larger_than_memory;
 mod largest;
+mod lost_by_rounding;
 mod output_whole_or_not_at_all;
 mod passes_through;
 mod peers;

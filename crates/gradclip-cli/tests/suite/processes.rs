@@ -745,3 +745,24 @@ fn an_interrupt_leaves_nothing() {
     }
     assert!(interrupted, "never met while it wrote");
 }
+
+/// What rounding loses is added up over the ranks, and float32 loses nothing.
+#[test]
+fn losses_are_those_of_all_ranks() {
+    let folder = Folder::new();
+    let halves = |count: usize| vec![half::f16::from_f32(6.5e-5).to_le_bytes(); count].concat();
+    let files = [3, 5].map(|count| folder.write(&format!("{count}.safetensors"), file(&[("w", "F16", halves(count))])));
+    let [a, b] = files.each_ref().map(|path| path.to_str().unwrap());
+    let out = folder.path("out");
+    let args = ["clip", a, b, "-o", out.to_str().unwrap(), "--max-norm", "1", "--grad-scale", "65536", "--force"];
+    for count in [1, 2, 3] {
+        let json = ranks(count, &[&args[..], &["--json"]].concat()).succeeded().json();
+        assert_eq!(json["lost"], serde_json::json!({ "zero": 8, "infinite": 0 }), "{count}");
+        let text = ranks(count, &args).succeeded().stdout;
+        assert!(text.contains("8 of 8 elements became 0; --out-dtype float32 keeps those of float16"), "{text}");
+        let json = ranks(count, &[&args[..], &["--json", "--out-dtype", "float32"]].concat()).succeeded().json();
+        assert_eq!(json["lost"], serde_json::json!({ "zero": 0, "infinite": 0 }), "{count}");
+        let wide = fs::read(out.join("5.safetensors")).expect("it is written");
+        assert!(wide.ends_with(&f32s(&[half::f16::from_f32(6.5e-5).to_f32() / 65536.0; 5])), "{count}");
+    }
+}
