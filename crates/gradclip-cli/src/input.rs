@@ -181,7 +181,7 @@ pub(crate) fn with_parameters<'a>(mut gradients: Vec<Tensor<'a>>, parameters: &'
 }
 
 /// Opens a regular file. Anything else could block for ever (a pipe), or could not be mapped.
-fn open_regular(path: &Path) -> Result<File, Failure> {
+pub(crate) fn open_regular(path: &Path) -> Result<File, Failure> {
     if !fs::metadata(path).map_err(Failure::io(path, "open"))?.is_file() {
         return Err(Failure::file(path, "not a regular file: name a safetensors file or an index"));
     }

@@ -1,7 +1,7 @@
 //! Logs of norms: JSON lines, one for each file that was measured. `gradclip norm --append` writes them, and `gradclip history`
 //! reads them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 
@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::failure::Failure;
 use crate::header::Pairs;
+use crate::input::open_regular;
 
 /// The norms of one file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -106,25 +107,23 @@ pub(crate) fn check_appendable(log: &Path) -> Result<(), Failure> {
 /// Whether a file begins as a log does. A safetensors file begins with a length, whose upper bytes are 0.
 pub(crate) fn is_log(path: &Path) -> Result<bool, Failure> {
     let mut first = Vec::new();
-    let file = File::open(path).map_err(Failure::io(path, "open"))?;
-    file.take(8).read_to_end(&mut first).map_err(Failure::io(path, "read"))?;
+    open_regular(path)?.take(8).read_to_end(&mut first).map_err(Failure::io(path, "read"))?;
     Ok(first.starts_with(b"{\"") && !first.contains(&0))
 }
 
-/// Calls `each` with each line of a log, and with how many bytes it has.
-pub(crate) fn read(log: &Path, mut each: impl FnMut(LogLine, u64) -> Result<(), Failure>) -> Result<(), Failure> {
-    let mut file = BufReader::new(File::open(log).map_err(Failure::io(log, "open"))?);
+/// Calls `each` with each line of a log.
+pub(crate) fn read(log: &Path, mut each: impl FnMut(LogLine) -> Result<(), Failure>) -> Result<(), Failure> {
+    let mut file = BufReader::new(open_regular(log)?);
     let mut text = Vec::new();
     for number in 1.. {
         text.clear();
-        let bytes = file.read_until(b'\n', &mut text).map_err(Failure::io(log, "read"))?;
-        if bytes == 0 {
+        if file.read_until(b'\n', &mut text).map_err(Failure::io(log, "read"))? == 0 {
             break;
         }
         let line = serde_json::from_slice(&text).map_err(|error| {
             Failure::file(log, format!("line {number} is not a line of gradclip norm --append ({error}): remove it"))
         });
-        each(line?, bytes as u64)?;
+        each(line?)?;
     }
     Ok(())
 }

@@ -55,9 +55,8 @@ struct Groups<'a> {
 }
 
 pub(crate) fn run(args: &HistoryArgs) -> Result<(), Failure> {
-    let clip =
-        args.norm_type.map_or(Clip::norm(f64::INFINITY), |p| Clip::norm(f64::INFINITY).norm_type(NormType::p(p)));
-    let clip = measuring(clip.scope(Scope::Tensor));
+    let norm_type = args.norm_type.map_or(NormType::L2, NormType::p);
+    let clip = measuring(Clip::norm(f64::INFINITY).norm_type(norm_type).scope(Scope::Tensor));
     clip.check()?;
     if let Some(plot) = &args.plot.out {
         let inputs = args.files.iter().map(PathBuf::as_path);
@@ -68,7 +67,8 @@ pub(crate) fn run(args: &HistoryArgs) -> Result<(), Failure> {
     groups.check()?;
     let shown_groups = largest(&steps, groups.names.len(), args.top);
     if let Some(path) = &args.plot.out {
-        let drawing = plot::draw(&title(args, &clip), &steps, &groups.names, &shown_groups, args.spike);
+        let title = format!("{} norms over {}", clip.norm_type, plural(steps.len() as u64, "step"));
+        let drawing = plot::draw(&title, &steps, &groups.names, &shown_groups, args.spike);
         output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
     if args.json {
@@ -86,13 +86,12 @@ pub(crate) fn run(args: &HistoryArgs) -> Result<(), Failure> {
 /// Measures the files and reads the logs, and sorts what they hold by step.
 fn steps(args: &HistoryArgs, clip: &Clip, groups: &mut Groups<'_>) -> Result<Vec<Step>, Failure> {
     let cpu = BackendArgs { backend: BackendChoice::Cpu, adapter: None, threads: args.threads, local_rank: None };
-    let mut backend = Backend::choose(&cpu, &[])?;
-    let bar = progress::bytes(0, "measuring", args.json);
-    backend.show_progress(&bar);
+    let backend = Backend::choose(&cpu, &[])?;
+    let bar = progress::count(args.files.len() as u64, "measuring", args.json);
     let (mut steps, mut warning) = (Vec::new(), None);
     // For each step, whether a later one of the same number may replace it: a run that was resumed logs steps again.
     let mut from_logs = Vec::new();
-    for path in &args.files {
+    for path in bar.wrap_iter(args.files.iter()) {
         let mut add = |line: LogLine, from_log| {
             if line.norm_type.0 != clip.norm_type.power() {
                 let other = NormType::p(line.norm_type.0);
@@ -105,11 +104,10 @@ fn steps(args: &HistoryArgs, clip: &Clip, groups: &mut Groups<'_>) -> Result<Vec
             Ok(())
         };
         if log::is_log(path)? {
-            log::read(path, |line, _| add(line, true))?;
+            log::read(path, |line| add(line, true))?;
             continue;
         }
         let input = Input::open(path)?;
-        bar.inc_length(input.bytes());
         // Of one file, since the others will be alike.
         warning = warning.or_else(|| unsupported_warning(input.unsupported(), "measured"));
         let tensors = input.tensors()?;
@@ -117,7 +115,6 @@ fn steps(args: &HistoryArgs, clip: &Clip, groups: &mut Groups<'_>) -> Result<Vec
         unchanged([&input])?;
         add(LogLine::new(path, clip, &report, &tensors), false)?;
     }
-    bar.finish_and_clear();
     warning.iter().for_each(|warning| remark(warning));
     number_steps(&mut steps);
     let mut sorted: Vec<_> = steps.into_iter().zip(from_logs).collect();
@@ -255,7 +252,7 @@ fn largest(steps: &[Step], groups: usize, top: usize) -> Vec<usize> {
 
 fn text(args: &HistoryArgs, clip: &Clip, steps: &[Step], names: &[String], largest: &[usize]) -> String {
     let mut lines = Vec::new();
-    if let [first, .., last] = steps {
+    if let (Some(first), Some(last)) = (steps.first(), steps.last()) {
         lines.push(("steps", format!("{} to {}, {} of them", first.number, last.number, steps.len())));
     }
     let finite = || steps.iter().filter(|step| step.total.is_finite());
@@ -298,12 +295,6 @@ fn text(args: &HistoryArgs, clip: &Clip, steps: &[Step], names: &[String], large
         }
     }
     table(&lines) + &rows + "\n"
-}
-
-/// The title of the plot.
-fn title(args: &HistoryArgs, clip: &Clip) -> String {
-    let first = args.files.first().and_then(|file| file.file_name()).unwrap_or_default();
-    format!("{} norms over steps, {} and the like", clip.norm_type, shown(&first.to_string_lossy()))
 }
 
 impl std::fmt::Display for Found {
