@@ -28,8 +28,8 @@ pub enum Error {
         /// What is wrong, and what to do about it.
         reason: String,
     },
-    /// A call does not fit together: the clips of one call differ, norms or sums are missing, or the clip cannot do
-    /// this.
+    /// A call does not fit together: the clips of one call differ, norms or sums are missing, the clip cannot do this,
+    /// or bytes are not those of a running partial.
     #[error("{0}")]
     Usage(Cow<'static, str>),
     /// A threshold's state belongs to other tensors, or to another version.

@@ -52,7 +52,7 @@ impl Partial {
             sum,
             exponent,
             max: self.max.max(other.max),
-            non_finite: self.non_finite + other.non_finite,
+            non_finite: self.non_finite.saturating_add(other.non_finite),
             nan: self.nan || other.nan,
             first: match (self.first, other.first) {
                 (Some(a), Some(b)) => Some(a.min(b)),

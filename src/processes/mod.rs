@@ -66,6 +66,6 @@ mod threads;
 pub use agree::{agree, check_replicas};
 pub(crate) use exchange::GroupCall;
 pub use group::ProcessGroup;
-pub(crate) use rows::{GroupPartials, GroupTotal, merge};
+pub(crate) use rows::{GroupPartials, GroupTotal, join, merge, split};
 pub(crate) use threads::single_process;
 pub use threads::thread_group;

@@ -193,13 +193,13 @@ fn merge_bodies(low: &[u8], high: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Joins texts, each with its length before it.
-pub(super) fn join<T: AsRef<[u8]>>(texts: &[T]) -> Vec<u8> {
+pub(crate) fn join<T: AsRef<[u8]>>(texts: &[T]) -> Vec<u8> {
     let with_length = |text: &T| [&(text.as_ref().len() as u64).to_le_bytes(), text.as_ref()].concat();
     texts.iter().flat_map(with_length).collect()
 }
 
 /// Splits what [`join`] has joined.
-pub(super) fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
+pub(crate) fn split(mut bytes: &[u8]) -> Vec<&[u8]> {
     let mut texts = Vec::new();
     while let Some((length, rest)) = bytes.split_first_chunk() {
         let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);

@@ -8,6 +8,7 @@ mod adaptive;
 mod bad_clips;
 mod bad_plans;
 mod cut_into_pieces;
+mod damaged_bytes;
 mod device_adaptive;
 mod device_outside;
 mod device_scopes;
