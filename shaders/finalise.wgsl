@@ -55,11 +55,15 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     let index = lane + index_of(group) * WORKGROUP;
     let total = partials[params.total_partial];
     let refuses = params.policy == POLICY_ERROR || params.policy == POLICY_SKIP;
-    let refused = is_bad(total) && refuses;
+    var reason = select(0u, REFUSED_ABOVE, results.above != 0u);
+    if is_bad(total) && refuses {
+        reason = REFUSED_NON_FINITE;
+    }
+    let refused = reason != 0u;
     if index == 0u && params.first_segment == 0u {
         results.steps += 1u;
-        results.refused = select(0u, 1u, refused);
-        coefficients.skip = results.refused;
+        results.refused = reason;
+        coefficients.skip = select(0u, 1u, refused);
     }
     if index >= params.segments {
         return;

@@ -1,6 +1,7 @@
-// threshold: computes the threshold of each segment where it is not known beforehand, one invocation a segment.
-// THRESHOLD says what it follows: the norms of parameters (AGC), or the norms of earlier steps. Twins: `Clip::max_norm`
-// in src/clip.rs, `ZClip` and `AdaGc` in src/threshold/. Host side: src/gpu/threshold.rs.
+// threshold: computes the threshold of each segment where it is not known beforehand, one invocation a segment, and
+// whether the norm of a group skips the step. THRESHOLD says what it follows: the norms of parameters (AGC), the norms of
+// earlier steps, or nothing (FIXED). Twins: `Clip::max_norm` in src/clip.rs, `Clip::skips` in src/decision.rs, `ZClip` and
+// `AdaGc` in src/threshold/. Host side: src/gpu/threshold.rs.
 
 #import constants
 #import number
@@ -10,6 +11,7 @@
 #import measured
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
+@group(0) @binding(2) var<storage, read_write> results: Results;
 
 @group(1) @binding(0) var<storage, read_write> thresholds: array<vec2<u32>>;
 
@@ -129,7 +131,17 @@ var<private> chosen: Number;
 @compute @workgroup_size(WORKGROUP)
 fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     let index = lane + index_of(group) * WORKGROUP;
-    if index >= params.segments {
+    let total = partials[params.group_partial];
+    // `drop` measures the finite elements.
+    let is_measured = !is_bad(total) || params.policy == POLICY_DROP;
+    let total_norm = divide(measured_norm(total), number(params.grad_scale));
+    let above = is_measured && less(number(thresholds[params.limit]), total_norm);
+    if index == 0u {
+        // The first group begins anew. One group above skips the step of all.
+        let before = select(results.above, 0u, params.first_segment == 0u);
+        results.above = select(before, 1u, above);
+    }
+    if THRESHOLD == FIXED || index >= params.segments {
         return;
     }
     let segment = params.first_segment + index;
@@ -137,13 +149,11 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
         chosen = by_parameter(partials[params.parameter_partials + index]);
     } else {
         let norm = divide(measured_norm(partials[params.segment_partials + index]), number(params.grad_scale));
-        let total = partials[params.group_partial];
-        // A step whose norm is not finite does not change the state. `drop` measures the finite elements.
-        let enters = !is_bad(total) || params.policy == POLICY_DROP;
+        // A step that is skipped, or whose norm is not finite, does not change the state.
+        let enters = is_measured && !above;
         if THRESHOLD == ZCLIP {
             states[index] = by_zclip(norm, enters, states[index]);
         } else {
-            let total_norm = divide(measured_norm(total), number(params.grad_scale));
             states[index] = by_adagc(norm, total_norm, enters, states[index]);
         }
         // The clip's own threshold stays an upper bound.

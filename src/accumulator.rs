@@ -222,11 +222,11 @@ impl NormAccumulator {
         let clip = &self.clip;
         let known = clip.known(&self.partial);
         let (weight, max_norm) = (clip.weight(self.elements), clip.max_norm(self.elements, 1.0, Magnitude::plain(0.0)));
-        let refused = known.bad && clip.refuses_non_finite();
-        let outcomes = [clip.outcome(known, max_norm, weight, refused)];
+        let skipped = clip.skips(known, weight);
+        let outcomes = [clip.outcome(known, max_norm, weight, skipped.is_some())];
         let segments = Segments::new(clip, &[])?;
         let totals = (known.norm.times(weight).to_f64(), self.partial.outside);
-        clip.report((&segments, &outcomes), totals, self.elements, self.non_finite())
+        clip.report((&segments, &outcomes), totals, self.elements, self.non_finite(), skipped)
     }
 
     pub(crate) fn clip(&self) -> &Clip {

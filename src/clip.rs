@@ -273,6 +273,8 @@ pub struct Clip {
     pub grad_scale: f64,
     /// What happens when a gradient is NaN or infinite.
     pub non_finite: NonFinite,
+    /// The total norm above which the step is skipped. Infinity skips none.
+    pub skip_above: f64,
 }
 
 impl Clip {
@@ -329,6 +331,7 @@ impl Clip {
             agc_eps: None,
             grad_scale: 1.0,
             non_finite,
+            skip_above: f64::INFINITY,
         }
     }
 
@@ -390,6 +393,28 @@ impl Clip {
         self
     }
 
+    /// Sets the total norm above which a step is skipped, 0 or more: nothing is written, as under [`NonFinite::Skip`],
+    /// and the report says so ([`ClipReport::skipped`](crate::ClipReport::skipped)). The default, infinity, skips none.
+    ///
+    /// It is compared with N over all gradients of this clip, whatever the scope
+    /// ([`ClipReport::total_norm`](crate::ClipReport::total_norm)). An equal norm is not above. A norm that is not
+    /// finite follows [`Clip::non_finite`] instead. If there are groups, one group above skips the step of all.
+    ///
+    /// ```
+    /// use gradclip::{Clip, Clipper, Skipped, TensorMut};
+    /// let clip = Clip::norm(1.0).skip_above(100.0);
+    /// let mut spike = [300.0f32, 400.0];
+    /// let report = Clipper::auto().apply(&clip, &mut [TensorMut::new(&mut spike)])?;
+    /// assert_eq!((report.total_norm, report.skipped), (500.0, Some(Skipped::Above)));
+    /// assert_eq!(spike, [300.0, 400.0]);
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    #[must_use]
+    pub fn skip_above(mut self, norm: f64) -> Self {
+        self.skip_above = norm;
+        self
+    }
+
     /// Reports what is wrong with the description. Every use of a clip runs this check.
     ///
     /// # Errors
@@ -432,6 +457,9 @@ impl Clip {
             setting(by_agc, "agc_eps", number(eps), "only Clip::agc uses it")?;
             finite("agc_eps", eps)?;
         }
+        let measures = self.measured().is_some() || self.skip_above == f64::INFINITY;
+        setting(measures, "skip_above", number(self.skip_above), "a value clip measures no norm to compare it with")?;
+        at_least_0("skip_above", self.skip_above)?;
         let scale = self.grad_scale;
         let valid = scale.is_normal() && scale > 0.0;
         setting(valid, "grad_scale", number(scale), "it must be a normal number above 0, from 2.3e-308 to 1.7e308")
@@ -522,6 +550,20 @@ impl Clip {
         Ok(())
     }
 
+    /// Checks that the clip can go by norms that were measured elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::Usage`], and those of [`Clip::check`]
+    pub(crate) fn check_given(&self) -> Result<(), Error> {
+        self.check_adaptive()?;
+        if self.may_skip() {
+            return Err(Error::usage(
+                "skip_above needs a norm that is measured here; compare the given norms yourself",
+            ));
+        }
+        Ok(())
+    }
+
     /// Whether each gradient needs its parameter, as AGC does.
     #[must_use]
     pub fn needs_parameters(&self) -> bool {
@@ -532,6 +574,11 @@ impl Clip {
     /// it only if one non-finite element decides about the others.
     pub(crate) fn reads_first(&self) -> bool {
         self.measured().is_some() || matches!(self.non_finite, NonFinite::Error | NonFinite::Skip | NonFinite::Zero)
+    }
+
+    /// Whether a finite norm may skip the step.
+    pub(crate) fn may_skip(&self) -> bool {
+        self.skip_above < f64::INFINITY
     }
 
     /// Whether a non-finite element anywhere leaves everything unchanged.
@@ -672,6 +719,9 @@ impl fmt::Display for Clip {
         }
         if self.grad_scale != 1.0 {
             write!(f, ", grad_scale {}", number(self.grad_scale))?;
+        }
+        if self.skip_above != f64::INFINITY {
+            write!(f, ", skip_above {}", number(self.skip_above))?;
         }
         let policy = if self.measured().is_some() { NonFinite::Error } else { NonFinite::Propagate };
         if self.non_finite == policy { Ok(()) } else { write!(f, ", non-finite: {}", self.non_finite) }

@@ -2,7 +2,7 @@
 
 use crate::magnitude::{Magnitude, ldexp};
 use crate::partial::Partial;
-use crate::{Clip, NonFinite};
+use crate::{Clip, NonFinite, Skipped};
 
 /// What the apply pass does with a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +56,16 @@ impl Clip {
         Known { norm, bad }
     }
 
+    /// Why the step is skipped, given what is known of everything. Its measured norm multiplied by `weight` is N.
+    pub(crate) fn skips(&self, everything: Known, weight: f64) -> Option<Skipped> {
+        if everything.bad && self.refuses_non_finite() {
+            return Some(Skipped::NonFinite);
+        }
+        everything.norm.times(weight).exceeds(self.skip_above).then_some(Skipped::Above)
+    }
+
     /// Decides what to do with a segment. Its measured norm is compared with `max_norm`, and multiplied by `weight` it
-    /// is N. `refused` says that non-finite elements anywhere forbid every write.
+    /// is N. `refused` says that the step is skipped.
     pub(crate) fn outcome(&self, known: Known, max_norm: Magnitude, weight: f64, refused: bool) -> Outcome {
         let Known { norm, bad } = known;
         let wanted_coef = match self.measured() {

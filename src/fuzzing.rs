@@ -77,6 +77,11 @@ fn clip(u: &mut Unstructured<'_>) -> Result<(Clip, bool)> {
         made = made.eps(eps);
         valid &= by_norm && finite(eps);
     }
+    if u.ratio(1, 8)? {
+        let above = number(u)?;
+        made = made.skip_above(above);
+        valid &= above >= 0.0 && (!by_value || above == f64::INFINITY);
+    }
     if sets(u, by_agc)? {
         let eps = number(u)?;
         made = made.agc_eps(eps);
@@ -195,6 +200,7 @@ fn builder_case(u: &mut Unstructured<'_>) -> Result<()> {
             assert_eq!(report.elements, tensors.iter().map(|t| t.elements().len() as u64).sum::<u64>());
             // Elements that are neither clipped, scaled nor replaced keep every bit.
             let replaces = report.non_finite.is_some() && clip.non_finite != NonFinite::Skip;
+            assert!(!changed || report.skipped.is_none(), "{clip:?}: {report:?}");
             assert!(!changed || report.clipped || clip.grad_scale != 1.0 || replaces, "{clip:?}: {report:?}");
             assert!(tensors.iter().zip(&before).all(|(t, before)| t.bytes[..t.back] == before[..t.back]));
             if let Ok(measured) = &measured {

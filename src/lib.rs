@@ -128,7 +128,7 @@ pub use cpu::histogram::{Histogram, Lost};
 pub use dtype::{Dtype, Element};
 pub use error::{Error, NonFiniteElements};
 pub use pieces::DecidedClip;
-pub use report::{ClipReport, LostElements, SegmentReport};
+pub use report::{ClipReport, LostElements, SegmentReport, Skipped};
 pub use tensor::{HostTensor, Tensor, TensorMut};
 pub use threshold::{AdaGc, AutoClip, Threshold, ZClip};
 #[cfg(feature = "gpu")]

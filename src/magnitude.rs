@@ -40,6 +40,12 @@ impl Magnitude {
         self.value.is_finite()
     }
 
+    /// Whether it is a number, and above this.
+    pub(crate) fn exceeds(self, limit: f64) -> bool {
+        let (x, limit, _) = self.aligned(Self::plain(limit));
+        x.is_finite() && x > limit
+    }
+
     /// Both in units of the same power of two, and its exponent.
     pub(crate) fn aligned(self, other: Self) -> (f64, f64, i64) {
         let exponent = self.exponent.max(other.exponent);

@@ -27,6 +27,9 @@ pub struct ClipReport {
     /// What rounding to the stored dtype has lost of all tensors that this process has clipped, replicas included. None
     /// after a measurement and a sum of examples, which store no clipped element, and for a plan on the device.
     pub lost: Option<LostElements>,
+    /// Why the step must not be taken, if so: nothing was written, for every group of the call. None if the gradients
+    /// are to be used, whether or not anything was clipped.
+    pub skipped: Option<Skipped>,
     /// Each segment of a scope other than [`Scope::Global`](crate::Scope::Global), ordered by tensor, then by unit or
     /// example. Empty under `Global`, where the totals are complete.
     pub segments: Vec<SegmentReport>,
@@ -64,6 +67,16 @@ impl LostElements {
     }
 }
 
+/// Why a step is skipped. If both are so, the first is reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Skipped {
+    /// A gradient is NaN or infinite, under [`NonFinite::Skip`](crate::NonFinite::Skip).
+    NonFinite,
+    /// The total norm is above [`Clip::skip_above`](crate::Clip::skip_above).
+    Above,
+}
+
 /// The outcome of one segment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
@@ -85,7 +98,7 @@ pub struct SegmentReport {
 
 impl Clip {
     /// The report on a clip. It takes N over everything, whether an element lies outside a value clip's bounds, the
-    /// number of elements, and the non-finite elements.
+    /// number of elements, the non-finite elements, and why the step is skipped.
     ///
     /// # Errors
     /// [`Error::NonFinite`] under that policy.
@@ -95,6 +108,7 @@ impl Clip {
         (total_norm, outside): (f64, bool),
         elements: u64,
         non_finite: Option<NonFiniteElements>,
+        skipped: Option<Skipped>,
     ) -> Result<ClipReport, Error> {
         if let (Some(found), NonFinite::Error) = (&non_finite, self.non_finite) {
             return Err(Error::NonFinite(found.clone()));
@@ -112,6 +126,7 @@ impl Clip {
             elements,
             non_finite,
             lost: None,
+            skipped,
             segments: if self.scope == Scope::Global { Vec::new() } else { each.collect() },
         })
     }

@@ -302,6 +302,12 @@ impl Segments {
         self.families().enumerate().map(of).collect()
     }
 
+    /// The measured norm of everything above which the step is skipped.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn skip_above(&self, clip: &Clip) -> Magnitude {
+        Magnitude::of(clip.skip_above, |x| x / clip.weight(self.elements()))
+    }
+
     /// The outcome of each segment: see [`Clip::outcome`].
     pub(crate) fn outcomes(
         &self,

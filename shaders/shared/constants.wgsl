@@ -28,6 +28,7 @@ const THRESHOLD: u32 = {threshold}u;
 const AGC: u32 = 0u;
 const ZCLIP: u32 = 1u;
 const ADAGC: u32 = 2u;
+const FIXED: u32 = 3u;
 
 // Whether the clip is one by value.
 const VALUE: bool = {value};

@@ -34,9 +34,10 @@ const NORM_NAN: u32 = 4u;
 struct Results {
     // How many steps have run.
     steps: u32,
-    // Whether a policy forbade the last step to write.
+    // Why the last step wrote nothing; else 0.
     refused: u32,
-    padding_0: u32,
+    // Whether the norm of any group was above its limit.
+    above: u32,
     padding_1: u32,
     padding_2: u32,
     padding_3: u32,
@@ -44,6 +45,9 @@ struct Results {
     padding_5: u32,
     outcomes: array<Outcome>,
 }
+
+const REFUSED_NON_FINITE: u32 = 1u;
+const REFUSED_ABOVE: u32 = 2u;
 
 const POLICY_ERROR: u32 = 0u;
 const POLICY_PROPAGATE: u32 = 1u;
@@ -76,8 +80,9 @@ struct Params {
     parameter_partials: u32,
     // For `threshold.wgsl`, as are `threshold_a` to `threshold_d`.
     warm_up: u32,
-    padding_0: u32,
-    padding_1: u32,
+    // Behind all thresholds, where the norm is that is the group's limit: above it the step is skipped.
+    limit: u32,
+    padding: u32,
     threshold_a: vec2<u32>,
     threshold_b: vec2<u32>,
     threshold_c: vec2<u32>,

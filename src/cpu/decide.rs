@@ -16,7 +16,7 @@ use crate::processes::{GroupCall, GroupPartials, GroupTotal, merge};
 use crate::segment::{Family, Segments, check_groups, check_parameter};
 use crate::threshold::Threshold;
 use crate::wait::block_on;
-use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
+use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, Scope, Skipped, Tensor, TensorMut};
 
 /// What is decided about some tensors.
 #[derive(Debug)]
@@ -93,6 +93,9 @@ fn decide_by(
     reads: impl Fn(&Clip) -> bool,
 ) -> Result<Vec<Decision>, Error> {
     check_groups(groups.iter().map(|(clip, _)| clip))?;
+    // A norm that skips the step is known before anything is written.
+    let may_skip = groups.iter().any(|(clip, _)| clip.may_skip());
+    let reads = |clip: &Clip| may_skip || reads(clip);
     let mut segments = Vec::new();
     for (clip, tensors) in groups {
         if threshold.is_some() {
@@ -121,10 +124,10 @@ fn decide_by(
     if let (Some(threshold), [found]) = (threshold, &mut found[..]) {
         found.follow(threshold);
     }
-    let refused = found.iter().any(Measured::is_refused);
+    let skipped = found.iter().filter_map(Measured::skips).min();
     let decide = |found: Measured| {
         let read = reads(&found.clip);
-        found.decide(refused, read)
+        found.decide(skipped, read)
     };
     found.into_iter().map(decide).collect()
 }
@@ -133,8 +136,8 @@ fn decide_by(
 pub(crate) fn decide_scale(clip: &Clip, given: Given<'_>, tensors: &[Tensor<'_>]) -> Result<Decision, Error> {
     clip.check_adaptive()?;
     let found = Measured::given(clip, segments_of(clip, tensors)?, given)?;
-    let refused = found.is_refused();
-    found.decide(refused, true)
+    let skipped = found.skips();
+    found.decide(skipped, true)
 }
 
 /// Clips in place by norms that were measured elsewhere.
@@ -152,7 +155,7 @@ pub(crate) fn sum_examples(
     let call = GroupCall::begin(context.processes);
     check_sums(clip, tensors.iter().map(|t| t.spec), sums.iter().map(|s| s.spec))?;
     let Decision { segments, outcomes, report, .. } = measured(clip, tensors, call, context.progress)?;
-    if report.has_non_finite() && clip.refuses_non_finite() {
+    if report.skipped.is_some() {
         return Ok(report);
     }
     let drop = clip.non_finite == NonFinite::Drop;
@@ -216,13 +219,12 @@ struct Measured {
     known: Vec<Known>,
     /// The threshold on the measured norm, by segment.
     max_norms: Vec<Magnitude>,
-    /// N over everything.
+    /// What is known of everything, and its N.
+    total: Known,
     total_norm: f64,
     elements: u64,
     /// Whether an element lies outside the bounds of a value clip.
     outside: bool,
-    /// Whether anything is not finite.
-    bad: bool,
     /// The non-finite elements, if they are known.
     non_finite: Option<NonFiniteElements>,
 }
@@ -245,14 +247,15 @@ impl Measured {
         };
         let parameters: Vec<_> = parameters.iter().map(norm_of).collect();
         let elements = segments.elements();
+        let known = clip.known(&total);
         Self {
             clip,
             known: partials.iter().map(|p| clip.known(p)).collect(),
             max_norms: segments.max_norms(&clip, &parameters, &[]),
-            total_norm: clip.known(&total).norm.times(clip.weight(elements)).to_f64(),
+            total: known,
+            total_norm: known.norm.times(clip.weight(elements)).to_f64(),
             elements,
             outside: total.outside,
-            bad: total.non_finite > 0,
             non_finite,
             segments,
         }
@@ -265,6 +268,7 @@ impl Measured {
                 Ok(Self::new(GroupPartials::of_one(clip, segments, *partial, elements), total))
             }
             Given::Norms(norms) => {
+                clip.check_given()?;
                 let expected = u64::from(segments.count);
                 if norms.len() as u64 != expected {
                     return Err(Error::usage(format!("norms by segment: {} given, {expected} needed", norms.len())));
@@ -287,30 +291,32 @@ impl Measured {
                     bad: !norm.is_finite() || clip.non_finite == NonFinite::Drop,
                 };
                 found.known = found.segments.families().zip(norms).map(known).collect();
-                found.bad = norms.iter().any(|n| !n.is_finite());
+                found.total.bad = norms.iter().any(|n| !n.is_finite());
                 found.total_norm = if let ([norm], Scope::Global) = (norms, clip.scope) { *norm } else { f64::NAN };
                 Ok(found)
             }
         }
     }
 
-    /// Lets an adaptive threshold follow the norms.
+    /// Lets an adaptive threshold follow the norms, unless the step is skipped.
     fn follow(&mut self, threshold: &mut dyn Threshold) {
+        if self.skips().is_some() {
+            return;
+        }
         let norm = |(family, known): (&Family, &Known)| known.norm.times(self.clip.weight(family.elements)).to_f64();
         let norms: Vec<_> = self.segments.families().zip(&self.known).map(norm).collect();
         self.max_norms = self.segments.max_norms(&self.clip, &[], &threshold.max_norms(self.total_norm, &norms));
     }
 
-    /// Whether the policy leaves everything unchanged.
-    fn is_refused(&self) -> bool {
-        self.bad && self.clip.refuses_non_finite()
+    fn skips(&self) -> Option<Skipped> {
+        self.clip.skips(self.total, self.clip.weight(self.elements))
     }
 
-    /// With `refused`, every segment is left as it is.
-    fn decide(self, refused: bool, read: bool) -> Result<Decision, Error> {
+    /// With `skipped`, every segment is left as it is.
+    fn decide(self, skipped: Option<Skipped>, read: bool) -> Result<Decision, Error> {
         let Self { clip, segments, known, max_norms, total_norm, elements, outside, non_finite, .. } = self;
-        let outcomes = segments.outcomes(&clip, &known, &max_norms, refused);
-        let report = clip.report((&segments, &outcomes), (total_norm, outside), elements, non_finite)?;
+        let outcomes = segments.outcomes(&clip, &known, &max_norms, skipped.is_some());
+        let report = clip.report((&segments, &outcomes), (total_norm, outside), elements, non_finite, skipped)?;
         Ok(Decision { clip, segments, outcomes, report, read })
     }
 }

@@ -15,7 +15,7 @@ use super::plan::{GpuPlan, MERGED_ALREADY, locked};
 use super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead, Stamped};
 use super::table::Origin;
 use super::tensor::GpuTensor;
-use super::threshold::StateRow;
+use super::threshold::{Formula, StateRow};
 use crate::clip::Mode;
 use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge};
 use crate::segment::Segments;
@@ -61,7 +61,7 @@ pub struct GpuNormAccumulator {
     memory: Memory,
     /// The running partial.
     partial: wgpu::Buffer,
-    finish: [Dispatch; 2],
+    finish: Vec<Dispatch>,
     sets: Mutex<Sets>,
     /// Whether the running partial includes other processes' parts, until the next `finish`.
     is_merged: Arc<AtomicBool>,
@@ -99,17 +99,21 @@ impl GpuClipper {
         };
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let partial = self.device.filled("gradclip accumulator", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
-        let group = Group::new(clip, Segments::new(clip, &[])?, Vec::new());
+        let group = Group { limit: 1, ..Group::new(clip, Segments::new(clip, &[])?, Vec::new()) };
         let groups = std::slice::from_ref(&group);
         let memory = Memory::new(&self.device, groups, 1, &[StateRow::zeroed()], Kept::Nothing)?;
         let params = Params::new(&group, &group.clip, 0, None).upload(&self.device)?;
         let clips = clip_group(self, &Memory { partials: partial.clone(), ..memory.clone() }, &params)?;
         let one = |kernel, bindings: &[_]| Dispatch::new(self, (kernel, Access::None), clips.of(kernel), bindings, 1);
-        let finalise = Kernel::Finalise { norm: Some(Norm::from(norm_type)), given: false };
-        let finish = [
-            one(finalise, &[whole(&memory.thresholds), whole(&memory.coefficients)])?,
-            one(Kernel::Accumulate { moves: true }, &[whole(&memory.partials)])?,
-        ];
+        let norm = Norm::from(norm_type);
+        let (skips, finalise) =
+            (Kernel::Threshold { formula: Formula::Fixed, norm }, Kernel::Finalise { norm: Some(norm), given: false });
+        let mut finish = Vec::new();
+        if clip.may_skip() {
+            finish.push(one(skips, &[whole(&memory.thresholds), whole(&memory.states)])?);
+        }
+        finish.push(one(finalise, &[whole(&memory.thresholds), whole(&memory.coefficients)])?);
+        finish.push(one(Kernel::Accumulate { moves: true }, &[whole(&memory.partials)])?);
         let (gpu, sets, is_merged) = (self.clone(), Mutex::default(), Arc::default());
         Ok(GpuNormAccumulator { gpu, group, memory, partial, finish, sets, is_merged })
     }
@@ -205,7 +209,8 @@ impl GpuNormAccumulator {
         let bytes = self.gpu.device.read(&parts).await?;
         let (total, results) = bytes.split_at(size_of::<PartialRow>());
         let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
-        if bytemuck::pod_read_unaligned::<ResultsHead>(head).steps == 0 {
+        let head: ResultsHead = bytemuck::pod_read_unaligned(head);
+        if head.steps == 0 {
             return Err(Error::NotSubmitted);
         }
         let outcome: OutcomeRow = bytemuck::pod_read_unaligned(&outcomes[..size_of::<OutcomeRow>()]);
@@ -218,7 +223,7 @@ impl GpuNormAccumulator {
         let Group { clip, segments, .. } = &self.group;
         let totals = (clip.known(&partial).norm.to_f64(), partial.outside);
         let outcomes = [outcome.to_outcome(clip, 1.0)];
-        clip.report((segments, &outcomes), totals, elements, non_finite)
+        clip.report((segments, &outcomes), totals, elements, non_finite, head.skipped())
     }
 
     fn sets(&self) -> MutexGuard<'_, Sets> {

@@ -67,6 +67,10 @@ pub(super) struct Group {
     pub(super) parameters: Vec<Piece>,
     /// Whether norms are given, not measured.
     pub(super) given: bool,
+    /// Whether a finite norm of any group may skip the step.
+    pub(super) may_skip: bool,
+    /// Its limit among the thresholds.
+    pub(super) limit: u32,
     /// Its first segment among those of the plan.
     pub(super) first_segment: u32,
     /// The first partial of its segments, the first of its parameters' segments, and the partial of the whole group.
@@ -87,6 +91,8 @@ impl Group {
             pieces: Vec::new(),
             parameters: Vec::new(),
             given: false,
+            may_skip: clip.may_skip(),
+            limit: 0,
             first_segment: 0,
             first_partial: 0,
             first_parameter: None,
@@ -100,7 +106,7 @@ impl Group {
 
     /// Whether all elements are read before any is written.
     pub(super) fn reads_first(&self) -> bool {
-        self.clip.reads_first() || !self.all_counted()
+        self.clip.reads_first() || self.may_skip || !self.all_counted()
     }
 
     /// The norm that its kernels measure. A given norm is measured as the largest of one element.
@@ -205,7 +211,7 @@ fn check_job(groups: &[(Clip, &[GpuTensor])], job: &Job) -> Result<(), Error> {
     };
     match job {
         Job::Scale(norms) => {
-            clip.check_adaptive()?;
+            clip.check_given()?;
             if norms.spec.dtype == Dtype::F32 { Ok(()) } else { Err(Error::usage("given norms must be float32")) }
         }
         Job::Sum(sums) => check_sums(clip, tensors.iter().map(GpuTensor::spec), sums.iter().map(GpuTensor::spec)),

@@ -244,7 +244,7 @@ impl GpuClipper {
         let mut transfer = Transfer::new(self, context.progress, &views, Job::Sum(into.clone()))?;
         transfer.measure(&views, call).await?;
         let report = transfer.plan.reports_and_outcomes().await?.0.swap_remove(0);
-        if !(report.has_non_finite() && clip.refuses_non_finite()) {
+        if report.skipped.is_none() {
             transfer.submit(|encoder| {
                 transfer.plan.encode_for(encoder, Phase::Apply, None);
                 Ok(())

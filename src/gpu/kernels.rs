@@ -280,7 +280,7 @@ pub(super) struct Layouts {
 pub(super) struct ClipGroup<T> {
     /// For kernels that measure and merge: they write partials and read results.
     pub(super) measure: T,
-    /// For finalise: it writes results.
+    /// For threshold and finalise: they write results.
     pub(super) finalise: T,
     /// For kernels that scale: without partials, so that nothing stands between the dispatches of one plan.
     pub(super) apply: T,
@@ -293,10 +293,9 @@ impl<T> ClipGroup<T> {
             Kernel::Norm { .. }
             | Kernel::NormEach { .. }
             | Kernel::Merge
-            | Kernel::Threshold { .. }
             | Kernel::Clamp { .. }
             | Kernel::Accumulate { .. } => &self.measure,
-            Kernel::Finalise { .. } => &self.finalise,
+            Kernel::Threshold { .. } | Kernel::Finalise { .. } => &self.finalise,
             Kernel::Scale { .. } | Kernel::ScaleEach { .. } | Kernel::Edges { .. } | Kernel::Sum { .. } => &self.apply,
         }
     }

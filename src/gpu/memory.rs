@@ -4,7 +4,7 @@ use super::device::GpuDevice;
 use super::gather::Group;
 use super::params::thresholds;
 use super::readback::{OutcomeRow, PARTIAL_BYTES, ResultsHead};
-use super::threshold::{StateRow, threshold_number};
+use super::threshold::StateRow;
 use crate::Error;
 
 #[derive(Clone, Debug)]
@@ -44,10 +44,10 @@ impl Memory {
         if let Kept::All(memory) = kept {
             return Ok(Self { partials: room(Some(memory))?, ..memory.clone() });
         }
-        let mut thresholds = thresholds(groups.iter().map(|group| (group, &group.clip)));
-        thresholds.push(threshold_number(f64::INFINITY));
+        let given = groups.iter().any(|group| group.given);
+        let thresholds = thresholds(groups.iter().map(|group| (&group.segments, &group.clip)), given);
         // One more than there are segments, so that no buffer is empty.
-        let segments = thresholds.len() as u64;
+        let segments = 1 + groups.iter().map(|group| u64::from(group.segments.count)).sum::<u64>();
         let storage = wgpu::BufferUsages::STORAGE;
         let results_bytes = size_of::<ResultsHead>() as u64 + segments * size_of::<OutcomeRow>() as u64;
         Ok(Self {

@@ -6,6 +6,7 @@ use super::device::GpuDevice;
 use super::gather::Group;
 use super::number::Number;
 use super::threshold::{Rule, threshold_number};
+use crate::segment::Segments;
 use crate::{Clip, Error, Mode, NonFinite, NormType};
 
 /// Twin of `Params` in `shaders/shared/outcome.wgsl`.
@@ -28,7 +29,8 @@ pub(super) struct Params {
     total_partial: u32,
     parameter_partials: u32,
     warm_up: u32,
-    padding: [u32; 2],
+    limit: u32,
+    padding: u32,
     threshold: [Number; 4],
     min: [f32; 4],
     max: [f32; 4],
@@ -76,7 +78,8 @@ impl Params {
             total_partial: everything,
             parameter_partials: group.first_parameter.unwrap_or(0),
             warm_up: rule.map_or(0, |rule| rule.warm_up),
-            padding: [0; 2],
+            limit: group.limit,
+            padding: 0,
             threshold: rule.map_or([Number::default(); 4], |rule| rule.numbers),
             min: rounded(min),
             max: rounded(max),
@@ -88,16 +91,19 @@ impl Params {
     }
 }
 
-/// The thresholds of all segments, given the clip of each group.
-pub(super) fn thresholds<'a>(groups: impl Iterator<Item = (&'a Group, &'a Clip)>) -> Vec<Number> {
+/// The thresholds of all segments, then each group's limit, given its segments and clip. Given norms are N, and not
+/// measured.
+pub(super) fn thresholds<'a>(
+    groups: impl Iterator<Item = (&'a Segments, &'a Clip)> + Clone,
+    given: bool,
+) -> Vec<Number> {
     let mut thresholds = Vec::new();
-    for (group, clip) in groups {
-        let max_norms = group.segments.max_norms(clip, &[], &[]);
-        for (max_norm, family) in max_norms.into_iter().zip(group.segments.families()) {
-            // Given norms are N, and these thresholds are for measured norms.
-            let weight = if group.given { clip.weight(family.elements) } else { 1.0 };
+    for (segments, clip) in groups.clone() {
+        for (max_norm, family) in segments.max_norms(clip, &[], &[]).into_iter().zip(segments.families()) {
+            let weight = if given { clip.weight(family.elements) } else { 1.0 };
             thresholds.push(threshold_number(max_norm.to_f64() * weight));
         }
     }
+    thresholds.extend(groups.map(|(segments, clip)| threshold_number(segments.skip_above(clip).to_f64())));
     thresholds
 }

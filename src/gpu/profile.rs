@@ -181,6 +181,9 @@ impl Group {
     /// The bytes of the elements that a step had to write, if it wrote any.
     fn changed(&self, report: &ClipReport) -> u64 {
         let all = bytes_of(&self.pieces);
+        if report.skipped.is_some() {
+            return 0;
+        }
         if self.clip.measured().is_none() {
             return if report.clipped || report.has_non_finite() || self.clip.grad_scale != 1.0 { all } else { 0 };
         }

@@ -4,17 +4,29 @@ use bytemuck::{Pod, Zeroable};
 
 use super::number::Number;
 use super::table::{NOWHERE, Origin};
-use crate::Clip;
 use crate::decision::{Action, Outcome};
 use crate::partial::{Location, Partial};
+use crate::{Clip, Skipped};
 
 /// The head of `Results`; its outcomes follow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub(super) struct ResultsHead {
     pub(super) steps: u32,
-    pub(super) refused: u32,
+    refused: u32,
     padding: [u32; 6],
+}
+
+impl ResultsHead {
+    /// Why the last step was skipped.
+    pub(super) fn skipped(&self) -> Option<Skipped> {
+        // The constants of shaders/shared/outcome.wgsl.
+        match self.refused {
+            0 => None,
+            1 => Some(Skipped::NonFinite),
+            _ => Some(Skipped::Above),
+        }
+    }
 }
 
 #[repr(C)]

@@ -9,7 +9,7 @@ use super::kernels::{Kernel, Norm};
 use super::merge::MergeTree;
 use super::readback::PARTIAL_BYTES;
 use super::table::{Limits, Origin, Piece, SumWindow, Tables, Use, sum_windows};
-use super::threshold::Rule;
+use super::threshold::{Formula, Rule};
 use super::tuning::BUFFERS_OF_CHUNKS;
 use crate::{Dtype, Error};
 
@@ -41,6 +41,8 @@ impl Schedule {
     /// [`Error::Limit`] if the device cannot bind or number what the plan needs.
     pub(super) fn new(gpu: &GpuClipper, gathered: &mut Gathered) -> Result<Self, Error> {
         let Gathered { groups, job, job_pieces, in_turn, .. } = gathered;
+        let may_skip = groups.iter().any(|group| group.may_skip);
+        groups.iter_mut().for_each(|group| group.may_skip = may_skip);
         let device_limits = gpu.device.device.limits();
         let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
         let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
@@ -135,7 +137,9 @@ impl Schedule {
             }
         }
         let mut totals = Vec::new();
-        for group in groups {
+        // Limits stand behind the thresholds of all segments.
+        for (limit, group) in (first_segment..).zip(groups) {
+            group.limit = limit;
             group.total = self.tree.total(group.first_partial, group.segments.count, level)?;
             totals.push(group.total);
         }
@@ -184,17 +188,22 @@ impl Schedule {
         }
         // The first group that decides counts the step, and there must be one.
         let first = groups.iter().position(|group| group.segments.count > 0).unwrap_or(0);
-        for (i, (group, rule)) in groups.iter().zip(rules).enumerate() {
-            if group.segments.count == 0 && i != first {
-                continue;
-            }
-            let (norm, given) = (group.norm(), group.given);
-            let workgroups = group.segments.count.max(1).div_ceil(self.limits.workgroup);
-            if let (Some(rule), Some(norm)) = (rule, norm) {
-                let kernel = Kernel::Threshold { formula: rule.formula, norm };
-                pending.push(Phase::Decide, kernel, i, Bindings::Threshold, workgroups);
-            }
-            pending.push(Phase::Decide, Kernel::Finalise { norm, given }, i, Bindings::Decide, workgroups);
+        let decides = |(i, group): &(usize, &Group)| group.segments.count > 0 || *i == first;
+        let workgroups = |group: &Group| group.segments.count.max(1).div_ceil(self.limits.workgroup);
+        // All come before the first decision, because one group may skip the step of all.
+        for (i, group) in groups.iter().enumerate().filter(decides) {
+            let norm = group.norm().unwrap_or(Norm::Inf);
+            let (formula, workgroups) = match rules[i] {
+                Some(rule) => (rule.formula, workgroups(group)),
+                None if group.may_skip => (Formula::Fixed, 1),
+                None => continue,
+            };
+            let kernel = Kernel::Threshold { formula, norm };
+            pending.push(Phase::Decide, kernel, i, Bindings::Threshold, workgroups);
+        }
+        for (i, group) in groups.iter().enumerate().filter(decides) {
+            let kernel = Kernel::Finalise { norm: group.norm(), given: group.given };
+            pending.push(Phase::Decide, kernel, i, Bindings::Decide, workgroups(group));
         }
     }
 

@@ -35,6 +35,8 @@ pub(super) enum Formula {
     Agc = 0,
     ZClip = 1,
     AdaGc = 2,
+    /// The thresholds are known, and only whether the step is skipped is not.
+    Fixed = 3,
 }
 
 /// `UNBOUNDED` of `shaders/shared/number.wgsl`.

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use gradclip::{Budget, Clip, ClipReport, Dtype, NonFinite, NormType, Scope, UnitAxis};
+use gradclip::{Budget, Clip, ClipReport, Dtype, NonFinite, NormType, Scope, Skipped, UnitAxis};
 
 use super::numbers::{Random, Sum, exact_norm, rounded, ulp};
 use super::{Data, Done, Path, UNWRITTEN, assert_norm, assert_same_bits, is_scaled, numbers_of};
@@ -45,6 +45,8 @@ pub(crate) struct Asked {
     pub(crate) agc_eps: f64,
     pub(crate) grad_scale: f64,
     pub(crate) policy: NonFinite,
+    /// The total norm above which the step is skipped.
+    pub(crate) skip_above: f64,
 }
 
 /// The tensor of a segment, and its number there or among all examples.
@@ -84,6 +86,7 @@ pub(crate) struct Expected {
     pub(crate) bad: Option<(u64, usize, u64)>,
     /// Whether an element lies outside the bounds of a value clip.
     outside: bool,
+    pub(crate) skipped: Option<Skipped>,
 }
 
 /// How far results are off. The tests print it.
@@ -142,6 +145,7 @@ impl Asked {
             agc_eps: 1e-3,
             grad_scale: 1.0,
             policy: NonFinite::Error,
+            skip_above: f64::INFINITY,
         }
     }
 
@@ -159,6 +163,9 @@ impl Asked {
             Scope::Unit => clip.unit_axis = self.axis,
             Scope::ExampleTensor if self.mode != Mode::Agc => clip.budget = self.budget,
             _ => {}
+        }
+        if self.mode != Mode::Value {
+            clip = clip.skip_above(self.skip_above);
         }
         clip.grad_scale(self.grad_scale).non_finite(self.policy)
     }
@@ -347,7 +354,14 @@ impl Asked {
             }
             of.push(own);
         }
-        let refused = bad.is_some() && matches!(self.policy, NonFinite::Error | NonFinite::Skip);
+        let total_norm = self.norm_of(numbers_of(set));
+        let skipped = if bad.is_some() && matches!(self.policy, NonFinite::Error | NonFinite::Skip) {
+            Some(Skipped::NonFinite)
+        } else {
+            // A value clip has no norm.
+            (total_norm.is_finite() && total_norm > self.skip_above).then_some(Skipped::Above)
+        };
+        is_decisive &= !is_tie(total_norm, self.skip_above);
         let elements = numbers_of(set).count().max(1) as f64;
         let share = |tensor: Option<usize>| match (self.scope(), self.budget, tensor) {
             (Scope::ExampleTensor, Budget::Uniform, _) => 1.0 / (set.len() as f64).sqrt(),
@@ -384,7 +398,7 @@ impl Asked {
                 Mode::Agc => !is_tie(norm, limit),
                 _ => !is_tie(ratio, 1.0),
             };
-            let fate = if refused {
+            let fate = if skipped.is_some() {
                 Fate::Left
             } else if is_bad && self.policy == NonFinite::Zero {
                 Fate::Zeroed
@@ -406,8 +420,7 @@ impl Asked {
             Segment { tensor, index, norm, clip_coef, limit, load: (norm + eps) / by, fate }
         };
         let segments = places.into_iter().zip(&members).zip(&parameters).map(segment).collect();
-        let total_norm = self.norm_of(numbers_of(set));
-        (Expected { asked: *self, total_norm, segments, of, bad, outside }, is_decisive)
+        (Expected { asked: *self, total_norm, segments, of, bad, outside, skipped }, is_decisive)
     }
 
     /// Asserts that a report, and the set after a clip on a path, are as expected.
@@ -450,7 +463,7 @@ impl Expected {
     }
 
     pub(crate) fn refused(&self) -> bool {
-        self.bad.is_some() && matches!(self.asked.policy, NonFinite::Error | NonFinite::Skip)
+        self.skipped.is_some()
     }
 
     /// The expected element; None if it keeps its bits.
@@ -506,7 +519,7 @@ impl Expected {
         }
     }
 
-    /// Checks the report or the error. True if it is a report, or if the policy refuses non-finite elements.
+    /// Checks the report or the error. True if it is a report, or if the step is skipped.
     #[track_caller]
     fn check_report(&self, done: &Done, before: &[Data], tolerance: f64, what: &str) -> bool {
         let found = match &done.report {
@@ -527,6 +540,7 @@ impl Expected {
     #[track_caller]
     fn check_told(&self, report: &ClipReport, before: &[Data], tolerance: f64, what: &str) {
         assert_eq!(report.elements, numbers_of(before).count() as u64, "{what}");
+        assert_eq!(report.skipped, self.skipped, "{what}");
         assert_norm(report.total_norm, self.total_norm, tolerance, &format!("{what}, total"));
         let coefs = || self.segments.iter().map(|s| s.clip_coef);
         let least = if coefs().any(f64::is_nan) { f64::NAN } else { coefs().fold(1.0, f64::min) };

@@ -37,6 +37,7 @@ mod reliability;
 mod repeats;
 mod scopes;
 mod semantics;
+mod skipped_steps;
 mod unsafe_inventory;
 mod untouched;
 mod verify_finds_differences;

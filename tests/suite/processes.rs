@@ -11,7 +11,7 @@ use crate::common::{Data, Done, POLICIES, Path, assert_norm, assert_same_bits, a
 use crate::common::{gpu, gpu::Layout};
 use gradclip::processes::{ProcessGroup, agree, check_replicas, thread_group};
 use gradclip::{AutoClip, Budget, Clip, ClipReport, Clipper, Dtype, Error, NonFinite, NormType};
-use gradclip::{NormAccumulator, Scope, TensorMut, UnitAxis, ZClip};
+use gradclip::{NormAccumulator, Scope, Skipped, TensorMut, UnitAxis, ZClip};
 
 /// Runs each rank on a thread of its own.
 fn on_ranks<R: Send, T: Send>(ranks: Vec<R>, run: impl Fn(Arc<dyn ProcessGroup>, R) -> T + Sync) -> Vec<T> {
@@ -517,6 +517,31 @@ fn decided_clips_follow_all_ranks() {
         });
         let want = if clip == Clip::value(0.5) { [0.5, 0.5] } else { [0.6, 0.8] };
         assert_eq!(pieces, [(want[0], 2, true), (want[1], 2, true)]);
+    }
+}
+
+/// Each part is below the limit, and the whole above.
+#[test]
+fn the_norm_of_all_ranks_skips_the_step_of_each() {
+    for path in Path::ALL {
+        let set = tensors(*path, &mut Random(6));
+        for clip in [Clip::norm(0.5).grad_scale(8.0), Clip::rms(1e-3), Clip::average_norm(1e-6)] {
+            let norm = path.clip(&clip, &set).ok().0.total_norm;
+            for (limit, skipped) in [(norm * 0.99, Some(Skipped::Above)), (norm * 1.01, None)] {
+                let clip = clip.skip_above(limit);
+                let parts = dealt(&set, 2);
+                let ranks = on_ranks(parts.clone(), |group, own| clip_within(*path, &clip, &group, &own));
+                for (done, before) in ranks.into_iter().zip(&parts) {
+                    let (report, after) = done.ok();
+                    assert_eq!(report.skipped, skipped, "{path:?} {clip}");
+                    if skipped.is_some() {
+                        assert_same_bits(&after, before, "skipped");
+                    } else {
+                        assert!(report.clipped, "{path:?} {clip}");
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -95,6 +95,8 @@ struct Drawn {
     agc_eps: f64,
     grad_scale: f64,
     policy: NonFinite,
+    /// Times the total norm it is the norm above which the step is skipped.
+    skip: f64,
     device: usize,
     gaps: Vec<usize>,
     buffers: usize,
@@ -172,13 +174,14 @@ fn cases_drawn() -> impl Strategy<Value = Drawn> {
         1 => (-40.0..40.0f64).prop_map(|x| 10f64.powf(x)),
     ];
     let clip = (modes, norm_types, threshold, -1.0..1.5f64, prop_oneof![Just(0.0), Just(1e-6), Just(0.1)]);
-    let more = (prop_oneof![Just(1e-3), Just(0.0), Just(0.7)], grad_scale, prop::sample::select(&POLICIES[..]));
+    let skip = prop_oneof![6 => Just(f64::INFINITY), 1 => Just(0.0), 1 => 0.01..1.0f64, 2 => 1.0..3.0f64];
+    let more = (prop_oneof![Just(1e-3), Just(0.0), Just(0.7)], grad_scale, prop::sample::select(&POLICIES[..]), skip);
     let set = (prop::collection::vec(tensors(), 0..9), 1usize..9, prop::bool::weighted(0.12), 0..SCOPES.len());
     let place = (0..POOL, prop::collection::vec(0usize..9, 9), 1usize..6, 16u32..25, any::<u64>());
     (set, clip, more, place).prop_map(|(set, clip, more, place)| {
         let (tensors, examples, doubles, scope) = set;
         let (mode, norm_type, threshold, asymmetry, eps) = clip;
-        let (agc_eps, grad_scale, policy) = more;
+        let (agc_eps, grad_scale, policy, skip) = more;
         let (device, gaps, buffers, budget, seed) = place;
         let budget = 1 << budget;
         Drawn {
@@ -194,6 +197,7 @@ fn cases_drawn() -> impl Strategy<Value = Drawn> {
             agc_eps,
             grad_scale,
             policy,
+            skip,
             device,
             gaps,
             buffers,
@@ -359,6 +363,10 @@ impl Drawn {
             f64::INFINITY => self.asymmetry,
             threshold => threshold * self.asymmetry.min(1.0),
         };
+        let total_norm = asked.expected_or_tie(&set).0.total_norm;
+        if self.skip.is_finite() {
+            asked.skip_above = if total_norm.is_finite() { total_norm * self.skip } else { self.skip };
+        }
         for _ in 0..4 {
             if asked.is_decisive(&set) {
                 return Some(Case { set, asked });
@@ -734,7 +742,7 @@ fn check_placed_otherwise(case: &Case, place: Place<'_>, other: Place<'_>, seed:
     let what = format!("{place:?}, and in pieces {other:?}");
     asked.check_done(&other.clip(asked, &cut), other.path(), &cut, &what);
     // By a coefficient that does not depend on the last bits of a norm.
-    let by = Asked { grad_scale: 4.0, policy: NonFinite::Drop, ..*asked };
+    let by = Asked { grad_scale: 4.0, policy: NonFinite::Drop, skip_above: f64::INFINITY, ..*asked };
     let by = if by.mode == Mode::Value { by } else { Asked { threshold: f64::MAX, ..by } };
     let (whole, cut) = (place.clip(&by, set).ok(), other.clip(&by, &cut).ok());
     assert_same_bits(&together(&cut.1), &whole.1, &what);

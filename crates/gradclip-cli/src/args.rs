@@ -205,6 +205,9 @@ pub(crate) struct ClipOptions {
     /// What to do about NaN and infinity [default: error; with --clip-value and --clip-range: propagate]
     #[arg(long, value_name = "POLICY", value_parser = one_of(POLICIES))]
     pub(crate) non_finite: Option<NonFinite>,
+    /// Leave all gradients as they are if their total norm is above N
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub(crate) skip_above: Option<f64>,
 }
 
 #[derive(Debug, Default, PartialEq, Args)]

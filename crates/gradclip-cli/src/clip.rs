@@ -4,7 +4,7 @@ use std::iter::once;
 use std::slice::from_mut;
 use std::time::Instant;
 
-use gradclip::{Clip, DecidedClip, Dtype, Mode, NonFinite, Scope, Tensor, TensorMut};
+use gradclip::{Clip, DecidedClip, Dtype, Mode, NonFinite, Scope, Skipped, Tensor, TensorMut};
 use indicatif::HumanCount;
 
 use crate::args::{BackendArgs, BackendChoice, ClipArgs};
@@ -213,6 +213,9 @@ fn result(summary: &Summary<'_>) -> String {
         words += ", summed over examples";
     }
     match (&report.non_finite, clip.non_finite) {
+        _ if report.skipped == Some(Skipped::Above) => {
+            format!("unchanged, because the total norm is above {}", number(clip.skip_above, 9))
+        }
         (Some(_), NonFinite::Skip) => "unchanged, because not all are finite".into(),
         (Some(_), NonFinite::Zero) if whole => "all set to 0, because not all are finite".into(),
         (Some(_), NonFinite::Zero) => words + ", gradients that share a norm with non-finite elements set to 0",

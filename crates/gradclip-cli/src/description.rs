@@ -47,6 +47,10 @@ impl ClipOptions {
                 self.measure.scope.is_some() && clamps(&clip),
                 "--scope sets which gradients share a norm; a clip by value measures no norm",
             ),
+            (
+                self.skip_above.is_some() && clamps(&clip),
+                "--skip-above compares the total norm; a clip by value measures no norm",
+            ),
             (self.budget.is_some() && clip.scope != Scope::ExampleTensor, "--budget needs --scope example-tensor"),
             (
                 agc.is_some() && by_example(&clip),
@@ -72,6 +76,7 @@ impl ClipOptions {
         clip.eps = self.eps.or(clip.eps);
         clip.agc_eps = self.agc_eps.or(clip.agc_eps);
         clip.non_finite = self.non_finite.unwrap_or(clip.non_finite);
+        clip.skip_above = self.skip_above.unwrap_or(clip.skip_above);
         clip.check()?;
         self.groups(clip)?;
         Ok(Some(clip))
@@ -99,6 +104,11 @@ impl ClipArgs {
             (
                 given && (self.backend.backend == BackendChoice::Gpu || self.backend.adapter.is_some()),
                 "--given-norm only scales, which the CPU does while it writes: leave out --backend gpu and --adapter",
+            ),
+            (self.sum && self.options.skip_above.is_some(), "--sum cannot be used with --skip-above: leave one out"),
+            (
+                self.options.skip_above.is_some() && (given || !self.options.groups.is_empty()),
+                "--skip-above compares one norm that is measured: leave out --given-norm and --group",
             ),
             (self.sum && self.verify, "--verify compares clipped gradients, not sums: leave out --verify or --sum"),
         ])?;

@@ -60,7 +60,9 @@ fn measure(args: &NormArgs, asked: &Clip, clip: &Clip, inputs: &[Input]) -> Resu
     let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
     let (start, bar) = (Instant::now(), progress::bytes(bytes, "measuring", hidden));
     backend.show_progress(&bar);
-    let report = backend.run(|clipper| clipper.measure(clip, &tensors))?;
+    let mut report = backend.run(|clipper| clipper.measure(clip, &tensors))?;
+    // Nothing was to be written.
+    report.skipped = None;
     let time = start.elapsed();
     // With several files a name may not identify the tensor.
     let file_of_element =

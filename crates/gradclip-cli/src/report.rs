@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use gradclip::{Clip, ClipReport, Dtype, Histogram, Lost, NonFinite, NonFiniteElements, Scope, SegmentReport, Tensor};
+use gradclip::{
+    Clip, ClipReport, Dtype, Histogram, Lost, NonFinite, NonFiniteElements, Scope, SegmentReport, Skipped, Tensor,
+};
 use indicatif::HumanCount;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
@@ -67,6 +69,8 @@ struct Json<'a> {
     seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     groups: Option<Vec<GroupJson<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    skipped: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     segments: Option<SegmentsJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -171,6 +175,7 @@ impl<'a> Summary<'a> {
             lost: self.report.lost.map(|lost| LostJson { zero: lost.zero, infinite: lost.infinite }),
             seconds: self.time.as_secs_f64(),
             groups: (!self.groups.is_empty()).then(|| self.groups.iter().map(group).collect()),
+            skipped: self.report.skipped.map(|why| if why == Skipped::Above { "above" } else { "non-finite" }),
             segments: (self.clip.scope != Scope::Global).then_some(SegmentsJson(self)),
             num_clipped: self.sum.then(|| self.num_clipped()),
             ranks: self.ranks.map(|ranks| ranks.count),

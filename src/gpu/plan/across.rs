@@ -3,12 +3,11 @@
 use std::sync::atomic::Ordering;
 
 use super::super::gather::Group;
+use super::super::params::thresholds;
 use super::super::readback::{PARTIAL_BYTES, PartialRow, ResultsHead};
-use super::super::threshold::threshold_number;
 use super::{GpuPlan, MERGED_ALREADY, MergedGroup, locked};
 use crate::partial::Partial;
 use crate::processes::{GroupCall, GroupPartials, GroupTotal, ProcessGroup, merge};
-use crate::segment::Segments;
 use crate::{Error, Waiting};
 
 impl GpuPlan {
@@ -104,19 +103,15 @@ impl GpuPlan {
             let rows: Vec<_> = partials.iter().map(|partial| PartialRow::of(partial, stamp)).collect();
             writes.push((&memory.partials, place(first), bytemuck::cast_slice(&rows).to_vec()));
         };
-        let mut own_thresholds = Vec::new();
-        let mut thresholds = Vec::new();
         for ((group, part), total) in self.built.groups.iter().zip(&parts).zip(&totals) {
             write(group.first_partial, &part.partials);
             group.first_parameter.iter().for_each(|first| write(*first, &part.parameters));
             write(group.total, &[total.partial]);
-            let of = |segments: &Segments| {
-                segments.max_norms(&group.clip, &[], &[]).into_iter().map(|m| threshold_number(m.to_f64()))
-            };
-            own_thresholds.extend(of(&group.segments));
-            // The device overwrites thresholds that depend on parameters.
-            thresholds.extend(of(&part.segments));
         }
+        let groups = self.built.groups.iter();
+        let own_thresholds = thresholds(groups.clone().map(|group| (&group.segments, &group.clip)), false);
+        // The device overwrites thresholds that depend on parameters.
+        let thresholds = thresholds(groups.zip(&parts).map(|(group, part)| (&part.segments, &group.clip)), false);
         write(self.built.everything, &[totals.iter().fold(Partial::EMPTY, |all, total| all.merge(total.partial))]);
         if thresholds != own_thresholds {
             let mut own = locked(&self.own_thresholds);

@@ -10,7 +10,7 @@ use super::{GpuPlan, MergedGroup, Reported, locked};
 use crate::decision::{Action, Outcome};
 use crate::processes::GroupTotal;
 use crate::threshold::Threshold;
-use crate::{ClipReport, Error, NonFinite, Scope, Waiting};
+use crate::{ClipReport, Error, NonFinite, Scope, Skipped, Waiting};
 
 impl GpuPlan {
     /// Checks that a step has run since the last report. `encoded` steps were encoded.
@@ -42,16 +42,17 @@ impl GpuPlan {
     /// The reports, and for each group the outcomes of its segments.
     pub(crate) async fn reports_and_outcomes(&self) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
         let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
-        for (group, (all, outcomes)) in self.built.groups.iter().zip(self.last_step().await?) {
-            let (report, outcomes) = group.report(&outcomes, all)?;
+        let (skipped, each) = self.last_step().await?;
+        for (group, (all, outcomes)) in self.built.groups.iter().zip(each) {
+            let (report, outcomes) = group.report(&outcomes, all, skipped)?;
             reports.push(report);
             of_segments.push(outcomes);
         }
         Ok((reports, of_segments))
     }
 
-    /// For each group, the total of the last step that has run, and the outcomes of its segments.
-    async fn last_step(&self) -> Result<Vec<(MergedGroup, Vec<OutcomeRow>)>, Error> {
+    /// Why the last step that has run was skipped; for each group its total, and the outcomes of its segments.
+    async fn last_step(&self) -> Result<(Option<Skipped>, Vec<(MergedGroup, Vec<OutcomeRow>)>), Error> {
         let encoded = self.encoded.load(Ordering::Relaxed);
         let totals = self
             .built
@@ -79,7 +80,7 @@ impl GpuPlan {
                 [group.first_segment, group.segments.count].map(|n| n as usize * size_of::<OutcomeRow>());
             (all, bytemuck::pod_collect_to_vec(&outcomes[first..][..count]))
         };
-        Ok(each.map(of_group).collect())
+        Ok((head.skipped(), each.map(of_group).collect()))
     }
 
     /// The adaptive threshold, with its state after the last step. A checkpoint can keep it, and a new plan can go on
@@ -125,10 +126,14 @@ impl GpuPlan {
         let clip = &group.clip;
         clip.check_adaptive()?;
         self.bind(threshold)?;
-        let (all, outcomes) = self.last_step().await?.swap_remove(0);
+        let (skipped, mut each) = self.last_step().await?;
+        let (all, outcomes) = each.swap_remove(0);
         // Those of all processes, if they have merged.
         let segments = all.segments.clone();
-        let (measured, _) = group.report(&outcomes, all)?;
+        let (measured, _) = group.report(&outcomes, all, skipped)?;
+        if skipped.is_some() {
+            return Ok(());
+        }
         let own = measured.segments.iter().map(|s| s.norm).collect();
         let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
         let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(measured.total_norm, &norms));
@@ -148,7 +153,12 @@ impl GpuPlan {
 
 impl Group {
     /// The report and the outcomes of the segments, given the total of all processes.
-    fn report(&self, outcomes: &[OutcomeRow], all: MergedGroup) -> Result<(ClipReport, Vec<Outcome>), Error> {
+    fn report(
+        &self,
+        outcomes: &[OutcomeRow],
+        all: MergedGroup,
+        skipped: Option<Skipped>,
+    ) -> Result<(ClipReport, Vec<Outcome>), Error> {
         let (clip, MergedGroup { segments, total: GroupTotal { partial: total, non_finite } }) = (&self.clip, all);
         // Given norms are N already.
         let weight = |elements| if self.given { 1.0 } else { clip.weight(elements) };
@@ -160,7 +170,7 @@ impl Group {
             _ if self.given => f64::NAN,
             _ => clip.known(&total).norm.times(weight(elements)).to_f64(),
         };
-        let report = clip.report((&segments, &outcomes), (total_norm, total.outside), elements, non_finite)?;
+        let report = clip.report((&segments, &outcomes), (total_norm, total.outside), elements, non_finite, skipped)?;
         // A value clip looks at each element whatever is decided. Only what it found tells whether it wrote.
         let drops = clip.non_finite == NonFinite::Drop && total.non_finite > 0;
         let met_nothing = clip.grad_scale == 1.0 && !total.outside && !drops;

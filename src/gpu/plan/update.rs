@@ -96,7 +96,8 @@ impl GpuPlan {
         for (group, max_norm) in self.built.groups.iter().zip(max_norms) {
             clips.push(group.clip.with_threshold(*max_norm)?);
         }
-        let numbers = thresholds(self.built.groups.iter().zip(&clips));
+        let given = self.built.groups.iter().any(|group| group.given);
+        let numbers = thresholds(self.built.groups.iter().map(|group| &group.segments).zip(&clips), given);
         self.set_clips(&clips, &numbers)?;
         *self.own_thresholds.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
         Ok(())

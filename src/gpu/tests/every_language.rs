@@ -37,7 +37,10 @@ fn kernels() -> Vec<Kernel> {
         }
     }
     for norm in norms {
-        all.extend([Formula::Agc, Formula::ZClip, Formula::AdaGc].map(|formula| Kernel::Threshold { formula, norm }));
+        all.extend(
+            [Formula::Agc, Formula::ZClip, Formula::AdaGc, Formula::Fixed]
+                .map(|formula| Kernel::Threshold { formula, norm }),
+        );
     }
     for norm in norms.map(Some).into_iter().chain([None]) {
         all.extend(either.map(|given| Kernel::Finalise { norm, given }));

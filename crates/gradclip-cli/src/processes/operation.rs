@@ -264,7 +264,9 @@ impl Operation {
             return Ok((reports, norms));
         }
         let Some(output) = output else {
-            let report = backend.run(|clipper| clipper.measure(&self.groups.rest, tensors))?;
+            let mut report = backend.run(|clipper| clipper.measure(&self.groups.rest, tensors))?;
+            // Nothing was to be written.
+            report.skipped = None;
             return unchanged(inputs).map(|()| (vec![report], norms));
         };
         let decided = backend.decide(&self.groups, tensors)?;

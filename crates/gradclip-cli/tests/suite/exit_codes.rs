@@ -6,7 +6,7 @@ use crate::common::{EXAMPLE, Folder, clip, f32s, file, gradclip, gradclip_with, 
 
 #[test]
 fn usage_is_2_and_begins_nothing() {
-    let cases: [(&[&str], &str); 47] = [
+    let cases: [(&[&str], &str); 50] = [
         (&[], "required"),
         (&["--max-norm", "1", "--clip-value", "1"], "cannot be used with"),
         (&["--clip-range", "0,1", "--clip-value", "1"], "cannot be used with"),
@@ -55,6 +55,9 @@ fn usage_is_2_and_begins_nothing() {
         (&["--clip-value", "1", "--sum"], "--sum adds the clipped examples"),
         (&["--max-norm", "1", "--sum", "--scope", "example", "--verify"], "--verify compares"),
         (&["--max-norm", "1", "--sum", "--scope", "example", "--non-finite", "skip"], "another policy"),
+        (&["--max-norm", "1", "--sum", "--scope", "example", "--skip-above", "1"], "leave one out"),
+        (&["--clip-value", "1", "--skip-above", "1"], "a clip by value measures no norm"),
+        (&["--max-norm", "1", "--skip-above", "-1"], "skip_above is -1; it must be 0 or more"),
     ];
     let folder = Folder::new();
     for (args, expected) in cases {

@@ -214,6 +214,34 @@ fn what_is_not_finite_is_null_and_located() {
     assert_eq!((&object["clipped"], &object["clip_coef"]), (&json!(true), &json!(1.0)));
 }
 
+/// The file is as it was, and the report says why.
+#[test]
+fn a_step_above_is_skipped() {
+    let folder = Folder::new();
+    let (fine, bad) = (f32s(&[3.0, 4.0]), f32s(&[f32::NAN]));
+    let bad = folder.write("bad", file(&[("a", "F32", fine.clone()), ("b", "F32", bad)]));
+    let input = folder.write("in", file(&[("a", "F32", fine)]));
+    for (backend, input, more, skipped) in [
+        ("cpu", &input, "--skip-above=4.9", Some("above")),
+        ("gpu", &input, "--skip-above=4.9", Some("above")),
+        ("cpu", &input, "--skip-above=5.1", None),
+        ("gpu", &input, "--skip-above=5.1", None),
+        ("cpu", &bad, "--non-finite=skip", Some("non-finite")),
+    ] {
+        if backend == "gpu" && !cfg!(feature = "gpu") {
+            continue;
+        }
+        let args = ["--max-norm", "1", "--json", "--force", "--backend", backend, more];
+        let object = clip(input, &folder.path("out"), &args).succeeded().json();
+        checked_with(&object, if skipped.is_some() { &["skipped"] } else { &[] });
+        assert_eq!((object["skipped"].as_str(), &object["clipped"]), (skipped, &json!(skipped.is_none())), "{args:?}");
+        let same = std::fs::read(input).unwrap() == folder.read("out");
+        assert_eq!(same, skipped.is_some(), "{args:?}");
+    }
+    let said = clip(&input, &folder.path("out"), &["--max-norm", "1", "--force", "--skip-above", "4"]).succeeded();
+    assert!(said.stdout.contains("unchanged, because the total norm is above 4"), "{}", said.stdout);
+}
+
 /// A measurement clips nothing, under a NaN too.
 #[test]
 fn a_norm_that_is_not_finite_clips_nothing() {
