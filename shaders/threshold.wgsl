@@ -95,6 +95,15 @@ fn by_zclip(norm: Number, enters: bool, before: State) -> State {
     return after;
 }
 
+// threshold_e = skip_above_z.
+fn limit_of_zclip(before: State) -> Number {
+    let spread = square_root(before.variance);
+    if before.steps < params.warm_up || spread.mantissa == 0u {
+        return UNBOUNDED;
+    }
+    return add(before.mean, multiply(number(params.threshold_e), spread));
+}
+
 // threshold_a = 1 - beta, threshold_b = lambda_rel, threshold_c = lambda_abs.
 fn by_adagc(norm: Number, total_norm: Number, enters: bool, before: State) -> State {
     var after = before;
@@ -135,7 +144,11 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     // `drop` measures the finite elements.
     let is_measured = !is_bad(total) || params.policy == POLICY_DROP;
     let total_norm = divide(measured_norm(total), number(params.grad_scale));
-    let above = is_measured && less(number(thresholds[params.limit]), total_norm);
+    var limit = number(thresholds[params.limit]);
+    if THRESHOLD == ZCLIP {
+        limit = smaller(limit, limit_of_zclip(states[0]));
+    }
+    let above = is_measured && less(limit, total_norm);
     if index == 0u {
         // The first group begins anew. One group above skips the step of all.
         let before = select(results.above, 0u, params.first_segment == 0u);

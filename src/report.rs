@@ -73,7 +73,8 @@ impl LostElements {
 pub enum Skipped {
     /// A gradient is NaN or infinite, under [`NonFinite::Skip`](crate::NonFinite::Skip).
     NonFinite,
-    /// The total norm is above [`Clip::skip_above`](crate::Clip::skip_above).
+    /// The total norm is above [`Clip::skip_above`](crate::Clip::skip_above), or above the limit of a threshold
+    /// ([`ZClip::skip_above_z`](crate::ZClip::skip_above_z)).
     Above,
 }
 

@@ -78,7 +78,7 @@ struct Params {
     total_partial: u32,
     // Where the partials of the parameters' segments start.
     parameter_partials: u32,
-    // For `threshold.wgsl`, as are `threshold_a` to `threshold_d`.
+    // For `threshold.wgsl`, as are `threshold_a` to `threshold_e`.
     warm_up: u32,
     // Behind all thresholds, where the norm is that is the group's limit: above it the step is skipped.
     limit: u32,
@@ -87,6 +87,8 @@ struct Params {
     threshold_b: vec2<u32>,
     threshold_c: vec2<u32>,
     threshold_d: vec2<u32>,
+    threshold_e: vec2<u32>,
+    padding_2: vec2<u32>,
     // The bounds of a value clip as float32 bits, rounded to each dtype, by its code.
     min: vec4<u32>,
     max: vec4<u32>,

@@ -300,6 +300,7 @@ impl Measured {
 
     /// Lets an adaptive threshold follow the norms, unless the step is skipped.
     fn follow(&mut self, threshold: &mut dyn Threshold) {
+        self.clip = self.clip.skipping(threshold);
         if self.skips().is_some() {
             return;
         }

@@ -192,14 +192,15 @@ impl GpuClipper {
     ) -> Result<ClipReport, Error> {
         let call = GroupCall::begin(context.processes);
         clip.check_adaptive()?;
-        let views = [(*clip, views(tensors))];
+        let clip = clip.skipping(threshold);
+        let views = [(clip, views(tensors))];
         let mut transfer = Transfer::new(self, context.progress, &views, Job::Clip)?;
         transfer.plan.bind(threshold)?;
         transfer.measure(&views, call).await?;
         transfer.plan.follow_norms(threshold).await?;
         transfer.decide()?;
         let (mut reports, outcomes) = transfer.plan.reports_and_outcomes().await?;
-        let lost = transfer.write_back(&mut [(*clip, tensors)], outcomes).await.pop();
+        let lost = transfer.write_back(&mut [(clip, tensors)], outcomes).await.pop();
         Ok(ClipReport { lost, ..reports.swap_remove(0) })
     }
 

@@ -31,7 +31,8 @@ pub(super) struct Params {
     warm_up: u32,
     limit: u32,
     padding: u32,
-    threshold: [Number; 4],
+    threshold: [Number; 5],
+    padding_2: Number,
     min: [f32; 4],
     max: [f32; 4],
 }
@@ -80,7 +81,8 @@ impl Params {
             warm_up: rule.map_or(0, |rule| rule.warm_up),
             limit: group.limit,
             padding: 0,
-            threshold: rule.map_or([Number::default(); 4], |rule| rule.numbers),
+            threshold: rule.map_or([Number::default(); 5], |rule| rule.numbers),
+            padding_2: Number::default(),
             min: rounded(min),
             max: rounded(max),
         }

@@ -52,19 +52,21 @@ pub(super) fn threshold_number(x: f64) -> Number {
 pub(super) struct Rule {
     pub(super) formula: Formula,
     pub(super) warm_up: u32,
-    pub(super) numbers: [Number; 4],
+    pub(super) numbers: [Number; 5],
 }
 
 impl Rule {
     /// The rule of a clip, or of a threshold on the device. None if the thresholds are known before the step.
     pub(super) fn of(clip: &Clip, threshold: Option<&DeviceThreshold>) -> Option<Self> {
         let (formula, warm_up, numbers) = match (clip.mode, threshold) {
-            (Mode::Agc(clip_factor), _) => (Formula::Agc, 0, [clip_factor, clip.agc_eps.unwrap_or(AGC_EPS), 0.0, 0.0]),
+            (Mode::Agc(clip_factor), _) => {
+                (Formula::Agc, 0, [clip_factor, clip.agc_eps.unwrap_or(AGC_EPS), 0.0, 0.0, 0.0])
+            }
             (Mode::Norm(max_norm), Some(DeviceThreshold::ZClip(z))) => {
-                (Formula::ZClip, z.warm_up, [1.0 - z.alpha, z.alpha, z.z_threshold, max_norm])
+                (Formula::ZClip, z.warm_up, [1.0 - z.alpha, z.alpha, z.z_threshold, max_norm, z.skip_above_z])
             }
             (Mode::Norm(max_norm), Some(DeviceThreshold::AdaGc(a))) => {
-                (Formula::AdaGc, a.warm_up, [1.0 - a.beta, a.lambda_rel, a.lambda_abs, max_norm])
+                (Formula::AdaGc, a.warm_up, [1.0 - a.beta, a.lambda_rel, a.lambda_abs, max_norm, 0.0])
             }
             _ => return None,
         };

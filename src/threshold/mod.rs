@@ -23,8 +23,8 @@ pub use adagc::AdaGc;
 pub use autoclip::AutoClip;
 pub use zclip::ZClip;
 
-use crate::Error;
 use crate::clip::{number, setting};
+use crate::{Clip, Error};
 
 /// A threshold that follows the norms of a training run: [`ZClip`] and [`AutoClip`] follow the global norm, [`AdaGc`]
 /// the norm of each tensor.
@@ -50,6 +50,19 @@ pub trait Threshold: Send {
     /// threshold is 0 or more, never NaN; infinity means that nothing is clipped. With an invalid setting all are
     /// infinite, and the state stays as it was.
     fn max_norms(&mut self, total_norm: f64, norms: &[f64]) -> Vec<f64>;
+
+    /// The total norm above which the next step is skipped, by [`Clip::skip_above`](crate::Clip::skip_above) too;
+    /// infinity skips none. It follows from the state alone. A step that is skipped leaves the state as it was.
+    fn skip_above(&self) -> f64 {
+        f64::INFINITY
+    }
+}
+
+impl Clip {
+    /// The same clip, with the limit of a threshold too.
+    pub(crate) fn skipping(self, threshold: &dyn Threshold) -> Self {
+        self.skip_above(self.skip_above.min(threshold.skip_above()))
+    }
 }
 
 /// Whether a number can be a norm: it is finite, and 0 or more.

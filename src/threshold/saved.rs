@@ -62,14 +62,19 @@ impl<'de> Deserialize<'de> for Exact<Vec<f64>> {
     }
 }
 
+/// What states had before the setting was there.
+fn infinite() -> Exact<f64> {
+    Exact(f64::INFINITY)
+}
+
 /// The form of a threshold: the version, and these fields in this order.
 macro_rules! form {
-    ($threshold:ident { $($field:ident: $how:ident<$type:ty>,)* }) => {
+    ($threshold:ident { $($(#[$attribute:meta])* $field:ident: $how:ident<$type:ty>,)* }) => {
         #[derive(Serialize, Deserialize)]
         pub(super) struct $threshold {
             #[serde(deserialize_with = "known_version")]
             version: u32,
-            $($field: $how<$type>,)*
+            $($(#[$attribute])* $field: $how<$type>,)*
         }
 
         impl From<super::$threshold> for $threshold {
@@ -96,6 +101,8 @@ form!(ZClip {
     alpha: Exact<f64>,
     z_threshold: Exact<f64>,
     warm_up: Plain<u32>,
+    #[serde(default = "infinite")]
+    skip_above_z: Exact<f64>,
     mean: Exact<f64>,
     variance: Exact<f64>,
     steps: Plain<u64>,

@@ -2,6 +2,7 @@
 
 use super::{Threshold, above_0, at_least_1, below_1, is_norm, norm_of_step, only_one};
 use crate::Error;
+use crate::clip::{number, setting};
 
 /// Clips a global norm that stands out from the mean of the norms before it.
 ///
@@ -47,6 +48,7 @@ pub struct ZClip {
     pub(crate) alpha: f64,
     pub(crate) z_threshold: f64,
     pub(crate) warm_up: u32,
+    pub(crate) skip_above_z: f64,
     /// μ
     pub(crate) mean: f64,
     /// σ²
@@ -65,7 +67,8 @@ impl ZClip {
     /// The paper's parameters, and no state.
     #[must_use]
     pub fn new() -> Self {
-        Self { alpha: 0.97, z_threshold: 2.5, warm_up: 25, mean: 0.0, variance: 0.0, steps: 0 }
+        let skip_above_z = f64::INFINITY;
+        Self { alpha: 0.97, z_threshold: 2.5, warm_up: 25, skip_above_z, mean: 0.0, variance: 0.0, steps: 0 }
     }
 
     /// Sets the part of the mean and the variance that a step keeps: 0 or more, and below 1.
@@ -89,7 +92,20 @@ impl ZClip {
         self
     }
 
+    /// Sets how many standard deviations above the mean a norm may lie before its step is skipped, a number above 0:
+    /// nothing is written, the report says so ([`ClipReport::skipped`](crate::ClipReport::skipped)), and the norm does
+    /// not enter. The default, infinity, skips none. No step of the warm-up is skipped, and none while σ is 0.
+    ///
+    /// To skip by the running norms and clip to a fixed one, set a `z_threshold` of `f64::MAX`, and the fixed norm in
+    /// the clip.
+    #[must_use]
+    pub fn skip_above_z(mut self, z: f64) -> Self {
+        self.skip_above_z = z;
+        self
+    }
+
     pub(super) fn check(&self) -> Result<(), Error> {
+        setting(self.skip_above_z > 0.0, "skip_above_z", number(self.skip_above_z), "it must be above 0")?;
         below_1("alpha", self.alpha)?;
         above_0("z_threshold", self.z_threshold)?;
         at_least_1("warm_up", self.warm_up as usize)
@@ -140,5 +156,11 @@ impl Threshold for ZClip {
 
     fn max_norms(&mut self, total_norm: f64, norms: &[f64]) -> Vec<f64> {
         vec![self.max_norm(norm_of_step(total_norm, norms)); norms.len()]
+    }
+
+    fn skip_above(&self) -> f64 {
+        let std = self.variance.sqrt();
+        let none = self.check().is_err() || self.steps < u64::from(self.warm_up) || std == 0.0;
+        if none { f64::INFINITY } else { self.mean + self.skip_above_z * std }
     }
 }

@@ -25,6 +25,7 @@ struct Run {
     /// The clip's own threshold.
     max_norm: f64,
     grad_scale: f64,
+    skip_above: f64,
     dtypes: [Dtype; 3],
     /// The size of the gradients, as they are stored.
     size: f64,
@@ -41,12 +42,20 @@ impl Run {
 
     fn new(policy: NonFinite, threshold: DeviceThreshold) -> Self {
         let dtypes = [Dtype::F32, Dtype::F16, Dtype::BF16];
-        Self { threshold, policy, max_norm: f64::INFINITY, grad_scale: 1.0, dtypes, size: 1.0 }
+        Self {
+            threshold,
+            policy,
+            max_norm: f64::INFINITY,
+            grad_scale: 1.0,
+            skip_above: f64::INFINITY,
+            dtypes,
+            size: 1.0,
+        }
     }
 
     fn clip(&self) -> Clip {
         let scope = if matches!(self.threshold, DeviceThreshold::ZClip(_)) { Scope::Global } else { Scope::Tensor };
-        let clip = Clip::norm(self.max_norm).eps(0.0).grad_scale(self.grad_scale);
+        let clip = Clip::norm(self.max_norm).eps(0.0).grad_scale(self.grad_scale).skip_above(self.skip_above);
         clip.scope(scope).non_finite(self.policy)
     }
 
@@ -110,7 +119,7 @@ impl Run {
             compare_reports(&report, &on_host, &what);
             // The coefficients decide how the gradients end.
             let after = placed.read(std::slice::from_ref(&set)).remove(0);
-            let refused = bad && self.policy == NonFinite::Skip;
+            let refused = on_host.skipped.is_some();
             for (t, (before, after)) in set.iter().zip(&after).enumerate() {
                 let mut finite = before.clone();
                 (0..finite.len()).filter(|i| !before.get(*i).is_finite() && !refused).for_each(|i| finite.set(i, 0.0));
@@ -160,6 +169,7 @@ fn compare_reports(device: &ClipReport, host: &ClipReport, what: &str) {
     assert_norm(device.total_norm, host.total_norm, 1e-6, &format!("{what}, total"));
     assert_norm(device.clip_coef, host.clip_coef, TOLERANCE, &format!("{what}, clip_coef"));
     assert_eq!((device.elements, &device.non_finite), (host.elements, &host.non_finite), "{what}");
+    assert_eq!(device.skipped, host.skipped, "{what}");
     assert_eq!(device.segments.len(), host.segments.len(), "{what}");
     for (device, host) in device.segments.iter().zip(&host.segments) {
         assert_norm(device.norm, host.norm, 1e-6, what);
@@ -180,6 +190,24 @@ fn zclip_agrees_with_the_host_at_every_step() {
         assert!(spikes(26..1000).all(|step| clipped.contains(&step)), "{clipped:?}");
         assert!(clipped.len() < 250 && !clipped.contains(&0), "{clipped:?}");
     }
+}
+
+/// A spike is skipped, and the state goes on without it.
+#[test]
+fn zclip_skips_as_the_host_does() {
+    for policy in [NonFinite::Skip, NonFinite::Drop] {
+        let threshold = DeviceThreshold::ZClip(ZClip::new().skip_above_z(8.0));
+        let clipped = Run { threshold, grad_scale: 4.0, ..Run::zclip(policy) }.check(200);
+        assert!(!clipped.is_empty() && spikes(26..200).all(|step| !clipped.contains(&step)), "{clipped:?}");
+    }
+}
+
+/// A clip's own limit keeps a spike from the state, too.
+#[test]
+fn adagc_does_not_follow_a_skipped_step() {
+    let run = Run { skip_above: 60.0, ..Run::adagc(NonFinite::Skip) };
+    let clipped = run.check(120);
+    assert!(spikes(1..120).all(|step| !clipped.contains(&step)), "{clipped:?}");
 }
 
 #[test]

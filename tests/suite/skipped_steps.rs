@@ -4,7 +4,7 @@
 use crate::common::numbers::Random;
 use crate::common::reference::{Asked, Mode, SCOPES, uneven};
 use crate::common::{Data, POLICIES, Path, assert_same_bits, assert_says};
-use gradclip::{Clip, Clipper, Dtype, Error, NonFinite, NormAccumulator, NormType, Scope, Skipped, TensorMut};
+use gradclip::{Clip, Clipper, Dtype, Error, NonFinite, NormAccumulator, NormType, Scope, Skipped, TensorMut, ZClip};
 
 /// Tensors of all dtypes of a path, with their parameters.
 fn set(path: Path) -> Vec<Data> {
@@ -133,6 +133,24 @@ fn pieces_and_running_partials_are_skipped_whole() {
     }
 }
 
+/// By the running norms, which a skipped step does not enter, beside a fixed threshold.
+#[test]
+fn a_z_score_skips_and_leaves_the_state() {
+    for path in Path::HOST {
+        let clip = Clip::norm(1.5).eps(0.0);
+        let mut threshold = ZClip::new().warm_up(4).z_threshold(f64::MAX).skip_above_z(3.0);
+        for norm in [1.0f32, 3.0, 1.0, 3.0, 2.5, 100.0, 100.0, 2.0] {
+            let before = threshold.clone();
+            let mut gradient = [norm, 0.0];
+            let views = &mut [TensorMut::new(&mut gradient)];
+            let report = path.clipper().apply_adaptive(&clip, &mut threshold, views).expect("finite");
+            let skipped = norm == 100.0;
+            assert_eq!((report.skipped, threshold == before), (skipped.then_some(Skipped::Above), skipped), "{norm}");
+            assert_eq!(gradient[0] == norm, skipped || norm == 1.0, "{path:?} {norm}: {gradient:?}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_compared_is_an_error() {
     let mut gradient = [3.0f32];
@@ -154,7 +172,7 @@ fn what_cannot_be_compared_is_an_error() {
 #[cfg(feature = "gpu")]
 mod on_the_device {
     use super::*;
-    use crate::common::gpu::{Interleaved, download, encoder, gpu, step, upload};
+    use crate::common::gpu::{Interleaved, download, encoder, gpu, step, upload, write};
     use gradclip::gpu::{GpuTensor, PlanOptions};
 
     /// No report is asked for: the coefficients of a caller's own kernel say so too, and the next step is taken.
@@ -205,6 +223,35 @@ mod on_the_device {
         let given = PlanOptions::default().norms(&views[0]);
         let error = gpu().plan_with(&[(clip, &views)], given).expect_err("given");
         assert_says(&error, &["skip_above needs a norm that is measured here"]);
+    }
+
+    #[test]
+    fn a_plan_that_follows_a_threshold_on_the_host_skips_by_it() {
+        let buffer = upload(gpu(), &[0; 8]);
+        let views = [GpuTensor::f32(&buffer, ..).expect("it fits")];
+        let plan = gpu().plan(&Clip::norm(1.5).skip_above(f64::MAX), &views).expect("valid");
+        let mut threshold = ZClip::new().warm_up(4).z_threshold(f64::MAX).skip_above_z(3.0);
+        for norm in [1.0f32, 3.0, 1.0, 3.0, 2.5, 100.0, 100.0, 2.0] {
+            write(gpu(), &buffer, 0, bytemuck::cast_slice(&[norm, 0.0]));
+            let submit = |record: &dyn Fn(&mut gradclip::wgpu::CommandEncoder)| {
+                let mut encoder = encoder(gpu());
+                record(&mut encoder);
+                gpu().queue().submit([encoder.finish()]);
+            };
+            let before = threshold.clone();
+            submit(&|e| plan.encode_measure(e).expect("the device works"));
+            plan.follow(&mut threshold).wait().expect("one norm");
+            submit(&|e| plan.encode_scale(e).expect("the device works"));
+            let skipped = norm == 100.0;
+            let report = plan.report().wait().expect("finite");
+            assert_eq!((report.skipped, threshold == before), (skipped.then_some(Skipped::Above), skipped), "{norm}");
+            let after: f32 = bytemuck::pod_read_unaligned(&download(gpu(), &buffer)[..4]);
+            assert_eq!(after == norm, skipped || norm == 1.0, "{norm}: {after}");
+        }
+        let plan = gpu().plan(&Clip::norm(1.5), &views).expect("valid");
+        step(gpu(), &plan);
+        let error = plan.follow(&mut threshold).wait().expect_err("it decides by no limit");
+        assert_says(&error, &["skip_above; f64::MAX will do"]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead}
 use super::super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use super::{GpuPlan, MergedGroup, Reported, locked};
 use crate::decision::{Action, Outcome};
+use crate::magnitude::Magnitude;
 use crate::processes::GroupTotal;
 use crate::threshold::Threshold;
 use crate::{ClipReport, Error, NonFinite, Scope, Skipped, Waiting};
@@ -108,7 +109,8 @@ impl GpuPlan {
     ///
     /// # Errors
     /// [`Error::Usage`] for a plan of several groups, of a clip by value or AGC, by given norms, or with a threshold on
-    /// the device; [`Error::Setting`] for an invalid threshold; [`Error::ThresholdState`] for one of other tensors;
+    /// the device, or if the threshold skips steps and the clip sets no [`Clip::skip_above`](crate::Clip::skip_above);
+    /// [`Error::Setting`] for an invalid threshold; [`Error::ThresholdState`] for one of other tensors;
     /// those of [`GpuPlan::report`]. If the device fails after the norms were read, the threshold has followed them.
     pub fn follow<'a>(&'a self, threshold: &'a mut dyn Threshold) -> Waiting<'a, Result<(), Error>> {
         Waiting::new(self.follow_norms(threshold))
@@ -123,21 +125,27 @@ impl GpuPlan {
                 "a plan by given norms, or with a threshold on the device, cannot follow a threshold on the host",
             ));
         }
-        let clip = &group.clip;
+        let clip = &group.clip.skipping(threshold);
         clip.check_adaptive()?;
+        if clip.may_skip() && !group.may_skip {
+            return Err(Error::usage(
+                "a threshold that skips steps needs a plan whose clip sets skip_above; f64::MAX will do",
+            ));
+        }
         self.bind(threshold)?;
         let (skipped, mut each) = self.last_step().await?;
         let (all, outcomes) = each.swap_remove(0);
         // Those of all processes, if they have merged.
         let segments = all.segments.clone();
         let (measured, _) = group.report(&outcomes, all, skipped)?;
-        if skipped.is_some() {
-            return Ok(());
-        }
+        // The device may have decided by an earlier limit.
+        let skips = Magnitude::plain(measured.total_norm).exceeds(clip.skip_above);
         let own = measured.segments.iter().map(|s| s.norm).collect();
         let norms = if clip.scope == Scope::Global { vec![measured.total_norm] } else { own };
-        let max_norms = segments.max_norms(clip, &[], &threshold.max_norms(measured.total_norm, &norms));
-        let numbers: Vec<_> = max_norms.iter().map(|m| threshold_number(m.to_f64())).collect();
+        let followed = if skips { Vec::new() } else { threshold.max_norms(measured.total_norm, &norms) };
+        let max_norms = segments.max_norms(clip, &[], &followed);
+        let numbers = max_norms.into_iter().chain([segments.skip_above(clip)]).map(|m| threshold_number(m.to_f64()));
+        let numbers: Vec<_> = numbers.collect();
         let (queue, buffer) = (&self.gpu.device.queue, &self.built.memory.thresholds);
         // Later steps go by these, until they are set anew.
         *locked(&self.own_thresholds) = None;

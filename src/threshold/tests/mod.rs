@@ -138,6 +138,9 @@ fn settings_that_cannot_be_are_told_where_they_are_used() {
         refused(warm_zclip().alpha(bad), &format!("alpha is {bad}; it must be 0 or more and below 1"));
         refused(AdaGc::new().beta(bad), &format!("beta is {bad}; it must be 0 or more and below 1"));
     }
+    for bad in [0.0, -1.0, f64::NAN] {
+        refused(warm_zclip().skip_above_z(bad), &format!("skip_above_z is {bad}; it must be above 0"));
+    }
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         refused(warm_zclip().z_threshold(bad), &format!("z_threshold is {bad}; it must be a finite number above 0"));
         refused(AdaGc::new().lambda_rel(bad), &format!("lambda_rel is {bad}; it must be a finite number above 0"));

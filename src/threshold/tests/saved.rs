@@ -24,7 +24,7 @@ where
 
 #[test]
 fn a_loaded_state_goes_on_as_the_saved_one() {
-    keeps_on(ZClip::new().warm_up(9), 60);
+    keeps_on(ZClip::new().warm_up(9).skip_above_z(7.0), 60);
     keeps_on(AutoClip::new().history(16), 60);
     let mut auto = AutoClip::new();
     for norm in noise().take(9) {
@@ -47,9 +47,13 @@ fn the_form_of_version_1_stays() {
         assert_eq!(serde_json::to_string(state).expect("plain data"), text);
         assert_eq!(serde_json::from_str::<T>(text).expect("version 1"), *state);
     }
-    let zclip =
-        r#"{"version":1,"alpha":"0.5","z_threshold":"2.0","warm_up":2,"mean":"2.0","variance":"1.0","steps":2}"#;
+    let zclip = concat!(
+        r#"{"version":1,"alpha":"0.5","z_threshold":"2.0","warm_up":2,"skip_above_z":"inf","#,
+        r#""mean":"2.0","variance":"1.0","steps":2}"#
+    );
     stays(&warm_zclip(), zclip);
+    let without = zclip.replace(r#""skip_above_z":"inf","#, "");
+    assert_eq!(serde_json::from_str::<ZClip>(&without).expect("a setting of its default"), warm_zclip());
     let mut auto = AutoClip::new().history(2);
     auto.max_norm(5.0);
     stays(&auto, r#"{"version":1,"percentile":"10.0","history":2,"warm_up":1,"steps":1,"norms":["5.0"]}"#);

@@ -55,3 +55,14 @@ fn leaves_the_constant_behind() {
     assert_eq!(threshold.max_norm(8.0), f64::INFINITY);
     assert_eq!((threshold.mean, threshold.variance), (4.0, 8.0));
 }
+
+#[test]
+fn skips_by_the_z_of_the_norm() {
+    let skipping = |z| warm_zclip().skip_above_z(z);
+    assert_eq!((skipping(3.0).skip_above(), skipping(f64::INFINITY).skip_above()), (5.0, f64::INFINITY));
+    // Not in the warm-up, nor without a spread.
+    assert_eq!(zclip(2).skip_above_z(3.0).skip_above(), f64::INFINITY);
+    let mut constant = zclip(2).skip_above_z(3.0);
+    (0..5).for_each(|_| assert_eq!(constant.max_norm(1.0), f64::INFINITY));
+    assert_eq!(constant.skip_above(), f64::INFINITY);
+}
