@@ -39,6 +39,12 @@ pub enum Error {
     /// Nothing was written. Correct the step that made them, or choose another policy.
     #[error("{0}; nothing was written (another non-finite policy would go on: propagate, skip, zero or drop)")]
     NonFinite(NonFiniteElements),
+    /// Too many steps in a row were skipped ([`ConsecutiveSkips`](crate::ConsecutiveSkips)). Nothing was written.
+    #[error("{count} steps in a row were skipped: the run has diverged, or the limit is too low; go back or raise it")]
+    SkippedInARow {
+        /// How many.
+        count: u32,
+    },
     /// The GPU has no arithmetic for this dtype. Clip the tensor on the CPU.
     #[error("{tensor} is {dtype}, which WGSL cannot compute with; clip it on the CPU (Clipper::cpu, --backend cpu)")]
     UnsupportedDtype {

@@ -114,6 +114,7 @@ mod pieces;
 pub mod processes;
 mod report;
 mod segment;
+mod skips;
 mod tensor;
 mod threshold;
 #[cfg(feature = "gpu")]
@@ -129,6 +130,7 @@ pub use dtype::{Dtype, Element};
 pub use error::{Error, NonFiniteElements};
 pub use pieces::DecidedClip;
 pub use report::{ClipReport, LostElements, SegmentReport, Skipped};
+pub use skips::ConsecutiveSkips;
 pub use tensor::{HostTensor, Tensor, TensorMut};
 pub use threshold::{AdaGc, AutoClip, Threshold, ZClip};
 #[cfg(feature = "gpu")]
