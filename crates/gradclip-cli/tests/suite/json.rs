@@ -221,22 +221,16 @@ fn a_step_above_is_skipped() {
     let (fine, bad) = (f32s(&[3.0, 4.0]), f32s(&[f32::NAN]));
     let bad = folder.write("bad", file(&[("a", "F32", fine.clone()), ("b", "F32", bad)]));
     let input = folder.write("in", file(&[("a", "F32", fine)]));
-    for (backend, input, more, skipped) in [
-        ("cpu", &input, "--skip-above=4.9", Some("above")),
-        ("gpu", &input, "--skip-above=4.9", Some("above")),
-        ("cpu", &input, "--skip-above=5.1", None),
-        ("gpu", &input, "--skip-above=5.1", None),
-        ("cpu", &bad, "--non-finite=skip", Some("non-finite")),
+    for (input, more, skipped) in [
+        (&input, "--skip-above=4.9", Some("above")),
+        (&input, "--skip-above=5.1", None),
+        (&bad, "--non-finite=skip", Some("non-finite")),
     ] {
-        if backend == "gpu" && !cfg!(feature = "gpu") {
-            continue;
-        }
-        let args = ["--max-norm", "1", "--json", "--force", "--backend", backend, more];
+        let args = ["--max-norm", "1", "--json", "--force", more];
         let object = clip(input, &folder.path("out"), &args).succeeded().json();
-        checked_with(&object, if skipped.is_some() { &["skipped"] } else { &[] });
-        assert_eq!((object["skipped"].as_str(), &object["clipped"]), (skipped, &json!(skipped.is_none())), "{args:?}");
+        assert_eq!((object["skipped"].as_str(), &object["clipped"]), (skipped, &json!(skipped.is_none())), "{more}");
         let same = std::fs::read(input).unwrap() == folder.read("out");
-        assert_eq!(same, skipped.is_some(), "{args:?}");
+        assert_eq!(same, skipped.is_some(), "{more}");
     }
     let said = clip(&input, &folder.path("out"), &["--max-norm", "1", "--force", "--skip-above", "4"]).succeeded();
     assert!(said.stdout.contains("unchanged, because the total norm is above 4"), "{}", said.stdout);
