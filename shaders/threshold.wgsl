@@ -1,7 +1,7 @@
 // threshold: computes the threshold of each segment where it is not known beforehand, one invocation a segment, and
-// whether the norm of a group skips the step. THRESHOLD says what it follows: the norms of parameters (AGC), the norms of
-// earlier steps, or nothing (FIXED). Twins: `Clip::max_norm` in src/clip.rs, `Clip::skips` in src/decision.rs, `ZClip` and
-// `AdaGc` in src/threshold/. Host side: src/gpu/threshold.rs.
+// whether the norm of a group skips the step. THRESHOLD says what it follows: the norms of parameters (AGC), those of
+// earlier steps, or nothing (FIXED). Twins: `Clip::max_norm` in src/clip.rs, `Clip::skips` in src/decision.rs, `ZClip`
+// and `AdaGc` in src/threshold/. Host side: src/gpu/threshold.rs.
 
 #import constants
 #import number

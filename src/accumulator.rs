@@ -78,10 +78,10 @@ impl NormAccumulator {
     /// |---|---|
     /// | 0..8 | `gradnrm` and the version, 1 |
     /// | 8..24 | how many tensors and elements were accumulated |
-    /// | 24..48 | Σ g^p is a float64 times 2 to the power of an int64; then the largest g (float64, infinity norm only) |
+    /// | 24..48 | Σ g^p as a float64 times 2 to the power of an int64; the largest g (float64, infinity norm only) |
     /// | 48..64 | how many elements are not finite, and whether one is a NaN (1) or none (0) |
     /// | 64..80 | the tensor and the index of the first of them, or 0 and 0 |
-    /// | then | the clip as it is displayed, and the name of that tensor if it has one: the length, and the text in UTF-8 |
+    /// | then | the clip as it is displayed, and the name of that tensor if it has one: the length, and the text |
     /// | the last 8 | the FNV-1a hash of 64 bits of everything before |
     ///
     /// ```

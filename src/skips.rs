@@ -2,8 +2,8 @@
 
 use crate::{ClipReport, Error};
 
-/// Counts how many steps in a row were skipped ([`ClipReport::skipped`]), and turns one too many into an error. So a run
-/// that has diverged ends, and does not skip for ever.
+/// Counts how many steps in a row were skipped ([`ClipReport::skipped`]), and turns one too many into an error. So a
+/// run that has diverged ends, and does not skip for ever.
 ///
 /// It takes the reports of any path. Give it the report of each step, because it counts no other steps.
 ///

@@ -80,7 +80,7 @@ struct Params {
     parameter_partials: u32,
     // For `threshold.wgsl`, as are `threshold_a` to `threshold_e`.
     warm_up: u32,
-    // Behind all thresholds, where the norm is that is the group's limit: above it the step is skipped.
+    // Where the group's limit stands among the thresholds. A total norm above it skips the step.
     limit: u32,
     padding: u32,
     threshold_a: vec2<u32>,

@@ -1,4 +1,5 @@
-//! Guards against a running partial that changes on its way to another process, and against bytes that are taken for one.
+//! Guards against a running partial that changes on its way to another process, and against bytes that are taken for
+//! one.
 
 use crate::common::numbers::Random;
 use crate::common::{Data, POLICIES, assert_says};

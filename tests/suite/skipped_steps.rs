@@ -1,5 +1,5 @@
-//! Guards against a step that is taken although its norm is too large, that is taken in part, or that is skipped without
-//! a word.
+//! Guards against a step that is taken although its norm is too large, that is taken in part, or that is skipped
+//! without a word.
 
 use crate::common::numbers::Random;
 use crate::common::reference::{Asked, Mode, SCOPES, uneven};

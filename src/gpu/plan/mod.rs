@@ -156,13 +156,14 @@ impl GpuPlan {
     ///
     /// ```wgsl
     /// struct Coefficients {
-    ///     skip: u32,           // 1 if the policy is error or skip and something is not finite, else 0
+    ///     skip: u32,           // 1 if the step is skipped, else 0
     ///     factors: array<f32>, // c / grad_scale for each segment
     /// }
     /// @group(0) @binding(0) var<storage, read> coefficients: Coefficients;
     /// ```
     ///
-    /// Segments are in the order of the report, groups one after another. Where `skip` is 1 the factors are 1. Under
+    /// Segments are in the order of the report, groups one after another. Where `skip` is 1 the factors are 1: the
+    /// policy is error or skip and something is not finite, or a norm is above [`Clip::skip_above`]. Under
     /// the policy `drop` the caller's kernel must drop non-finite elements. A value clip leaves `1 / grad_scale`.
     #[must_use]
     pub fn coefficients(&self) -> &wgpu::Buffer {
