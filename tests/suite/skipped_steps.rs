@@ -233,7 +233,7 @@ mod on_the_device {
         let mut threshold = ZClip::new().warm_up(4).z_threshold(f64::MAX).skip_above_z(3.0);
         for norm in [1.0f32, 3.0, 1.0, 3.0, 2.5, 100.0, 100.0, 2.0] {
             write(gpu(), &buffer, 0, bytemuck::cast_slice(&[norm, 0.0]));
-            let submit = |record: &dyn Fn(&mut gradclip::wgpu::CommandEncoder)| {
+            let submit = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
                 let mut encoder = encoder(gpu());
                 record(&mut encoder);
                 gpu().queue().submit([encoder.finish()]);
