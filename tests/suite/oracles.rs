@@ -266,6 +266,8 @@ fn peers_norm_error(case: &Value) -> f64 {
         // Optax adds up the squares in float32. All quotients of what it returned and what it was given agree that its
         // RMS of `2.weight`, of 2,160 elements, is 3.3e-7 too low.
         "optax_block_rms_convnet_f32" => 3.4e-7,
+        // These elements of Optax are up to 3.4 ulp from the float64 result.
+        "optax_agc_cubes_0_m1" | "optax_agc_cubes_1" => 2e-7,
         _ => 0.0,
     }
 }
