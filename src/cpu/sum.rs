@@ -2,16 +2,16 @@
 
 use std::marker::PhantomData;
 
-use super::element::{Wide, Widen, for_groups, load};
+use super::element::{Lanes, Wide, Widen, for_groups, load};
 use super::isa::{Isa, Kernel, LANES, run};
-use super::map::{Map, Product, Same, write_exact_products};
+use super::map::{Map, ToF64};
 use super::tuning::COLUMNS;
 use crate::Dtype;
 use crate::decision::{Action, Outcome};
 
 /// Sums columns of `data` over its rows, from column `left` on, with each element multiplied by its row's factor.
-/// Products are rounded as a clip rounds them in the type to compute in, and summed in float64. `sums` holds float64
-/// for gradients of float64 and float32 for all others, at any alignment.
+/// Products and sums are float64, and a sum is rounded once. `sums` holds float64 for gradients of float64 and float32
+/// for all others, at any alignment.
 pub(super) fn sum<T: Widen>(
     outcomes: &[Outcome],
     drop: bool,
@@ -27,20 +27,11 @@ pub(super) fn sum<T: Widen>(
     for (row, outcome) in outcomes.iter().enumerate() {
         let row = &data[(row * columns + left) * size..][..width * size];
         let totals = &mut totals[..];
-        match (outcome.action, T::Wide::factor(outcome.factor)) {
-            (Action::Zero, _) => {}
-            (Action::Leave, _) => run(Add::<T, _> { row, totals, map: Same, of: PhantomData }),
-            (Action::Apply, Some(factor)) if drop => {
-                run(Add::<T, _> { row, totals, map: Product::<_, true>(factor), of: PhantomData });
-            }
-            (Action::Apply, Some(factor)) => {
-                run(Add::<T, _> { row, totals, map: Product::<_, false>(factor), of: PhantomData });
-            }
-            (Action::Apply, None) => {
-                let mut scaled = [[T::Wide::ZERO; LANES]; COLUMNS / LANES];
-                write_exact_products::<T>(outcome.factor, drop, row, &mut scaled);
-                let row = bytemuck::cast_slice(&scaled.as_flattened()[..width]);
-                run(Add::<T::Wide, _> { row, totals, map: Same, of: PhantomData });
+        match outcome.action {
+            Action::Zero => {}
+            Action::Leave => run(Add::<T, _> { row, totals, map: ToF64, of: PhantomData }),
+            Action::Apply => {
+                run(Add::<T, _> { row, totals, map: Product { factor: outcome.factor, drop }, of: PhantomData });
             }
         }
     }
@@ -53,6 +44,22 @@ pub(super) fn sum<T: Widen>(
     }
 }
 
+/// x · factor in float64. With `drop`, a non-finite x becomes 0.
+#[derive(Clone, Copy)]
+struct Product {
+    factor: f64,
+    drop: bool,
+}
+
+impl<T: Widen> Map<T> for Product {
+    type To = f64;
+    #[inline(always)]
+    fn of<I: Isa>(self, isa: I, x: Lanes<I, T>) -> I::D {
+        let x = if self.drop { T::Wide::finite_or_zero(isa, x) } else { x };
+        isa.mul(T::Wide::to_f64(isa, x), isa.d([self.factor; LANES]))
+    }
+}
+
 /// Adds a row's mapped elements to the totals of their columns.
 struct Add<'a, T, M> {
     row: &'a [u8],
@@ -61,7 +68,7 @@ struct Add<'a, T, M> {
     of: PhantomData<T>,
 }
 
-impl<T: Widen, M: Map<T, To = T::Wide>> Kernel for Add<'_, T, M> {
+impl<T: Widen, M: Map<T, To = f64>> Kernel for Add<'_, T, M> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, isa: I) {
@@ -69,7 +76,7 @@ impl<T: Widen, M: Map<T, To = T::Wide>> Kernel for Add<'_, T, M> {
         // Zeros after the elements add nothing.
         for_groups::<T>(self.row, |group| {
             if let Some((totals, others)) = std::mem::take(&mut rest).split_first_mut() {
-                let scaled = T::Wide::to_f64(isa, self.map.of(isa, T::widen(isa, load(group))));
+                let scaled = self.map.of(isa, T::widen(isa, load(group)));
                 *totals = isa.doubles(isa.add(isa.d(*totals), scaled));
                 rest = others;
             }

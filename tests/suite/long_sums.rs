@@ -1,8 +1,8 @@
 //! Guards against sums that lose their terms: many equal elements, small elements after large ones.
 
-use crate::common::numbers::{Random, Sum, exact_norm};
+use crate::common::numbers::{Random, Sum, exact_norm, rounded};
 use crate::common::{Data, Path, assert_norm};
-use gradclip::{Clip, Clipper, Dtype, Element, NormType, Tensor};
+use gradclip::{Clip, Clipper, Dtype, Element, NormType, Scope, Tensor};
 use rayon::prelude::*;
 
 /// The norm as a plain float32 loop gives it.
@@ -98,7 +98,7 @@ fn log_normal_sizes() {
 fn long_sums_of_every_dtype() {
     let n = 1_500_001;
     for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64] {
-        let x = crate::common::numbers::rounded(dtype, 0.1);
+        let x = rounded(dtype, 0.1);
         let set = Data::rounded(dtype, vec![x; n]);
         for norm_type in [NormType::L1, NormType::L2] {
             check(&set, norm_type, of_equal(norm_type, x, n), false, &format!("0.1 in {dtype}"));
@@ -189,6 +189,61 @@ fn every_addition_rounds_up() {
             let total = path.clip(&clip, &set).ok().0.total_norm;
             println!("{path:?} {norm_type:?}: off by {:.2e}", (total / norm - 1.0).abs());
             assert_norm(total, norm, path.norm_tolerance(), &format!("{path:?} {norm_type:?}"));
+        }
+    }
+}
+
+/// A loss scale by which no sum becomes the middle of two float32.
+const SCALE: f64 = 2.718_281_828;
+
+/// Elements of examples, and the sums of what a loss scale leaves of them.
+fn divided(rows: usize, columns: usize, element: impl Fn(&mut Random) -> f64) -> (Data, Vec<f64>) {
+    let mut random = Random(31);
+    let elements: Vec<_> = (0..rows * columns).map(|_| element(&mut random) as f32).collect();
+    let sum = |column: usize| {
+        let mut sum = Sum::default();
+        elements[column..].iter().step_by(columns).for_each(|x| sum.add(f64::from(*x)));
+        sum.total() / SCALE
+    };
+    let sums = (0..columns).map(sum).collect();
+    (Data::of(&elements).shaped(&[rows, columns]), sums)
+}
+
+fn sums_of(path: Path, set: &Data) -> Data {
+    let clip = Clip::norm(f64::INFINITY).grad_scale(SCALE).scope(Scope::Example);
+    path.sum_examples(&clip, std::slice::from_ref(set)).ok().1.swap_remove(0)
+}
+
+/// Rounded before they are added, products would leave a sum off by a unit.
+#[test]
+fn a_sum_of_four_examples_is_rounded_once() {
+    let (set, sums) = divided(4, 1000, |random| random.uniform() + 0.5);
+    let early = |column: usize| {
+        let products = (0..4).map(|row| (set.get(row * 1000 + column) / SCALE) as f32);
+        products.map(f64::from).sum::<f64>() as f32
+    };
+    let got = sums_of(Path::Cpu, &set);
+    for (column, sum) in sums.iter().enumerate() {
+        assert_eq!(got.get(column), rounded(Dtype::F32, *sum), "column {column}");
+    }
+    assert!((0..1000).any(|column| f64::from(early(column)) != got.get(column)), "this proves nothing");
+}
+
+#[test]
+fn a_million_positive_examples() {
+    const ROWS: usize = 1_000_000;
+    // Equal elements round the same way at each addition.
+    for kind in ["equal", "uniform"] {
+        let (set, sums) = divided(ROWS, 2, |random| if kind == "equal" { 0.1 } else { random.uniform() });
+        for path in Path::HOST {
+            // Promised by `Clipper::sum_examples`.
+            let units = if *path == Path::Cpu { 1.001 } else { 34.0 + ROWS as f64 / 256.0 };
+            let got = sums_of(*path, &set);
+            for (column, sum) in sums.iter().enumerate() {
+                let off = (got.get(column) / sum - 1.0).abs();
+                println!("{path:?} {kind}: off by {off:.1e}");
+                assert!(off <= units * 2f64.powi(-24), "{path:?}: {kind} {column} is off by {off:e}");
+            }
         }
     }
 }
