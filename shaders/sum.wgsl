@@ -1,6 +1,7 @@
 // sum: adds up the scaled rows of a matrix, one row for each example, one invocation a column. Twin: src/cpu/sum.rs.
-// Host side: src/gpu/table/sums.rs. Products are summed in float32: 16 of them, then 16 of those sums, then these. The
-// error is at most 32 + rows / 256 units of 2^-24 of the sum of the products' magnitudes.
+// Host side: src/gpu/table/sums.rs. Products are summed in float32: 32 of them, then 32 of those sums, then 32 of these.
+// A chunk has no more rows, and adds its sum to that of the chunk before. With one unit for the product and one for its
+// factor, the error is at most 98 and one for each chunk, in units of 2^-24 of the sum of the products' magnitudes.
 
 #import constants
 #import group
@@ -26,20 +27,23 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     if lane >= chunk.count {
         return;
     }
-    // A chunk of the first rows starts at 0; any other goes on.
-    let into = chunk.slot + lane;
-    var total = select(0.0, bitcast<f32>(sums[into]), chunk.column != 0u);
-    for (var k = 0u; k < chunk.elements; k += 256u) {
+    var total = 0.0;
+    for (var k = 0u; k < chunk.elements; k += 1024u) {
         var outer = 0.0;
-        for (var j = k; j < min(k + 256u, chunk.elements); j += 16u) {
+        for (var j = k; j < min(k + 1024u, chunk.elements); j += 32u) {
             var inner = 0.0;
-            for (var i = j; i < min(j + 16u, chunk.elements); i += 1u) {
+            for (var i = j; i < min(j + 32u, chunk.elements); i += 1u) {
                 let bits = element_of(chunk.first + lane * chunk.segment_stride + i * chunk.element_stride);
                 inner += bitcast<f32>(applied(bits, DTYPE, results.outcomes[chunk.segment + i]));
             }
             outer += inner;
         }
         total += outer;
+    }
+    // A chunk of the first rows starts the sum; any other goes on.
+    let into = chunk.slot + lane;
+    if chunk.column != 0u {
+        total += bitcast<f32>(sums[into]);
     }
     sums[into] = bitcast<u32>(total);
 }

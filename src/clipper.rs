@@ -309,9 +309,9 @@ impl Clipper {
     /// [`Scope::ExampleTensor`](crate::Scope::ExampleTensor). Sums are float64 for float64 gradients, else float32.
     ///
     /// On the CPU products and sums are float64, and each sum is rounded once: with n examples it is off by n + 1 units
-    /// of 2^-53 of the sum of the products' magnitudes at most, before that rounding. On a GPU all is float32: the
-    /// error is at most 34 + n / 256 units of 2^-24 of the sum of the products' magnitudes, and one more for each time that
-    /// a binding ends.
+    /// of 2^-53 of the sum of the products' magnitudes at most, before that rounding. On a GPU all is float32, and at
+    /// most 32,768 examples, or as many as one binding holds, are summed at once, as a tree. The error is at most 98 units
+    /// of 2^-24 of the sum of the products' magnitudes, and one more for each time.
     ///
     /// ```
     /// use gradclip::{Clip, Clipper, Scope, Tensor, TensorMut};
