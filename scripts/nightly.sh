@@ -24,7 +24,7 @@ run() {
         no-gpu)
             cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
             ;;
-        kernels) scripts/kernels.sh ;;
+        kernels) scripts/kernels.sh && scripts/gpu-compilers.sh ;;
         published) scripts/public-api.sh && scripts/package.sh --whole ;;
         memory) scripts/memory-checks.sh --whole ;;
         properties) scripts/properties.sh 2000 ;;
@@ -43,7 +43,7 @@ figures() {
     [ -n "$found" ] || found=$(awk '/^test result: ok/ { sum += $4 } END { if (sum) print sum " tests passed" }' "$2")
     echo "${found:-passed}"
 }
-counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|inventory'
+counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|amd|inventory'
 counted+='|licences|packages|public API|aarch64|deny'
 
 [ $# -gt 0 ] || set -- "${parts[@]}"

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use naga::back::{glsl, hlsl, msl, spv};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
-use naga::{Module, ShaderStage};
+use naga::{AddressSpace, ArraySize, Module, ShaderStage, TypeInner};
 
 use super::super::kernels::{Access, Constants, Kernel, Norm, SHARED, Shape, module};
 use super::super::profile;
@@ -135,6 +135,21 @@ fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     (module, info)
 }
 
+/// A line for each binding: group, number, kind and count. A first line says whether the variant is hot.
+fn bindings(variant: &Variant, module: &Module) -> String {
+    let mut lines = if variant.hot { "hot\n".to_owned() } else { String::new() };
+    for (_, global) in module.global_variables.iter() {
+        let Some(binding) = &global.binding else { continue };
+        let kind = if global.space == AddressSpace::Uniform { "uniform" } else { "storage" };
+        let count = match module.types[global.ty].inner {
+            TypeInner::BindingArray { size: ArraySize::Constant(count), .. } => count.get(),
+            _ => 1,
+        };
+        lines += &format!("{} {} {kind} {count}\n", binding.group, binding.binding);
+    }
+    lines
+}
+
 /// The checks that `kernels::trusted` leaves out.
 const UNCHECKED: BoundsCheckPolicies = BoundsCheckPolicies {
     index: BoundsCheckPolicy::Unchecked,
@@ -217,6 +232,7 @@ fn every_kernel_translates_to_every_language() {
         };
         write("wgsl", variant.source.as_bytes());
         let (module, info) = validated(&variant);
+        write("bindings", bindings(&variant, &module).as_bytes());
         let Variant { ref name, arrays, subgroups, hot, .. } = variant;
         assert!(names.insert(name.clone()), "two variants are called {name}");
         assert!(metal(name, &module, &info).contains("kernel void"), "{name}");
