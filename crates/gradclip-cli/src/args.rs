@@ -6,7 +6,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use gradclip::{Budget, Dtype, NonFinite, Scope, UnitAxis};
 
@@ -59,7 +59,8 @@ pub(crate) enum Command {
     /// Measure the norm of the gradients in files, and list the largest
     Norm(NormArgs),
     /// Clip the gradients of a file into a new file
-    #[command(override_usage = CLIP_USAGE)]
+    // Its help must fit two screens, so what each value means stands in its manual page alone.
+    #[command(override_usage = CLIP_USAGE, disable_help_flag = true)]
     Clip(ClipArgs),
     /// Show norms over the steps of a training run, and where they spike or are not finite
     #[command(after_help = HISTORY)]
@@ -175,6 +176,10 @@ pub(crate) struct ClipArgs {
     /// Print nothing but errors
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    /// Print help; `gradclip man clip` says what each value means
+    #[arg(long, short, action = ArgAction::HelpShort)]
+    #[expect(dead_code, reason = "clap prints it")]
+    help: Option<bool>,
 }
 
 /// The mode of a clip, and its options.

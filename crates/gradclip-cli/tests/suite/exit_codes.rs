@@ -170,6 +170,8 @@ fn help_is_0_and_fits_a_terminal() {
         let wide = run.stdout.lines().find(|line| line.chars().count() > 80);
         assert_eq!(wide, None);
     }
+    let lines = gradclip(["clip", "--help"]).stdout.lines().count();
+    assert!(lines <= 100, "two screens have 100 lines, and this is {lines}");
 }
 
 #[test]
