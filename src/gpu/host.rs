@@ -534,7 +534,7 @@ impl WriteBack<'_, '_, '_> {
     fn write(&mut self, load: usize, bytes: &[u8]) {
         self.begun = true;
         let due = std::mem::take(&mut self.due[load]);
-        self.write_by(due, |run, (clip, dtype, own), (at, to)| {
+        self.write_by(&due, |run, (clip, dtype, own), (at, to)| {
             let lost = lost(clip, at.index, dtype, own, to);
             let start = run.offset + at.index as usize * dtype.size() - run.bytes.start;
             to.copy_from_slice(&bytes[start..][..to.len()]);
@@ -546,21 +546,21 @@ impl WriteBack<'_, '_, '_> {
     fn finish(&mut self) {
         self.begun = false;
         for due in std::mem::take(&mut self.due) {
-            self.write_by(due, |_, (clip, dtype, own), (at, data)| write_piece(clip, at, dtype, own, data).lost);
+            self.write_by(&due, |_, (clip, dtype, own), (at, data)| write_piece(clip, at, dtype, own, data).lost);
         }
     }
 
     /// Calls `write` with pieces of the caller's bytes, in parallel, and counts what it has lost.
     fn write_by(
         &mut self,
-        due: Vec<Run>,
+        due: &[Run],
         write: impl Fn(&Run, How<'_>, (Location, &mut [u8])) -> LostElements + Send + Sync,
     ) {
         let Self { transfer, tensors, outcomes, lost, .. } = self;
         let first = due.first().map_or(0, |run| run.tensor);
         let mut tensors = (first..).zip(&mut tensors[first..]);
         let (mut work, mut bytes) = (Vec::new(), 0);
-        for run in &due {
+        for run in due {
             // Runs are in the order of tensors, and at most one of each.
             let Some((_, tensor)) = tensors.find(|(i, _)| *i == run.tensor) else { continue };
             let TensorMut { spec, data, .. } = &mut **tensor;

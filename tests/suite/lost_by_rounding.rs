@@ -102,7 +102,8 @@ fn each_segment_loses_by_its_own_factor() {
             (false, _) => 6.5e-5,
         })
     };
-    let cases: [(UnitAxis, fn(usize, usize) -> bool); 2] =
+    type IsLarge = fn(usize, usize) -> bool;
+    let cases: [(UnitAxis, IsLarge); 2] =
         [(UnitAxis::First, |row, _| row % 2 == 0), (UnitAxis::Last, |_, column| column % 2 == 0)];
     for path in Path::HOST {
         for (axis, by) in cases {

@@ -668,7 +668,7 @@ fn units_along_any_axes_span_ranks() {
     };
     let reports =
         on_ranks(vec![part(0..1), part(1..3)], |group, own| clip_within(Path::Cpu, &clip, &group, &[own]).ok().0);
-    let alone = Path::Cpu.clip(&clip, &[whole.clone()]).ok().0;
+    let alone = Path::Cpu.clip(&clip, std::slice::from_ref(&whole)).ok().0;
     assert!(
         alone
             .segments

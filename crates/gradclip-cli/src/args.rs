@@ -178,7 +178,6 @@ pub(crate) struct ClipArgs {
     pub(crate) quiet: bool,
     /// Print help; `gradclip man clip` says what each value means
     #[arg(long, short, action = ArgAction::HelpShort)]
-    #[expect(dead_code, reason = "clap prints it")]
     help: Option<bool>,
 }
 

@@ -119,8 +119,9 @@ fn outcomes(factor: f64, count: usize) -> Vec<Outcome> {
 
 /// The elements that became 0 or infinite, counted one by one.
 fn lost_between(dtype: Dtype, before: &[u8], after: &[u8]) -> LostElements {
+    #[allow(clippy::useless_conversion, reason = "one of the types is f64")]
     let numbers = |bytes: &[u8]| -> Vec<f64> {
-        with_element!(dtype, T => bytes.chunks(dtype.size()).map(|x| bytemuck::pod_read_unaligned::<T>(x).into()).collect())
+        with_element!(dtype, T => bytes.chunks(dtype.size()).map(|x| f64::from(bytemuck::pod_read_unaligned::<T>(x))).collect())
     };
     let mut lost = LostElements::default();
     for (x, y) in numbers(before).into_iter().zip(numbers(after)).filter(|(x, _)| x.is_finite()) {

@@ -95,7 +95,7 @@ fn float8_and_float4() {
 fn parameters_that_are_not_used() {
     let folder = Folder::new();
     let f32 = ("a", "F32", f32s(&[8.0]));
-    let input = folder.write("in", file(&[f32.clone()]));
+    let input = folder.write("in", file(std::slice::from_ref(&f32)));
     let others = [("q", "F8_E4M3", vec![1]), ("z", "C64", vec![0; 8])];
     let params = folder.write("params", file(&[&[f32][..], &others].concat()));
     clip(&input, &folder.path("out"), &["--agc", "0.5", "--params", text(&params)]).succeeded();
