@@ -14,6 +14,12 @@ use numbers::{from_bits, rounded_bits};
 pub(crate) const POLICIES: [NonFinite; 5] =
     [NonFinite::Error, NonFinite::Propagate, NonFinite::Skip, NonFinite::Zero, NonFinite::Drop];
 
+/// A clip's report as measuring gives it: what is not written is not rounded.
+pub(crate) fn as_measured(mut report: ClipReport) -> ClipReport {
+    report.lost = None;
+    report
+}
+
 /// A gradient: bytes of one dtype.
 #[derive(Clone, PartialEq)]
 pub(crate) struct Data {

@@ -159,9 +159,16 @@ impl Compared {
         let v = &self.verification;
         let disagreement = disagreement(v).map(|what| format!("    {what}\n")).unwrap_or_default();
         let verdict = if v.agrees() { "agree" } else { "DIFFER" };
-        // A text that is too long for the column gets a line of its own.
-        let clip =
-            if self.clip.len() > 54 { format!("{}\n{:54}", self.clip, "") } else { format!("{:<54}", self.clip) };
+        // A text that is too long for the column gets a line of its own, or two.
+        let comma = self.clip.match_indices(',').take_while(|(i, _)| *i < 80).last();
+        let clip = match (self.clip.len(), comma) {
+            (..=54, _) => format!("{:<54}", self.clip),
+            (81.., Some((comma, _))) => {
+                let (first, rest) = self.clip.split_at(comma + 1);
+                format!("{first}\n   {rest}\n{:54}", "")
+            }
+            _ => format!("{}\n{:54}", self.clip, ""),
+        };
         format!("{clip} {:>10.1e} {:>5}  {verdict}\n{disagreement}", v.norm_error, ulps(v.worst_ulps))
     }
 
