@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::{all_bits, identities, store, tensor, var};
-use gradclip_candle::gradclip::{Clip, NonFinite, Scope};
+use gradclip_candle::gradclip::{Clip, NonFinite, Scope, Skipped};
 use gradclip_candle::{Error, clip_in_place};
 
 /// Gradients of every dtype, one longer than a chunk, one a view and one without elements.
@@ -65,6 +65,25 @@ fn an_error_or_a_step_that_is_skipped_leaves_everything() {
                 assert_eq!(identities(&grads, &vars), before, "{name} {clip:?}");
                 assert_eq!(all_bits(&grads, &vars), bits, "{name} {clip:?}");
             }
+        }
+    }
+}
+
+#[test]
+fn a_step_above_its_limit_is_skipped() {
+    for in_place in [false, true] {
+        for (limit, skipped) in [(1e-3, Some(Skipped::Above)), (1e6, None)] {
+            let clip = Clip::norm(0.1).grad_scale(2.0).skip_above(limit);
+            let (vars, gradients) = gradients();
+            let mut grads = store(vars.iter().zip(&gradients));
+            let bits = all_bits(&grads, &vars);
+            let report = if in_place {
+                clip_in_place(&mut grads, &vars, &clip, None)
+            } else {
+                gradclip_candle::clip(&mut grads, &vars, &clip)
+            };
+            assert_eq!(report.expect("finite").skipped, skipped);
+            assert_eq!(all_bits(&grads, &vars) == bits, skipped.is_some(), "in place: {in_place}, {skipped:?}");
         }
     }
 }

@@ -4,7 +4,7 @@
 use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
-use gradclip_burn::gradclip::{Clip, NormType, Scope};
+use gradclip_burn::gradclip::{Clip, NormType, Scope, Skipped};
 use gradclip_burn::{GradClipper, clip_grad_norm, clip_grad_value};
 
 use crate::common::{NET, Net, Random, all_numbers, assert_close, devices, gradients, norm, numbers, rounded, weights};
@@ -49,6 +49,22 @@ fn of_all_gradients_together() {
     check(Clip::average_norm(1e-4), "average norm", &by(1e-4 / (norm(&all) / all.len() as f64)));
     let scaled = Clip::norm(1e-3).eps(0.0).grad_scale(1024.0);
     check(scaled, "unscaled", &by(1e-3 / norm(&all)));
+}
+
+#[test]
+fn above_its_limit_skips_the_step() {
+    let all = expected(|_, _, x| x.to_vec());
+    let total = norm(&all.concat()) / 2.0;
+    for (name, device) in devices() {
+        let net = Net::new(&device);
+        for (limit, skipped) in [(0.9 * total, Some(Skipped::Above)), (1.1 * total, None)] {
+            let mut grads = gradients(&net, &device, DType::F32, filled(7));
+            let mut clipper = GradClipper::new(Clip::norm(1.0).grad_scale(2.0).skip_above(limit));
+            clipper.clip(&mut grads, &net).expect("finite");
+            assert_eq!(clipper.report().wait().expect("a step").skipped, skipped, "{name}");
+            assert_eq!(all_numbers(&net, &grads) == all, skipped.is_some(), "{name} {skipped:?}");
+        }
+    }
 }
 
 #[test]
