@@ -125,7 +125,7 @@ pub use accumulator::NormAccumulator;
 pub use clip::{Axes, Budget, Clip, Mode, NonFinite, NormType, Scope, UnitAxis};
 pub use clipper::{Clipper, clip_grad_norm, clip_grad_value};
 pub use cpu::count::TensorCounts;
-pub use cpu::histogram::{Histogram, Lost};
+pub use cpu::histogram::Histogram;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, NonFiniteElements};
 pub use pieces::DecidedClip;

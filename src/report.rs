@@ -50,14 +50,15 @@ impl ClipReport {
     }
 }
 
-/// How many elements a clip has lost because their products were rounded to the stored dtype. It does not count what
-/// the clip makes 0 or infinite in exact arithmetic too, as a threshold of 0 or a bound does.
+/// How many elements are lost because they are rounded: by a clip to the stored dtype ([`ClipReport::lost`]), or to a
+/// narrower format ([`Histogram`](crate::Histogram)). It does not count what a clip makes 0 or infinite in exact
+/// arithmetic too, as a threshold of 0 or a bound does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LostElements {
     /// How many were not 0 and became 0.
     pub zero: u64,
-    /// How many were finite and became infinite.
+    /// How many were finite and became infinite, or exceed the largest number of a format that has no infinity.
     pub infinite: u64,
 }
 

@@ -10,6 +10,7 @@ use super::pool::in_parallel;
 use super::tuning::CHUNK;
 use crate::Tensor;
 use crate::dtype::with_element;
+use crate::report::LostElements;
 
 /// The magnitudes of a tensor's elements: [`Tensor::histogram`](crate::Tensor::histogram).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,24 +22,14 @@ pub struct Histogram {
     pub non_finite: u64,
     /// For each exponent e that occurs, how many magnitudes are at least 2^e and below 2^(e + 1).
     pub by_exponent: BTreeMap<i32, u64>,
-    /// What rounding to float16 would lose.
-    pub float16: Lost,
+    /// What rounding to float16 would lose. Rounding is to nearest, ties to even.
+    pub float16: LostElements,
     /// What rounding to bfloat16 would lose.
-    pub bfloat16: Lost,
+    pub bfloat16: LostElements,
     /// What rounding to the 8-bit float E4M3 would lose, whose largest number is 448.
-    pub float8_e4m3: Lost,
+    pub float8_e4m3: LostElements,
     /// What rounding to the 8-bit float E5M2 would lose, whose largest number is 57344.
-    pub float8_e5m2: Lost,
-}
-
-/// Elements that rounding to nearest, ties to even, to a narrower format would lose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Lost {
-    /// How many elements other than 0 would become 0.
-    pub to_zero: u64,
-    /// How many finite elements would exceed the format's largest number.
-    pub overflow: u64,
+    pub float8_e5m2: LostElements,
 }
 
 /// For each format, in the order of [`Histogram::lost`]: half of its smallest number, and the least magnitude that rounds to more
@@ -64,12 +55,11 @@ impl Histogram {
         }
         let mut other = other.clone();
         for (own, more) in self.lost().into_iter().zip(other.lost()) {
-            own.to_zero += more.to_zero;
-            own.overflow += more.overflow;
+            *own = own.and(*more);
         }
     }
 
-    fn lost(&mut self) -> [&mut Lost; 4] {
+    fn lost(&mut self) -> [&mut LostElements; 4] {
         [&mut self.float16, &mut self.bfloat16, &mut self.float8_e4m3, &mut self.float8_e5m2]
     }
 }
@@ -81,7 +71,7 @@ impl Tensor<'_> {
     /// ```
     /// let found = gradclip::Tensor::new(&[0.0f32, 0.75, -0.5, 1e-9, 1e5]).histogram();
     /// assert_eq!((found.zeros, found.by_exponent[&-1]), (1, 2));
-    /// assert_eq!((found.float16.to_zero, found.float16.overflow, found.bfloat16.to_zero), (1, 1, 0));
+    /// assert_eq!((found.float16.zero, found.float16.infinite, found.bfloat16.zero), (1, 1, 0));
     /// ```
     #[must_use]
     pub fn histogram(&self) -> Histogram {
@@ -123,7 +113,7 @@ fn count<T: Widen>(data: &[u8]) -> Histogram {
     found.by_exponent.extend(normal.map(|(biased, count)| (biased - 1023, u64::from(count))));
     let zeros = found.zeros;
     for (found, [to_zero, overflow]) in found.lost().into_iter().zip(lost) {
-        *found = Lost { to_zero: to_zero - zeros, overflow: overflow - infinite };
+        *found = LostElements { zero: to_zero - zeros, infinite: overflow - infinite };
     }
     found
 }

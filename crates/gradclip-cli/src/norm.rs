@@ -214,7 +214,7 @@ fn magnitudes(found: &Histogram) -> String {
     }
     text += &format!("\n{:>12} {:>8}  would become 0, would be too large\n", "to 0", "too large");
     for (name, lost) in formats(found) {
-        text += &format!("{:>12} {:>8}  as {name}\n", share(lost.to_zero), share(lost.overflow));
+        text += &format!("{:>12} {:>8}  as {name}\n", share(lost.zero), share(lost.infinite));
     }
     text
 }

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use gradclip::{
-    Clip, ClipReport, Dtype, Histogram, Lost, NonFinite, NonFiniteElements, Scope, SegmentReport, Skipped, Tensor,
+    Clip, ClipReport, Dtype, Histogram, LostElements, NonFinite, NonFiniteElements, Scope, SegmentReport, Skipped,
+    Tensor,
 };
 use indicatif::HumanCount;
 use serde::{Serialize, Serializer};
@@ -281,14 +282,14 @@ impl<'a> Summary<'a> {
 
 fn histogram(found: &Histogram) -> Value {
     let lost =
-        |(name, lost): (&str, Lost)| (name.to_owned(), json!({ "to_zero": lost.to_zero, "overflow": lost.overflow }));
+        |(name, lost): (&str, LostElements)| (name.to_owned(), json!({ "zero": lost.zero, "infinite": lost.infinite }));
     let lost: Map<_, _> = formats(found).into_iter().map(lost).collect();
     let Histogram { zeros, non_finite, by_exponent, .. } = found;
     json!({ "zeros": zeros, "non_finite": non_finite, "by_exponent": by_exponent, "lost": lost })
 }
 
 /// What each narrower format would lose.
-pub(crate) fn formats(found: &Histogram) -> [(&'static str, Lost); 4] {
+pub(crate) fn formats(found: &Histogram) -> [(&'static str, LostElements); 4] {
     [
         ("float16", found.float16),
         ("bfloat16", found.bfloat16),
