@@ -1,9 +1,10 @@
 //! Clamps each element of a chunk to the bounds of a value clip. Twin of `shaders/clamp.wgsl`.
 //!
-//! It works block by block: a look at the block, and a write if anything changes. The write finds the block in the
-//! first-level cache. Floats are compared as they are, and halves as integers that order like them. An element that stays
-//! keeps every bit, and a NaN its payload. With a loss scale, both work on an unscaled copy of the block in the type to
-//! compute in.
+//! It works block by block. It looks at a block, and writes it if anything changes. Where a block has changed, the next
+//! one probably will too, so it is looked at and written in one sweep. That sweep is undone if it meets elements that are
+//! not finite, because they are counted before they are written. Floats are compared as they are, and halves as integers
+//! that order like them. An element that stays keeps every bit, and a NaN its payload. With a loss scale, all work on an
+//! unscaled copy of the block in the type to compute in.
 
 use super::count::count;
 use super::element::{Bits, Wide, Widen, elements};
@@ -22,20 +23,18 @@ pub(super) fn scan<T: Widen>(clip: &Clip, at: Location, data: &[u8]) -> Partial 
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| chunk.merge(clamp.look(at.ahead(i * BLOCK), block, &mut wide)))
 }
 
-/// Clamps a chunk and returns what it found. Blocks in which nothing changes are not written.
+/// Clamps a chunk and returns what it found. Unless an element changes, nothing is written.
 pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Partial {
     let (clamp, mut wide) = (Clamp::<T>::new(clip), [[T::Wide::ZERO; LANES]; BLOCK / LANES]);
     let blocks = data.chunks_mut(BLOCK * size_of::<T>()).enumerate();
+    let mut changed = false;
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| {
-        let partial = clamp.look(at.ahead(i * BLOCK), block, &mut wide);
-        let (Clamp { min, max, .. }, drops) = (clamp, clamp.drop && partial.non_finite > 0);
-        if clamp.factor != 1.0 {
-            clamp.write_unscaled(&partial, block, &mut wide);
-        } else if drops {
-            run(Write::<T, true> { min, max, block });
-        } else if partial.outside {
-            run(Write::<T, false> { min, max, block });
+        let at = at.ahead(i * BLOCK);
+        let partial = if changed { clamp.sweep(at, block, &mut wide) } else { clamp.look(at, block, &mut wide) };
+        if !changed {
+            clamp.write(&partial, block, &mut wide);
         }
+        changed = clamp.factor == 1.0 && partial.outside;
         chunk.merge(partial)
     })
 }
@@ -91,12 +90,35 @@ impl<T: Widen> Clamp<T> {
         Partial { outside, ..count::<T>(block).partial(|i| at.ahead(i)) }
     }
 
+    /// Looks at a block without a loss scale and writes it, in one sweep.
+    fn sweep(self, at: Location, block: &mut [u8], wide: &mut Unscaled<T::Wide>) -> Partial {
+        let before = &mut bytemuck::cast_slice_mut(wide)[..block.len()];
+        let [outside, non_finite] = run(Sweep { min: self.min, max: self.max, block, before });
+        if !non_finite {
+            return Partial { outside, ..Partial::EMPTY };
+        }
+        block.copy_from_slice(before);
+        let found = self.look(at, block, wide);
+        self.write(&found, block, wide);
+        found
+    }
+
+    /// Writes a block in which `look` found this.
+    fn write(self, found: &Partial, block: &mut [u8], wide: &mut Unscaled<T::Wide>) {
+        let (Self { min, max, .. }, drop) = (self, self.drop && found.non_finite > 0);
+        if self.factor != 1.0 {
+            self.write_unscaled(found, block, wide);
+        } else if drop || found.outside {
+            run(Write { min, max, drop, block });
+        }
+    }
+
     /// Clamps what `look` has left in `wide`, and rounds it into the block.
     fn write_unscaled(self, found: &Partial, block: &mut [u8], wide: &mut Unscaled<T::Wide>) {
         let unscaled = &mut wide.as_flattened_mut()[..block.len() / size_of::<T>()];
         if found.outside {
             let (min, max) = (self.min.wide(), self.max.wide());
-            run(Write::<T::Wide, false> { min, max, block: bytemuck::cast_slice_mut(unscaled) });
+            run(Write { min, max, drop: false, block: bytemuck::cast_slice_mut(unscaled) });
         }
         if self.drop && found.non_finite > 0 {
             // The stored element decides: an element may be infinite only because the loss scale is so small.
@@ -127,21 +149,47 @@ impl<T: Widen> Kernel for Look<'_, T> {
     }
 }
 
-/// Clamps a block. With `DROP`, a non-finite element becomes 0, even if 0 is outside the bounds.
-struct Write<'a, T, const DROP: bool> {
+/// Clamps a block, and keeps what it was before. Finds whether anything was outside, and whether anything is not finite.
+struct Sweep<'a, T> {
     min: T,
     max: T,
     block: &'a mut [u8],
+    before: &'a mut [u8],
 }
 
-impl<T: Widen, const DROP: bool> Kernel for Write<'_, T, DROP> {
+impl<T: Widen> Kernel for Sweep<'_, T> {
+    type Output = [bool; 2];
+    #[inline(always)]
+    fn on<I: Isa>(self, _: I) -> [bool; 2] {
+        let (mut outside, mut non_finite) = (T::Bits::ZERO, T::Bits::ZERO);
+        let elements = self.block.chunks_exact_mut(size_of::<T>()).zip(self.before.chunks_exact_mut(size_of::<T>()));
+        for (bytes, before) in elements {
+            before.copy_from_slice(bytes);
+            let x = bytemuck::pod_read_unaligned::<T>(bytes);
+            outside = outside.or(x.outside(self.min, self.max));
+            non_finite = non_finite.or(x.not_finite());
+            bytes.copy_from_slice(bytemuck::bytes_of(&x.clamped(self.min, self.max)));
+        }
+        [outside != T::Bits::ZERO, non_finite != T::Bits::ZERO]
+    }
+}
+
+/// Clamps a block. With `drop`, a non-finite element becomes 0, even if 0 is outside the bounds.
+struct Write<'a, T> {
+    min: T,
+    max: T,
+    drop: bool,
+    block: &'a mut [u8],
+}
+
+impl<T: Widen> Kernel for Write<'_, T> {
     type Output = ();
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
         for bytes in self.block.chunks_exact_mut(size_of::<T>()) {
             let x = bytemuck::pod_read_unaligned::<T>(bytes);
             let clamped = x.clamped(self.min, self.max);
-            let new = if DROP && !x.is_finite() { T::of_bits(T::Bits::ZERO) } else { clamped };
+            let new = if self.drop && !x.is_finite() { T::of_bits(T::Bits::ZERO) } else { clamped };
             bytes.copy_from_slice(bytemuck::bytes_of(&new));
         }
     }

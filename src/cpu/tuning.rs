@@ -9,8 +9,9 @@ pub(super) const BLOCK: usize = 1024;
 /// Small enough that 2 Mi elements feed 16 threads.
 pub(super) const CHUNK: usize = 128 * 1024;
 
-/// Elements that are looked at for what rounding loses, and then written: 64 KiB of float32 stay in the second-level
-/// cache meanwhile. Not measured.
+/// Elements of float16 that are looked at for what rounding loses, and then written: 32 KiB stay in the first- or
+/// second-level cache meanwhile. The time of a clip relative to one that does not look (AVX2, 2 threads): 1 Mi elements
+/// 1.06, 64 Mi 1.00.
 pub(super) const WRITTEN_AT_ONCE: usize = 16 * 1024;
 
 /// Sets of fewer elements stay on the calling thread, because waking a pool costs more than it saves. The time of a

@@ -114,6 +114,10 @@ pub(crate) fn ulp(dtype: Dtype, x: f64) -> f64 {
     power_of_two(at) * power_of_two(-fraction)
 }
 
+pub(crate) fn smallest_normal(dtype: Dtype) -> f64 {
+    power_of_two(format(dtype).1)
+}
+
 /// Rounds to nearest even.
 pub(crate) fn rounded(dtype: Dtype, x: f64) -> f64 {
     if dtype == Dtype::F64 || x == 0.0 || !x.is_finite() {

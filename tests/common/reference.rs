@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use gradclip::{Budget, Clip, ClipReport, Dtype, NonFinite, NormType, Scope, Skipped, UnitAxis};
 
-use super::numbers::{Random, Sum, exact_norm, rounded, ulp};
+use super::numbers::{Random, Sum, exact_norm, rounded, smallest_normal, ulp};
 use super::{Data, Done, Path, UNWRITTEN, assert_norm, assert_same_bits, is_scaled, numbers_of};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -594,7 +594,9 @@ impl Expected {
             for (i, (x, y)) in before.numbers().zip(after.numbers()).enumerate() {
                 let multiplied = matches!(self.segments[self.of[t][i]].fate, Fate::Times(factor) if factor != 0.0);
                 let bound = if x < 0.0 { min } else { max };
-                zero += u64::from(multiplied && x.is_finite() && x != 0.0 && y == 0.0 && bound != 0.0);
+                // Subnormal elements count in float16 only.
+                let counts = before.dtype == Dtype::F16 || x.abs() >= smallest_normal(before.dtype);
+                zero += u64::from(multiplied && counts && x.is_finite() && x != 0.0 && y == 0.0 && bound != 0.0);
                 infinite += u64::from(multiplied && x.is_finite() && y.is_infinite() && min != max);
             }
         }

@@ -51,20 +51,22 @@ fn a_loss_scale_below_1_takes_halves_to_infinity() {
     }
 }
 
-/// Float32 and bfloat16 end too, and so does float64.
+/// Float32, bfloat16 and float64 end too: from their smallest normal number on, elements count.
 #[test]
 fn every_dtype_has_an_end() {
     for path in Path::HOST {
         for dtype in path.dtypes() {
-            let (tiny, huge) = match dtype {
-                Dtype::F64 => (5e-324, f64::MAX),
-                Dtype::F32 => (f64::from(f32::from_bits(1)), f64::from(f32::MAX)),
-                Dtype::F16 => (f16::from_bits(1).to_f64(), f16::MAX.to_f64()),
-                _ => (bf16::from_bits(1).to_f64(), bf16::MAX.to_f64()),
+            let (tiny, grad_scale, huge) = match dtype {
+                Dtype::F64 => (f64::MIN_POSITIVE, 2f64.powi(54), f64::MAX),
+                Dtype::F32 => (f64::from(f32::MIN_POSITIVE), 2f64.powi(25), f64::from(f32::MAX)),
+                Dtype::F16 => (f16::from_bits(1).to_f64(), 4.0, f16::MAX.to_f64()),
+                _ => (bf16::MIN_POSITIVE.to_f64(), 512.0, bf16::MAX.to_f64()),
             };
-            for clip_by in clips(4.0) {
+            for clip_by in clips(grad_scale) {
                 let (report, _) = clip(*path, &clip_by, &[tiny, 0.0, -tiny, 1.0, 3.0 * tiny], *dtype);
                 assert_eq!(lost(&report), (2, 0), "{path:?} {dtype} {clip_by}");
+                let (report, after) = clip(*path, &clip_by, &[tiny / 2.0, 1.0], *dtype);
+                assert_eq!((lost(&report), after.get(0)), ((0, 0), 0.0), "subnormal, {path:?} {dtype} {clip_by}");
             }
             let scaled = Clip::norm(f64::INFINITY).grad_scale(0.5);
             for clip_by in [scaled, Clip::value(f64::INFINITY).grad_scale(0.5)] {

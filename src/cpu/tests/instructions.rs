@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use super::super::element::Widen;
 use super::super::isa::{self, Set};
+use super::super::tuning::BLOCK;
 use super::super::{clamp, columns, count, norm, scale, sum};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
@@ -96,7 +97,7 @@ const RUST: &str = "rustc 1.95.0";
 type Counts = [[f64; 4]; 3];
 
 #[rustfmt::skip]
-const KERNELS: [(&str, Work, Counts); 18] = [
+const KERNELS: [(&str, Work, Counts); 19] = [
     ("L2", |dtype, data| measure(dtype, data, NormType::L2),
         [[1.61, 1.61, 10.9, 3.16], [0.80, 0.80, 0.55, 0.67], [0.42, 0.42, 0.36, 0.36]]),
     ("L1", |dtype, data| measure(dtype, data, NormType::L1),
@@ -121,6 +122,9 @@ const KERNELS: [(&str, Work, Counts); 18] = [
         [[2.62, 5.25, 1.56, 1.56], [1.06, 2.12, 0.69, 0.69], [0.42, 0.84, 0.34, 0.34]]),
     ("look, clamp", |dtype, data| clamped(dtype, data, 0.25),
         [[4.50, 9.00, 4.62, 4.62], [1.53, 3.06, 1.48, 1.48], [0.66, 1.31, 0.70, 0.70]]),
+    // The block after one in which elements lay outside.
+    ("sweep", |dtype, data| clamped(dtype, data, 0.25),
+        [[3.38, 6.75, 4.38, 4.38], [1.31, 2.62, 1.38, 1.38], [0.61, 1.22, 0.65, 0.65]]),
     ("look, clamp, drop", |dtype, data| dropped(dtype, data),
         [[9.25, 23.2, 5.69, 5.69], [3.09, 6.19, 2.02, 2.02], [1.52, 3.03, 1.07, 1.07]]),
     ("look, clamp, unscale", |dtype, data| unscaled(dtype, data),
@@ -154,7 +158,11 @@ fn elements(dtype: Dtype, len: usize) -> Vec<u8> {
 /// Two numbers of elements. The counts are subtracted, so the cost of a call drops out. Rows are taken several at once.
 fn lengths(kernel: usize) -> [usize; 2] {
     let of_rows = ["columns", "rows", "examples"].iter().any(|word| KERNELS[kernel].0.contains(word));
-    if of_rows { [4 * COLUMNS, 8 * COLUMNS] } else { [COLUMNS, 2 * COLUMNS] }
+    match KERNELS[kernel].0 {
+        _ if of_rows => [4 * COLUMNS, 8 * COLUMNS],
+        "sweep" => [BLOCK + COLUMNS, BLOCK + 2 * COLUMNS],
+        _ => [COLUMNS, 2 * COLUMNS],
+    }
 }
 
 /// Every case, in an order that child and parent share: instruction set, kernel, dtype.

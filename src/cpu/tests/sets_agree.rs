@@ -117,15 +117,20 @@ fn outcomes(factor: f64, count: usize) -> Vec<Outcome> {
     (0..count).map(|i| Outcome { factor: factor / (i + 1) as f64, ..outcome }).collect()
 }
 
-/// The elements that became 0 or infinite, counted one by one.
+/// The elements that became 0 or infinite, counted one by one. Subnormal ones count in float16 only.
 fn lost_between(dtype: Dtype, before: &[u8], after: &[u8]) -> LostElements {
     #[allow(clippy::useless_conversion, reason = "one of the types is f64")]
     let numbers = |bytes: &[u8]| -> Vec<f64> {
         with_element!(dtype, T => bytes.chunks(dtype.size()).map(|x| f64::from(bytemuck::pod_read_unaligned::<T>(x))).collect())
     };
+    let least = match dtype {
+        Dtype::F64 => f64::MIN_POSITIVE,
+        Dtype::F16 => 2f64.powi(-24),
+        Dtype::F32 | Dtype::BF16 => f64::from(f32::MIN_POSITIVE),
+    };
     let mut lost = LostElements::default();
     for (x, y) in numbers(before).into_iter().zip(numbers(after)).filter(|(x, _)| x.is_finite()) {
-        lost.zero += u64::from(x != 0.0 && y == 0.0);
+        lost.zero += u64::from(x.abs() >= least && y == 0.0);
         lost.infinite += u64::from(y.is_infinite());
     }
     lost
