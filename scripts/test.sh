@@ -77,7 +77,7 @@ apart=(cut_into_pieces licences unsafe_inventory reliability pools)
 if [ -n "$whole" ]; then
     tests+=(encode_allocates_nothing soak)
 else
-    apart+=(kernel_variants device_scopes large_offsets larger_than_device long_sums properties)
+    apart+=(kernel_variants tune device_scopes large_offsets larger_than_device long_sums properties)
 fi
 # The program has a suite of its own, which runs on lavapipe.
 on_a_gpu=("${all[@]}" --exclude gradclip-cli "${tests[@]/#/--test=}")

@@ -57,6 +57,7 @@ mod tensor;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod tests;
 mod threshold;
+mod tune;
 pub mod tuning;
 
 pub use accumulator::{GpuAccumulatorPlan, GpuNormAccumulator};
@@ -67,6 +68,7 @@ pub use plan::GpuPlan;
 pub use profile::{Pass, Profile, Speeds};
 pub use tensor::GpuTensor;
 pub use threshold::DeviceThreshold;
+pub use tune::{Trial, Tuned};
 
 /// Everything public may be sent to and used from any thread.
 #[cfg(not(target_arch = "wasm32"))]

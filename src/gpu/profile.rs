@@ -228,7 +228,7 @@ impl GpuClipper {
         let to = device.storage("gradclip speeds, to", bytes, usage)?;
         let invocations = u64::from(sweep.workgroup) * u64::from(sweep.workgroups);
         let sums = device.storage("gradclip speeds, sums", 16 * invocations, usage)?;
-        let total = fill(device, &from)?;
+        let total = fill_at_random(device, &from)?;
         let kernel = |label, first, second| {
             let source = source(sweep, label);
             device.scoped(|| Sweeping::new(&device.device, label, source, [first, second], sweep.workgroups))
@@ -322,12 +322,20 @@ impl Sweeping {
 }
 
 /// Fills a buffer with words that look random, and returns their sum.
-fn fill(device: &GpuDevice, buffer: &wgpu::Buffer) -> Result<u32, Error> {
-    let size = buffer.size();
-    let block: Vec<u32> = (0..(size / 4).min(1 << 20) as u32).map(|i| i.wrapping_mul(2_654_435_761) ^ i >> 7).collect();
+fn fill_at_random(device: &GpuDevice, buffer: &wgpu::Buffer) -> Result<u32, Error> {
+    let words = buffer.size() / 4;
+    let block: Vec<u32> = (0..words.min(1 << 20) as u32).map(|i| i.wrapping_mul(2_654_435_761) ^ i >> 7).collect();
+    fill(device, buffer, bytemuck::cast_slice(&block))?;
     let sum = |words: &[u32]| words.iter().fold(0, |sum: u32, word| sum.wrapping_add(*word));
+    let (whole, rest) = ((words / block.len() as u64) as u32, (words % block.len() as u64) as usize);
+    Ok(whole.wrapping_mul(sum(&block)).wrapping_add(sum(&block[..rest])))
+}
+
+/// Fills a buffer with repetitions of a block.
+pub(super) fn fill(device: &GpuDevice, buffer: &wgpu::Buffer, block: &[u8]) -> Result<(), Error> {
+    let size = buffer.size();
     // wgpu does not copy within a buffer.
-    let source = device.filled("gradclip speeds, block", bytemuck::cast_slice(&block), wgpu::BufferUsages::COPY_SRC)?;
+    let source = device.filled("gradclip block", block, wgpu::BufferUsages::COPY_SRC)?;
     device.scoped(|| {
         let mut encoder = device.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut at = 0;
@@ -337,10 +345,7 @@ fn fill(device: &GpuDevice, buffer: &wgpu::Buffer) -> Result<u32, Error> {
             at += part;
         }
         device.queue.submit([encoder.finish()]);
-    })?;
-    let words = size / 4;
-    let (whole, rest) = ((words / block.len() as u64) as u32, (words % block.len() as u64) as usize);
-    Ok(whole.wrapping_mul(sum(&block)).wrapping_add(sum(&block[..rest])))
+    })
 }
 
 type Timestamps<'a> = wgpu::ComputePassTimestampWrites<'a>;

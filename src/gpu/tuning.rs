@@ -4,6 +4,7 @@ use crate::Error;
 
 /// How kernels are compiled for a device, and how much work a workgroup gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Tuning {
     /// Invocations in a workgroup: a power of two of at least 8.
@@ -163,6 +164,15 @@ impl Tuning {
         self.workgroup.saturating_mul(1 << 12)
     }
 
+    /// This row, with chunks and merges that its workgroup can do.
+    pub(super) fn fitted(self) -> Self {
+        Self {
+            max_chunk_words: self.max_chunk_words.min(self.longest_chunk()),
+            merged_partials: self.merged_partials.min(self.most_merged()),
+            ..self
+        }
+    }
+
     /// Takes smaller workgroups, of at most `invocations` invocations (8 or more), and gives each less work.
     pub(super) fn narrow(&mut self, invocations: u32) {
         while self.workgroup > invocations {
@@ -217,6 +227,20 @@ pub(super) const COPIED_AT_ONCE: usize = 64 << 10;
 /// A plan that gets one buffer after another cuts each as if it were alone, but into no more chunks in all than this
 /// many buffers would have: 32 MiB of partials on hardware for host tensors of any size. Not measured against others.
 pub(super) const BUFFERS_OF_CHUNKS: u64 = 256;
+
+/// The elements of the largest tensor that [`GpuClipper::tune`](super::GpuClipper::tune) measures: 256 MiB on hardware,
+/// more than caches hold.
+pub(super) const LARGE_ON_HARDWARE: u64 = 64 << 20;
+pub(super) const LARGE_ON_SOFTWARE: u64 = 16 << 20;
+
+/// How many times a round of `tune` runs each case for each of two rows.
+pub(super) const ROUND: usize = 5;
+
+/// Seconds that steps timed together take at least: 100 times what a submission costs.
+pub(super) const STEPS_TAKE: f64 = 2e-3;
+
+/// `tune` takes a row whose steps take less than this of the time of the best row before it, in each of two rounds.
+pub(super) const TAKEN_BELOW: f64 = 0.95;
 
 #[cfg(test)]
 #[path = "tests/tuning.rs"]

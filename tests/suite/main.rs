@@ -38,6 +38,7 @@ mod repeats;
 mod scopes;
 mod semantics;
 mod skipped_steps;
+mod tune;
 mod unsafe_inventory;
 mod untouched;
 mod verify_finds_differences;

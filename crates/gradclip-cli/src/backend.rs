@@ -22,6 +22,8 @@ use crate::failure::Failure;
 use crate::groups::{Decided, Groups};
 use crate::print::remark;
 use crate::text::plural;
+#[cfg(feature = "gpu")]
+use crate::tuning;
 
 /// More threads for each core than this only wait for each other, and thousands can stop the machine.
 const THREADS_PER_CORE: usize = 4;
@@ -61,6 +63,11 @@ impl Backend {
                 Err(why) => (None, Some(why)),
             },
             BackendChoice::Auto | BackendChoice::Gpu => (Some(open(named, tensors, args.local_rank)?), None),
+        };
+        #[cfg(feature = "gpu")]
+        let adapter = match adapter {
+            Some(adapter) if !args.no_tuning => Some(adapter.tuned()?),
+            adapter => adapter,
         };
         #[cfg(feature = "gpu")]
         let clipper = adapter.as_ref().map_or_else(Clipper::cpu, |adapter| Clipper::gpu(adapter.gpu.clone()));
@@ -248,6 +255,13 @@ fn hardware(tensors: &[Tensor<'_>], local_rank: Option<u32>) -> Result<Adapter, 
     if software(&info) { Err(only_software(&info)) } else { Ok(Adapter::new(gpu)) }
 }
 
+/// A GPU with the tuning that was kept for it, if there is one.
+#[cfg(feature = "gpu")]
+pub(crate) fn tuned(gpu: &GpuClipper) -> Result<Option<GpuClipper>, Failure> {
+    let kept = tuning::kept(&gpu.device().adapter_info())?;
+    Ok(kept.map(|kept| gpu.with_tuning(kept)).transpose()?)
+}
+
 #[cfg(feature = "gpu")]
 impl Adapter {
     fn new(gpu: GpuClipper) -> Self {
@@ -255,6 +269,15 @@ impl Adapter {
         let software = if info.device_type == wgpu::DeviceType::Cpu { ", software" } else { "" };
         let description = format!("{} ({:?}{software})", info.name, info.backend);
         Self { name: info.name, description, gpu }
+    }
+
+    /// Takes the tuning that was kept for this GPU.
+    fn tuned(mut self) -> Result<Self, Failure> {
+        if let Some(gpu) = tuned(&self.gpu)? {
+            self.gpu = gpu;
+            self.description += ", tuned by gradclip tune";
+        }
+        Ok(self)
     }
 }
 

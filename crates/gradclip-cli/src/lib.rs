@@ -3,10 +3,10 @@
 //! It is a library only so that tests and fuzzing can call it; it offers [`main()`] alone. To clip in your own program, use the
 //! library `gradclip`.
 //!
-//! Each command has a file: [`norm`], [`clip`], [`history`], [`verify`], [`bench`], [`devices`], [`completions`], [`man`]. [`args`] is the command
+//! Each command has a file: [`norm`], [`clip`], [`history`], [`verify`], [`bench`], [`devices`], [`tune`], [`completions`], [`man`]. [`args`] is the command
 //! line, [`values`] parses options, [`description`] makes the clip, [`selection`] takes
 //! gradients by name, and [`groups`] divides them. [`input`], [`header`], [`mapped`] and [`log`] read; [`layout`],
-//! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, and [`generated`] has gradients for
+//! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, by what [`tuning`] has kept of `tune`, and [`generated`] has gradients for
 //! it. [`report`], [`text`], [`print`], [`progress`] and [`plot`] show; [`failure`] has the exit codes. [`processes`] is the program
 //! `gradclip-mpi`, which does the same on many ranks.
 
@@ -47,6 +47,10 @@ mod selection;
 mod stream;
 mod temporary;
 mod text;
+#[cfg(feature = "gpu")]
+mod tune;
+#[cfg(feature = "gpu")]
+mod tuning;
 mod values;
 #[cfg(feature = "gpu")]
 mod verify;
@@ -84,7 +88,9 @@ fn run(command: &Command) -> Result<(), Failure> {
         Command::Verify(args) => verify::run(args),
         #[cfg(feature = "gpu")]
         Command::Devices(args) => devices::run(args),
+        #[cfg(feature = "gpu")]
+        Command::Tune(args) => tune::run(args),
         #[cfg(not(feature = "gpu"))]
-        Command::Verify(_) | Command::Devices(_) => Err(Failure::BuiltWithoutGpu),
+        Command::Verify(_) | Command::Devices(_) | Command::Tune(_) => Err(Failure::BuiltWithoutGpu),
     }
 }

@@ -36,7 +36,15 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<(), Failure> {
     let open = |path: &Option<PathBuf>| path.as_deref().map(Input::open).transpose();
     let (mut input, params) = (open(&args.file)?, open(&args.options.params)?);
     args.select.take(input.as_mut_slice())?;
-    let gpu = backend::open_gpu(args.adapter.as_deref(), None)?;
+    let mut gpu = backend::open_gpu(args.adapter.as_deref(), None)?;
+    if !args.no_tuning
+        && let Some(tuned) = backend::tuned(&gpu)?
+    {
+        gpu = tuned;
+        if !hidden {
+            remark("on the GPU as tuned by gradclip tune");
+        }
+    }
     let compared = match &input {
         Some(input) => {
             if let Some(warning) = unsupported_warning(input.unsupported(), "compared").filter(|_| !hidden) {

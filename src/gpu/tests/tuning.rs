@@ -14,3 +14,14 @@ fn tunings_that_are_narrowed_keep_their_bounds() {
         }
     }
 }
+
+/// A row that is tried and cannot be used would end the search.
+#[test]
+fn fitted_rows_keep_their_bounds() {
+    for tuning in [HARDWARE, SOFTWARE] {
+        for workgroup in [8, 16, 64, 256, 1024] {
+            let fitted = Tuning { workgroup, ..tuning }.fitted();
+            assert!(fitted.check().is_ok(), "{fitted:?}");
+        }
+    }
+}

@@ -131,6 +131,13 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
 }
 
+/// How fast a GPU copies, in bytes a second, and how that was measured.
+#[cfg(feature = "gpu")]
+pub(crate) fn copy_speed(gpu: &gradclip::gpu::GpuClipper) -> Result<(f64, String), Failure> {
+    let (bandwidth, _) = gpu_bandwidth(gpu)?;
+    Ok((bandwidth.copy, bandwidth.method))
+}
+
 /// Above this, a sweep on a CPU or a software device would take many minutes.
 const SOFTWARE_SWEEP: u64 = 4 * (64 << 20);
 

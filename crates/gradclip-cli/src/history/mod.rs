@@ -85,7 +85,13 @@ pub(crate) fn run(args: &HistoryArgs) -> Result<(), Failure> {
 
 /// Measures the files and reads the logs, and sorts what they hold by step.
 fn steps(args: &HistoryArgs, clip: &Clip, groups: &mut Groups<'_>) -> Result<Vec<Step>, Failure> {
-    let cpu = BackendArgs { backend: BackendChoice::Cpu, adapter: None, threads: args.threads, local_rank: None };
+    let cpu = BackendArgs {
+        backend: BackendChoice::Cpu,
+        adapter: None,
+        threads: args.threads,
+        no_tuning: false,
+        local_rank: None,
+    };
     let backend = Backend::choose(&cpu, &[])?;
     let bar = progress::count(args.files.len() as u64, "measuring", args.json);
     let (mut steps, mut warning) = (Vec::new(), None);

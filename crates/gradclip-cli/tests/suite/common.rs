@@ -35,6 +35,8 @@ pub(crate) fn gradclip_with<A: AsRef<OsStr>, const N: usize>(
     environment: [(&str, &str); N],
 ) -> Run {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gradclip"));
+    // What the user has tuned changes the last bits of a norm.
+    command.env("XDG_CONFIG_HOME", std::env::temp_dir().join("gradclip's tests keep nothing here"));
     let output = command.args(args).envs(environment).output().expect("the program starts");
     Run {
         code: output.status.code(),

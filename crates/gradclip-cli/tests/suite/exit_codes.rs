@@ -159,7 +159,7 @@ fn a_norm_of_non_finite_gradients_is_0() {
 
 #[test]
 fn help_is_0_and_fits_a_terminal() {
-    let commands = ["norm", "clip", "history", "verify", "bench", "devices", "completions", "man"];
+    let commands = ["norm", "clip", "history", "verify", "bench", "devices", "tune", "completions", "man"];
     let listed = gradclip(["--help"]).stdout;
     let listed = listed.lines().filter(|line| line.starts_with("  ") && !line.starts_with("   ")).count();
     // Those above, `help`, and the options -h and -V.

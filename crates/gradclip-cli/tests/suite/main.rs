@@ -38,3 +38,5 @@ mod readme;
 mod same_name_twice;
 mod sharded;
 mod sums;
+#[cfg(feature = "gpu")]
+mod tune;
