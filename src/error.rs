@@ -35,6 +35,10 @@ pub enum Error {
     /// A threshold's state belongs to other tensors, or to another version.
     #[error("the threshold's state does not fit: {0}")]
     ThresholdState(String),
+    /// An optimizer's state belongs to another optimizer, to other parameters or to another version, or a part of it is
+    /// missing. Nothing was written.
+    #[error("the optimizer's state does not fit: {0}")]
+    OptimizerState(String),
     /// The gradients hold NaN or infinity and the clip's policy is [`NonFinite::Error`](crate::NonFinite::Error).
     /// Nothing was written. Correct the step that made them, or choose another policy.
     #[error("{0}; nothing was written (another non-finite policy would go on: propagate, skip, zero or drop)")]

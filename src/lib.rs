@@ -109,6 +109,7 @@ pub mod fuzzing;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 mod magnitude;
+mod optimizer;
 mod partial;
 mod pieces;
 pub mod processes;
@@ -128,6 +129,7 @@ pub use cpu::count::TensorCounts;
 pub use cpu::histogram::Histogram;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, NonFiniteElements};
+pub use optimizer::{Algorithm, DecidedStep, Halves, Optimizer, OptimizerState, StateTensor};
 pub use pieces::DecidedClip;
 pub use report::{ClipReport, LostElements, SegmentReport, Skipped};
 pub use skips::ConsecutiveSkips;
