@@ -112,7 +112,7 @@ pub(crate) fn step_piece(how: How<'_>, at: Location, piece: Piece<'_>) -> Partia
 fn step<W: Wide>(how: How<'_>, at: Location, piece: Piece<'_>) -> Partial {
     let len = piece.len();
     let factor = how.single_factor::<W>(piece.gradient.0, at.index..at.index + len as u64);
-    if let (Some(factor), true) = (factor, piece.parameter.0 == W::DTYPE) {
+    if let (Some(factor), true) = (factor, piece.parameter.0 == W::DTYPE && piece.gradient.0 == W::DTYPE) {
         let Piece { parameter: (_, parameter), gradient: (_, gradient), state: [a, b, c, _] } = piece;
         update(how.numbers, factor, Arrays { gradient, parameter, state: [a, b, c] });
         return Partial::EMPTY;
@@ -132,10 +132,10 @@ fn step<W: Wide>(how: How<'_>, at: Location, piece: Piece<'_>) -> Partial {
 }
 
 impl How<'_> {
-    /// The factor of all these elements, if the gradients need no conversion and are only multiplied.
+    /// The factor of all these elements, if their gradients are only multiplied, and in W.
     fn single_factor<W: Wide>(self, gradient: Dtype, elements: std::ops::Range<u64>) -> Option<W> {
         let plain = self.clip.measured().is_some() && self.clip.non_finite != NonFinite::Drop;
-        if !plain || gradient != W::DTYPE {
+        if !plain || clipped_in::<W>(gradient) != W::DTYPE {
             return None;
         }
         let mut matrices = self.matrices.within(elements);
@@ -148,6 +148,11 @@ impl How<'_> {
             Action::Zero => None,
         }
     }
+}
+
+/// The type in which gradients are clipped: a float64 gradient always in float64.
+fn clipped_in<W: Wide>(gradient: Dtype) -> Dtype {
+    if gradient == Dtype::F64 { gradient } else { W::DTYPE }
 }
 
 /// Copies of a block.
@@ -173,27 +178,28 @@ fn step_block<W: Wide>(
 ) -> Partial {
     let len = piece.len();
     let Piece { parameter: (dtype, parameter), gradient: (from, gradient), state: [a, b, c, kept] } = piece;
-    let (mut found, mut gradient, mut factor) = (Partial::EMPTY, gradient, factor);
-    if factor.is_none() {
-        // A float64 gradient is clipped in float64.
-        let to = if from == Dtype::F64 { from } else { W::DTYPE };
-        let all = bytemuck::cast_slice_mut(&mut buffers.gradients);
-        let clipped = &mut all[..len * to.size()];
+    let mut found = Partial::EMPTY;
+    let gradient = if let (Some(_), true) = (factor, from == W::DTYPE) {
+        gradient
+    } else {
+        let (to, all) = (clipped_in::<W>(from), bytemuck::cast_slice_mut(&mut buffers.gradients));
+        let copy = &mut all[..len * to.size()];
         if from == to {
-            clipped.copy_from_slice(gradient);
+            copy.copy_from_slice(gradient);
         } else {
-            with_element!(from, T => widen::<T>(gradient, to, clipped));
+            with_element!(from, T => widen::<T>(gradient, to, copy));
         }
-        found = apply_block(how.clip, at, to, (how.matrices, how.outcomes), clipped);
+        if factor.is_none() {
+            found = apply_block(how.clip, at, to, (how.matrices, how.outcomes), copy);
+        }
         if to != W::DTYPE {
-            narrow_in_place(clipped);
+            narrow_in_place(copy);
         }
-        (gradient, factor) = (&all[..len * size_of::<W>()], Some(W::ONE));
-    }
+        &all[..len * size_of::<W>()]
+    };
+    let factor = factor.unwrap_or(W::ONE);
     let mut take = |gradient, parameter: &mut [u8]| {
-        if let Some(factor) = factor {
-            update(how.numbers, factor, Arrays { gradient, parameter, state: [&mut *a, &mut *b, &mut *c] });
-        }
+        update(how.numbers, factor, Arrays { gradient, parameter, state: [&mut *a, &mut *b, &mut *c] });
     };
     if dtype == W::DTYPE {
         take(gradient, parameter);

@@ -72,9 +72,9 @@ pub struct StateTensor {
 /// let sgd = Optimizer::sgd(0.5).momentum(0.9);
 /// let mut state = sgd.state(&[Tensor::new(&w)])?;
 /// let (parameters, gradients) = (&mut [TensorMut::new(&mut w)], &[Tensor::new(&gradient)]);
-/// let report = Clipper::cpu().step(&Clip::norm(1.0).eps(0.0), &mut state, parameters, gradients)?;
+/// let report = Clipper::cpu().step(&Clip::norm(12.5).eps(0.0), &mut state, parameters, gradients)?;
 /// assert_eq!((report.total_norm, state.steps()), (50.0, 1));
-/// assert_eq!(w, [0.7, -1.4]); // minus 0.5 times [0.6, 0.8]
+/// assert_eq!(w, [-2.75, -6.0]); // minus 0.5 times [7.5, 10.0]
 /// assert_eq!(sgd.to_string(), "SGD, lr 0.5, momentum 0.9");
 /// # Ok::<(), gradclip::Error>(())
 /// ```

@@ -26,7 +26,7 @@ use crate::{Dtype, Error, Tensor};
 /// for optimizer in state.optimizers_mut() {
 ///     optimizer.lr *= 0.5; // from the next step on
 /// }
-/// assert_eq!(state.optimizers()[1].to_string(), "AdamW, lr 5e-4, weight_decay 0");
+/// assert_eq!(state.optimizers()[1].to_string(), "AdamW, lr 0.0005, weight_decay 0");
 /// # Ok::<(), gradclip::Error>(())
 /// ```
 #[derive(Debug)]

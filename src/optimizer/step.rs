@@ -25,14 +25,14 @@ use crate::{Clip, ClipReport, Clipper, DecidedClip, Error, Tensor, TensorMut, Th
 /// use gradclip::{Clip, Clipper, Optimizer, OptimizerState, Tensor, TensorMut};
 /// let (mut w, gradient, mut momentum) = ([1.0f32; 6], [3.0f32, 4.0, 0.0, 0.0, 0.0, 0.0], [0u8; 24]);
 /// let mut state = OptimizerState::elsewhere(&[(Optimizer::sgd(1.0).momentum(0.9), &[Tensor::new(&w)])])?;
-/// let clip = Clipper::cpu().decide(&Clip::norm(1.0).eps(0.0), &[Tensor::new(&gradient)])?;
+/// let clip = Clipper::cpu().decide(&Clip::norm(2.5).eps(0.0), &[Tensor::new(&gradient)])?;
 /// let step = state.decided(vec![clip])?;
 /// for i in [2, 0, 1] {
 ///     let (parameter, gradient) = (&mut w[2 * i..][..2], &gradient[2 * i..][..2]);
 ///     let state = &mut momentum[8 * i..][..8];
 ///     step.apply(0, 2 * i as u64, &mut TensorMut::new(parameter), &Tensor::new(gradient), [state])?;
 /// }
-/// assert_eq!(w, [0.4, 0.2, 1.0, 1.0, 1.0, 1.0]);
+/// assert_eq!(w, [-0.5, -1.0, 1.0, 1.0, 1.0, 1.0]);
 /// # Ok::<(), gradclip::Error>(())
 /// ```
 #[derive(Debug)]

@@ -174,11 +174,11 @@ impl Case {
     /// Checks a step that was taken, and returns the largest part of its bound that an error took.
     fn check(&mut self, decided: &[DecidedClip], gradients: &[Data]) -> f64 {
         let mut worst = 0.0f64;
-        for i in 0..self.parameters.len() {
+        for (i, gradient) in gradients.iter().enumerate() {
             let (clip, tensor) = self.place(i);
             let p = &mut self.parameters[i];
             let (dtype, optimizer, r) = (p.own.dtype, &self.optimizers[p.group], Rounding::of(p.own.dtype));
-            let u = clipped(&decided[clip], tensor, &gradients[i], dtype);
+            let u = clipped(&decided[clip], tensor, gradient, dtype);
             let half = matches!(dtype, Dtype::F16 | Dtype::BF16);
             let halves = if half { optimizer.halves } else { Halves::Rounded };
             let wide = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };

@@ -3,6 +3,7 @@
 
 use crate::common::numbers::Random;
 use crate::common::{Data, assert_same_bits};
+use gradclip::processes::thread_group;
 use gradclip::{
     AdaGc, Clip, Clipper, Dtype, Halves, NonFinite, Optimizer, OptimizerState, Scope, Tensor, TensorMut, UnitAxis,
 };
@@ -176,6 +177,56 @@ fn pieces_and_lent_memory_give_the_same_bits() {
         }
         assert_eq!((own.steps(), cut.steps()), (3, 3));
     }
+}
+
+/// Ranks that hold a part each step by the norm of all, and all of them skip or none.
+#[test]
+fn ranks_step_as_one_process_does() {
+    let sgd = Optimizer::sgd(0.5).momentum(0.9);
+    let clip = Clip::norm(1.0).non_finite(NonFinite::Skip);
+    let steps = [[3.0f32, 4.0], [f32::NAN, 1.0], [0.25, 0.5]];
+    let run = move |clipper: Clipper, own: std::ops::Range<usize>| {
+        let mut w = vec![vec![1.0f32; 3]; own.len()];
+        let start: Vec<_> = w.iter().map(|w| Tensor::new(w)).collect();
+        let mut state = sgd.state(&start).expect("valid settings");
+        for gradients in steps {
+            let gradients: Vec<_> = gradients[own.clone()].iter().map(|x| [*x; 3]).collect();
+            let gradients: Vec<_> = gradients.iter().map(|g| Tensor::new(g)).collect();
+            let mut w: Vec<_> = w.iter_mut().map(|w| TensorMut::new(w)).collect();
+            clipper.step(&clip, &mut state, &mut w, &gradients).expect("a valid step");
+        }
+        assert_eq!(state.steps(), 2);
+        w
+    };
+    let alone = run(Clipper::cpu(), 0..2);
+    let ranks = thread_group(2, None).into_iter().enumerate();
+    let threads: Vec<_> = ranks
+        .map(|(rank, group)| std::thread::spawn(move || run(Clipper::cpu().processes(group), rank..rank + 1)))
+        .collect();
+    let together: Vec<_> = threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect();
+    assert_eq!(alone, together);
+}
+
+/// A rank whose tensors do not fit fails, and so do the others.
+#[test]
+fn a_rank_that_fails_changes_nothing_anywhere() {
+    let threads: Vec<_> = thread_group(2, None)
+        .into_iter()
+        .map(|group| {
+            std::thread::spawn(move || {
+                let (mut w, g) = ([1.0f32; 2], [1.0f32; 3]);
+                let mut state = Optimizer::sgd(0.1).state(&[Tensor::new(&w)]).expect("valid settings");
+                let own = if group.rank() == 0 { &g[..] } else { &g[..2] };
+                let (clipper, clip) = (Clipper::cpu().processes(group), Clip::norm(1.0));
+                let done = clipper.step(&clip, &mut state, &mut [TensorMut::new(&mut w)], &[Tensor::new(own)]);
+                assert_eq!((w, state.steps()), ([1.0; 2], 0));
+                done.expect_err("one has failed").to_string()
+            })
+        })
+        .collect();
+    let errors: Vec<_> = threads.into_iter().map(|thread| thread.join().expect("no panic")).collect();
+    assert!(errors[0].contains("that of its parameter is [2]"), "{errors:?}");
+    assert!(errors[1].contains("rank 0"), "{errors:?}");
 }
 
 /// A skipped step changes nothing, whichever way it is taken.
