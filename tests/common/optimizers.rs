@@ -139,9 +139,15 @@ impl Element {
                     *c = Near { x: b.x.max(c.x), error: b.error.max(c.error) };
                     square = *c;
                 }
-                let root = number(1.0 / (1.0 - beta2.powi(t)).sqrt());
-                let divisor = r.add(r.mul(root, r.sqrt(square)), eps);
-                r.mul(number(lr / (1.0 - beta1.powi(t))), r.div(*a, divisor))
+                // Of two ways to compute a power each is off by a unit or so, and 1 minus it by as much.
+                let correction = |beta: f64| {
+                    let power = beta.powi(t);
+                    (1.0 - power, 2f64.powi(-51) * power / (1.0 - power))
+                };
+                let ((first, off_first), (second, off_second)) = (correction(beta1), correction(beta2));
+                let off = |x: f64, by: f64| Near { error: r.once(x).error + x * by, x };
+                let divisor = r.add(r.mul(off(1.0 / second.sqrt(), off_second), r.sqrt(square)), eps);
+                r.mul(off(lr / first, off_first), r.div(*a, divisor))
             }
             other => panic!("{other:?}"),
         };
