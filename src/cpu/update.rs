@@ -216,11 +216,10 @@ impl<W: Wide, R: UpdateRule<W>> Kernel for Update<'_, W, R> {
             (heads[i], rests[i]) = array.split_at_mut(whole.min(array.len()));
             last[i + 1][..rests[i].len()].copy_from_slice(rests[i]);
         }
-        let kept = [1, 2, 3].map(|i| !heads[i].is_empty() || !rests[i].is_empty());
         let [last_gradients, lasts @ ..] = &mut last;
         let lasts = lasts.each_mut().map(|array| &mut array[..padded]);
         for (gradients, arrays) in [(gradients, heads), (&last_gradients[..padded], lasts)] {
-            let [parameters, state @ ..] = arrays;
+            let [parameters, mut state @ ..] = arrays;
             for (i, (gradient, parameter)) in
                 gradients.chunks_exact(size).zip(parameters.chunks_exact_mut(size)).enumerate()
             {
@@ -229,18 +228,19 @@ impl<W: Wide, R: UpdateRule<W>> Kernel for Update<'_, W, R> {
                 if decay != W::ZERO {
                     u = W::add(isa, u, times(isa, decay, w));
                 }
+                let elements = i * size..(i + 1) * size;
                 let mut lanes = [all(isa, W::ZERO); 3];
-                for k in 0..3 {
-                    if kept[k] {
-                        lanes[k] = W::lanes(isa, load(&state[k][i * size..][..size]));
+                for (lanes, array) in lanes.iter_mut().zip(&state) {
+                    // There is none where the rule keeps nothing.
+                    if let Some(group) = array.get(elements.clone()) {
+                        *lanes = W::lanes(isa, load(group));
                     }
                 }
                 let w = rule.of(isa, u, w, &mut lanes);
                 parameter.copy_from_slice(bytemuck::bytes_of(&W::numbers(isa, w)));
-                for k in 0..3 {
-                    if kept[k] {
-                        let numbers = W::numbers(isa, lanes[k]);
-                        state[k][i * size..][..size].copy_from_slice(bytemuck::bytes_of(&numbers));
+                for (lanes, array) in lanes.into_iter().zip(&mut state) {
+                    if let Some(group) = array.get_mut(elements.clone()) {
+                        group.copy_from_slice(bytemuck::bytes_of(&W::numbers(isa, lanes)));
                     }
                 }
             }
