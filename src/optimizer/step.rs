@@ -224,7 +224,8 @@ impl Clipper {
     ///
     /// A step that the clip skips ([`ClipReport::skipped`]) changes nothing, and does not count.
     ///
-    /// With [`Clip::norm`] of infinity nothing is clipped, and non-finite gradients are still found first.
+    /// With [`Clip::norm`] of infinity nothing is clipped, and non-finite gradients are still found first. With
+    /// [`Clip::range`] from minus infinity to infinity the step is one pass: it counts what is not finite, and takes it.
     ///
     /// # Errors
     /// [`Error::Setting`], [`Error::OptimizerState`], [`Error::Tensor`] or [`Error::Usage`] if something does not fit;
