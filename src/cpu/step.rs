@@ -12,13 +12,13 @@
 
 use half::{bf16, f16};
 
-use super::element::{Wide, elements};
+use super::element::{Wide, Widen, elements};
 use super::isa::{Isa, Kernel, LANES, run};
+use super::map::{self, Same, ToF64};
 use super::pool::in_parallel;
 use super::scale::Round;
 use super::tuning::{BLOCK, CHUNK, WRITTEN_AT_ONCE};
 use super::update::{Arrays, update};
-use super::widen::widen;
 use super::write::apply_block;
 use crate::decision::{Action, Outcome};
 use crate::dtype::with_element;
@@ -158,14 +158,15 @@ fn clipped_in<W: Wide>(gradient: Dtype) -> Dtype {
 /// Copies of a block.
 struct Buffers {
     /// Gradients in float32 or float64.
-    gradients: Vec<f64>,
+    gradients: Vec<[f64; LANES]>,
     /// Halves in float32.
     parameters: Vec<[f32; LANES]>,
 }
 
 impl Buffers {
     fn new(block: usize) -> Self {
-        Self { gradients: vec![0.0; block], parameters: vec![[0.0; LANES]; block.div_ceil(LANES)] }
+        let groups = block.div_ceil(LANES);
+        Self { gradients: vec![[0.0; LANES]; groups], parameters: vec![[0.0; LANES]; groups] }
     }
 }
 
@@ -182,12 +183,14 @@ fn step_block<W: Wide>(
     let gradient = if let (Some(_), true) = (factor, from == W::DTYPE) {
         gradient
     } else {
-        let (to, all) = (clipped_in::<W>(from), bytemuck::cast_slice_mut(&mut buffers.gradients));
+        let to = clipped_in::<W>(from);
+        if from != to {
+            with_element!(from, T => widen::<T>(gradient, to, &mut buffers.gradients));
+        }
+        let all = bytemuck::cast_slice_mut(&mut buffers.gradients);
         let copy = &mut all[..len * to.size()];
         if from == to {
             copy.copy_from_slice(gradient);
-        } else {
-            with_element!(from, T => widen::<T>(gradient, to, copy));
         }
         if factor.is_none() {
             found = apply_block(how.clip, at, to, (how.matrices, how.outcomes), copy);
@@ -207,18 +210,18 @@ fn step_block<W: Wide>(
     }
     let halves = if kept.is_empty() { Halves::Rounded } else { how.numbers.halves };
     let wide = &mut buffers.parameters[..len.div_ceil(LANES)];
-    let bytes = &mut bytemuck::cast_slice_mut(wide.as_flattened_mut())[..len * size_of::<f32>()];
-    match halves {
-        Halves::Rounded => with_element!(dtype, T => widen::<T>(parameter, Dtype::F32, bytes)),
-        Halves::Remainder => run(Join { halves: parameter, remainders: kept, wide: bytes }),
-        Halves::Master => bytes.copy_from_slice(kept),
+    match (halves, dtype) {
+        (Halves::Rounded, Dtype::F16) => map::write::<f16, _>(Same, parameter, wide),
+        (Halves::Rounded, _) => map::write::<bf16, _>(Same, parameter, wide),
+        (Halves::Remainder, _) => run(Join { halves: parameter, remainders: kept, wide: bytes_of(wide, len) }),
+        (Halves::Master, _) => bytes_of(wide, len).copy_from_slice(kept),
     }
-    take(gradient, bytes);
+    take(gradient, bytes_of(wide, len));
     match halves {
-        Halves::Remainder => run(Part { wide: bytes, halves: parameter, remainders: kept }),
+        Halves::Remainder => run(Part { wide: bytes_of(wide, len), halves: parameter, remainders: kept }),
         Halves::Rounded | Halves::Master => {
             if halves == Halves::Master {
-                kept.copy_from_slice(bytes);
+                kept.copy_from_slice(bytes_of(wide, len));
             }
             match dtype {
                 Dtype::F16 => run(Round::<f16> { wide, block: parameter }),
@@ -227,6 +230,20 @@ fn step_block<W: Wide>(
         }
     }
     found
+}
+
+/// The first `len` numbers.
+fn bytes_of(wide: &mut [[f32; LANES]], len: usize) -> &mut [u8] {
+    &mut bytemuck::cast_slice_mut(wide)[..len * size_of::<f32>()]
+}
+
+/// Widens gradients to float32 or float64, which begin with the buffer.
+fn widen<T: Widen>(gradient: &[u8], to: Dtype, buffer: &mut [[f64; LANES]]) {
+    if to == Dtype::F64 {
+        map::write::<T, _>(ToF64, gradient, buffer);
+    } else {
+        map::write::<T, _>(Same, gradient, bytemuck::cast_slice_mut(buffer));
+    }
 }
 
 /// Rounds float64 to float32, which begin at the same place.

@@ -57,8 +57,7 @@ impl Tensor<'_> {
     }
 }
 
-/// Widens elements to float32 or float64.
-pub(super) fn widen<T: Widen>(data: &[u8], to: Dtype, into: &mut [u8]) {
+fn widen<T: Widen>(data: &[u8], to: Dtype, into: &mut [u8]) {
     let mut single = [[T::Wide::ZERO; LANES]; BLOCK / LANES];
     let mut double = [[0f64; LANES]; BLOCK / LANES];
     let blocks = data.chunks(BLOCK * size_of::<T>()).zip(into.chunks_mut(BLOCK * to.size()));
