@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # The parts of the suite that read and write at odd places.
-suite=(misaligned odd_lengths non_finite scopes cut_into_pieces outside_norms pools)
+suite=(misaligned odd_lengths non_finite scopes cut_into_pieces outside_norms pools stepped_in_pieces)
 # These two go over millions of elements.
 filter=(--skip powers_are_within --skip progress_adds_up)
 

@@ -72,7 +72,7 @@ fi
 
 # The tests that run kernels, without those that are the same on any device.
 tests=(suite)
-apart=(cut_into_pieces licences unsafe_inventory reliability pools)
+apart=(cut_into_pieces licences unsafe_inventory reliability pools optimizers optimizer_properties small_updates stepped_in_pieces)
 # The files that choose their own limits or tunings, or are long.
 if [ -n "$whole" ]; then
     tests+=(encode_allocates_nothing soak)

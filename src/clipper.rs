@@ -70,7 +70,7 @@ impl Clipper {
         self
     }
 
-    fn context(&self) -> Context<'_> {
+    pub(crate) fn context(&self) -> Context<'_> {
         Context { progress: &self.progress, processes: &*self.processes }
     }
 

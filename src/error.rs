@@ -19,8 +19,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// A tensor does not fit its use. Its shape or its range does not fit its elements, its buffer or the scope; it
-    /// lacks the parameter that adaptive gradient clipping needs, or has that of another tensor; it shares elements
-    /// with another tensor; a piece is not part of it; or it counts twice in a group of processes.
+    /// lacks the parameter that adaptive gradient clipping needs, or has that of another tensor; an optimizer's state is
+    /// of another parameter; it shares elements with another tensor; a piece is not part of it; or it counts twice in a
+    /// group of processes.
     #[error("{tensor}: {reason}")]
     Tensor {
         /// The tensor: its name, or its place in the list.
@@ -35,6 +36,10 @@ pub enum Error {
     /// A threshold's state belongs to other tensors, or to another version.
     #[error("the threshold's state does not fit: {0}")]
     ThresholdState(String),
+    /// An optimizer's state belongs to another optimizer, to other parameters or to another version, or a part of it is
+    /// missing. Nothing was written.
+    #[error("the optimizer's state does not fit: {0}")]
+    OptimizerState(String),
     /// The gradients hold NaN or infinity and the clip's policy is [`NonFinite::Error`](crate::NonFinite::Error).
     /// Nothing was written. Correct the step that made them, or choose another policy.
     #[error("{0}; nothing was written (another non-finite policy would go on: propagate, skip, zero or drop)")]

@@ -39,12 +39,15 @@
 //!   | Optax `adaptive_grad_clip(f)` | `Clip::agc(f).unit_axis(UnitAxis::Optax)`; with its `axis`, [`UnitAxis::over`] |
 //!   | Optax `per_example_global_norm_clip`, Opacus flat clipping | [`Clipper::sum_examples`] with `Scope::Example` |
 //!   | Optax `per_example_layer_norm_clip`, Opacus per-layer clipping | the same with `Scope::ExampleTensor` and a [`Budget`] |
+//!   | PyTorch `clip_grad_norm_`, then `torch.optim.AdamW(fused=True).step` | [`Optimizer::adamw`], [`Clipper::step`] |
 //! - A threshold that follows the norms of a run: [`ZClip`], [`AutoClip`] and [`AdaGc`], with
 //!   [`Clipper::apply_adaptive`] or, entirely on the device, [`gpu::PlanOptions::threshold`].
 //! - Norm and scaling as separate steps: [`Clipper::measure`], [`Clipper::scale`], [`NormAccumulator`], and on the
 //!   device [`gpu::PlanOptions`], [`gpu::GpuPlan::coefficients`] and [`gpu::GpuNormAccumulator`].
 //! - Gradients larger than memory: [`Clipper::decide`] measures them where they lie, for example in a mapped file.
 //!   [`DecidedClip`] then clips them piece by piece, from any thread.
+//! - The step of an optimizer with the clip folded in: [`Optimizer`] describes it, [`Clipper::step`] takes it whole and
+//!   [`DecidedStep`] piece by piece. Gradients are read, and never written.
 //! - Gradients spread over processes, clipped by the one norm of all: [`processes`], with [`Clipper::processes`].
 //! - Gradients in wgpu buffers: [`gpu::GpuClipper`] plans once and records each step into the caller's own encoder,
 //!   without a wait, a copy or an allocation. Its page has an example.
@@ -81,6 +84,7 @@
 //! - `gpu` (default): the wgpu path. Without it the library is the CPU path alone and builds no wgpu.
 //! - `vulkan`, `metal`, `dx12`, `gles`, `webgpu` (default): wgpu's backends. Without any of them wgpu finds no adapter.
 //! - `serde`: [`ZClip`], [`AutoClip`] and [`AdaGc`] can be saved and restored with a checkpoint.
+//! - `safetensors`: an [`OptimizerState`] can be saved and restored as a safetensors file.
 //!
 //! The crate [`wgpu`] is part of this one's interface: its next major version is our next major version too.
 // Without the feature, links to its items lead to the list of features.
@@ -109,6 +113,7 @@ pub mod fuzzing;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 mod magnitude;
+mod optimizer;
 mod partial;
 mod pieces;
 pub mod processes;
@@ -128,6 +133,7 @@ pub use cpu::count::TensorCounts;
 pub use cpu::histogram::Histogram;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, NonFiniteElements};
+pub use optimizer::{Algorithm, DecidedStep, Halves, Optimizer, OptimizerState, StateTensor};
 pub use pieces::DecidedClip;
 pub use report::{ClipReport, LostElements, SegmentReport, Skipped};
 pub use skips::ConsecutiveSkips;
@@ -143,3 +149,8 @@ pub use wgpu;
 #[cfg(all(doctest, feature = "gpu"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// So must those of the page on optimizers.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/OPTIMIZERS.md")]
+struct Optimizers;

@@ -36,19 +36,19 @@ use crate::{ClipReport, Dtype, Error, Tensor, TensorMut};
 /// ```
 #[derive(Debug)]
 pub struct DecidedClip {
-    decision: Decision,
-    tensors: Vec<Described>,
+    pub(crate) decision: Decision,
+    pub(crate) tensors: Vec<Described>,
     /// What was met in the pieces written so far.
     met: Mutex<Written>,
 }
 
 /// The description of a tensor, without its elements.
 #[derive(Debug)]
-struct Described {
+pub(crate) struct Described {
     name: Option<String>,
     dtype: Dtype,
-    len: u64,
-    counted: bool,
+    pub(crate) len: u64,
+    pub(crate) counted: bool,
 }
 
 impl DecidedClip {
@@ -86,8 +86,7 @@ impl DecidedClip {
             if !described.counted {
                 met.found = Partial::EMPTY;
             }
-            let mut all = self.met();
-            *all = all.and(met);
+            self.add(met);
         }
         Ok(())
     }
@@ -109,6 +108,17 @@ impl DecidedClip {
     #[must_use]
     pub fn report(&self) -> ClipReport {
         self.decision.report(&self.met(), |i| self.tensors[i].name.as_deref())
+    }
+
+    /// Adds what was met in a piece.
+    pub(crate) fn add(&self, met: Written) {
+        let mut all = self.met();
+        *all = all.and(met);
+    }
+
+    /// The size of all tensors in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.tensors.iter().map(|t| t.len as usize * t.dtype.size()).sum()
     }
 
     fn met(&self) -> MutexGuard<'_, Written> {

@@ -25,7 +25,7 @@ pub struct ClipReport {
     /// The NaN and infinite elements, if there were any.
     pub non_finite: Option<NonFiniteElements>,
     /// What rounding to the stored dtype has lost of all tensors that this process has clipped, replicas included. None
-    /// after a measurement and a sum of examples, which store no clipped element, and for a plan on the device.
+    /// after a measurement, a sum of examples and a step, which store no clipped element, and for a plan on the device.
     pub lost: Option<LostElements>,
     /// Why the step must not be taken, if so: nothing was written, for every group of the call. None if the gradients
     /// are to be used, whether or not anything was clipped.

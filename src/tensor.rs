@@ -26,7 +26,6 @@ impl<N: Deref<Target = str>, S: Deref<Target = [usize]>> TensorSpec<N, S> {
         Self { name: None, dtype, len, shape: None, unit_axis: None, counted: true }
     }
 
-    #[cfg(feature = "gpu")]
     pub(crate) fn as_ref(&self) -> Spec<'_> {
         let Self { ref name, dtype, len, ref shape, unit_axis, counted } = *self;
         TensorSpec { name: name.as_deref(), dtype, len, shape: shape.as_deref(), unit_axis, counted }
@@ -47,6 +46,19 @@ impl<N: Deref<Target = str>, S: Deref<Target = [usize]>> TensorSpec<N, S> {
 }
 
 impl Spec<'_> {
+    /// The same description, which borrows nothing.
+    pub(crate) fn to_owned(self) -> TensorSpec<String, Vec<usize>> {
+        let Self { name, dtype, len, shape, unit_axis, counted } = self;
+        TensorSpec {
+            name: name.map(str::to_owned),
+            dtype,
+            len,
+            shape: shape.map(<[usize]>::to_vec),
+            unit_axis,
+            counted,
+        }
+    }
+
     /// The number of elements that norms count.
     pub(crate) fn counted_len(self) -> u64 {
         if self.counted { self.len } else { 0 }

@@ -25,9 +25,9 @@ pub(crate) struct Decision {
     pub(crate) segments: Segments,
     /// By segment.
     pub(crate) outcomes: Vec<Outcome>,
-    report: ClipReport,
+    pub(crate) report: ClipReport,
     /// Whether the elements were read. If not, the report covers no elements until they are written.
-    read: bool,
+    pub(crate) read: bool,
 }
 
 impl Decision {

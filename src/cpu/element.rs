@@ -72,11 +72,20 @@ pub(super) trait Wide: Widen<Wide = Self> + PartialOrd + Into<f64> {
     type Lanes<I: Isa>: Copy;
     const ZERO: Self;
     const ONE: Self;
+    /// The largest finite number.
+    const MAX: Self;
 
     fn lanes<I: Isa>(isa: I, numbers: [Self; LANES]) -> Self::Lanes<I>;
     fn numbers<I: Isa>(isa: I, x: Self::Lanes<I>) -> [Self; LANES];
     fn add<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
     fn mul<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
+    fn sub<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
+    fn div<I: Isa>(isa: I, a: Self::Lanes<I>, b: Self::Lanes<I>) -> Self::Lanes<I>;
+    fn sqrt<I: Isa>(isa: I, x: Self::Lanes<I>) -> Self::Lanes<I>;
+    /// The smaller one, or `x` if it is NaN.
+    fn at_most<I: Isa>(isa: I, x: Self::Lanes<I>, most: Self::Lanes<I>) -> Self::Lanes<I>;
+    /// The larger one, or `x` if it is NaN.
+    fn at_least<I: Isa>(isa: I, x: Self::Lanes<I>, least: Self::Lanes<I>) -> Self::Lanes<I>;
     fn finite_or_zero<I: Isa>(isa: I, x: Self::Lanes<I>) -> Self::Lanes<I>;
     fn to_f64<I: Isa>(isa: I, x: Self::Lanes<I>) -> I::D;
 
@@ -274,6 +283,7 @@ impl Wide for f32 {
     type Lanes<I: Isa> = I::F;
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+    const MAX: Self = f32::MAX;
 
     #[inline(always)]
     fn lanes<I: Isa>(isa: I, numbers: [f32; LANES]) -> I::F {
@@ -290,6 +300,26 @@ impl Wide for f32 {
     #[inline(always)]
     fn mul<I: Isa>(isa: I, a: I::F, b: I::F) -> I::F {
         isa.mul_f(a, b)
+    }
+    #[inline(always)]
+    fn sub<I: Isa>(isa: I, a: I::F, b: I::F) -> I::F {
+        isa.sub_f(a, b)
+    }
+    #[inline(always)]
+    fn div<I: Isa>(isa: I, a: I::F, b: I::F) -> I::F {
+        isa.div_f(a, b)
+    }
+    #[inline(always)]
+    fn sqrt<I: Isa>(isa: I, x: I::F) -> I::F {
+        isa.sqrt_f(x)
+    }
+    #[inline(always)]
+    fn at_most<I: Isa>(isa: I, x: I::F, most: I::F) -> I::F {
+        isa.if_less_f(most, x, most, x)
+    }
+    #[inline(always)]
+    fn at_least<I: Isa>(isa: I, x: I::F, least: I::F) -> I::F {
+        isa.if_less_f(x, least, least, x)
     }
     #[inline(always)]
     fn finite_or_zero<I: Isa>(isa: I, x: I::F) -> I::F {
@@ -313,6 +343,7 @@ impl Wide for f64 {
     type Lanes<I: Isa> = I::D;
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+    const MAX: Self = f64::MAX;
 
     #[inline(always)]
     fn lanes<I: Isa>(isa: I, numbers: [f64; LANES]) -> I::D {
@@ -329,6 +360,26 @@ impl Wide for f64 {
     #[inline(always)]
     fn mul<I: Isa>(isa: I, a: I::D, b: I::D) -> I::D {
         isa.mul(a, b)
+    }
+    #[inline(always)]
+    fn sub<I: Isa>(isa: I, a: I::D, b: I::D) -> I::D {
+        isa.sub(a, b)
+    }
+    #[inline(always)]
+    fn div<I: Isa>(isa: I, a: I::D, b: I::D) -> I::D {
+        isa.div(a, b)
+    }
+    #[inline(always)]
+    fn sqrt<I: Isa>(isa: I, x: I::D) -> I::D {
+        isa.sqrt(x)
+    }
+    #[inline(always)]
+    fn at_most<I: Isa>(isa: I, x: I::D, most: I::D) -> I::D {
+        isa.if_less(most, x, most, x)
+    }
+    #[inline(always)]
+    fn at_least<I: Isa>(isa: I, x: I::D, least: I::D) -> I::D {
+        isa.if_less(x, least, least, x)
     }
     #[inline(always)]
     fn finite_or_zero<I: Isa>(isa: I, x: I::D) -> I::D {

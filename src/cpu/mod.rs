@@ -28,11 +28,13 @@ mod norm;
 pub(crate) mod pool;
 mod power;
 mod scale;
+pub(crate) mod step;
 mod sum;
 mod task;
 mod terms;
 #[cfg(test)]
 mod tests;
 mod tuning;
+mod update;
 mod widen;
 pub(crate) mod write;

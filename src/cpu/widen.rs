@@ -30,11 +30,17 @@ impl Tensor<'_> {
             into.data.copy_from_slice(self.data);
             return Ok(());
         }
-        let pieces = self.data.chunks(CHUNK * from.size()).zip(into.data.chunks_mut(CHUNK * to.size()));
+        self.widen(to, into.data);
+        Ok(())
+    }
+
+    /// Widens the elements to float32 or float64.
+    pub(crate) fn widen(&self, to: Dtype, into: &mut [u8]) {
+        let from = self.dtype();
+        let pieces = self.data.chunks(CHUNK * from.size()).zip(into.chunks_mut(CHUNK * to.size()));
         in_parallel(pieces, self.len().div_ceil(CHUNK), self.data.len(), |(data, into)| {
             with_element!(from, T => widen::<T>(data, to, into));
         });
-        Ok(())
     }
 
     /// Checks that this tensor, number `i` of a list, can be widened into another.

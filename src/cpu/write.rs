@@ -98,15 +98,19 @@ pub(crate) fn write_piece(
     })
 }
 
-fn write_block(
+fn write_block(clip: &Clip, at: Location, dtype: Dtype, how: (&Matrices, &[Outcome]), data: &mut [u8]) -> Written {
+    let lost = lost(clip, at.index, dtype, how, data);
+    Written { found: apply_block(clip, at, dtype, how, data), lost }
+}
+
+/// Scales or clamps elements without a look at what rounding loses, and returns what a clamp found.
+pub(super) fn apply_block(
     clip: &Clip,
     at: Location,
     dtype: Dtype,
     (matrices, outcomes): (&Matrices, &[Outcome]),
     mut data: &mut [u8],
-) -> Written {
-    let lost = lost(clip, at.index, dtype, (matrices, outcomes), data);
-    let mut found = Partial::EMPTY;
+) -> Partial {
     if clip.measured().is_some() {
         let drop = clip.non_finite == NonFinite::Drop;
         let end = at.index + (data.len() / dtype.size()) as u64;
@@ -115,10 +119,11 @@ fn write_block(
             with_element!(dtype, T => scale::scale::<T>(outcomes, layout, elements.start, drop, own));
             data = rest;
         }
+        Partial::EMPTY
     } else if outcomes[0].action == Action::Zero {
         data.fill(0);
+        Partial::EMPTY
     } else {
-        found = with_element!(dtype, T => clamp::clamp::<T>(clip, at, data));
+        with_element!(dtype, T => clamp::clamp::<T>(clip, at, data))
     }
-    Written { found, lost }
 }

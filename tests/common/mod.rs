@@ -5,6 +5,7 @@
 #[cfg(feature = "gpu")]
 pub(crate) mod gpu;
 pub(crate) mod numbers;
+pub(crate) mod optimizers;
 pub(crate) mod reference;
 
 use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, NonFinite, NormType, Tensor, TensorMut, UnitAxis};

@@ -27,7 +27,12 @@ pub(in crate::cpu) trait Isa: Copy {
     fn widen(self, x: Self::F) -> Self::D;
 
     fn add_f(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub_f(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul_f(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div_f(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sqrt_f(self, x: Self::F) -> Self::F;
+    /// `x` where a < b, and `y` elsewhere, also where a or b is NaN.
+    fn if_less_f(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
     /// 0 in place of NaN and infinity.
     fn finite_or_zero_f(self, x: Self::F) -> Self::F;
 

@@ -68,8 +68,24 @@ impl Isa for Portable {
         lanes(|i| a[i] + b[i])
     }
     #[inline(always)]
+    fn sub_f(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] - b[i])
+    }
+    #[inline(always)]
     fn mul_f(self, a: Self::F, b: Self::F) -> Self::F {
         lanes(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div_f(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn sqrt_f(self, x: Self::F) -> Self::F {
+        lanes(|i| x[i].sqrt())
+    }
+    #[inline(always)]
+    fn if_less_f(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
+        lanes(|i| f32::from_bits(select(a[i] < b[i], x[i].to_bits(), y[i].to_bits())))
     }
     #[inline(always)]
     fn finite_or_zero_f(self, x: Self::F) -> Self::F {

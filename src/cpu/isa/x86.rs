@@ -104,9 +104,9 @@ macro_rules! casts {
 
 /// A method that does the same with each register. The body may use intrinsics of the set's features only.
 macro_rules! each {
-    ($($name:ident($($x:ident),+) = $body:expr;)*) => {
+    ($of:ident: $($name:ident($($x:ident),+) = $body:expr;)*) => {
         $(#[inline(always)]
-        fn $name(self, $($x: Self::D),+) -> Self::D {
+        fn $name(self, $($x: Self::$of),+) -> Self::$of {
             let mut result = [$($x),+][0];
             let mut i = 0;
             while i < result.len() {
@@ -172,15 +172,14 @@ impl Isa for Avx2 {
         }
     }
 
-    #[inline(always)]
-    fn add_f(self, a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: The CPU must have AVX: `self` exists only where it has.
-        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
-    }
-    #[inline(always)]
-    fn mul_f(self, a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: The CPU must have AVX: `self` exists only where it has.
-        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    each! {
+        F:
+        add_f(a, b) = _mm256_add_ps(a, b);
+        sub_f(a, b) = _mm256_sub_ps(a, b);
+        mul_f(a, b) = _mm256_mul_ps(a, b);
+        div_f(a, b) = _mm256_div_ps(a, b);
+        sqrt_f(x) = _mm256_sqrt_ps(x);
+        if_less_f(a, b, x, y) = _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b));
     }
     #[inline(always)]
     fn finite_or_zero_f(self, [low, high]: Self::F) -> Self::F {
@@ -189,6 +188,7 @@ impl Isa for Avx2 {
     }
 
     each! {
+        D:
         add(a, b) = _mm256_add_pd(a, b);
         sub(a, b) = _mm256_sub_pd(a, b);
         mul(a, b) = _mm256_mul_pd(a, b);
@@ -224,7 +224,7 @@ fn finite_or_zero(x: __m256) -> __m256 {
 }
 
 impl Isa for Avx512 {
-    type F = __m512;
+    type F = [__m512; 1];
     type D = [__m512d; 2];
 
     casts!();
@@ -232,20 +232,20 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn widen_f16(self, bits: [u16; LANES]) -> Self::F {
         // SAFETY: The CPU must have AVX-512F: `self` exists only where it has.
-        unsafe { _mm512_cvtph_ps(must_cast(bits)) }
+        unsafe { [_mm512_cvtph_ps(must_cast(bits))] }
     }
     #[inline(always)]
-    fn narrow_f16(self, x: Self::F) -> [u16; LANES] {
+    fn narrow_f16(self, [x]: Self::F) -> [u16; LANES] {
         // SAFETY: The CPU must have AVX-512F: `self` exists only where it has.
         must_cast(unsafe { _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x) })
     }
     #[inline(always)]
     fn widen_bf16(self, bits: [u16; LANES]) -> Self::F {
         // SAFETY: The CPU must have AVX-512F: `self` exists only where it has.
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(must_cast(bits)))) }
+        unsafe { [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(must_cast(bits))))] }
     }
     #[inline(always)]
-    fn narrow_bf16(self, x: Self::F) -> [u16; LANES] {
+    fn narrow_bf16(self, [x]: Self::F) -> [u16; LANES] {
         // SAFETY: The CPU must have AVX-512F: `self` exists only where it has.
         let halves = unsafe {
             let bits = _mm512_castps_si512(x);
@@ -259,31 +259,31 @@ impl Isa for Avx512 {
         must_cast(halves)
     }
     #[inline(always)]
-    fn widen(self, x: Self::F) -> Self::D {
+    fn widen(self, [x]: Self::F) -> Self::D {
         // SAFETY: The CPU must have AVX-512 F and DQ: `self` exists only where it has.
         unsafe { [_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(x))] }
     }
 
-    #[inline(always)]
-    fn add_f(self, a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: The CPU must have AVX-512F: `self` exists only where it has.
-        unsafe { _mm512_add_ps(a, b) }
+    each! {
+        F:
+        add_f(a, b) = _mm512_add_ps(a, b);
+        sub_f(a, b) = _mm512_sub_ps(a, b);
+        mul_f(a, b) = _mm512_mul_ps(a, b);
+        div_f(a, b) = _mm512_div_ps(a, b);
+        sqrt_f(x) = _mm512_sqrt_ps(x);
+        if_less_f(a, b, x, y) = _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x);
     }
     #[inline(always)]
-    fn mul_f(self, a: Self::F, b: Self::F) -> Self::F {
-        // SAFETY: The CPU must have AVX-512F: `self` exists only where it has.
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    fn finite_or_zero_f(self, x: Self::F) -> Self::F {
+    fn finite_or_zero_f(self, [x]: Self::F) -> Self::F {
         // SAFETY: The CPU must have AVX-512F: `self` exists only where it has.
         unsafe {
             let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(x), _mm512_set1_ps(f32::INFINITY));
-            _mm512_maskz_mov_ps(finite, x)
+            [_mm512_maskz_mov_ps(finite, x)]
         }
     }
 
     each! {
+        D:
         add(a, b) = _mm512_add_pd(a, b);
         sub(a, b) = _mm512_sub_pd(a, b);
         mul(a, b) = _mm512_mul_pd(a, b);

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 
 use super::super::isa::{self, Isa, Kernel, LANES, Set, run};
 use super::super::lost::{lost, lost_by_segment};
+use super::super::step::{How, Piece, step_piece};
 use super::super::{clamp, columns, count, norm, scale, sum};
 use crate::decision::Outcome;
 use crate::dtype::with_element;
@@ -12,7 +13,7 @@ use crate::magnitude::Magnitude;
 use crate::partial::{Location, Partial};
 use crate::report::LostElements;
 use crate::segment::{By, SegmentLayout, Segments};
-use crate::{Clip, Dtype, NonFinite, NormType, Tensor};
+use crate::{Clip, Dtype, Halves, NonFinite, NormType, Optimizer, Tensor};
 
 const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
 const AT: Location = Location { tensor: 3, index: 1000 };
@@ -183,6 +184,50 @@ fn clamping_agrees() {
                             assert_eq!(lost, lost_between(dtype, before, &data), "{what} / {grad_scale:e}");
                         }
                         (bits(&scan), bits(&partial), data, lost)
+                    });
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn steps_agree() {
+    let adam = Optimizer::adamw(0.01).weight_decay(0.1);
+    let optimizers = [
+        Optimizer::sgd(0.1),
+        Optimizer::sgd(0.1).momentum(0.9).nesterov(true).weight_decay(0.1),
+        Optimizer::adagrad(0.1),
+        Optimizer::rmsprop(0.1).momentum(0.5).centered(true).halves(Halves::Remainder),
+        adam.halves(Halves::Remainder),
+        adam.betas(0.3, 0.4).amsgrad(true).maximize(true).halves(Halves::Master),
+    ];
+    let layout =
+        Segments::new(&Clip::norm(1.0), &[Tensor::new(&[0f32; 130]).spec]).expect("a valid clip").layouts.remove(0);
+    everywhere(|dtype, data, what| {
+        // Payloads of NaNs that meet are not promised.
+        let len = data.len() / dtype.size();
+        if what.contains("any") || len % 7 != 3 {
+            return;
+        }
+        for parameter in DTYPES {
+            for optimizer in &optimizers {
+                for factor in [0.37, 1e-42] {
+                    on_each_set(&format!("{optimizer} of {parameter} by {what} times {factor:e}"), || {
+                        let mut own = ordinary(parameter, len, len + 1);
+                        let slots =
+                            optimizer.slots(parameter).map(|slot| slot.map_or(0, |slot| slot.element_size * len));
+                        let mut state = slots.map(|size| vec![0; size]);
+                        let clip = Clip::norm(1.0);
+                        for t in 1..=3 {
+                            let numbers = optimizer.numbers(t);
+                            let outcomes = outcomes(factor, 1);
+                            let how = How { clip: &clip, matrices: &layout, outcomes: &outcomes, numbers: &numbers };
+                            let state = state.each_mut().map(|tensor| &mut tensor[..]);
+                            let piece = Piece { parameter: (parameter, &mut own), gradient: (dtype, data), state };
+                            step_piece(how, Location { tensor: 0, index: 0 }, piece);
+                        }
+                        (own, state)
                     });
                 }
             }
