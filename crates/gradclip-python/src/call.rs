@@ -147,7 +147,7 @@ fn run(
 }
 
 /// Whether tensor number `of` of a group was written.
-fn writes(clip: &Clip, report: &ClipReport, of: usize) -> bool {
+pub(crate) fn writes(clip: &Clip, report: &ClipReport, of: usize) -> bool {
     if report.skipped.is_some() {
         return false;
     }

@@ -1,7 +1,7 @@
 //! The Rust part of the Python package `gradclip`, which imports it as `gradclip._gradclip`.
 //!
 //! The Python part (`python/gradclip/`) looks at tensors and arrays, and hands their addresses, lengths and dtypes over
-//! in one call. [`memory`] makes views of them, [`clip`] has the descriptions, [`call`] the calls, [`thresholds`] the
+//! in one call. [`memory`] makes views of them, [`clip`] has the descriptions, [`call`] the calls, [`sharded`] those of several processes, [`thresholds`] the
 //! adaptive thresholds, [`report`] what is told, and [`error`] the exceptions. All work is done without the GIL.
 
 mod call;
@@ -11,6 +11,7 @@ mod device;
 mod error;
 mod memory;
 mod report;
+mod sharded;
 mod thresholds;
 
 use std::ffi::OsString;
@@ -28,6 +29,8 @@ mod _gradclip {
     use super::clip::Clip;
     #[pymodule_export]
     use super::error::{DeviceError, NonFiniteError, SkippedError};
+    #[pymodule_export]
+    use super::sharded::{finish, partial};
     #[pymodule_export]
     use super::thresholds::{AdaGC, AutoClip, ZClip};
 

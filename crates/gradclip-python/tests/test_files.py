@@ -92,6 +92,13 @@ def test_history(tmp_path):
         gradclip.history("step1.safetensors")
 
 
+def test_progress(capfd):
+    assert gradclip.norm(GRADS, progress=True).elements == gradclip.norm(GRADS).elements
+    assert "measuring" in capfd.readouterr().err
+    gradclip.norm(GRADS)
+    assert capfd.readouterr().err == ""
+
+
 def test_the_program():
     run = [sys.executable, "-m", "gradclip"]
     out = subprocess.run([*run, "norm", str(GRADS), "--quiet"], capture_output=True, text=True, check=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradclip import _fallback, _gradclip, _memory
-from gradclip._gradclip import AdaGC, AutoClip, NonFiniteError, SkippedError, ZClip
+from gradclip._gradclip import AdaGC, AutoClip, Clip, NonFiniteError, SkippedError, ZClip
 from gradclip._memory import Given, Memory
-from gradclip._report import Mismatch, Report, Verification, non_finite, report, total_of
+from gradclip._report import Mismatch, Raw, Report, Verification, non_finite, report, total_of
 from gradclip._settings import Settings, description, fits, measuring, mode_of, number
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def clip(
     backend: Backend = "auto",
     adapter: str | None = None,
     device_fallback: bool = False,
+    group: Any = None,
     **settings: Unpack[Settings],
 ) -> Report:
     """Clip gradients in place, and report.
@@ -65,13 +66,26 @@ def clip(
     ``given_norm``: a norm that was measured elsewhere; nothing is measured.
     ``backend="gpu"`` sends the elements through a GPU by wgpu, ``adapter`` chooses it by name.
     ``device_fallback``: tensors on another device are clipped there by PyTorch's own operations.
+    ``group``: a torch.distributed group (gloo) whose processes hold parts of the gradients. Each calls this with its own part:
+    tensors, which all count, and DTensors, of which replicas count once. All get the same norm, bit for bit, and clip
+    alike. The scope is global, and the mode one with a norm.
 
     Raises NonFiniteError, ValueError (a setting or a tensor does not fit), TypeError (something is no tensor, or of
     another dtype), DeviceError. Nothing has been written then.
     """
+    if group is not None:
+
+        def prepare() -> tuple[Clip, Given]:
+            others = dict(params=params, groups=groups, threshold=threshold, given_norm=given_norm, adapter=adapter)
+            _excluded(
+                "group", **others, device_fallback=device_fallback or None, backend=None if backend != "gpu" else backend
+            )
+            return description(settings), _selected(_memory.given(tensors), only, exclude)
+
+        return _over(group, prepare, True)
     found = _selected(_memory.given(tensors), only, exclude)
     if device_fallback and _fallback.needed(found.tensors):
-        _only_plain(params=params, groups=groups, threshold=threshold, given_norm=given_norm)
+        _excluded("device_fallback", params=params, groups=groups, threshold=threshold, given_norm=given_norm)
         return _fallback.clip(found, settings)
     mode = mode_of(settings)
     scope = _scope(settings)
@@ -104,7 +118,7 @@ def clip(
         )
     except NonFiniteError as error:
         raise _located(error, found) from None
-    finish(memory, found.tensors, written)
+    _memory.finish(memory, found.tensors, written)
     if of_tensor is None:
         return report(raws[0], found.names, found.places, scope, repr(clips[0]))
     counts = [of_tensor.count(group) for group in range(len(clips))]
@@ -125,25 +139,36 @@ def norm(
     backend: Backend = "auto",
     adapter: str | None = None,
     device_fallback: bool = False,
+    group: Any = None,
+    progress: bool = False,
     **settings: Unpack[Settings],
 ) -> Report:
     """Measure the norm of tensors, arrays or a safetensors file, and write nothing. ``float(report)`` is the norm.
 
     ``tensors``: as in :func:`clip`, and also what is read-only or converts to a NumPy array, as JAX's arrays do; or the
     path of a safetensors file or of a sharded set's ``*.safetensors.index.json``. Without a mode the report counts
-    non-finite elements and goes on; with one (``max_norm=...``) it says what :func:`clip` would do.
+    non-finite elements and goes on (``progress`` shows a file's, by tqdm if that is there); with one (``max_norm=...``) it says what :func:`clip` would do.
 
     Raises ValueError, TypeError, DeviceError as :func:`clip` does; FileError for a file that cannot be read.
     """
     if is_path(tensors):
         from gradclip import _files
 
-        if params is not None or device_fallback:
-            raise ValueError("params and device_fallback cannot be used with a file")
-        return _files.norm(tensors, only=only, exclude=exclude, backend=backend, adapter=adapter, **settings)
+        if params is not None or device_fallback or group is not None:
+            raise ValueError("params, device_fallback and group cannot be used with a file")
+        return _files.norm(
+            tensors, only=only, exclude=exclude, backend=backend, adapter=adapter, progress=progress, **settings
+        )
+    if group is not None:
+
+        def prepare() -> tuple[Clip, Given]:
+            _excluded("group", params=params, device_fallback=device_fallback or None, adapter=adapter)
+            return measuring(settings), _selected(_memory.given(tensors), only, exclude)
+
+        return _over(group, prepare, False)
     found = _selected(_memory.given(tensors), only, exclude)
     if device_fallback and _fallback.needed(found.tensors):
-        _only_plain(params=params)
+        _excluded("device_fallback", params=params)
         return _fallback.clip(found, settings, measure=True)
     clip = measuring(settings)
     scope = _scope(settings)
@@ -224,28 +249,24 @@ def is_path(value: Any) -> bool:
     return isinstance(value, str) or hasattr(value, "__fspath__")
 
 
-def finish(memory: Memory, tensors: list[Any], written: list[int] | None) -> None:
-    """After a clip: write copies back, and tell autograd what was written. None: all."""
-    if written is None:
-        if not memory.back:
-            return _memory.bump(tensors)
-        written = list(range(len(tensors)))
-    _memory.bump([tensors[i] for i in written if i not in memory.back])
-    for i in written:
-        if i in memory.back:
-            memory.back[i]()
-    return None
-
-
 def _scope(settings: Mapping[str, Any]) -> str:
     default = "unit" if settings.get("agc") is not None else "global"
     return settings.get("scope") or default
 
 
-def _only_plain(**others: Any) -> None:
+def _excluded(by: str, **others: Any) -> None:
     for name, value in others.items():
         if value is not None:
-            raise ValueError(f"{name} cannot be used with device_fallback: move the tensors to the CPU")
+            raise ValueError(f"{name} cannot be used with {by}")
+
+
+def _over(group: Any, prepare: Callable[[], tuple[Clip, Given]], write: bool) -> Report:
+    """Clip or measure over the processes of a group."""
+    from gradclip import _sharded
+
+    clip, found, raw, bad = _sharded.run(group, prepare, write)
+    quiet: Raw = (*raw[:4], None, *raw[5:])
+    return report(quiet, found.names, found.places, "global", repr(clip))._replace(non_finite=bad)
 
 
 def _located(error: NonFiniteError, found: Given) -> NonFiniteError:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from gradclip import _fallback, _gradclip, _memory
-from gradclip._clip import finish
 from gradclip._gradclip import Clip, NonFiniteError
 from gradclip._memory import CODES, Flat, Given
 
@@ -24,14 +23,16 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     device_fallback: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """Clip the gradients of parameters by their norm, in place, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     ``parameters``: an iterable of tensors, or one; those without a gradient are left out. ``max_norm``: 0 or more.
     ``norm_type``: 1, 2, inf or any p > 0. ``foreach`` is accepted and changes nothing. ``device_fallback``: gradients on another
-    device are clipped there by PyTorch's own operations.
+    device are clipped there by PyTorch's own operations. ``group``: a torch.distributed group (gloo) whose processes hold parts of
+    the gradients, as tensors or DTensors; each calls this with its own, and all clip by the norm of everything.
 
-    Returns the norm before the clip, a tensor without dimensions: float32, or float64 if a gradient is. Without gradients
+    Returns the norm before the clip, a tensor without dimensions: float32, or float64 if a gradient is, and with ``group``. Without gradients
     it is 0. Gradients are multiplied by max_norm / (norm + 1e-6) if that is below 1; if not, nothing is written.
 
     A NaN makes all gradients NaN, as in PyTorch; with ``error_if_nonfinite`` it is a RuntimeError, and nothing is written.
@@ -40,9 +41,16 @@ def clip_grad_norm_(
     """
     import torch
 
+    policy = "error" if error_if_nonfinite else "propagate"
+    if group is not None:
+
+        def prepare() -> tuple[Clip, Given]:
+            grads = _grads(torch, parameters)
+            return Clip("norm", float(max_norm), norm_type=float(norm_type), non_finite=policy), _given(grads)
+
+        return _over(torch, group, prepare, float(norm_type), write=True)
     grads = _grads(torch, parameters, warn=True)
     p, limit = float(norm_type), float(max_norm)
-    policy = "error" if error_if_nonfinite else "propagate"
     clip = Clip("norm", limit, norm_type=p, non_finite=policy)
     if not grads:
         return torch.tensor(0.0)
@@ -52,7 +60,7 @@ def clip_grad_norm_(
         return _tensor(torch, grads, found.total_norm)
     memory = _memory.memory(grads, _label, None, write=True, as_torch=True)
     raws, written = _explained(_gradclip.apply, p, [clip], memory.flat)
-    finish(memory, grads, written)
+    _memory.finish(memory, grads, written)
     return torch.full((), raws[0][0], dtype=_dtype(torch, memory.flat), device=_CPU)
 
 
@@ -63,6 +71,7 @@ def get_total_norm(
     foreach: bool | None = None,
     *,
     device_fallback: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """Measure the norm of tensors together, as ``torch.nn.utils.get_total_norm`` does. Nothing is written.
 
@@ -71,9 +80,16 @@ def get_total_norm(
     """
     import torch
 
+    policy = "error" if error_if_nonfinite else "propagate"
+    if group is not None:
+
+        def prepare() -> tuple[Clip, Given]:
+            listed = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+            return Clip("norm", float("inf"), norm_type=float(norm_type), non_finite=policy), _given(listed)
+
+        return _over(torch, group, prepare, float(norm_type), write=False)
     measured = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     p = float(norm_type)
-    policy = "error" if error_if_nonfinite else "propagate"
     clip = Clip("norm", float("inf"), norm_type=p, non_finite=policy)
     if not measured:
         return torch.tensor(0.0)
@@ -101,10 +117,11 @@ def clip_grads_with_norm_(
     import torch
 
     grads = _grads(torch, parameters)
-    limit, norm = float(max_norm), float(total_norm)
+    limit, norm = float(max_norm), float(getattr(total_norm, "full_tensor", lambda: total_norm)())
     clip = Clip("norm", limit, non_finite="propagate")
     if not grads:
         return
+    grads = [_local(grad) for grad in grads]
     if norm != norm or (device_fallback and _fallback.needed(grads)):
         coef = _fallback._coefficient(norm, limit, 1e-6)
         with torch.no_grad():
@@ -112,7 +129,7 @@ def clip_grads_with_norm_(
                 grad.mul_(coef)
         return
     memory = _memory.memory(grads, _label, None, write=True, as_torch=True)
-    finish(memory, grads, _gradclip.apply([clip], memory.flat, norm=norm)[1])
+    _memory.finish(memory, grads, _gradclip.apply([clip], memory.flat, norm=norm)[1])
 
 
 def clip_grad_value_(
@@ -133,11 +150,12 @@ def clip_grad_value_(
     clip = Clip("value", bound, -bound)
     if not grads:
         return
+    grads = [_local(grad) for grad in grads]
     if device_fallback and _fallback.needed(grads):
         _fallback.clip(_given(grads), {"clip_value": bound})
         return
     memory = _memory.memory(grads, _label, None, write=True, as_torch=True)
-    finish(memory, grads, _gradclip.apply([clip], memory.flat)[1])
+    _memory.finish(memory, grads, _gradclip.apply([clip], memory.flat)[1])
 
 
 def _grads(torch: Any, parameters: Any, warn: bool = False) -> list[Any]:
@@ -156,12 +174,26 @@ def _grads(torch: Any, parameters: Any, warn: bool = False) -> list[Any]:
     return [grad for grad in grads if grad is not None]
 
 
+def _local(grad: Any) -> Any:
+    """The part of this process, if it is a DTensor: each element is clipped by itself, or by a norm that is known."""
+    to_local = getattr(grad, "to_local", None)
+    return grad if to_local is None else to_local().detach()
+
+
 def _label(i: int) -> str:
     return f"gradient {i}"
 
 
 def _given(grads: list[Any]) -> Given:
     return Given(None, grads, list(range(len(grads))), None)
+
+
+def _over(torch: Any, group: Any, prepare: Callable[[], tuple[Clip, Given]], p: float, write: bool) -> Any:
+    """The norm over the processes of a group: float64 on all, since their parts may have any dtype."""
+    from gradclip import _sharded
+
+    _, _, raw, _ = _explained(_sharded.run, p, group, prepare, write)
+    return torch.full((), raw[0], dtype=torch.float64, device=_CPU)
 
 
 # Whatever the default device is.

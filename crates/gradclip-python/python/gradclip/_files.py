@@ -25,12 +25,14 @@ class FileError(OSError):
     """A file cannot be read or written, or its contents are wrong. No file has been written."""
 
 
-def norm(path: PathLike, *, only: Any, exclude: Any, backend: str, adapter: str | None, **settings: Any) -> Report:
+def norm(
+    path: PathLike, *, only: Any, exclude: Any, backend: str, adapter: str | None, progress: bool, **settings: Any
+) -> Report:
     """Measure a file: see gradclip.norm."""
     if any(settings.get(name) is not None for name in MODES):
         raise ValueError("the norm of a file needs no mode: leave out " + mode_of(settings))
     command = ["norm", _path(path), "--json", *_selection(only, exclude), *_settings(settings), *_backend(backend, adapter)]
-    return _report(_run(command)[0])
+    return _report(_run(command, progress)[0])
 
 
 def clip_file(
@@ -50,6 +52,7 @@ def clip_file(
     backend: Literal["auto", "cpu", "gpu"] = "auto",
     adapter: str | None = None,
     threads: int | None = None,
+    progress: bool = False,
     **settings: Unpack[Settings],
 ) -> Report:
     """Clip the gradients of a safetensors file into another, which appears whole or not at all.
@@ -58,7 +61,7 @@ def clip_file(
     the new file, or for a set the new index. ``force`` replaces one that exists. What is no gradient passes through.
     ``params``: for ``agc``, the file of the parameters. ``sum_examples``: write the sums of the clipped examples.
     ``out_dtype="float32"``: widen half-precision gradients before the clip. ``report_norm``: measure before a value clip too.
-    ``verify``: compare GPU and CPU before anything is written. The other arguments are those of :func:`gradclip.clip`.
+    ``verify``: compare GPU and CPU before anything is written. ``progress``: show it, by tqdm if that is there. The other arguments are those of :func:`gradclip.clip`.
 
     Raises FileError, ValueError for arguments that make no sense, and NonFiniteError under ``non_finite="error"``.
     """
@@ -72,7 +75,7 @@ def clip_file(
     command += [f"--{option}={value}" for option, value in options.items() if value is not None]
     flags = {"sum": sum_examples, "report-norm": report_norm, "verify": verify, "force": force}
     command += [f"--{flag}" for flag, given in flags.items() if given]
-    return _report(_run(command)[0])
+    return _report(_run(command, progress)[0])
 
 
 def history(
@@ -83,12 +86,13 @@ def history(
     norm_type: float | str | None = None,
     spike: float | None = None,
     threads: int | None = None,
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Norms over the steps of a run: a dict of numbers for each step, in order, ready for a logger.
 
     ``files``: safetensors files or indexes, one a step with the step's number last in its name, or logs of
     ``gradclip norm --append``. ``groups``: patterns of names; without them a group is the first ``levels`` (2) levels of a name.
-    ``spike``: the z-score above which a norm is a spike.
+    ``spike``: the z-score above which a norm is a spike. ``progress``: show it, by tqdm if that is there.
     """
     if isinstance(files, (str, os.PathLike)):
         raise TypeError("files must be an iterable of paths, one for each step")
@@ -98,7 +102,7 @@ def history(
     for option, value in (("levels", levels), ("norm-type", norm_type), ("spike", spike), ("threads", threads)):
         if value is not None:
             command.append(f"--{option}={value}")
-    return _run(command)
+    return _run(command, progress)
 
 
 def _path(path: PathLike) -> str:
@@ -149,30 +153,43 @@ def _axes(axes: Any) -> str:
     return ",".join(str(axis) for axis in axes)
 
 
-def _run(arguments: list[str]) -> list[dict[str, Any]]:
+def _run(arguments: list[str], progress: bool = False) -> list[dict[str, Any]]:
     """What the program prints, an object a line."""
     import json
     import subprocess
+    import tempfile
 
     if not sys.executable:
         raise FileError("this Python does not know its own program (sys.executable), which files need")
     environment = dict(os.environ)
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    environment["GRADCLIP_PROGRESS"] = "lines" if progress else ""
     command = [sys.executable, "-m", "gradclip", *arguments]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            out, told = process.communicate()
-        except BaseException:
-            # It removes its unfinished files.
-            process.terminate()
-            raise
-    message = told.decode(errors="replace").strip()
-    if process.returncode == 0:
-        return [json.loads(line) for line in out.splitlines()]
-    message = message.rpartition("error: ")[2]
+    told = ""
+    bars = _Bars()
+    with tempfile.TemporaryFile() as out:
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE
+        ) as process:
+            try:
+                for line in process.stderr or ():
+                    text = line.decode(errors="replace")
+                    if text.startswith("progress|"):
+                        bars.show(*text.strip().split("|")[1:4])
+                    else:
+                        told += text
+                process.wait()
+            except BaseException:
+                # It removes its unfinished files.
+                process.terminate()
+                raise
+            finally:
+                bars.close()
+        if process.returncode == 0:
+            out.seek(0)
+            return [json.loads(line) for line in out]
+    message = told.strip().rpartition("error: ")[2]
     if process.returncode == 2:
         raise ValueError(message)
     if process.returncode == 3:
@@ -180,6 +197,32 @@ def _run(arguments: list[str]) -> list[dict[str, Any]]:
     if process.returncode == 4:
         raise RuntimeError(message)
     raise FileError(message or f"the program ended with {process.returncode}")
+
+
+class _Bars:
+    """Bars of tqdm, one for each thing that is done in turn; without tqdm lines on stderr."""
+
+    def __init__(self) -> None:
+        self.doing = ""
+        self.bar: Any = None
+
+    def show(self, doing: str, done: str, total: str) -> None:
+        if doing != self.doing:
+            self.close()
+            self.doing = doing
+            try:
+                from tqdm.auto import tqdm
+
+                self.bar = tqdm(total=int(total), desc=doing, unit_scale=True)
+            except ImportError:
+                print(f"{doing} ...", file=sys.stderr)
+        if self.bar is not None:
+            self.bar.update(int(done) - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
 
 
 def _report(found: dict[str, Any]) -> Report:

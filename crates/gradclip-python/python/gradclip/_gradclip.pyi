@@ -13,7 +13,7 @@ class NonFiniteError(RuntimeError):
 
     #: How many there are, and where the first is. None if only the message says it.
     non_finite: NonFinite | None
-    raw: tuple[int, int, int, str | None]
+    raw: tuple[Any, ...]
 
 class SkippedError(RuntimeError):
     """Too many steps in a row were skipped. Nothing was written."""
@@ -94,4 +94,8 @@ def sum_examples(clip: Clip, tensors: Flat, sums: Flat, *, backend: str = "cpu",
 def verify(
     clip: Clip, tensors: Flat, *, params: Flat | None = None, adapter: str | None = None
 ) -> tuple[bool, float, float, bool, int, tuple[int, int, float, float, int] | None, int]: ...
+def partial(clip: Clip, tensors: Flat, counted: list[bool]) -> bytes: ...
+def finish(
+    clip: Clip, partials: list[bytes], tensors: Flat | None
+) -> tuple[Raw, list[int] | None, int | None, str | None]: ...
 def main(arguments: list[str]) -> int: ...

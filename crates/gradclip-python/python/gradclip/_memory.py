@@ -170,7 +170,7 @@ def hides_data(torch: Any, tensor: Any) -> bool:
 def _of_torch(torch: Any, tensor: Any, label: str, write: bool, shaped: bool, as_torch: bool) -> _One:
     if hides_data(torch, tensor):
         kind = type(tensor).__name__
-        what = "; give tensor.to_local(), the part of this process" if kind == "DTensor" else ""
+        what = "; give group=, the processes that hold its parts" if kind == "DTensor" else ""
         raise TypeError(f"{label} is a {kind}, whose data lies elsewhere{what}")
     if tensor.device.type == "meta":
         raise TypeError(f"{label} is a meta tensor, which has no data")
@@ -262,6 +262,19 @@ def may_overlap(shape: Iterable[int], strides: Iterable[int]) -> bool:
             return True
         end += stride * (size - 1)
     return False
+
+
+def finish(memory: Memory, tensors: list[Any], written: list[int] | None) -> None:
+    """After a clip: write copies back, and tell autograd what was written. None: all."""
+    if written is None:
+        if not memory.back:
+            return bump(tensors)
+        written = list(range(len(tensors)))
+    bump([tensors[i] for i in written if i not in memory.back])
+    for i in written:
+        if i in memory.back:
+            memory.back[i]()
+    return None
 
 
 def bump(tensors: list[Any]) -> None:

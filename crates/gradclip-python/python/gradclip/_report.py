@@ -23,10 +23,13 @@ class NonFinite(NamedTuple):
     name: str | None
     #: The first such element in that tensor, counted from 0 in memory order.
     index: int  # type: ignore[assignment]
+    #: The process of a group that holds it; None outside a group.
+    rank: int | None = None
 
     def __str__(self) -> str:
         of = f"tensor {self.tensor}" if self.name is None else f"tensor {self.name!r}"
-        return f"{self.count} non-finite element{'s' * (self.count != 1)}, the first at index {self.index} of {of}"
+        on = "" if self.rank is None else f" on rank {self.rank}"
+        return f"{self.count} non-finite element{'s' * (self.count != 1)}, the first at index {self.index} of {of}{on}"
 
 
 class Lost(NamedTuple):
