@@ -18,7 +18,7 @@ if [ "${1-}" = --newest ]; then
     trap 'rm -rf "$work"' EXIT
     python3 -m venv "$work/venv"
     "$work/venv/bin/pip" install --quiet maturin torch numpy ml_dtypes pytest mypy tqdm
-    "$work/venv/bin/maturin" sdist --quiet --manifest-path "$package/Cargo.toml" --out "$work/sdist"
+    "$work/venv/bin/maturin" sdist --manifest-path "$package/Cargo.toml" --out "$work/sdist" 2>"$log" || { cat "$log" >&2; exit 1; }
     # Far from the repository, so that it builds from its own files.
     "$work/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$work/wheel" "$work"/sdist/*.tar.gz
     wheel=$(ls "$work"/wheel/*.whl)

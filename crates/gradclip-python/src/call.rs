@@ -55,14 +55,14 @@ pub(crate) fn apply<'py>(
 ) -> PyResult<(Vec<Raw<'py>>, Option<Vec<usize>>)> {
     let clips: Vec<_> = clips.into_iter().map(|clip| clip.0).collect();
     let backend = Backend::named(backend, adapter)?;
-    let params = params.map(Memory::read).transpose()?;
-    let mut memory = Memory::written(tensors, &params.iter().collect::<Vec<_>>())?;
+    let params = params.map(Memory::of).transpose()?;
+    let mut memory = Memory::of(tensors)?;
     let empty: Vec<_> = (0..memory.len()).map(|i| memory.elements(i) == 0).collect();
     if groups.as_ref().is_some_and(|groups| groups.len() != empty.len() || groups.iter().any(|i| *i >= clips.len())) {
         return Err(PyValueError::new_err("the groups do not fit the tensors"));
     }
     let parameters = params.as_ref().map(|params| params.tensors(py)).transpose()?;
-    let mut tensors = memory.tensors_mut(py)?;
+    let mut tensors = memory.tensors_mut(py, &params.iter().collect::<Vec<_>>())?;
     if let Some(parameters) = &parameters {
         tensors = tensors.into_iter().zip(parameters).map(|(tensor, parameter)| tensor.parameter(parameter)).collect();
     }
@@ -196,7 +196,7 @@ pub(crate) fn measure<'py>(
     adapter: Option<&str>,
 ) -> PyResult<Raw<'py>> {
     let (clip, backend) = (clip.0, Backend::named(backend, adapter)?);
-    let (memory, params) = (Memory::read(tensors)?, params.map(Memory::read).transpose()?);
+    let (memory, params) = (Memory::of(tensors)?, params.map(Memory::of).transpose()?);
     let parameters = params.as_ref().map(|params| params.tensors(py)).transpose()?;
     let mut tensors = memory.tensors(py)?;
     if let Some(parameters) = &parameters {
@@ -218,9 +218,9 @@ pub(crate) fn sum_examples<'py>(
     adapter: Option<&str>,
 ) -> PyResult<Raw<'py>> {
     let (clip, backend) = (clip.0, Backend::named(backend, adapter)?);
-    let memory = Memory::read(tensors)?;
-    let mut sums = Memory::written(sums, &[&memory])?;
-    let (tensors, mut sums) = (memory.tensors(py)?, sums.tensors_mut(py)?);
+    let memory = Memory::of(tensors)?;
+    let mut sums = Memory::of(sums)?;
+    let (tensors, mut sums) = (memory.tensors(py)?, sums.tensors_mut(py, &[&memory])?);
     let report = py.detach(|| backend.clipper()?.sum_examples(&clip, &tensors, &mut sums));
     Ok(raw(py, &report.map_err(|error| exception(py, &error))?))
 }
@@ -246,7 +246,7 @@ pub(crate) fn verify(
     #[cfg(feature = "gpu")]
     {
         let clip = clip.0;
-        let (memory, params) = (Memory::read(tensors)?, params.map(Memory::read).transpose()?);
+        let (memory, params) = (Memory::of(tensors)?, params.map(Memory::of).transpose()?);
         let parameters = params.as_ref().map(|params| params.tensors(py)).transpose()?;
         let mut tensors = memory.tensors(py)?;
         if let Some(parameters) = &parameters {

@@ -25,7 +25,7 @@ pub(crate) struct Described<'py>(
     Option<Vec<String>>,
 );
 
-/// A list of tensors, checked: each lies within the address space, and none that may be written overlaps another.
+/// A list of tensors, each of which lies within the address space.
 pub(crate) struct Memory {
     places: Vec<Place>,
     shapes: Option<Vec<Vec<usize>>>,
@@ -42,8 +42,8 @@ struct Place {
 const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
 
 impl Memory {
-    /// Those that are only read.
-    pub(crate) fn read(described: Described<'_>) -> PyResult<Self> {
+    /// The tensors, not yet compared with each other.
+    pub(crate) fn of(described: Described<'_>) -> PyResult<Self> {
         let Described(addresses, lengths, dtypes, shapes, names) = described;
         let number = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().ok()?).try_into().ok();
         let numbers = |bytes: &[u8]| bytes.chunks(size_of::<u64>()).map(number).collect::<Option<Vec<usize>>>();
@@ -66,16 +66,7 @@ impl Memory {
         Ok(Self { places: places.filter(|_| fits).ok_or_else(unfit)?, shapes, names })
     }
 
-    /// Those that may be written, none of which may overlap another, or one of `others`, which are only read.
-    ///
-    /// # Errors
-    /// `ValueError`
-    pub(crate) fn written(described: Described<'_>, others: &[&Self]) -> PyResult<Self> {
-        let memory = Self::read(described)?;
-        memory.check_apart(others)?;
-        Ok(memory)
-    }
-
+    /// Checks that none overlaps another, or one of `others`, which may overlap each other.
     fn check_apart(&self, others: &[&Self]) -> PyResult<()> {
         let mut ranges: Vec<_> = self.places.iter().enumerate().map(|(i, place)| (*place, Some(i))).collect();
         ranges.extend(others.iter().flat_map(|memory| &memory.places).map(|place| (*place, None)));
@@ -86,11 +77,11 @@ impl Memory {
         for (Place { address, bytes, .. }, own) in ranges {
             let end = address + bytes;
             if written.0 > address {
-                let (other, this) = (self.label(written.1), own.map_or("a parameter".into(), |i| self.label(i)));
+                let (other, this) = (self.label(written.1), own.map_or("what is only read".into(), |i| self.label(i)));
                 return Err(overlap(&other, &this));
             }
             match own {
-                Some(i) if read > address => return Err(overlap(&self.label(i), "a parameter")),
+                Some(i) if read > address => return Err(overlap(&self.label(i), "what is only read")),
                 // It ends after every one before, none of which it overlaps.
                 Some(i) => written = (end, i),
                 None => read = read.max(end),
@@ -117,11 +108,11 @@ impl Memory {
         let view = |i: usize| {
             let Place { address, bytes, dtype } = self.places[i];
             // SAFETY: by the promise of `Described`:
-            // - The range is readable memory of one allocation, of at most isize::MAX bytes and not null (`read`); or
+            // - The range is readable memory of one allocation, of at most isize::MAX bytes and not null (`of`); or
             //   it is empty, and the pointer is dangling and not null.
             // - Any bytes are initialised bytes, which need no alignment.
-            // - Nothing writes to it meanwhile: not this call, since what it writes overlaps nothing (`written`), and
-            //   no other thread.
+            // - Nothing writes to it meanwhile: not this call, since what it writes overlaps nothing that it reads
+            //   (`tensors_mut`), and no other thread.
             // - It lives for as long as the call, which `self` does not outlive.
             let data = unsafe { std::slice::from_raw_parts(pointer(address, bytes).cast_const(), bytes) };
             self.described(i, Tensor::from_bytes(dtype, data)?, Tensor::named, Tensor::shape)
@@ -129,13 +120,17 @@ impl Memory {
         (0..self.len()).map(view).collect::<Result<_, _>>().map_err(|error| exception(py, &error))
     }
 
-    /// Views that may write. `self` must come from [`Memory::written`].
-    pub(crate) fn tensors_mut<'a>(&'a mut self, py: Python<'_>) -> PyResult<Vec<TensorMut<'a>>> {
+    /// Views that may write, beside views of `others` that only read.
+    ///
+    /// # Errors
+    /// `ValueError` if any two share elements.
+    pub(crate) fn tensors_mut<'a>(&'a mut self, py: Python<'_>, others: &[&Self]) -> PyResult<Vec<TensorMut<'a>>> {
+        self.check_apart(others)?;
         let view = |i: usize| {
             let Place { address, bytes, dtype } = self.places[i];
             // SAFETY: as above, and:
             // - It may be written, by the promise of `Described`.
-            // - It overlaps no other view: `written` has compared all, and `&mut self` allows one set of views at a time.
+            // - It overlaps no other view: `check_apart` has compared all, and `&mut self` allows one set of views at a time.
             let data = unsafe { std::slice::from_raw_parts_mut(pointer(address, bytes), bytes) };
             self.described(i, TensorMut::from_bytes(dtype, data)?, TensorMut::named, TensorMut::shape)
         };

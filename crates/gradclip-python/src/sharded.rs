@@ -19,7 +19,7 @@ pub(crate) fn partial<'py>(
     tensors: Described<'py>,
     counted: Vec<bool>,
 ) -> PyResult<Bound<'py, PyBytes>> {
-    let (clip, memory) = (clip.0, Memory::read(tensors)?);
+    let (clip, memory) = (clip.0, Memory::of(tensors)?);
     if counted.len() != memory.len() {
         return Err(PyValueError::new_err("counted does not fit the tensors"));
     }
@@ -56,9 +56,9 @@ pub(crate) fn finish<'py>(
         bad = bad.or_else(|| non_finite(&clip, &bytes).map(|found| (rank, found)));
         all.merge(&one).map_err(|error| fail(&error))?;
     }
-    let mut memory = tensors.map(|tensors| Memory::written(tensors, &[])).transpose()?;
+    let mut memory = tensors.map(Memory::of).transpose()?;
     let empty: Vec<_> = memory.iter().flat_map(|memory| (0..memory.len()).map(|i| memory.elements(i) == 0)).collect();
-    let mut views = memory.as_mut().map(|memory| memory.tensors_mut(py)).transpose()?;
+    let mut views = memory.as_mut().map(|memory| memory.tensors_mut(py, &[])).transpose()?;
     let result = py.detach(|| match &mut views {
         Some(views) => Clipper::cpu().finish(&all, views),
         None => all.report(),
