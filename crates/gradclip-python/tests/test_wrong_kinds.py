@@ -1,5 +1,7 @@
 """Guards against what cannot be clipped: an exception of the right kind names it, and nothing is written."""
 
+import io
+
 import gradclip
 import numpy as np
 import pytest
@@ -75,7 +77,7 @@ def test_a_plain_subclass_is_a_tensor():
     assert tensor.tolist() == pytest.approx([0.6, 0.8])
 
 
-@pytest.mark.parametrize("tensors", ["file.safetensors", b"bytes", 3, None, {1: GOOD}])
+@pytest.mark.parametrize("tensors", ["file.safetensors", b"bytes", 3, None, {1: GOOD}, io.BytesIO(b"closed"), io.StringIO()])
 def test_no_tensors(tensors):
     with pytest.raises(TypeError, match="tensors"):
         gradclip.clip(tensors, max_norm=1.0)

@@ -63,6 +63,8 @@ def given(tensors: Any, argument: str = "tensors") -> Given:
                 raise TypeError(f"{argument} has a key of type {type(name).__name__}; names must be str")
         pairs = [(name, tensor, i) for i, (name, tensor) in enumerate(tensors.items()) if tensor is not None]
         return Given([pair[0] for pair in pairs], [pair[1] for pair in pairs], [pair[2] for pair in pairs], None)
+    if hasattr(tensors, "read"):
+        raise TypeError(f"{argument} is an open or closed file; give its path to gradclip.norm or gradclip.clip_file")
     if is_array(tensors):
         return Given(None, [tensors], [0], None)
     if isinstance(tensors, (str, bytes, bytearray)) or not isinstance(tensors, Iterable):
