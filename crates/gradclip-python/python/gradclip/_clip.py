@@ -76,10 +76,8 @@ def clip(
     if group is not None:
 
         def prepare() -> tuple[Clip, Given]:
-            others = dict(params=params, groups=groups, threshold=threshold, given_norm=given_norm, adapter=adapter)
-            _excluded(
-                "group", **others, device_fallback=device_fallback or None, backend=None if backend != "gpu" else backend
-            )
+            _excluded("group", params=params, groups=groups, threshold=threshold, given_norm=given_norm, adapter=adapter)
+            _excluded("group", device_fallback=device_fallback or None, backend="gpu" if backend == "gpu" else None)
             return description(settings), _selected(_memory.given(tensors), only, exclude)
 
         return _over(group, prepare, True)
@@ -163,6 +161,7 @@ def norm(
 
         def prepare() -> tuple[Clip, Given]:
             _excluded("group", params=params, device_fallback=device_fallback or None, adapter=adapter)
+            _excluded("group", backend="gpu" if backend == "gpu" else None)
             return measuring(settings), _selected(_memory.given(tensors), only, exclude)
 
         return _over(group, prepare, False)
