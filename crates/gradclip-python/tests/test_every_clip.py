@@ -1,6 +1,9 @@
 """Guards against a clip that Python asks for and the library does not do: modes, scopes, policies, names, dtypes."""
 
+import importlib.util
 import math
+import subprocess
+import sys
 
 import gradclip
 import numpy as np
@@ -222,3 +225,16 @@ def test_gpu():
         gradclip.clip([np.ones(2)], max_norm=0.5, backend="gpu")
     with pytest.raises(gradclip.DeviceError):
         gradclip.clip(tensors, max_norm=0.5, backend="gpu", adapter="no such adapter")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+def test_triton_can_be_loaded_after_a_gpu_was_used():
+    code = """if True:
+        import gradclip, numpy
+        try:
+            gradclip.verify([numpy.ones(5, numpy.float32)], max_norm=1.0)
+        except gradclip.DeviceError:
+            pass
+        import torch, triton
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -111,7 +115,7 @@ def clip(
             params=parameters and parameters.flat,
             threshold=threshold,
             norm=norm,
-            backend=backend,
+            backend=_ready(backend),
             adapter=adapter,
         )
     except NonFiniteError as error:
@@ -175,7 +179,9 @@ def norm(
     memory = _memory.memory(found.tensors, found.label, found.names, write=False, shaped=shaped)
     parameters = _parameters(found, params, "agc" if settings.get("agc") is not None else "max_norm", shaped)
     try:
-        raw = _gradclip.measure(clip, memory.flat, params=parameters and parameters.flat, backend=backend, adapter=adapter)
+        raw = _gradclip.measure(
+            clip, memory.flat, params=parameters and parameters.flat, backend=_ready(backend), adapter=adapter
+        )
     except NonFiniteError as error:
         raise _located(error, found) from None
     return report(raw, found.names, found.places, scope, repr(clip))
@@ -192,6 +198,7 @@ def verify(tensors: Any, *, params: Any = None, adapter: str | None = None, **se
     shaped = scope in SHAPED
     memory = _memory.memory(found.tensors, found.label, found.names, write=False, shaped=shaped)
     parameters = _parameters(found, params, mode_of(settings), shaped)
+    _ready("gpu")
     agrees, error, tolerance, same, ulps, mismatch, elements = _gradclip.verify(
         description(settings), memory.flat, params=parameters and parameters.flat, adapter=adapter
     )
@@ -223,7 +230,7 @@ def sum_examples(
     into = _memory.memory(sums, found.label, found.names, write=True, shaped=True)
     clip = description(settings)
     try:
-        raw = _gradclip.sum_examples(clip, memory.flat, into.flat, backend=backend, adapter=adapter)
+        raw = _gradclip.sum_examples(clip, memory.flat, into.flat, backend=_ready(backend), adapter=adapter)
     except NonFiniteError as error:
         raise _located(error, found) from None
     result = dict(zip(found.names, sums)) if found.names else sums
@@ -246,6 +253,20 @@ class ConsecutiveSkips:
 
 def is_path(value: Any) -> bool:
     return isinstance(value, str) or hasattr(value, "__fspath__")
+
+
+def _ready(backend: str) -> str:
+    """Prepare the process for a GPU, if that is the backend."""
+    if backend == "gpu":
+        if "XDG_RUNTIME_DIR" not in os.environ:
+            # Mesa's device-select layer prints an error to stderr wherever there is no desktop session.
+            os.environ.setdefault("NODEVICE_SELECT", "1")
+        # Mesa's drivers bring an LLVM, after which PyTorch's triton, which has another, cannot be loaded: the process
+        # would crash. The other order works.
+        if "triton" not in sys.modules and importlib.util.find_spec("triton") is not None:
+            with contextlib.suppress(Exception):
+                importlib.import_module("triton")
+    return backend
 
 
 def _scope(settings: Mapping[str, Any]) -> str:
