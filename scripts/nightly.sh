@@ -16,7 +16,7 @@ export GRADCLIP_WHOLE=1
 
 page=docs/RELIABILITY.md
 rows=(lavapipe burn burn-fusion candle instructions small swiftshader-small gl mpich)
-parts=("${rows[@]}" no-gpu kernels published memory aarch64 properties soak fuzz miri deny)
+parts=("${rows[@]}" python no-gpu kernels published memory aarch64 properties soak fuzz miri deny)
 
 # Each part is one command, or several joined by &&: errors do not end a function that `if` calls.
 run() {
@@ -29,6 +29,7 @@ run() {
         memory) scripts/memory-checks.sh --whole ;;
         properties) scripts/properties.sh 2000 ;;
         fuzz) scripts/fuzz.sh 100 ;;
+        python) scripts/python.sh --newest ;;
         aarch64 | soak | miri | deny) "scripts/$1.sh" ;;
         *) scripts/test.sh --whole "$1" ;;
     esac
@@ -44,7 +45,7 @@ figures() {
     echo "${found:-passed}"
 }
 counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|amd|inventory'
-counted+='|licences|packages|public API|aarch64|deny'
+counted+='|licences|python|packages|public API|aarch64|deny'
 
 [ $# -gt 0 ] || set -- "${parts[@]}"
 for part in "$@"; do

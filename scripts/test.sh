@@ -12,6 +12,7 @@
 #   lavapipe              everything: the library, the program and the ranks, on lavapipe
 #   burn +                gradclip-burn, on lavapipe
 #   candle +              gradclip-candle, on the CPU
+#   python                the Python package, with Debian's PyTorch and NumPy, on lavapipe
 #   instructions +        how many instructions the CPU's kernels need for an element
 #   small                 what runs on a GPU, on lavapipe with subgroups of 8 and lowered limits
 #   swiftshader           the same on SwiftShader
@@ -35,7 +36,7 @@ candle=(-p gradclip-candle --profile quick)
 # Only optimised kernels are vectors, and only without checks of overflow.
 instructions=(--profile vectors -p gradclip --no-default-features --lib cpu::tests::instructions)
 
-each_change=(lavapipe burn candle instructions small swiftshader)
+each_change=(lavapipe burn candle python instructions small swiftshader)
 by_night=(burn-fusion swiftshader-small gl mpich)
 
 asked=${1-}
@@ -156,6 +157,12 @@ for row in "${rows[@]}"; do
         candle)
             unless_passed candle crates/gradclip-candle api/gradclip.txt Cargo.lock || continue
             on "candle, on the CPU" candle --
+            ;;
+        python)
+            install_lavapipe
+            step "the Python package"
+            env "${lavapipe[@]}" scripts/python.sh || failed+="the Python package; "
+            results+=("the Python package: $(tail -1 "$devices/python.log")")
             ;;
         instructions)
             unless_passed instructions src/cpu Cargo.lock Cargo.toml || continue

@@ -1,7 +1,7 @@
 //! The program `gradclip`: measures, clips and verifies gradients in safetensors files, and measures how fast it is.
 //!
-//! It is a library only so that tests and fuzzing can call it; it offers [`main()`] alone. To clip in your own program, use the
-//! library `gradclip`.
+//! It is a library only so that tests, fuzzing and the Python package can call it; it offers [`main()`] and [`main_with()`]
+//! alone. To clip in your own program, use the library `gradclip`.
 //!
 //! Each command has a file: [`norm`], [`clip`], [`history`], [`verify`], [`bench`], [`devices`], [`tune`], [`completions`], [`man`]. [`args`] is the command
 //! line, [`values`] parses options, [`description`] makes the clip, [`selection`] takes
@@ -55,6 +55,7 @@ mod values;
 #[cfg(feature = "gpu")]
 mod verify;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -65,13 +66,26 @@ use failure::Failure;
 
 /// Runs the command line, and prints errors to stderr.
 pub fn main() -> ExitCode {
+    ExitCode::from(main_with(std::env::args_os()))
+}
+
+/// The same with these arguments, the first of them the program's name. Returns the exit code.
+pub fn main_with(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     temporary::ignore_length_signal();
-    match run(&Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // If nobody can read the message, the exit code still tells.
+            let _ = error.print();
+            return u8::try_from(error.exit_code()).unwrap_or(1);
+        }
+    };
+    match run(&cli.command) {
+        Ok(()) => 0,
         Err(failure) => {
             // If stderr is closed, nobody can read the message.
             let _ = writeln!(std::io::stderr(), "error: {}", failure.message());
-            ExitCode::from(failure.exit_code())
+            failure.exit_code()
         }
     }
 }
