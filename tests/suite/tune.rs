@@ -1,5 +1,7 @@
 //! Tuning a device: no row is taken that is not faster, and none whose norms are wrong.
 
+#![cfg(feature = "gpu")]
+
 use std::time::Duration;
 
 use crate::common::gpu::{adapter, clipper};

@@ -44,7 +44,7 @@ pub(crate) fn gather<'a>(grads: &GradStore, vars: &[(Option<&str>, &'a Var)]) ->
             continue;
         }
         let Some(gradient) = grads.get(var) else { continue };
-        let name = name.map_or_else(|| format!("vars[{number}]"), str::to_owned);
+        let name = label(name, number);
         let label = || format!("the gradient of {name:?}");
         check(label, gradient)?;
         if gradient.shape() != var.shape() {
@@ -54,6 +54,23 @@ pub(crate) fn gather<'a>(grads: &GradStore, vars: &[(Option<&str>, &'a Var)]) ->
         gradients.push(Gradient { number, name, var, tensor: gradient.contiguous()?, parameter });
     }
     Ok(gradients)
+}
+
+/// The values of vars, in the place of gradients.
+pub(crate) fn values<'a>(vars: &[(Option<&str>, &'a Var)]) -> Vec<Gradient<'a>> {
+    let value = |(number, &(name, var)): (usize, &(Option<&str>, &'a Var))| Gradient {
+        number,
+        name: label(name, number),
+        var,
+        tensor: var.as_tensor().clone(),
+        parameter: None,
+    };
+    vars.iter().enumerate().map(value).collect()
+}
+
+/// What a var is called.
+pub(crate) fn label(name: Option<&str>, number: usize) -> String {
+    name.map_or_else(|| format!("vars[{number}]"), str::to_owned)
 }
 
 fn check_parameter(name: &str, var: &Var) -> Result<(), Error> {

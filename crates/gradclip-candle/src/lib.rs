@@ -35,6 +35,7 @@
 //!   var as the parameter, and its rows as units: candle's linear layers are [out, in].
 //! - [`clip_adaptive`]: by a threshold that follows the run, such as [`ZClip`](gradclip::ZClip).
 //! - [`clip_in_place`]: the same in place, if you know that nobody else holds the gradients.
+//! - [`step`]: clip and step in one, by an [`Optimizer`](gradclip::Optimizer) such as AdamW: the gradients are only read.
 //!
 //! # What is clipped
 //!
@@ -61,6 +62,7 @@
 
 mod error;
 mod gradients;
+mod step;
 mod vars;
 mod write;
 
@@ -72,6 +74,7 @@ use gradclip::{Clip, ClipReport, Clipper, Threshold};
 
 pub use error::Error;
 pub use gradclip;
+pub use step::{optimizer_state, step};
 pub use vars::Vars;
 
 use gradients::{Gradient, gather, storage_address, with_views};

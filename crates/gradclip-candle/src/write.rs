@@ -10,7 +10,7 @@ use crate::error::{Error, replaced};
 use crate::gradients::with_elements;
 
 /// Elements in a chunk, the unit of parallel work. The library uses the same.
-const CHUNK: usize = 128 * 1024;
+pub(crate) const CHUNK: usize = 128 * 1024;
 
 /// How one gradient is clipped.
 pub(crate) struct Write<'d> {
