@@ -112,7 +112,7 @@ fn what_does_not_fit_is_an_error_and_nothing_is_stepped() {
     let views = [gradclip::Tensor::new(&[0f32; 4]), gradclip::Tensor::new(&[0f32; 4])];
     let mut elsewhere = gradclip::OptimizerState::elsewhere(&[(adam, &views)]).expect("a state");
     assert_says(step(&both, &vars, &clip, &mut elsewhere), &["exp_avg", "missing"]);
-    let steps = [&state, &other, &long, &elsewhere].map(|state| state.steps());
+    let steps = [&state, &other, &long, &elsewhere].map(gradclip::OptimizerState::steps);
     assert_eq!((all().map(|v| bits(&v)), steps), (before, [0; 4]));
     let error = optimizer_state(&vars, &Optimizer::adam(-1.0)).expect_err("a negative learning rate");
     assert!(error.to_string().contains("lr"), "{error}");
