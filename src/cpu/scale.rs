@@ -25,24 +25,21 @@ pub(super) fn scale<T: Widen>(outcomes: &[Outcome], layout: SegmentLayout, first
         }
         By::Columns => {
             let outcomes = &outcomes[layout.segment as usize..][..layout.columns as usize];
-            let mut factors: Option<Vec<_>> = outcomes.iter().map(plain_factor::<T::Wide>).collect();
-            if let Some(factors) = &mut factors {
-                // The last group needs as many factors as there are lanes.
-                factors.resize(factors.len() + LANES, T::Wide::ZERO);
-            }
+            // The last group needs as many factors as there are lanes.
+            let mut factors = Vec::with_capacity(outcomes.len() + LANES);
+            factors.extend(outcomes.iter().map_while(plain_factor::<T::Wide>));
+            let plain = factors.len() == outcomes.len();
+            factors.resize(outcomes.len() + LANES, T::Wide::ZERO);
             let column = (first % layout.columns) as usize;
             let row_left = (outcomes.len() - column) * size_of::<T>();
             let (row, rows) = data.split_at_mut(row_left.min(data.len()));
             for (column, data) in [(column, row), (0, rows)] {
-                match &factors {
-                    Some(factors) => {
-                        run(ByColumn::<T> { factors: &factors[column..], width: outcomes.len() - column, drop, data });
-                    }
-                    None => {
-                        let columns = outcomes[column..].iter().cycle();
-                        for (outcome, x) in columns.zip(data.chunks_exact_mut(size_of::<T>())) {
-                            scale_run::<T>(outcome, drop, x);
-                        }
+                if plain {
+                    run(ByColumn::<T> { factors: &factors[column..], width: outcomes.len() - column, drop, data });
+                } else {
+                    let columns = outcomes[column..].iter().cycle();
+                    for (outcome, x) in columns.zip(data.chunks_exact_mut(size_of::<T>())) {
+                        scale_run::<T>(outcome, drop, x);
                     }
                 }
             }
