@@ -1,0 +1,202 @@
+//! Optimizers: the step of `torch.optim`, with the clip on its way.
+
+use gradclip::{
+    Clip, ClipReport, Clipper, DecidedClip, DecidedStep, Dtype, Error, Mode, NonFinite, OptimizerState, Scope, Tensor,
+    TensorMut,
+};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use rayon::prelude::*;
+
+use crate::clip;
+use crate::error::{exception, unknown};
+use crate::memory::{DTYPES, Described, Memory};
+use crate::report::{Raw, raw};
+
+/// An update with its settings, checked.
+#[pyclass(frozen, module = "gradclip._gradclip")]
+pub(crate) struct Optimizer(gradclip::Optimizer);
+
+#[pymethods]
+impl Optimizer {
+    /// `algorithm` is a class of `torch.optim`. Settings have its names.
+    #[new]
+    #[pyo3(signature = (algorithm, *, lr, weight_decay, maximize=false, momentum=None, dampening=None, nesterov=false,
+        lr_decay=None, initial_accumulator_value=None, alpha=None, centered=false, betas=None, amsgrad=false, eps=None))]
+    #[expect(clippy::too_many_arguments, clippy::fn_params_excessive_bools, reason = "each is a setting with a name")]
+    fn new(
+        py: Python<'_>,
+        algorithm: &str,
+        lr: f64,
+        weight_decay: f64,
+        maximize: bool,
+        momentum: Option<f64>,
+        dampening: Option<f64>,
+        nesterov: bool,
+        lr_decay: Option<f64>,
+        initial_accumulator_value: Option<f64>,
+        alpha: Option<f64>,
+        centered: bool,
+        betas: Option<[f64; 2]>,
+        amsgrad: bool,
+        eps: Option<f64>,
+    ) -> PyResult<Self> {
+        let mut optimizer = match algorithm {
+            "SGD" => gradclip::Optimizer::sgd(lr),
+            "Adagrad" => gradclip::Optimizer::adagrad(lr),
+            "RMSprop" => gradclip::Optimizer::rmsprop(lr),
+            "Adam" => gradclip::Optimizer::adam(lr),
+            "AdamW" => gradclip::Optimizer::adamw(lr),
+            other => return Err(unknown("algorithm", other, &["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])),
+        };
+        optimizer.weight_decay = weight_decay;
+        optimizer.maximize = maximize;
+        optimizer.momentum = momentum.or(optimizer.momentum);
+        optimizer.dampening = dampening.or(optimizer.dampening);
+        optimizer.nesterov = nesterov;
+        optimizer.lr_decay = lr_decay.or(optimizer.lr_decay);
+        optimizer.initial_accumulator_value = initial_accumulator_value.or(optimizer.initial_accumulator_value);
+        optimizer.alpha = alpha.or(optimizer.alpha);
+        optimizer.centered = centered;
+        optimizer.betas = betas.or(optimizer.betas);
+        optimizer.amsgrad = amsgrad;
+        optimizer.eps = eps.or(optimizer.eps);
+        optimizer.check().map_err(|error| exception(py, &error))?;
+        Ok(Self(optimizer))
+    }
+
+    /// The names of the tensors that are kept beside a parameter of this dtype, in order. They are float64 for float64,
+    /// else float32.
+    fn state_tensors(&self, dtype: usize) -> PyResult<Vec<&'static str>> {
+        let dtype = DTYPES.get(dtype).ok_or_else(|| PyValueError::new_err("there is no such dtype"))?;
+        Ok(self.0.state_tensors(*dtype).iter().map(|tensor| tensor.name).collect())
+    }
+
+    /// One line, without the settings that have their defaults.
+    fn __repr__(&self) -> String {
+        self.0.to_string()
+    }
+}
+
+/// Clips and takes a step in one. `groups` and `counts` have for each parameter the number of its optimizer, rising, and
+/// how many steps it has taken. `tensors` are the parameters, and then the state of each in order. Gradients are only
+/// read.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "each has a name")]
+pub(crate) fn step<'py>(
+    py: Python<'py>,
+    clip: &clip::Clip,
+    optimizers: Vec<PyRef<'py, Optimizer>>,
+    groups: Vec<usize>,
+    counts: Vec<u64>,
+    tensors: Described<'py>,
+    grads: Described<'py>,
+) -> PyResult<Raw<'py>> {
+    let clip = clip.0;
+    let optimizers: Vec<_> = optimizers.iter().map(|optimizer| optimizer.0).collect();
+    let (mut memory, grads) = (Memory::of(tensors)?, Memory::of(grads)?);
+    let unfit = || PyValueError::new_err("the parameters, their gradients and their state do not fit together");
+    let count = groups.len();
+    let known = groups.is_sorted() && groups.last().is_none_or(|last| *last < optimizers.len());
+    if !known || counts.len() != count || grads.len() != count || memory.len() < count {
+        return Err(unfit());
+    }
+    let dtypes: Vec<_> = (0..count).map(|i| memory.dtype(i)).collect();
+    let gradients = grads.tensors(py)?;
+    let (mut parameters, _) = memory.bytes_mut(&[&grads])?;
+    let mut rest = parameters.split_off(count).into_iter();
+    let mut states = Vec::with_capacity(count);
+    for ((group, dtype), parameter) in groups.iter().zip(&dtypes).zip(&parameters) {
+        let kept = optimizers[*group].state_tensors(*dtype);
+        let own: Vec<_> = rest.by_ref().take(kept.len()).collect();
+        let elements = parameter.len() / dtype.size();
+        if own.len() != kept.len() || own.iter().zip(&kept).any(|(own, kept)| own.len() != elements * kept.element_size)
+        {
+            return Err(unfit());
+        }
+        states.push(own);
+    }
+    if rest.next().is_some() {
+        return Err(unfit());
+    }
+    let view = |(dtype, bytes): (&Dtype, _)| TensorMut::from_bytes(*dtype, bytes);
+    let parameters: Result<Vec<_>, _> = dtypes.iter().zip(parameters).map(view).collect();
+    let mut parameters = parameters.map_err(|error| exception(py, &error))?;
+    let by_group: Vec<_> = (0..optimizers.len())
+        .map(|group| groups.partition_point(|of| *of < group)..groups.partition_point(|of| *of <= group))
+        .collect();
+    let report = py.detach(|| {
+        let views: Vec<_> = parameters.iter().map(TensorMut::as_tensor).collect();
+        let groups =
+            optimizers.iter().zip(by_group).map(|(optimizer, own)| (*optimizer, &views[own])).collect::<Vec<_>>();
+        let mut ages = counts.clone();
+        ages.sort_unstable();
+        ages.dedup();
+        if ages.len() < 2 {
+            let mut state = OptimizerState::over(&groups, states)?;
+            state.set_steps(ages.first().copied().unwrap_or(0));
+            return Clipper::cpu().step(&clip, &mut state, &mut parameters, &gradients);
+        }
+        let steps = steps(&clip, &groups, &ages, &gradients)?;
+        parameters.par_iter_mut().zip(&gradients).zip(states).zip(&counts).enumerate().try_for_each(
+            |(i, (((parameter, gradient), state), count))| {
+                let age = ages.partition_point(|age| age < count);
+                steps[age].apply(i, 0, parameter, gradient, state)
+            },
+        )?;
+        Ok(report(&clip, &steps))
+    });
+    Ok(raw(py, &report.map_err(|error| exception(py, &error))?))
+}
+
+/// The step of each age, which is how many steps a parameter has taken. All have the same clip.
+fn steps(
+    clip: &Clip,
+    groups: &[(gradclip::Optimizer, &[Tensor<'_>])],
+    ages: &[u64],
+    gradients: &[Tensor<'_>],
+) -> Result<Vec<DecidedStep>, Error> {
+    let mut steps: Vec<DecidedStep> = Vec::new();
+    for age in ages {
+        let decided = match steps.first() {
+            Some(first) => again(clip, &first.reports()[0], gradients)?,
+            None => Clipper::cpu().decide(clip, gradients)?,
+        };
+        let mut state = OptimizerState::elsewhere(groups)?;
+        state.set_steps(*age);
+        steps.push(state.decided(vec![decided])?);
+    }
+    Ok(steps)
+}
+
+/// The same decision once more, by the norm that is known where it says all.
+fn again(clip: &Clip, first: &ClipReport, gradients: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
+    let known = clip.scope == Scope::Global && !first.has_non_finite() && first.total_norm.is_finite();
+    if known && !matches!(clip.mode, Mode::Value { .. }) {
+        Clipper::cpu().decide_scale(clip, &[first.total_norm], gradients)
+    } else {
+        Clipper::cpu().decide(clip, gradients)
+    }
+}
+
+/// The report of steps that have been taken.
+fn report(clip: &Clip, steps: &[DecidedStep]) -> ClipReport {
+    let mut all = steps[0].reports().swap_remove(0);
+    // Then each step has counted what it met itself.
+    let counted =
+        matches!(clip.mode, Mode::Value { .. }) && matches!(clip.non_finite, NonFinite::Propagate | NonFinite::Drop);
+    let others = if counted { &steps[1..] } else { &[] };
+    for other in others.iter().flat_map(DecidedStep::reports) {
+        all.clipped |= other.clipped;
+        all.non_finite = match (all.non_finite.take(), other.non_finite) {
+            (Some(a), Some(b)) => {
+                let count = a.count + b.count;
+                let mut first = if (a.tensor, a.index) <= (b.tensor, b.index) { a } else { b };
+                first.count = count;
+                Some(first)
+            }
+            (a, b) => a.or(b),
+        };
+    }
+    all
+}
