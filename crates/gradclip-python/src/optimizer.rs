@@ -82,7 +82,7 @@ impl Optimizer {
 /// how many steps it has taken. `tensors` are the parameters, and then the state of each in order. Gradients are only
 /// read.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "each has a name")]
+#[expect(clippy::needless_pass_by_value, reason = "Python's arguments come so")]
 pub(crate) fn step<'py>(
     py: Python<'py>,
     clip: &clip::Clip,
@@ -135,15 +135,15 @@ pub(crate) fn step<'py>(
         if ages.len() < 2 {
             let mut state = OptimizerState::over(&groups, states)?;
             state.set_steps(ages.first().copied().unwrap_or(0));
-            return Clipper::cpu().step(&clip, &mut state, &mut parameters, &gradients);
+            let step = state.decided(vec![decide(&clip, None, &gradients)?])?;
+            step.apply_all(&mut state, &mut parameters, &gradients)?;
+            return Ok(report(&clip, &[step]));
         }
         let steps = steps(&clip, &groups, &ages, &gradients)?;
-        parameters.par_iter_mut().zip(&gradients).zip(states).zip(&counts).enumerate().try_for_each(
-            |(i, (((parameter, gradient), state), count))| {
-                let age = ages.partition_point(|age| age < count);
-                steps[age].apply(i, 0, parameter, gradient, state)
-            },
-        )?;
+        let each = parameters.par_iter_mut().zip(&gradients).zip(states).zip(&counts).enumerate();
+        each.try_for_each(|(i, (((parameter, gradient), state), count))| {
+            steps[ages.partition_point(|age| age < count)].apply(i, 0, parameter, gradient, state)
+        })?;
         Ok(report(&clip, &steps))
     });
     Ok(raw(py, &report.map_err(|error| exception(py, &error))?))
@@ -158,10 +158,8 @@ fn steps(
 ) -> Result<Vec<DecidedStep>, Error> {
     let mut steps: Vec<DecidedStep> = Vec::new();
     for age in ages {
-        let decided = match steps.first() {
-            Some(first) => again(clip, &first.reports()[0], gradients)?,
-            None => Clipper::cpu().decide(clip, gradients)?,
-        };
+        let first = steps.first().map(|step| step.reports().swap_remove(0));
+        let decided = decide(clip, first.as_ref(), gradients)?;
         let mut state = OptimizerState::elsewhere(groups)?;
         state.set_steps(*age);
         steps.push(state.decided(vec![decided])?);
@@ -169,19 +167,35 @@ fn steps(
     Ok(steps)
 }
 
-/// The same decision once more, by the norm that is known where it says all.
-fn again(clip: &Clip, first: &ClipReport, gradients: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
-    let known = clip.scope == Scope::Global && !first.has_non_finite() && first.total_norm.is_finite();
-    if known && !matches!(clip.mode, Mode::Value { .. }) {
-        Clipper::cpu().decide_scale(clip, &[first.total_norm], gradients)
-    } else {
-        Clipper::cpu().decide(clip, gradients)
+/// Decides a clip. `first` is the report of the same decision, if it was made before. Gradients are not read again if its
+/// norm says all.
+fn decide(clip: &Clip, first: Option<&ClipReport>, gradients: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
+    if is_none(clip) {
+        // Any norm will do, and no gradient is read.
+        return Clipper::cpu().decide_scale(&Clip::norm(f64::INFINITY).grad_scale(clip.grad_scale), &[0.0], gradients);
     }
+    let known = |first: &&ClipReport| !first.has_non_finite() && first.total_norm.is_finite();
+    match first.filter(known) {
+        Some(first) if clip.scope == Scope::Global && !matches!(clip.mode, Mode::Value { .. }) => {
+            Clipper::cpu().decide_scale(clip, &[first.total_norm], gradients)
+        }
+        _ => Clipper::cpu().decide(clip, gradients),
+    }
+}
+
+/// Whether the clip lets everything pass.
+fn is_none(clip: &Clip) -> bool {
+    let all = Mode::Value { min: f64::NEG_INFINITY, max: f64::INFINITY };
+    clip.mode == all && clip.non_finite == NonFinite::Propagate
 }
 
 /// The report of steps that have been taken.
 fn report(clip: &Clip, steps: &[DecidedStep]) -> ClipReport {
     let mut all = steps[0].reports().swap_remove(0);
+    if is_none(clip) {
+        // As that of any clip by value.
+        all.total_norm = f64::NAN;
+    }
     // Then each step has counted what it met itself.
     let counted =
         matches!(clip.mode, Mode::Value { .. }) && matches!(clip.non_finite, NonFinite::Propagate | NonFinite::Drop);

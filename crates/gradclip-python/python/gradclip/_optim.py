@@ -39,14 +39,14 @@ class ClipSettings(TypedDict, total=False):
 
 
 def _description(clip: Mapping[str, Any], grad_scale: float) -> Clip:
-    """The clip that the settings describe. Without any it changes nothing, and reads nothing first."""
+    """The clip that the settings describe. Without any it lets everything pass, and the Rust part measures nothing."""
     unknown = [name for name in clip if name not in ClipSettings.__annotations__]
     if unknown:
         raise TypeError(f"there is no argument {unknown[0]!r}")
     if clip.get("scope") not in (None, "global", "tensor"):
         raise ValueError(f'scope is {clip["scope"]!r}; the scope of a step must be "global" or "tensor"')
     settings = {name: value for name, value in clip.items() if value is not None}
-    if not settings:
+    if settings in ({}, {"non_finite": "propagate"}):
         settings = {"clip_range": (-math.inf, math.inf)}
     elif not any(name in MODES for name in settings):
         settings["max_norm"] = math.inf
@@ -189,7 +189,7 @@ class _Clipping:
             if tensor is None:
                 first = group["initial_accumulator_value"] if name == "sum" else 0.0
                 tensor = torch.full_like(p, first, dtype=wide, requires_grad=False)
-            state[name] = tensor.to(wide)
+            state[name] = tensor if tensor.dtype == wide else tensor.to(wide)
         if self._algorithm == "SGD":
             # PyTorch does not count here. The first step is the one that finds no direction.
             return state, names, int("momentum_buffer" in names and old.get("momentum_buffer") is not None)
@@ -430,7 +430,7 @@ _SHARED = """
     The clip, over the gradients of all groups together: at most one of ``max_norm``, ``max_rms``, ``max_average_norm``,
     ``clip_value`` and ``clip_range``, and with it ``norm_type``, ``scope`` (``"global"`` or ``"tensor"``), ``non_finite`` and ``skip_above``,
     as :func:`gradclip.clip` takes them. With max_norm a NaN is an error, unless ``non_finite`` chooses otherwise. Without any
-    of them nothing is clipped. They lie in the dict ``optimizer.clip``, and may change from step to step.
+    of them nothing is clipped or measured. They lie in the dict ``optimizer.clip``, and may change from step to step.
 
     ``optimizer.report`` is the :class:`gradclip.Report` of the last step. A skipped step changes nothing and does not count.
     Gradients are only read. ``foreach`` and ``fused`` are accepted and change nothing. ``state_dict()`` has PyTorch's form, which
