@@ -119,14 +119,12 @@ pub(crate) fn step<'py>(
     if rest.next().is_some() {
         return Err(unfit());
     }
-    let view = |(dtype, bytes): (&Dtype, _)| TensorMut::from_bytes(*dtype, bytes);
-    let parameters: Result<Vec<_>, _> = dtypes.iter().zip(parameters).map(view).collect();
-    let mut parameters = parameters.map_err(|error| exception(py, &error))?;
     let by_group: Vec<_> = (0..optimizers.len())
         .map(|group| groups.partition_point(|of| *of < group)..groups.partition_point(|of| *of <= group))
         .collect();
     let report = py.detach(|| {
-        let views: Vec<_> = parameters.iter().map(TensorMut::as_tensor).collect();
+        let views = dtypes.iter().zip(&parameters).map(|(dtype, bytes)| Tensor::from_bytes(*dtype, bytes));
+        let views = views.collect::<Result<Vec<_>, _>>()?;
         let groups =
             optimizers.iter().zip(by_group).map(|(optimizer, own)| (*optimizer, &views[own])).collect::<Vec<_>>();
         let mut ages = counts.clone();
@@ -136,17 +134,52 @@ pub(crate) fn step<'py>(
             let mut state = OptimizerState::over(&groups, states)?;
             state.set_steps(ages.first().copied().unwrap_or(0));
             let step = state.decided(vec![decide(&clip, None, &gradients)?])?;
+            let view = |(dtype, bytes): (&Dtype, _)| TensorMut::from_bytes(*dtype, bytes);
+            let mut parameters = dtypes.iter().zip(parameters).map(view).collect::<Result<Vec<_>, _>>()?;
             step.apply_all(&mut state, &mut parameters, &gradients)?;
             return Ok(report(&clip, &[step]));
         }
         let steps = steps(&clip, &groups, &ages, &gradients)?;
-        let each = parameters.par_iter_mut().zip(&gradients).zip(states).zip(&counts).enumerate();
-        each.try_for_each(|(i, (((parameter, gradient), state), count))| {
-            steps[ages.partition_point(|age| age < count)].apply(i, 0, parameter, gradient, state)
-        })?;
+        let whole = parameters.into_iter().zip(states).enumerate();
+        let pieces = whole.flat_map(|(i, (bytes, state))| pieces(i, dtypes[i], bytes, &gradients[i], state));
+        // All has been checked, so none fails.
+        pieces.collect::<Vec<_>>().into_par_iter().try_for_each(
+            |Piece { of, first, parameter, gradient, state }| {
+                let step = &steps[ages.partition_point(|age| *age < counts[of])];
+                let gradient = Tensor::from_bytes(gradients[of].dtype(), gradient)?;
+                step.apply(of, first, &mut TensorMut::from_bytes(dtypes[of], parameter)?, &gradient, state)
+            },
+        )?;
         Ok(report(&clip, &steps))
     });
     Ok(raw(py, &report.map_err(|error| exception(py, &error))?))
+}
+
+/// Consecutive elements of parameter number `of`, as bytes.
+struct Piece<'a> {
+    of: usize,
+    first: u64,
+    parameter: &'a mut [u8],
+    gradient: &'a [u8],
+    state: Vec<&'a mut [u8]>,
+}
+
+/// The pieces of a parameter, each of so many elements that a thread has enough to do.
+fn pieces<'a>(
+    of: usize,
+    dtype: Dtype,
+    parameter: &'a mut [u8],
+    gradient: &'a Tensor<'a>,
+    state: Vec<&'a mut [u8]>,
+) -> impl Iterator<Item = Piece<'a>> {
+    const LEN: usize = 128 * 1024;
+    let wide = dtype.size().max(Dtype::F32.size());
+    let mut state: Vec<_> = state.into_iter().map(|bytes| bytes.chunks_mut(LEN * wide)).collect();
+    let gradients = gradient.bytes().chunks(LEN * gradient.dtype().size());
+    parameter.chunks_mut(LEN * dtype.size()).zip(gradients).zip(0..).map(move |((parameter, gradient), i)| {
+        let state = state.iter_mut().filter_map(Iterator::next).collect();
+        Piece { of, first: i * LEN as u64, parameter, gradient, state }
+    })
 }
 
 /// The step of each age, which is how many steps a parameter has taken. All have the same clip.

@@ -4,6 +4,8 @@ import copy
 import io
 import math
 import pickle
+import threading
+import time
 
 import gradclip
 import pytest
@@ -390,6 +392,58 @@ def test_any_dense_layout():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_large_parameters_of_different_ages():
+    """More elements than one thread takes at once."""
+    shapes = [(300_001,), (5,), (131_072,)]
+    ours, theirs = parameters(torch.float32, shapes), parameters(torch.float32, shapes)
+    optimizer, reference = gradclip.Adam(ours, amsgrad=True, max_norm=1.0), torch.optim.Adam(theirs, amsgrad=True)
+    for step in range(4):
+        grads = gradients(step, ours)
+        grads[1] = grads[1] if step else None
+        grads[2] = grads[2] if step > 1 else None
+        set_grads(ours, grads)
+        set_grads(theirs, grads)
+        gradclip.clip([p.grad for p in theirs], max_norm=1.0)
+        optimizer.step()
+        reference.step()
+    near(ours, theirs, torch.float32)
+    assert [float(optimizer.state[p]["step"]) for p in ours] == [4.0, 3.0, 2.0]
+
+
+def test_other_threads_run_meanwhile():
+    param = torch.nn.Parameter(torch.zeros(1 << 22))
+    optimizer = gradclip.AdamW([param], max_norm=1.0)
+    grads = [torch.ones_like(param)]
+    optimizer.step(grads=grads)
+    begin = time.perf_counter()
+    for _ in range(4):
+        optimizer.step(grads=grads)
+    alone = time.perf_counter() - begin
+    counted, done = [0], threading.Event()
+
+    def count():
+        while not done.is_set():
+            counted[0] += 1
+            time.sleep(alone / 1000)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    for _ in range(4):
+        optimizer.step(grads=grads)
+    done.set()
+    thread.join()
+    # Under the GIL it would run between the calls alone.
+    assert counted[0] > 8
+
+
+def test_a_graph_that_saved_a_parameter_raises():
+    param = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    loss = (param * param).sum()
+    gradclip.SGD([param], lr=0.1, max_norm=1.0).step(grads=[torch.ones(2)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class Elsewhere:
     type = "cuda"
 
@@ -437,6 +491,9 @@ def test_errors():
         optimizer.step()
     with pytest.raises(gradclip.DeviceError, match="parameter 0 of the group is on cuda:0.*move it there"):
         gradclip.SGD([OnGpu(torch.ones(2))])
+    with pytest.raises(gradclip.DeviceError, match="cuda:0"):
+        optimizer.add_param_group({"params": [OnGpu(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 1
     with pytest.raises(TypeError, match="complex64"):
         p = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
         p.grad = torch.ones_like(p)
@@ -445,9 +502,13 @@ def test_errors():
         gradclip.SGD([torch.nn.Parameter(torch.ones(2))]).step(grads=[torch.ones(2).to_sparse()])
     with pytest.raises(ValueError, match="gaps"):
         gradclip.SGD([torch.ones(4)[::2].requires_grad_()]).step(grads=[torch.ones(2)])
+    assert all(torch.equal(a, b) for a, b in zip(params, parameters())) and not optimizer.state
     whole = torch.ones(4)
     with pytest.raises(ValueError, match="shares elements"):
         gradclip.SGD([whole[:3].requires_grad_(), whole[2:].requires_grad_()]).step(grads=[torch.ones(3), torch.ones(2)])
+    with pytest.raises(ValueError, match="shares elements"):
+        gradclip.SGD([whole[:2].requires_grad_()]).step(grads=[whole[1:3]])
+    assert whole.tolist() == [1.0] * 4
 
 
 def test_found_inf_skips_and_grad_scale_divides():

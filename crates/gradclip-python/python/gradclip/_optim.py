@@ -93,8 +93,12 @@ class _Clipping:
         """Add a group of parameters, with settings of its own: ``{"params": [...], "lr": ...}``."""
         self._optimizer({**self.defaults, **param_group})
         super().add_param_group(param_group)  # type: ignore[misc]
-        for i, p in enumerate(self.param_groups[-1]["params"]):
-            _check_device(p, f"parameter {i} of the group")
+        try:
+            for i, p in enumerate(self.param_groups[-1]["params"]):
+                _check_device(p, f"parameter {i} of the group")
+        except DeviceError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None, *, grads: Iterable[Any] | None = None) -> Any:
