@@ -178,8 +178,8 @@ class _Clipping:
     def _state(
         self, p: Any, optimizer: _gradclip.Optimizer, group: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str], int]:
-        """The state of a parameter for its next step, the names of its tensors, and the number of steps that it has taken,
-        as far as the update depends on it. A state that begins becomes the optimizer's once the step is taken."""
+        """The state of a parameter for its next step, the names of its tensors, and the number of steps that it has
+        taken, as far as the update depends on it. A state that begins becomes the optimizer's once the step is taken."""
         code = _memory.torch_codes(torch).get(p.dtype)
         if code is None:
             raise TypeError(f"a parameter is {p.dtype}; parameters can be float32, float64, float16 and bfloat16")
@@ -271,7 +271,6 @@ class SGD(_Clipping, torch.optim.SGD):  # type: ignore[misc]
     ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-3), ``momentum``
     (0), ``dampening`` (0), ``weight_decay`` (0), ``nesterov``, ``maximize``: as in PyTorch. (Sutskever, Martens, Dahl, Hinton
     2013, "On the importance of initialization and momentum in deep learning")
-{shared}
     """
 
     _algorithm = "SGD"
@@ -303,7 +302,6 @@ class Adagrad(_Clipping, torch.optim.Adagrad):  # type: ignore[misc]
     ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-2), ``lr_decay``
     (0), ``weight_decay`` (0), ``initial_accumulator_value`` (0), ``eps`` (1e-10), ``maximize``: as in PyTorch. (Duchi, Hazan,
     Singer 2011, "Adaptive subgradient methods for online learning and stochastic optimization")
-{shared}
     """
 
     _algorithm = "Adagrad"
@@ -339,7 +337,6 @@ class RMSprop(_Clipping, torch.optim.RMSprop):  # type: ignore[misc]
     ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-2), ``alpha``
     (0.99), ``eps`` (1e-8), ``weight_decay`` (0), ``momentum`` (0), ``centered``, ``maximize``: as in PyTorch, but ``alpha`` is below
     1. (Tieleman, Hinton 2012, lecture 6.5; centered: Graves 2013, "Generating sequences with recurrent neural networks")
-{shared}
     """
 
     _algorithm = "RMSprop"
@@ -371,7 +368,6 @@ class Adam(_Clipping, torch.optim.Adam):  # type: ignore[misc]
     ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-3), ``betas``
     (0.9, 0.999), ``eps`` (1e-8), ``weight_decay`` (0), ``amsgrad``, ``maximize``: as in PyTorch. (Kingma, Ba 2015, "Adam: a
     method for stochastic optimization"; amsgrad: Reddi, Kale, Kumar 2018, "On the convergence of Adam and beyond")
-{shared}
     """
 
     _algorithm = "Adam"
@@ -403,7 +399,6 @@ class AdamW(_Clipping, torch.optim.AdamW):  # type: ignore[misc]
     ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-3), ``betas``
     (0.9, 0.999), ``eps`` (1e-8), ``weight_decay`` (1e-2), ``amsgrad``, ``maximize``: as in PyTorch. (Loshchilov, Hutter 2019,
     "Decoupled weight decay regularization")
-{shared}
     """
 
     _algorithm = "AdamW"
@@ -432,16 +427,17 @@ class AdamW(_Clipping, torch.optim.AdamW):  # type: ignore[misc]
 # What is the same for all.
 _SHARED = """
     The clip, over the gradients of all groups together: at most one of ``max_norm``, ``max_rms``, ``max_average_norm``,
-    ``clip_value`` and ``clip_range``, and with it ``norm_type``, ``scope`` (``"global"`` or ``"tensor"``), ``non_finite`` and ``skip_above``,
-    as :func:`gradclip.clip` takes them. With max_norm a NaN is an error, unless ``non_finite`` chooses otherwise. Without any
-    of them nothing is clipped or measured. They lie in the dict ``optimizer.clip``, and may change from step to step.
+    ``clip_value`` and ``clip_range``, and with it ``norm_type``, ``scope`` (``"global"`` or ``"tensor"``), ``non_finite`` and
+    ``skip_above``, as :func:`gradclip.clip` takes them. With max_norm a NaN is an error, unless ``non_finite`` chooses
+    otherwise. Without any of them nothing is clipped or measured. They lie in the dict ``optimizer.clip``, and may change
+    from step to step.
 
-    ``optimizer.report`` is the :class:`gradclip.Report` of the last step. A skipped step changes nothing and does not count.
-    Gradients are only read. ``foreach`` and ``fused`` are accepted and change nothing. ``state_dict()`` has PyTorch's form, which
-    ``torch.optim`` loads, and the other way round; the state of half-precision parameters is float32. ``torch.amp.GradScaler``
-    hands its scale over, so no ``unscale_`` is needed.
+    ``optimizer.report`` is the :class:`gradclip.Report` of the last step. A skipped step changes nothing and does not
+    count. Gradients are only read. ``foreach`` and ``fused`` are accepted and change nothing. ``state_dict()`` has PyTorch's
+    form, which ``torch.optim`` loads, and the other way round; the state of half-precision parameters is float32. A
+    ``torch.amp.GradScaler`` hands its scale over, so no ``unscale_`` is needed.
 
     Raises ValueError for a setting that is wrong, by its name; DeviceError for a parameter that is not on the CPU.
-"""
+    """
 for _class in (SGD, Adagrad, RMSprop, Adam, AdamW):
-    _class.__doc__ = (_class.__doc__ or "").replace("{shared}", _SHARED.rstrip())
+    _class.__doc__ = (_class.__doc__ or "").rstrip() + "\n" + _SHARED
