@@ -335,8 +335,8 @@ class RMSprop(_Clipping, torch.optim.RMSprop):  # type: ignore[misc]
     """``torch.optim.RMSprop`` on the CPU, with a clip in the same pass.
 
     ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-2), ``alpha``
-    (0.99), ``eps`` (1e-8), ``weight_decay`` (0), ``momentum`` (0), ``centered``, ``maximize``: as in PyTorch, but ``alpha`` is below
-    1. (Tieleman, Hinton 2012, lecture 6.5; centered: Graves 2013, "Generating sequences with recurrent neural networks")
+    (0.99, below 1), ``eps`` (1e-8), ``weight_decay`` (0), ``momentum`` (0), ``centered``, ``maximize``: as in PyTorch.
+    (Tieleman, Hinton 2012, lecture 6.5; centered: Graves 2013, "Generating sequences with recurrent neural networks")
     """
 
     _algorithm = "RMSprop"
