@@ -1,8 +1,9 @@
 //! The Rust part of the Python package `gradclip`, which imports it as `gradclip._gradclip`.
 //!
 //! The Python part (`python/gradclip/`) looks at tensors and arrays, and hands their addresses, lengths and dtypes over
-//! in one call. [`memory`] makes views of them, [`clip`] has the descriptions, [`call`] the calls, [`sharded`] those of several processes, [`thresholds`] the
-//! adaptive thresholds, [`report`] what is told, and [`error`] the exceptions. All work is done without the GIL.
+//! in one call. [`memory`] makes views of them, [`clip`] has the descriptions, [`call`] the calls, [`sharded`] those of
+//! several processes, [`optimizer`] the steps, [`thresholds`] the adaptive thresholds, [`report`] what is told, and
+//! [`error`] the exceptions. All work is done without the GIL.
 
 mod call;
 mod clip;
@@ -10,6 +11,7 @@ mod clip;
 mod device;
 mod error;
 mod memory;
+mod optimizer;
 mod report;
 mod sharded;
 mod thresholds;
@@ -29,6 +31,8 @@ mod _gradclip {
     use super::clip::Clip;
     #[pymodule_export]
     use super::error::{DeviceError, NonFiniteError, SkippedError};
+    #[pymodule_export]
+    use super::optimizer::{Optimizer, step};
     #[pymodule_export]
     use super::sharded::{finish, partial};
     #[pymodule_export]

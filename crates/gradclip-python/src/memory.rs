@@ -39,7 +39,7 @@ struct Place {
     dtype: Dtype,
 }
 
-const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
+pub(crate) const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
 
 impl Memory {
     /// The tensors, not yet compared with each other.
@@ -120,21 +120,36 @@ impl Memory {
         (0..self.len()).map(view).collect::<Result<_, _>>().map_err(|error| exception(py, &error))
     }
 
+    pub(crate) fn dtype(&self, i: usize) -> Dtype {
+        self.places[i].dtype
+    }
+
     /// Views that may write, beside views of `others` that only read.
     ///
     /// # Errors
     /// `ValueError` if any two share elements.
     pub(crate) fn tensors_mut<'a>(&'a mut self, py: Python<'_>, others: &[&Self]) -> PyResult<Vec<TensorMut<'a>>> {
+        let (bytes, this) = self.bytes_mut(others)?;
+        let view = |(i, data)| {
+            this.described(i, TensorMut::from_bytes(this.places[i].dtype, data)?, TensorMut::named, TensorMut::shape)
+        };
+        bytes.into_iter().enumerate().map(view).collect::<Result<_, _>>().map_err(|error| exception(py, &error))
+    }
+
+    /// The same as bytes, beside the description.
+    ///
+    /// # Errors
+    /// `ValueError` if any two share elements.
+    pub(crate) fn bytes_mut<'a>(&'a mut self, others: &[&Self]) -> PyResult<(Vec<&'a mut [u8]>, &'a Self)> {
         self.check_apart(others)?;
-        let view = |i: usize| {
-            let Place { address, bytes, dtype } = self.places[i];
+        let view = |Place { address, bytes, .. }: &Place| {
             // SAFETY: as above, and:
             // - It may be written, by the promise of `Described`.
-            // - It overlaps no other view: `check_apart` has compared all, and `&mut self` allows one set of views at a time.
-            let data = unsafe { std::slice::from_raw_parts_mut(pointer(address, bytes), bytes) };
-            self.described(i, TensorMut::from_bytes(dtype, data)?, TensorMut::named, TensorMut::shape)
+            // - It overlaps no other view: `check_apart` has compared all, and `&mut self` allows one set of views at a
+            //   time. What is returned beside them reads the description alone.
+            unsafe { std::slice::from_raw_parts_mut(pointer(*address, *bytes), *bytes) }
         };
-        (0..self.len()).map(view).collect::<Result<_, _>>().map_err(|error| exception(py, &error))
+        Ok((self.places.iter().map(view).collect(), self))
     }
 
     fn described<'a, T>(

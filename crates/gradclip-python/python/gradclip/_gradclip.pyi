@@ -39,6 +39,27 @@ class Clip:
         skip_above: float | None = None,
     ) -> None: ...
 
+class Optimizer:
+    def __init__(
+        self,
+        algorithm: str,
+        *,
+        lr: float,
+        weight_decay: float,
+        maximize: bool = False,
+        momentum: float | None = None,
+        dampening: float | None = None,
+        nesterov: bool = False,
+        lr_decay: float | None = None,
+        initial_accumulator_value: float | None = None,
+        alpha: float | None = None,
+        centered: bool = False,
+        betas: Sequence[float] | None = None,
+        amsgrad: bool = False,
+        eps: float | None = None,
+    ) -> None: ...
+    def state_tensors(self, dtype: int) -> list[str]: ...
+
 class ZClip:
     """Clips a global norm that stands out from the mean of the norms before it (arXiv 2504.02507)."""
 
@@ -94,6 +115,9 @@ def sum_examples(clip: Clip, tensors: Flat, sums: Flat, *, backend: str = "cpu",
 def verify(
     clip: Clip, tensors: Flat, *, params: Flat | None = None, adapter: str | None = None
 ) -> tuple[bool, float, float, bool, int, tuple[int, int, float, float, int] | None, int]: ...
+def step(
+    clip: Clip, optimizers: list[Optimizer], groups: list[int], counts: list[int], tensors: Flat, grads: Flat
+) -> Raw: ...
 def partial(clip: Clip, tensors: Flat, counted: list[bool]) -> bytes: ...
 def finish(
     clip: Clip, partials: list[bytes], tensors: Flat | None

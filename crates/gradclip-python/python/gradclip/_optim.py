@@ -1,0 +1,443 @@
+"""The optimizers of ``torch.optim``, with a clip in the same pass. Importing this module imports PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import torch
+
+from gradclip import _gradclip, _memory
+from gradclip._clip import _located
+from gradclip._gradclip import Clip, DeviceError, NonFiniteError
+from gradclip._memory import Given
+from gradclip._report import Report, report
+from gradclip._settings import MODES, Policy, description, number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+HALVES = (torch.float16, torch.bfloat16)
+# Older gradient scalers would hand themselves over as an argument of `step`. Under them PyTorch unscales and skips.
+TAKES_SCALE = int(torch.__version__.partition(".")[0]) >= 2
+
+
+class ClipSettings(TypedDict, total=False):
+    """What describes the clip before a step: at most one of the first five, and what goes with it."""
+
+    max_norm: float | None
+    max_rms: float | None
+    max_average_norm: float | None
+    clip_value: float | None
+    clip_range: tuple[float, float] | None
+    norm_type: float | str | None
+    scope: Literal["global", "tensor"] | None
+    non_finite: Policy | None
+    skip_above: float | None
+
+
+def _description(clip: Mapping[str, Any], grad_scale: float) -> Clip:
+    """The clip that the settings describe. Without any it lets everything pass, and the Rust part measures nothing."""
+    unknown = [name for name in clip if name not in ClipSettings.__annotations__]
+    if unknown:
+        raise TypeError(f"there is no argument {unknown[0]!r}")
+    if clip.get("scope") not in (None, "global", "tensor"):
+        raise ValueError(f'scope is {clip["scope"]!r}; the scope of a step must be "global" or "tensor"')
+    settings = {name: value for name, value in clip.items() if value is not None}
+    if settings in ({}, {"non_finite": "propagate"}):
+        settings = {"clip_range": (-math.inf, math.inf)}
+    elif not any(name in MODES for name in settings):
+        settings["max_norm"] = math.inf
+    return description({**settings, "grad_scale": grad_scale})
+
+
+class _Clipping:
+    """What the five optimizers share."""
+
+    # The name of the algorithm, and those of its settings.
+    _algorithm: str
+    _settings: tuple[str, ...]
+    _step_supports_amp_scaling = TAKES_SCALE
+
+    clip: ClipSettings
+    report: Report | None
+    param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+    state: dict[Any, dict[str, Any]]
+
+    def _begin(self, clip: ClipSettings, settings: Mapping[str, Any]) -> None:
+        """Check the settings, before PyTorch does: our errors name them."""
+        self.clip, self.report = clip, None
+        _description(clip, 1.0)
+        self._optimizer(settings)
+
+    def _optimizer(self, group: Mapping[str, Any]) -> _gradclip.Optimizer:
+        algorithm = self._algorithm
+        if algorithm.startswith("Adam"):
+            # PyTorch's Adam is AdamW once it has loaded AdamW's settings, and the other way round.
+            algorithm = "AdamW" if group.get("decoupled_weight_decay", algorithm == "AdamW") else "Adam"
+        settings: dict[str, Any] = {}
+        for name in (*self._settings, "lr", "weight_decay", "maximize"):
+            value = group[name]
+            if name == "betas":
+                settings[name] = [number(name, beta) for beta in value]
+            elif isinstance(value, bool):
+                settings[name] = value
+            else:
+                settings[name] = number(name, value)
+        return _gradclip.Optimizer(algorithm, **settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with settings of its own: ``{"params": [...], "lr": ...}``."""
+        self._optimizer({**self.defaults, **param_group})
+        super().add_param_group(param_group)  # type: ignore[misc]
+        try:
+            for i, p in enumerate(self.param_groups[-1]["params"]):
+                _check_device(p, f"parameter {i} of the group")
+        except DeviceError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None, *, grads: Iterable[Any] | None = None) -> Any:
+        """Clip and take a step in one. Gradients are only read.
+
+        ``closure``: computes the loss and the gradients anew, and returns the loss, which ``step`` returns too.
+        ``grads``: a gradient or None for each parameter, in the order of the groups, in place of ``.grad``. They may have
+        another dtype than the parameter: bfloat16 beside float32.
+
+        Parameters without a gradient are left out, and keep a count of steps of their own. ``report`` then holds the
+        report. Raises NonFiniteError under the policy ``"error"``; ValueError if a setting or a gradient does not fit;
+        TypeError if a tensor is sparse or of another dtype; DeviceError for a parameter on another device. Nothing has
+        been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A gradient scaler sets these for the time of a step.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        clip = _description(self.clip, 1.0 if scale is None else number("grad_scale", scale))
+        optimizers = [self._optimizer(group) for group in self.param_groups]
+        found, groups = self._found(grads)
+        params = found.params or []
+        if found_inf is not None and float(found_inf) != 0.0:
+            elements = sum(p.numel() for p in params)
+            nan = math.nan
+            self.report = Report(nan, nan, False, elements, len(params), None, None, "non-finite", repr(clip), [], {})
+            return loss
+        states: list[dict[str, Any]] = []
+        kept: list[list[Any]] = []
+        counts: list[int] = []
+        for p, group in zip(params, groups):
+            state, names, count = self._state(p, optimizers[group], self.param_groups[group])
+            states.append(state)
+            kept.append([state[name] for name in names])
+            counts.append(count)
+        of_grads = _memory.plain(found.tensors, found.names)
+        of_written = _memory.plain([*params, *chain.from_iterable(kept)])
+        held: Any = None
+        if of_grads is None or of_written is None:
+            of_grads, of_written, held = _aligned(found, params, states, kept)
+        try:
+            raw = _gradclip.step(clip, optimizers, groups, counts, of_written, of_grads)
+        except NonFiniteError as error:
+            raise _located(error, found) from None
+        del held
+        self.report = report(raw, found.names, found.places, self.clip.get("scope") or "global", repr(clip))
+        if self.report.skipped is None:
+            _memory.bump(params)
+            for p, state in zip(params, states):
+                if state:
+                    self.state[p].update(state)
+            steps = [state["step"] for state in states if "step" in state]
+            if steps:
+                torch._foreach_add_(steps, 1)
+        return loss
+
+    def _found(self, grads: Iterable[Any] | None) -> tuple[Given, list[int]]:
+        """The parameters that have gradients, with these, and the group of each."""
+        every = [(group, p) for group, of in enumerate(self.param_groups) for p in of["params"]]
+        gradients = [p.grad for _, p in every] if grads is None else list(grads)
+        if len(gradients) != len(every):
+            raise ValueError(f"grads has {len(gradients)} entries, and there are {len(every)} parameters")
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        places = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        for i in places:
+            gradient, p = gradients[i], every[i][1]
+            if not isinstance(gradient, torch.Tensor):
+                raise TypeError(f"gradient {i} is a {type(gradient).__name__}; it must be a tensor")
+            if gradient.shape != p.shape:
+                raise ValueError(f"gradient {i} has shape {tuple(gradient.shape)}, its parameter {tuple(p.shape)}")
+        own = [names[i] for i in places] if len(names) == len(every) else None
+        params = [every[i][1] for i in places]
+        return Given(own, [gradients[i] for i in places], places, params), [every[i][0] for i in places]
+
+    def _state(
+        self, p: Any, optimizer: _gradclip.Optimizer, group: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str], int]:
+        """The state of a parameter for its next step, the names of its tensors, and the number of steps that it has
+        taken, as far as the update depends on it. A state that begins becomes the optimizer's once the step is taken."""
+        code = _memory.torch_codes(torch).get(p.dtype)
+        if code is None:
+            raise TypeError(f"a parameter is {p.dtype}; parameters can be float32, float64, float16 and bfloat16")
+        names = optimizer.state_tensors(code)
+        # The state makes an entry for whatever it is asked by index.
+        old = self.state.get(p) or {}
+        state: dict[str, Any] = {}
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        for name in names:
+            tensor = old.get(name)
+            if tensor is None:
+                first = group["initial_accumulator_value"] if name == "sum" else 0.0
+                tensor = torch.full_like(p, first, dtype=wide, requires_grad=False)
+            state[name] = tensor if tensor.dtype == wide else tensor.to(wide)
+        if self._algorithm == "SGD":
+            # PyTorch does not count here. The first step is the one that finds no direction.
+            return state, names, int("momentum_buffer" in names and old.get("momentum_buffer") is not None)
+        step = old.get("step")
+        if not isinstance(step, torch.Tensor):
+            default = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+            step = torch.tensor(float(step or 0), dtype=default, device="cpu")
+        state["step"] = step
+        counts = self._algorithm.startswith("Adam") or group.get("lr_decay", 0) != 0
+        return state, names, int(step) if counts else 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of this optimizer, or of PyTorch's own of this name, has returned."""
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, p in zip(saved, params):
+            if p.dtype not in HALVES:
+                continue
+            # PyTorch has rounded its state to its dtype.
+            for name, tensor in state_dict["state"].get(key, {}).items():
+                loaded: Any = self.state[p].get(name)
+                if isinstance(tensor, torch.Tensor) and tensor.dtype != loaded.dtype and name != "step":
+                    # A hook may have changed it on the way.
+                    if torch.equal(tensor.to(loaded), loaded):
+                        self.state[p][name] = tensor.detach().clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: Any = super().__getstate__()
+        return {**state, "clip": self.clip, "report": self.report}
+
+
+def _check_device(tensor: Any, label: str) -> None:
+    if tensor.device.type != "cpu":
+        raise DeviceError(
+            f"{label} is on {tensor.device}, and gradclip takes its steps on the CPU: move it there, or take torch.optim and"
+            " gradclip.clip(..., device_fallback=True)"
+        )
+
+
+def _aligned(
+    found: Given, params: list[Any], states: list[dict[str, Any]], kept: list[list[Any]]
+) -> tuple[_memory.Flat, _memory.Flat, Any]:
+    """The descriptions of gradients, and of parameters with their state, all laid out as the parameters are; and what
+    keeps their memory alive. Gradients and states with other layouts are copied."""
+    gradients = list(found.tensors)
+    for i, p in enumerate(params):
+        label = found.label(i).replace("tensor", "parameter", 1)
+        _check_device(p, label)
+        _check_device(gradients[i], f"the gradient of {label}")
+        if not _memory.hides_data(torch, p) and not _memory.is_dense(p.shape, p.stride()):
+            raise ValueError(f"{label} has gaps between its elements, or shares them; make it .contiguous() first")
+        if gradients[i].layout is torch.strided and gradients[i].stride() != p.stride():
+            gradients[i] = torch.empty_like(p, dtype=gradients[i].dtype, requires_grad=False).copy_(gradients[i])
+        for name, tensor in states[i].items():
+            if name != "step" and tensor.stride() != p.stride():
+                states[i][name] = torch.empty_like(p, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        kept[i] = [tensor for name, tensor in states[i].items() if name != "step"]
+
+    def label_of(i: int) -> str:
+        return found.label(i).replace("tensor", "parameter", 1) if i < len(params) else "a tensor of the state"
+
+    def label_of_gradient(i: int) -> str:
+        return f"the gradient of {label_of(i)}"
+
+    of_grads = _memory.memory(gradients, label_of_gradient, found.names, write=False)
+    written = [*params, *chain.from_iterable(kept)]
+    of_written = _memory.memory(written, label_of, None, write=True, as_torch=True)
+    return of_grads.flat, of_written.flat, (of_grads, of_written)
+
+
+class SGD(_Clipping, torch.optim.SGD):  # type: ignore[misc]
+    """``torch.optim.SGD`` on the CPU, with a clip in the same pass.
+
+    ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-3), ``momentum``
+    (0), ``dampening`` (0), ``weight_decay`` (0), ``nesterov``, ``maximize``: as in PyTorch. (Sutskever, Martens, Dahl, Hinton
+    2013, "On the importance of initialization and momentum in deep learning")
+    """
+
+    _algorithm = "SGD"
+    _settings = ("momentum", "dampening", "nesterov")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **clip: Unpack[ClipSettings],
+    ) -> None:
+        settings: dict[str, Any] = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        settings.update(nesterov=nesterov, maximize=maximize)
+        self._begin(clip, settings)
+        super().__init__(params, **settings)
+
+
+class Adagrad(_Clipping, torch.optim.Adagrad):  # type: ignore[misc]
+    """``torch.optim.Adagrad`` on the CPU, with a clip in the same pass.
+
+    ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-2), ``lr_decay``
+    (0), ``weight_decay`` (0), ``initial_accumulator_value`` (0), ``eps`` (1e-10), ``maximize``: as in PyTorch. (Duchi, Hazan,
+    Singer 2011, "Adaptive subgradient methods for online learning and stochastic optimization")
+    """
+
+    _algorithm = "Adagrad"
+    _settings = ("lr_decay", "initial_accumulator_value", "eps")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        fused: bool | None = None,
+        **clip: Unpack[ClipSettings],
+    ) -> None:
+        settings: dict[str, Any] = dict(lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps, maximize=maximize)
+        settings["initial_accumulator_value"] = initial_accumulator_value
+        self._begin(clip, settings)
+        super().__init__(params, **settings)
+        # PyTorch makes this state at once, in the parameter's dtype.
+        for p, state in self.state.items():
+            if p.dtype in HALVES:
+                state["sum"] = torch.full_like(p, initial_accumulator_value, dtype=torch.float32, requires_grad=False)
+
+
+class RMSprop(_Clipping, torch.optim.RMSprop):  # type: ignore[misc]
+    """``torch.optim.RMSprop`` on the CPU, with a clip in the same pass.
+
+    ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-2), ``alpha``
+    (0.99, below 1), ``eps`` (1e-8), ``weight_decay`` (0), ``momentum`` (0), ``centered``, ``maximize``: as in PyTorch.
+    (Tieleman, Hinton 2012, lecture 6.5; centered: Graves 2013, "Generating sequences with recurrent neural networks")
+    """
+
+    _algorithm = "RMSprop"
+    _settings = ("alpha", "eps", "momentum", "centered")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        **clip: Unpack[ClipSettings],
+    ) -> None:
+        settings: dict[str, Any] = dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
+        settings.update(centered=centered, maximize=maximize)
+        self._begin(clip, settings)
+        super().__init__(params, **settings)
+
+
+class Adam(_Clipping, torch.optim.Adam):  # type: ignore[misc]
+    """``torch.optim.Adam`` on the CPU, with a clip in the same pass.
+
+    ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-3), ``betas``
+    (0.9, 0.999), ``eps`` (1e-8), ``weight_decay`` (0), ``amsgrad``, ``maximize``: as in PyTorch. (Kingma, Ba 2015, "Adam: a
+    method for stochastic optimization"; amsgrad: Reddi, Kale, Kumar 2018, "On the convergence of Adam and beyond")
+    """
+
+    _algorithm = "Adam"
+    _settings = ("betas", "eps", "amsgrad")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+        **clip: Unpack[ClipSettings],
+    ) -> None:
+        settings: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        settings.update(amsgrad=amsgrad, maximize=maximize)
+        self._begin(clip, settings)
+        super().__init__(params, **settings)
+
+
+class AdamW(_Clipping, torch.optim.AdamW):  # type: ignore[misc]
+    """``torch.optim.AdamW`` on the CPU, with a clip in the same pass.
+
+    ``params``: parameters, or groups of them; float32, float64, float16 and bfloat16, of any shape. ``lr`` (1e-3), ``betas``
+    (0.9, 0.999), ``eps`` (1e-8), ``weight_decay`` (1e-2), ``amsgrad``, ``maximize``: as in PyTorch. (Loshchilov, Hutter 2019,
+    "Decoupled weight decay regularization")
+    """
+
+    _algorithm = "AdamW"
+    _settings = ("betas", "eps", "amsgrad")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **clip: Unpack[ClipSettings],
+    ) -> None:
+        settings: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        settings.update(amsgrad=amsgrad, maximize=maximize)
+        self._begin(clip, settings)
+        super().__init__(params, **settings)
+
+
+# What is the same for all.
+_SHARED = """
+    The clip, over the gradients of all groups together: at most one of ``max_norm``, ``max_rms``, ``max_average_norm``,
+    ``clip_value`` and ``clip_range``, and with it ``norm_type``, ``scope`` (``"global"`` or ``"tensor"``), ``non_finite`` and
+    ``skip_above``, as :func:`gradclip.clip` takes them. With max_norm a NaN is an error, unless ``non_finite`` chooses
+    otherwise. Without any of them nothing is clipped or measured. They lie in the dict ``optimizer.clip``, and may change
+    from step to step.
+
+    ``optimizer.report`` is the :class:`gradclip.Report` of the last step. A skipped step changes nothing and does not
+    count. Gradients are only read. ``foreach`` and ``fused`` are accepted and change nothing. ``state_dict()`` has PyTorch's
+    form, which ``torch.optim`` loads, and the other way round; the state of half-precision parameters is float32. A
+    ``torch.amp.GradScaler`` hands its scale over, so no ``unscale_`` is needed.
+
+    Raises ValueError for a setting that is wrong, by its name; DeviceError for a parameter that is not on the CPU.
+    """
+for _class in (SGD, Adagrad, RMSprop, Adam, AdamW):
+    _class.__doc__ = (_class.__doc__ or "").rstrip() + "\n" + _SHARED
