@@ -41,8 +41,8 @@ fn losses_are_told() {
     let run = clip(&input, &out, &["--max-norm", "inf", "--grad-scale", "3e-5", "--force"]).succeeded();
     assert!(run.stdout.contains("1 of 9 elements became infinite; --out"), "{run:?}");
     // What float32 loses has no way out here.
-    let tiny = folder.write("tiny", shaped_file(&[("w", "F32", &[1], f32s(&[1e-45]))]));
-    let run = clip(&tiny, &out, &["--clip-value", "1", "--grad-scale", "8", "--force"]).succeeded();
+    let tiny = folder.write("tiny", shaped_file(&[("w", "F32", &[1], f32s(&[1.2e-38]))]));
+    let run = clip(&tiny, &out, &["--clip-value", "1", "--grad-scale", "1e9", "--force"]).succeeded();
     assert!(run.stdout.contains("rounding     1 of 1 element became 0\n"), "{run:?}");
     // Nothing is said where nothing is lost, and a norm writes nothing.
     assert!(!clip(&input, &out, &["--max-norm", "1", "--force"]).succeeded().stdout.contains("rounding"));
