@@ -30,10 +30,8 @@ pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Par
     let mut changed = false;
     blocks.fold(Partial::EMPTY, |chunk, (i, block)| {
         let at = at.ahead(i * BLOCK);
-        let partial = if changed { clamp.sweep(at, block, &mut wide) } else { clamp.look(at, block, &mut wide) };
-        if !changed {
-            clamp.write(&partial, block, &mut wide);
-        }
+        let partial =
+            if changed { clamp.sweep(at, block, &mut wide) } else { clamp.look_and_write(at, block, &mut wide) };
         changed = clamp.factor == 1.0 && partial.outside;
         chunk.merge(partial)
     })
@@ -98,19 +96,19 @@ impl<T: Widen> Clamp<T> {
             return Partial { outside, ..Partial::EMPTY };
         }
         block.copy_from_slice(before);
-        let found = self.look(at, block, wide);
-        self.write(&found, block, wide);
-        found
+        self.look_and_write(at, block, wide)
     }
 
-    /// Writes a block in which `look` found this.
-    fn write(self, found: &Partial, block: &mut [u8], wide: &mut Unscaled<T::Wide>) {
+    /// Looks at a block, and writes it if anything changes.
+    fn look_and_write(self, at: Location, block: &mut [u8], wide: &mut Unscaled<T::Wide>) -> Partial {
+        let found = self.look(at, block, wide);
         let (Self { min, max, .. }, drop) = (self, self.drop && found.non_finite > 0);
         if self.factor != 1.0 {
-            self.write_unscaled(found, block, wide);
+            self.write_unscaled(&found, block, wide);
         } else if drop || found.outside {
             run(Write { min, max, drop, block });
         }
+        found
     }
 
     /// Clamps what `look` has left in `wide`, and rounds it into the block.

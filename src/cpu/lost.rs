@@ -1,7 +1,7 @@
 //! Counts the elements that a clip makes 0 or infinite only because products are rounded to the stored type.
 //!
 //! A product grows with its element's magnitude. So a factor below 1 loses the magnitudes up to some number, and one
-//! above 1 those from some number on: a range of bits. A piece that holds no such element costs one comparison each.
+//! above 1 those from some number on: a range of bits. Looking for it costs one comparison for each element.
 //!
 //! Subnormal elements count only in float16. In the other types they are below 1.2e-38, so a step never misses them, and
 //! if they counted, every factor below 1 would need the comparisons. So the range is empty, and free, unless a factor

@@ -12,13 +12,14 @@
 
 use half::{bf16, f16};
 
-use super::element::{Wide, Widen, elements};
+use super::element::{Wide, elements};
 use super::isa::{Isa, Kernel, LANES, run};
-use super::map::{self, Same, ToF64};
+use super::map::{self, Same};
 use super::pool::in_parallel;
 use super::scale::Round;
 use super::tuning::{BLOCK, CHUNK, WRITTEN_AT_ONCE};
 use super::update::{Arrays, update};
+use super::widen::widen_block;
 use super::write::apply_block;
 use crate::decision::{Action, Outcome};
 use crate::dtype::with_element;
@@ -185,7 +186,7 @@ fn step_block<W: Wide>(
     } else {
         let to = clipped_in::<W>(from);
         if from != to {
-            with_element!(from, T => widen::<T>(gradient, to, &mut buffers.gradients));
+            with_element!(from, T => widen_block::<T>(gradient, to, &mut buffers.gradients));
         }
         let all = bytemuck::cast_slice_mut(&mut buffers.gradients);
         let copy = &mut all[..len * to.size()];
@@ -235,15 +236,6 @@ fn step_block<W: Wide>(
 /// The first `len` numbers.
 fn bytes_of(wide: &mut [[f32; LANES]], len: usize) -> &mut [u8] {
     &mut bytemuck::cast_slice_mut(wide)[..len * size_of::<f32>()]
-}
-
-/// Widens gradients to float32 or float64, which begin with the buffer.
-fn widen<T: Widen>(gradient: &[u8], to: Dtype, buffer: &mut [[f64; LANES]]) {
-    if to == Dtype::F64 {
-        map::write::<T, _>(ToF64, gradient, buffer);
-    } else {
-        map::write::<T, _>(Same, gradient, bytemuck::cast_slice_mut(buffer));
-    }
 }
 
 /// Rounds float64 to float32, which begin at the same place.

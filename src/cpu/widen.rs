@@ -1,6 +1,6 @@
 //! Copies elements into a wider dtype, exactly.
 
-use super::element::{Wide, Widen};
+use super::element::Widen;
 use super::isa::LANES;
 use super::map::{self, Same, ToF64};
 use super::pool::in_parallel;
@@ -58,17 +58,19 @@ impl Tensor<'_> {
 }
 
 fn widen<T: Widen>(data: &[u8], to: Dtype, into: &mut [u8]) {
-    let mut single = [[T::Wide::ZERO; LANES]; BLOCK / LANES];
-    let mut double = [[0f64; LANES]; BLOCK / LANES];
+    let mut buffer = [[0f64; LANES]; BLOCK / LANES];
     let blocks = data.chunks(BLOCK * size_of::<T>()).zip(into.chunks_mut(BLOCK * to.size()));
     for (block, into) in blocks {
-        let widened: &[u8] = if to == Dtype::F64 {
-            map::write::<T, _>(ToF64, block, &mut double);
-            bytemuck::cast_slice(double.as_flattened())
-        } else {
-            map::write::<T, _>(Same, block, &mut single);
-            bytemuck::cast_slice(single.as_flattened())
-        };
-        into.copy_from_slice(&widened[..into.len()]);
+        widen_block::<T>(block, to, &mut buffer);
+        into.copy_from_slice(&bytemuck::cast_slice(&buffer)[..into.len()]);
+    }
+}
+
+/// Widens elements to float32 or float64, which begin with the buffer.
+pub(super) fn widen_block<T: Widen>(data: &[u8], to: Dtype, buffer: &mut [[f64; LANES]]) {
+    if to == Dtype::F64 {
+        map::write::<T, _>(ToF64, data, buffer);
+    } else {
+        map::write::<T, _>(Same, data, bytemuck::cast_slice_mut(buffer));
     }
 }

@@ -34,7 +34,7 @@ pub struct Trial {
     /// The time of a step over that with the best row before it, in one round or two: the geometric mean over all cases
     /// of the ratio of medians. Empty if a norm was wrong; such a row is never taken.
     pub rounds: Vec<f64>,
-    /// Whether it became the best row: so does the first one, and each with two rounds below 0.95.
+    /// Whether it became the best row. The first one does; another needs two rounds, both below 0.95.
     pub taken: bool,
     /// Bytes a second that a norm, a clip by norm and a clip by value must move, at the largest size; they move 4, 12
     /// and 8 bytes an element. Empty if a norm was wrong.
