@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gradclip::wgpu::{Adapter, DeviceType, Features};
+use gradclip::wgpu::{Adapter, AdapterInfo, DeviceType, Features};
 use serde::Serialize;
 
 use crate::args::DevicesArgs;
@@ -42,15 +42,20 @@ pub(crate) fn run(args: &DevicesArgs) -> Result<(), Failure> {
     print(&adapters.iter().map(Device::text).collect::<Vec<_>>().join("\n"))
 }
 
+/// The name and the version of a driver.
+pub(crate) fn driver(info: &AdapterInfo) -> String {
+    format!("{} {}", info.driver, info.driver_info).trim().to_owned()
+}
+
 impl Device {
     fn of(adapter: &Adapter) -> Self {
         let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
         Self {
+            driver: driver(&info),
             name: info.name,
             backend: format!("{:?}", info.backend),
             device_type: format!("{:?}", info.device_type),
             software: info.device_type == DeviceType::Cpu,
-            driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
             max_storage_buffer_binding_size: limits.max_storage_buffer_binding_size,
             max_buffer_size: limits.max_buffer_size,
             subgroup_min_size: info.subgroup_min_size,

@@ -9,6 +9,7 @@ use gradclip::gpu::tuning::Tuning;
 use gradclip::wgpu::AdapterInfo;
 use serde::{Deserialize, Serialize};
 
+use crate::devices::driver;
 use crate::failure::Failure;
 use crate::output;
 
@@ -58,7 +59,7 @@ impl Row {
         Self {
             adapter: info.name.clone(),
             backend: format!("{:?}", info.backend),
-            driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+            driver: driver(info),
             version: env!("CARGO_PKG_VERSION").into(),
             tuning,
         }

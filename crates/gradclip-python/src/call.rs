@@ -1,6 +1,6 @@
 //! The calls: apply, measure, verify, sum.
 
-use gradclip::{Clip, ClipReport, Clipper, Error, Mode, NonFinite, Scope, TensorMut};
+use gradclip::{Clip, ClipReport, Clipper, Error, Mode, NonFinite, NonFiniteElements, Scope, Tensor, TensorMut};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -176,12 +176,22 @@ fn together(reports: Vec<ClipReport>) -> Option<ClipReport> {
             all.zero += lost.zero;
             all.infinite += lost.infinite;
         }
-        match (&mut all.non_finite, report.non_finite) {
-            (Some(first), Some(found)) => first.count += found.count,
-            (none, found) => *none = none.take().or(found),
-        }
+        all.non_finite = merged(all.non_finite.take(), report.non_finite);
         all
     })
+}
+
+/// The non-finite elements of two sets of tensors, with the first of both.
+pub(crate) fn merged(a: Option<NonFiniteElements>, b: Option<NonFiniteElements>) -> Option<NonFiniteElements> {
+    match (a, b) {
+        (Some(a), Some(b)) => {
+            let count = a.count + b.count;
+            let mut first = if (a.tensor, a.index) <= (b.tensor, b.index) { a } else { b };
+            first.count = count;
+            Some(first)
+        }
+        (a, b) => a.or(b),
+    }
 }
 
 /// Measures, and writes nothing.
@@ -198,12 +208,17 @@ pub(crate) fn measure<'py>(
     let (clip, backend) = (clip.0, Backend::named(backend, adapter)?);
     let (memory, params) = (Memory::of(tensors)?, params.map(Memory::of).transpose()?);
     let parameters = params.as_ref().map(|params| params.tensors(py)).transpose()?;
-    let mut tensors = memory.tensors(py)?;
-    if let Some(parameters) = &parameters {
-        tensors = tensors.into_iter().zip(parameters).map(|(tensor, parameter)| tensor.parameter(parameter)).collect();
-    }
+    let tensors = with_parameters(memory.tensors(py)?, parameters.as_deref());
     let report = py.detach(|| backend.clipper()?.measure(&clip, &tensors));
     Ok(raw(py, &report.map_err(|error| exception(py, &error))?))
+}
+
+/// The tensors, each with its parameter if there are any.
+fn with_parameters<'a>(tensors: Vec<Tensor<'a>>, parameters: Option<&'a [Tensor<'a>]>) -> Vec<Tensor<'a>> {
+    match parameters {
+        Some(parameters) => tensors.into_iter().zip(parameters).map(|(tensor, of)| tensor.parameter(of)).collect(),
+        None => tensors,
+    }
 }
 
 /// Writes the sums over examples, each clipped.
@@ -248,11 +263,7 @@ pub(crate) fn verify(
         let clip = clip.0;
         let (memory, params) = (Memory::of(tensors)?, params.map(Memory::of).transpose()?);
         let parameters = params.as_ref().map(|params| params.tensors(py)).transpose()?;
-        let mut tensors = memory.tensors(py)?;
-        if let Some(parameters) = &parameters {
-            tensors =
-                tensors.into_iter().zip(parameters).map(|(tensor, parameter)| tensor.parameter(parameter)).collect();
-        }
+        let tensors = with_parameters(memory.tensors(py)?, parameters.as_deref());
         let found = py.detach(|| gradclip::verify(&clip, &tensors, &crate::device::gpu(adapter)?).wait());
         let found = found.map_err(|error| exception(py, &error))?;
         let mismatch = found.first_mismatch.as_ref().map(|m| (m.tensor, m.index, m.cpu, m.gpu, m.ulps));

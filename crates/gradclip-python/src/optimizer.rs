@@ -8,6 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
+use crate::call::merged;
 use crate::clip;
 use crate::error::{exception, unknown};
 use crate::memory::{DTYPES, Described, Memory};
@@ -235,15 +236,7 @@ fn report(clip: &Clip, steps: &[DecidedStep]) -> ClipReport {
     let others = if counted { &steps[1..] } else { &[] };
     for other in others.iter().flat_map(DecidedStep::reports) {
         all.clipped |= other.clipped;
-        all.non_finite = match (all.non_finite.take(), other.non_finite) {
-            (Some(a), Some(b)) => {
-                let count = a.count + b.count;
-                let mut first = if (a.tensor, a.index) <= (b.tensor, b.index) { a } else { b };
-                first.count = count;
-                Some(first)
-            }
-            (a, b) => a.or(b),
-        };
+        all.non_finite = merged(all.non_finite.take(), other.non_finite);
     }
     all
 }

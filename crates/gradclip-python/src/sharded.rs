@@ -53,7 +53,7 @@ pub(crate) fn finish<'py>(
     for (rank, bytes) in partials.into_iter().enumerate() {
         let of_rank = |error: Error| PyValueError::new_err(format!("rank {rank} of the group: {error}"));
         let one = NormAccumulator::from_bytes(&clip, &bytes).map_err(of_rank)?;
-        bad = bad.or_else(|| non_finite(&clip, &bytes).map(|found| (rank, found)));
+        bad = bad.or_else(|| non_finite(&clip, &one).map(|found| (rank, found)));
         all.merge(&one).map_err(|error| fail(&error))?;
     }
     let mut memory = tensors.map(Memory::of).transpose()?;
@@ -85,9 +85,8 @@ pub(crate) fn finish<'py>(
 }
 
 /// The non-finite elements of a partial.
-fn non_finite(clip: &Clip, bytes: &[u8]) -> Option<NonFiniteElements> {
-    let found = NormAccumulator::from_bytes(clip, bytes).ok()?;
-    match found.report() {
+fn non_finite(clip: &Clip, partial: &NormAccumulator) -> Option<NonFiniteElements> {
+    match partial.report() {
         Ok(report) => report.non_finite,
         Err(Error::NonFinite(found)) if clip.non_finite == NonFinite::Error => Some(found),
         Err(_) => None,
