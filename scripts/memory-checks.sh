@@ -25,7 +25,7 @@ sanitized -p gradclip --test suite -- "${suite[@]/%/::}"
 # sanitizer adds its own.
 program=(bad_files bad_tensors exit_codes output_whole_or_not_at_all passes_through pieces sharded sums)
 sanitized -p gradclip-cli --lib
-sanitized -p gradclip-cli --test suite -- "${program[@]/%/::}"
+sanitized -p gradclip-cli --test program -- "${program[@]/%/::}"
 
 command -v valgrind >/dev/null || { echo "error: valgrind is missing: install the package of that name" >&2; exit 1; }
 echo "== valgrind"

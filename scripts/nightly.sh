@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 export GRADCLIP_WHOLE=1
 
 page=docs/RELIABILITY.md
-rows=(lavapipe burn burn-fusion candle instructions small swiftshader-small gl mpich)
+rows=(lavapipe burn burn-fusion candle instructions swiftshader-small swiftshader small gl mpich)
 parts=("${rows[@]}" python no-gpu kernels published memory aarch64 properties soak fuzz miri deny)
 
 # Each part is one command, or several joined by &&: errors do not end a function that `if` calls.

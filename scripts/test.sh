@@ -14,11 +14,11 @@
 #   candle +              gradclip-candle, on the CPU
 #   python                the Python package, with Debian's PyTorch and NumPy, on lavapipe
 #   instructions +        how many instructions the CPU's kernels need for an element
-#   small                 what runs on a GPU, on lavapipe with subgroups of 8 and lowered limits
-#   swiftshader           the same on SwiftShader
-#   burn-fusion *         gradclip-burn with burn's fusion, on lavapipe
-#   swiftshader-small *   what runs on a GPU, on SwiftShader with subgroups of 4 and lowered limits
+#   swiftshader-small     what runs on a GPU, on SwiftShader with subgroups of 4 and lowered limits
+#   swiftshader *         the same without lowered limits
+#   small *               the same on lavapipe, with subgroups of 8 and lowered limits
 #   gl *                  the same on llvmpipe, by OpenGL
+#   burn-fusion *         gradclip-burn with burn's fusion, on lavapipe
 #   mpich *               the ranks under MPICH, on the CPU
 #
 # On Vulkan, rows of the library run under the validation layers of Khronos. A missing device is an error.
@@ -36,8 +36,8 @@ candle=(-p gradclip-candle --profile quick)
 # Only optimised kernels are vectors, and only without checks of overflow.
 instructions=(--profile vectors -p gradclip --no-default-features --lib cpu::tests::instructions)
 
-each_change=(lavapipe burn candle python instructions small swiftshader)
-by_night=(burn-fusion swiftshader-small gl mpich)
+each_change=(lavapipe burn candle python instructions swiftshader-small)
+by_night=(swiftshader small gl burn-fusion mpich)
 
 asked=${1-}
 whole=
@@ -80,8 +80,7 @@ if [ -n "$whole" ]; then
 else
     apart+=(kernel_variants tune device_scopes large_offsets larger_than_device long_sums properties)
 fi
-# The program has a suite of its own, which runs on lavapipe.
-on_a_gpu=("${all[@]}" --exclude gradclip-cli "${tests[@]/#/--test=}")
+on_a_gpu=("${all[@]}" "${tests[@]/#/--test=}")
 # Lowered limits refuse these: the sets or the tests' own kernels are too large. three_thousand_tensors_cost_one_merge counts
 # allocations, which holds for one dispatch of each kernel.
 too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
