@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 
 package=crates/gradclip-python
 log=$devices/python.log
+: >"$log"
 
 if [ "${1-}" = --newest ]; then
     install python3-venv

@@ -5,6 +5,7 @@
 //!     gradients and parameters of the type that is computed in, with one factor: update       cpu/update.rs
 //!     all others, block by block, in the first-level cache:
 //!         widen the gradients and clip the copy        cpu/widen.rs, cpu/write.rs
+//!             (none is made where a clamp changes nothing and nothing is widened)
 //!         widen the parameters, or put them together with what the state keeps of them
 //!         update
 //!         round the parameters
@@ -12,6 +13,7 @@
 
 use half::{bf16, f16};
 
+use super::clamp;
 use super::element::{Wide, elements};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{self, Same};
@@ -126,6 +128,7 @@ fn step<W: Wide>(how: How<'_>, at: Location, piece: Piece<'_>) -> Partial {
     while rest.len() > 0 {
         let (own, others) = rest.split(block);
         let ahead = next.ahead(own.len());
+        let factor = factor.or_else(|| how.unclamped::<W>(own.gradient, next));
         found = found.merge(step_block(how, next, factor, own, &mut buffers));
         (rest, next) = (others, ahead);
     }
@@ -148,6 +151,13 @@ impl How<'_> {
             Action::Apply => W::factor(outcome.factor),
             Action::Zero => None,
         }
+    }
+
+    /// The factor of a block in W that a value clip leaves inside its bounds, and that is finite.
+    fn unclamped<W: Wide>(self, (dtype, gradient): (Dtype, &[u8]), at: Location) -> Option<W> {
+        let clamps = self.clip.measured().is_none() && self.outcomes[0].action != Action::Zero && dtype == W::DTYPE;
+        let factor = W::factor(1.0 / self.clip.grad_scale).filter(|_| clamps)?;
+        (clamp::scan::<W>(self.clip, at, gradient) == Partial::EMPTY).then_some(factor)
     }
 }
 

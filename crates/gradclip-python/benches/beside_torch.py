@@ -5,6 +5,7 @@ Run it with the package as it is installed (a release build), and with RAYON_NUM
     RAYON_NUM_THREADS=2 python crates/gradclip-python/benches/beside_torch.py [MEBI_ELEMENTS]
 """
 
+import itertools
 import statistics
 import sys
 import time
@@ -34,10 +35,34 @@ def seconds(call, repeat):
     return (time.perf_counter() - begin) / repeat
 
 
-def beside(name, params, max_norm, repeat, runs):
+def clips(name, params, max_norm, repeat, runs):
     # Gradients shrink little, so that none becomes denormal.
     ours = lambda: gradclip.clip_grad_norm_(params, max_norm())  # noqa: E731
     theirs = lambda: torch.nn.utils.clip_grad_norm_(params, max_norm())  # noqa: E731
+    beside(name, ours, theirs, repeat, runs)
+
+
+def steps(name, params, runs, grads=None):
+    """AdamW with a clip by norm: ours in one, and PyTorch's clip and then its fused step."""
+    norm = float(gradclip.get_total_norm(grads or [p.grad for p in params]))
+    for limit, clipped in ((1e30, ""), (norm / 2, ", clipped")):
+        # What PyTorch has clipped is still above this.
+        ours = gradclip.AdamW(params, lr=1e-5, max_norm=limit / 2)
+        theirs = torch.optim.AdamW(params, lr=1e-5, fused=True)
+
+        def step():
+            if grads is not None:
+                for p, grad in zip(params, grads):
+                    p.grad = grad.float()
+            # A little below the norm of gradients that it has clipped already.
+            torch.nn.utils.clip_grad_norm_(params, limit * 0.999**next(taken))
+            theirs.step()
+
+        taken = itertools.count()
+        beside(f"AdamW, {name}{clipped}", lambda: ours.step(grads=grads), step, 1, runs)
+
+
+def beside(name, ours, theirs, repeat, runs):
     ours(), theirs()
     taken = [(seconds(ours, repeat), seconds(theirs, repeat)) for _ in range(runs)]
     a, b = (statistics.median(times) for times in zip(*taken))
@@ -59,15 +84,26 @@ def shrinking(params):
 
 never = lambda: 1e30  # noqa: E731
 print("| | gradclip | PyTorch | ratio | of the least |\n|---|---|---|---|---|")
-beside("one tensor of 64 elements", parameters([64], torch.float32), never, 200, 31)
+clips("one tensor of 64 elements", parameters([64], torch.float32), never, 200, 31)
 one = parameters([64], torch.float32)
-beside("the same, clipped", one, shrinking(one), 50, 15)
+clips("the same, clipped", one, shrinking(one), 50, 15)
 small = parameters([2100] * 2000, torch.float32)
-beside("2,000 small tensors", small, never, 1, 31)
-beside("the same, clipped", small, shrinking(small), 1, 31)
+clips("2,000 small tensors", small, never, 1, 31)
+clips("the same, clipped", small, shrinking(small), 1, 31)
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     large = parameters([LARGE], dtype)
     name = f"{LARGE >> 20} Mi {str(dtype).removeprefix('torch.')}"
-    beside(f"{name}, unclipped", large, never, 1, 9)
-    beside(f"{name}, clipped", large, shrinking(large), 1, 9)
+    clips(f"{name}, unclipped", large, never, 1, 9)
+    clips(f"{name}, clipped", large, shrinking(large), 1, 9)
     del large
+
+# A step needs parameters of their own memory.
+for name, sizes, runs in (("2,000 small tensors", [2100] * 2000, 31), (f"{LARGE >> 20} Mi float32", [LARGE], 9)):
+    params = [torch.nn.Parameter(torch.empty(size).normal_()) for size in sizes]
+    for p in params:
+        p.grad = torch.empty_like(p).normal_()
+    steps(name, params, runs)
+bfloat16 = [p.grad.bfloat16() for p in params]
+for p in params:
+    p.grad = None
+steps(f"{LARGE >> 20} Mi float32 with bfloat16 gradients", params, 9, bfloat16)

@@ -1,7 +1,7 @@
 //! The Rust part of the Python package `gradclip`, which imports it as `gradclip._gradclip`.
 //!
 //! The Python part (`python/gradclip/`) looks at tensors and arrays, and hands their addresses, lengths and dtypes over
-//! in one call. [`memory`] makes views of them, [`clip`] has the descriptions, [`call`] the calls, [`sharded`] those of
+//! in one call. [`plain`] does the same for plain tensors of PyTorch. [`memory`] makes views of what is handed over, [`clip`] has the descriptions, [`call`] the calls, [`sharded`] those of
 //! several processes, [`optimizer`] the steps, [`thresholds`] the adaptive thresholds, [`report`] what is told, and
 //! [`error`] the exceptions. All work is done without the GIL.
 
@@ -12,6 +12,7 @@ mod device;
 mod error;
 mod memory;
 mod optimizer;
+mod plain;
 mod report;
 mod sharded;
 mod thresholds;
@@ -33,6 +34,8 @@ mod _gradclip {
     use super::error::{DeviceError, NonFiniteError, SkippedError};
     #[pymodule_export]
     use super::optimizer::{Optimizer, step};
+    #[pymodule_export]
+    use super::plain::plain;
     #[pymodule_export]
     use super::sharded::{finish, partial};
     #[pymodule_export]

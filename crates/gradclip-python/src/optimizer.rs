@@ -1,8 +1,8 @@
 //! Optimizers: the step of `torch.optim`, with the clip on its way.
 
 use gradclip::{
-    Clip, ClipReport, Clipper, DecidedClip, DecidedStep, Dtype, Error, Mode, NonFinite, OptimizerState, Scope, Tensor,
-    TensorMut,
+    Algorithm, Clip, ClipReport, Clipper, DecidedClip, DecidedStep, Dtype, Error, Mode, NonFinite, OptimizerState,
+    Scope, Tensor, TensorMut,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -79,9 +79,9 @@ impl Optimizer {
     }
 }
 
-/// Clips and takes a step in one. `groups` and `counts` have for each parameter the number of its optimizer, rising, and
-/// how many steps it has taken. `tensors` are the parameters, and then the state of each in order. Gradients are only
-/// read.
+/// Clips and takes a step in one. `groups` has for each parameter the number of its optimizer, rising. `tensors` are the
+/// parameters, then the state of each in order, and then for each a count of the steps that it has taken, unless
+/// `counts` has that. The step is added to the counts. Gradients are only read.
 #[pyfunction]
 #[expect(clippy::needless_pass_by_value, reason = "Python's arguments come so")]
 pub(crate) fn step<'py>(
@@ -89,7 +89,7 @@ pub(crate) fn step<'py>(
     clip: &clip::Clip,
     optimizers: Vec<PyRef<'py, Optimizer>>,
     groups: Vec<usize>,
-    counts: Vec<u64>,
+    counts: Option<Vec<u64>>,
     tensors: Described<'py>,
     grads: Described<'py>,
 ) -> PyResult<Raw<'py>> {
@@ -99,12 +99,26 @@ pub(crate) fn step<'py>(
     let unfit = || PyValueError::new_err("the parameters, their gradients and their state do not fit together");
     let count = groups.len();
     let known = groups.is_sorted() && groups.last().is_none_or(|last| *last < optimizers.len());
-    if !known || counts.len() != count || grads.len() != count || memory.len() < count {
+    let given = counts.as_ref().map_or(count, Vec::len);
+    let counted = if counts.is_some() { 0 } else { count };
+    if !known || given != count || grads.len() != count || memory.len() < count + counted {
         return Err(unfit());
     }
-    let dtypes: Vec<_> = (0..count).map(|i| memory.dtype(i)).collect();
+    let dtypes: Vec<_> = (0..memory.len()).map(|i| memory.dtype(i)).collect();
+    let of_counters = &dtypes[dtypes.len() - counted..];
     let gradients = grads.tensors(py)?;
     let (mut parameters, _) = memory.bytes_mut(&[&grads])?;
+    let counters = parameters.split_off(parameters.len() - counted);
+    let counts = match counts {
+        Some(counts) => counts,
+        None => {
+            let counts = groups.iter().zip(counters.iter().zip(of_counters)).map(|(group, (counter, dtype))| {
+                let count = count_of(*dtype, counter)?;
+                Some(if depends_on_count(&optimizers[*group]) { count } else { 0 })
+            });
+            counts.collect::<Option<Vec<_>>>().ok_or_else(unfit)?
+        }
+    };
     let mut rest = parameters.split_off(count).into_iter();
     let mut states = Vec::with_capacity(count);
     for ((group, dtype), parameter) in groups.iter().zip(&dtypes).zip(&parameters) {
@@ -153,7 +167,37 @@ pub(crate) fn step<'py>(
         )?;
         Ok(report(&clip, &steps))
     });
-    Ok(raw(py, &report.map_err(|error| exception(py, &error))?))
+    let report = report.map_err(|error| exception(py, &error))?;
+    if report.skipped.is_none() {
+        counters.into_iter().zip(of_counters).for_each(|(counter, dtype)| add_one(*dtype, counter));
+    }
+    Ok(raw(py, &report))
+}
+
+/// Whether the update of an optimizer depends on how many steps it has taken.
+fn depends_on_count(optimizer: &gradclip::Optimizer) -> bool {
+    match optimizer.algorithm {
+        Algorithm::Adam | Algorithm::AdamW => true,
+        Algorithm::Adagrad => optimizer.lr_decay.is_some_and(|decay| decay != 0.0),
+        _ => false,
+    }
+}
+
+/// A count that Python keeps as a float.
+fn count_of(dtype: Dtype, bytes: &[u8]) -> Option<u64> {
+    match dtype {
+        Dtype::F32 => Some(f32::from_ne_bytes(bytes.try_into().ok()?) as u64),
+        Dtype::F64 => Some(f64::from_ne_bytes(bytes.try_into().ok()?) as u64),
+        _ => None,
+    }
+}
+
+fn add_one(dtype: Dtype, bytes: &mut [u8]) {
+    let count = count_of(dtype, bytes).unwrap_or(0).saturating_add(1);
+    match dtype {
+        Dtype::F32 => bytes.copy_from_slice(&(count as f32).to_ne_bytes()),
+        _ => bytes.copy_from_slice(&(count as f64).to_ne_bytes()),
+    }
 }
 
 /// Consecutive elements of parameter number `of`, as bytes.
@@ -204,10 +248,6 @@ fn steps(
 /// Decides a clip. `first` is the report of the same decision, if it was made before. Gradients are not read again if its
 /// norm says all.
 fn decide(clip: &Clip, first: Option<&ClipReport>, gradients: &[Tensor<'_>]) -> Result<DecidedClip, Error> {
-    if is_none(clip) {
-        // Any norm will do, and no gradient is read.
-        return Clipper::cpu().decide_scale(&Clip::norm(f64::INFINITY).grad_scale(clip.grad_scale), &[0.0], gradients);
-    }
     let known = |first: &&ClipReport| !first.has_non_finite() && first.total_norm.is_finite();
     match first.filter(known) {
         Some(first) if clip.scope == Scope::Global && !matches!(clip.mode, Mode::Value { .. }) => {
@@ -217,19 +257,9 @@ fn decide(clip: &Clip, first: Option<&ClipReport>, gradients: &[Tensor<'_>]) -> 
     }
 }
 
-/// Whether the clip lets everything pass.
-fn is_none(clip: &Clip) -> bool {
-    let all = Mode::Value { min: f64::NEG_INFINITY, max: f64::INFINITY };
-    clip.mode == all && clip.non_finite == NonFinite::Propagate
-}
-
 /// The report of steps that have been taken.
 fn report(clip: &Clip, steps: &[DecidedStep]) -> ClipReport {
     let mut all = steps[0].reports().swap_remove(0);
-    if is_none(clip) {
-        // As that of any clip by value.
-        all.total_norm = f64::NAN;
-    }
     // Then each step has counted what it met itself.
     let counted =
         matches!(clip.mode, Mode::Value { .. }) && matches!(clip.non_finite, NonFinite::Propagate | NonFinite::Drop);

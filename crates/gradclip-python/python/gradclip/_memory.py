@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from gradclip import _gradclip
 from gradclip._gradclip import DeviceError
 
 # The Rust part's numbers for dtypes, by the end of their names.
@@ -138,9 +139,15 @@ def torch_codes(torch: Any) -> dict[Any, int]:
 def plain(tensors: list[Any], names: list[str] | None = None) -> Flat | None:
     """The description of tensors that are all plain: PyTorch's own class, on the CPU, contiguous, of a known dtype.
 
-    A call on many small tensors spends most of its time here, so it asks each of them for as little as it can.
+    A call on many small tensors spends most of its time here. So newer PyTorch is asked in one call, and older for as
+    little as possible.
     """
-    codes = torch_codes(sys.modules["torch"])
+    torch = sys.modules["torch"]
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is not None:
+        flat = _gradclip.plain(tensors, (torch.Tensor, torch.nn.Parameter), exchange)
+        return None if flat is None else (*flat, None, names)
+    codes = torch_codes(torch)
     try:
         if not {type(t) for t in tensors} <= _torch_plain:
             return None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 HALVES = (torch.float16, torch.bfloat16)
+# In which steps can be counted.
+COUNTS = (torch.float32, torch.float64)
 # Older gradient scalers would hand themselves over as an argument of `step`. Under them PyTorch unscales and skips.
 TAKES_SCALE = int(torch.__version__.partition(".")[0]) >= 2
 
@@ -39,7 +41,7 @@ class ClipSettings(TypedDict, total=False):
 
 
 def _description(clip: Mapping[str, Any], grad_scale: float) -> Clip:
-    """The clip that the settings describe. Without any it lets everything pass, and the Rust part measures nothing."""
+    """The clip that the settings describe. Without any it lets everything pass, in one pass."""
     unknown = [name for name in clip if name not in ClipSettings.__annotations__]
     if unknown:
         raise TypeError(f"there is no argument {unknown[0]!r}")
@@ -128,19 +130,16 @@ class _Clipping:
             nan = math.nan
             self.report = Report(nan, nan, False, elements, len(params), None, None, "non-finite", repr(clip), [], {})
             return loss
-        states: list[dict[str, Any]] = []
-        kept: list[list[Any]] = []
-        counts: list[int] = []
-        for p, group in zip(params, groups):
-            state, names, count = self._state(p, optimizers[group], self.param_groups[group])
-            states.append(state)
-            kept.append([state[name] for name in names])
-            counts.append(count)
+        known: dict[Any, list[str]] = {}
+        names = [self._kept(p.dtype, group, optimizers, known) for p, group in zip(params, groups)]
+        states = [self._state(p, own, self.param_groups[group]) for p, own, group in zip(params, names, groups)]
+        # PyTorch's SGD does not count. Its first step is the one that finds no direction.
+        counts = [int("momentum_buffer" in self.state.get(p, ())) for p in params] if self._algorithm == "SGD" else None
         of_grads = _memory.plain(found.tensors, found.names)
-        of_written = _memory.plain([*params, *chain.from_iterable(kept)])
+        of_written = _memory.plain([*params, *_written(states, names, counts is None)])
         held: Any = None
         if of_grads is None or of_written is None:
-            of_grads, of_written, held = _aligned(found, params, states, kept)
+            of_grads, of_written, held = _aligned(found, params, states, names, counts is None)
         try:
             raw = _gradclip.step(clip, optimizers, groups, counts, of_written, of_grads)
         except NonFiniteError as error:
@@ -150,11 +149,8 @@ class _Clipping:
         if self.report.skipped is None:
             _memory.bump(params)
             for p, state in zip(params, states):
-                if state:
+                if state is not self.state.get(p) and state:
                     self.state[p].update(state)
-            steps = [state["step"] for state in states if "step" in state]
-            if steps:
-                torch._foreach_add_(steps, 1)
         return loss
 
     def _found(self, grads: Iterable[Any] | None) -> tuple[Given, list[int]]:
@@ -175,35 +171,39 @@ class _Clipping:
         params = [every[i][1] for i in places]
         return Given(own, [gradients[i] for i in places], places, params), [every[i][0] for i in places]
 
-    def _state(
-        self, p: Any, optimizer: _gradclip.Optimizer, group: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], list[str], int]:
-        """The state of a parameter for its next step, the names of its tensors, and the number of steps that it has
-        taken, as far as the update depends on it. A state that begins becomes the optimizer's once the step is taken."""
-        code = _memory.torch_codes(torch).get(p.dtype)
-        if code is None:
-            raise TypeError(f"a parameter is {p.dtype}; parameters can be float32, float64, float16 and bfloat16")
-        names = optimizer.state_tensors(code)
+    def _kept(
+        self, dtype: torch.dtype, group: int, optimizers: list[_gradclip.Optimizer], known: dict[Any, list[str]]
+    ) -> list[str]:
+        """The names of the tensors that are kept beside a parameter of this dtype. `known` holds those of others."""
+        names = known.get((dtype, group))
+        if names is None:
+            code = _memory.torch_codes(torch).get(dtype)
+            if code is None:
+                raise TypeError(f"a parameter is {dtype}; parameters can be float32, float64, float16 and bfloat16")
+            names = known[dtype, group] = optimizers[group].state_tensors(code)
+        return names
+
+    def _state(self, p: Any, names: list[str], group: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a parameter for its next step: these tensors, and how many steps it has taken, unless that is
+        not counted. What begins, or has another dtype, becomes the optimizer's once the step is taken."""
         # The state makes an entry for whatever it is asked by index.
         old = self.state.get(p) or {}
-        state: dict[str, Any] = {}
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state = old
         for name in names:
             tensor = old.get(name)
             if tensor is None:
                 first = group["initial_accumulator_value"] if name == "sum" else 0.0
-                tensor = torch.full_like(p, first, dtype=wide, requires_grad=False)
-            state[name] = tensor if tensor.dtype == wide else tensor.to(wide)
+                state = {**state, name: torch.full_like(p, first, dtype=wide, requires_grad=False)}
+            elif tensor.dtype != wide:
+                state = {**state, name: tensor.to(wide)}
         if self._algorithm == "SGD":
-            # PyTorch does not count here. The first step is the one that finds no direction.
-            return state, names, int("momentum_buffer" in names and old.get("momentum_buffer") is not None)
+            return state
         step = old.get("step")
-        if not isinstance(step, torch.Tensor):
+        if not isinstance(step, torch.Tensor) or step.dtype not in COUNTS:
             default = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            step = torch.tensor(float(step or 0), dtype=default, device="cpu")
-        state["step"] = step
-        counts = self._algorithm.startswith("Adam") or group.get("lr_decay", 0) != 0
-        return state, names, int(step) if counts else 0
+            state = {**state, "step": torch.tensor(float(step or 0), dtype=default, device="cpu")}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` of this optimizer, or of PyTorch's own of this name, has returned."""
@@ -234,8 +234,14 @@ def _check_device(tensor: Any, label: str) -> None:
         )
 
 
+def _written(states: list[dict[str, Any]], names: list[list[str]], counted: bool) -> list[Any]:
+    """What a step writes beside the parameters: the tensors of each, and then all counts."""
+    tensors = [state[name] for state, own in zip(states, names) for name in own]
+    return [*tensors, *(state["step"] for state in states)] if counted else tensors
+
+
 def _aligned(
-    found: Given, params: list[Any], states: list[dict[str, Any]], kept: list[list[Any]]
+    found: Given, params: list[Any], states: list[dict[str, Any]], names: list[list[str]], counted: bool
 ) -> tuple[_memory.Flat, _memory.Flat, Any]:
     """The descriptions of gradients, and of parameters with their state, all laid out as the parameters are; and what
     keeps their memory alive. Gradients and states with other layouts are copied."""
@@ -248,10 +254,11 @@ def _aligned(
             raise ValueError(f"{label} has gaps between its elements, or shares them; make it .contiguous() first")
         if gradients[i].layout is torch.strided and gradients[i].stride() != p.stride():
             gradients[i] = torch.empty_like(p, dtype=gradients[i].dtype, requires_grad=False).copy_(gradients[i])
-        for name, tensor in states[i].items():
-            if name != "step" and tensor.stride() != p.stride():
-                states[i][name] = torch.empty_like(p, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
-        kept[i] = [tensor for name, tensor in states[i].items() if name != "step"]
+        for name in names[i]:
+            tensor = states[i][name]
+            if tensor.stride() != p.stride():
+                copy = torch.empty_like(p, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+                states[i] = {**states[i], name: copy}
 
     def label_of(i: int) -> str:
         return found.label(i).replace("tensor", "parameter", 1) if i < len(params) else "a tensor of the state"
@@ -260,7 +267,7 @@ def _aligned(
         return f"the gradient of {label_of(i)}"
 
     of_grads = _memory.memory(gradients, label_of_gradient, found.names, write=False)
-    written = [*params, *chain.from_iterable(kept)]
+    written = [*params, *_written(states, names, counted)]
     of_written = _memory.memory(written, label_of, None, write=True, as_torch=True)
     return of_grads.flat, of_written.flat, (of_grads, of_written)
 
@@ -429,8 +436,8 @@ _SHARED = """
     The clip, over the gradients of all groups together: at most one of ``max_norm``, ``max_rms``, ``max_average_norm``,
     ``clip_value`` and ``clip_range``, and with it ``norm_type``, ``scope`` (``"global"`` or ``"tensor"``), ``non_finite`` and
     ``skip_above``, as :func:`gradclip.clip` takes them. With max_norm a NaN is an error, unless ``non_finite`` chooses
-    otherwise. Without any of them nothing is clipped or measured. They lie in the dict ``optimizer.clip``, and may change
-    from step to step.
+    otherwise. Without any of them nothing is clipped, and non-finite gradients are only counted. They lie in the dict
+    ``optimizer.clip``, and may change from step to step.
 
     ``optimizer.report`` is the :class:`gradclip.Report` of the last step. A skipped step changes nothing and does not
     count. Gradients are only read. ``foreach`` and ``fused`` are accepted and change nothing. ``state_dict()`` has PyTorch's
