@@ -5,6 +5,7 @@
 use std::ffi::{c_int, c_void};
 
 use gradclip::Dtype;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCapsule, PyList, PyTuple};
 
@@ -85,6 +86,10 @@ pub(crate) fn plain<'py>(
             return Ok(None);
         }
         let (Some(dtype), Some(length)) = (described.dtype(), described.contiguous_length()) else { return Ok(None) };
+        // A view that negates what is stored, as that of an imaginary part can; of more elements it has gaps.
+        if length == 1 && tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+            return Ok(None);
+        }
         let code = DTYPES.iter().position(|known| *known == dtype).unwrap_or_default();
         addresses.extend((described.data.expose_provenance() as u64 + described.byte_offset).to_ne_bytes());
         lengths.extend(length.to_ne_bytes());

@@ -156,6 +156,9 @@ def plain(tensors: list[Any], names: list[str] | None = None) -> Flat | None:
         dtypes = bytes([codes[t.dtype] for t in tensors])
         addresses = array("Q", [t.data_ptr() for t in tensors])
         lengths = array("Q", [t.numel() for t in tensors])
+        # A view that negates what is stored, as that of an imaginary part can; of more elements it has gaps.
+        if 1 in lengths and any(t.is_neg() for t, length in zip(tensors, lengths) if length == 1):
+            return None
     except (KeyError, RuntimeError):
         # Another dtype; or a sparse tensor, which has no address.
         return None
