@@ -184,7 +184,7 @@ const showMeasured = (into, { plot: svg, ...found }) => {
     if (found.left_out) into.append(element('p', found.left_out, 'note'));
     if (found.by_host_clock) into.append(element('p', `${found.by_host_clock} of ${found.rows.length} times are by the host’s clock: the device has none, or it does not agree with the host’s.`, 'note'));
     if (!found.rows.length) return;
-    into.append(element('p', `A plain copy: ${three(found.copy_gb_s)} GB/s.`), plot(svg, 'Throughput of each case against the number of elements; the table below has the numbers'));
+    into.append(element('p', `A plain copy of the largest size: ${three(found.copy_gb_s)} GB/s.`), plot(svg, 'Throughput of each case against the number of elements; the table below has the numbers'));
     const row = ({ dtype, elements, case: name, seconds, gb_s, of_copy }) =>
         [`${dtype}, ${elements.toLocaleString('en')}`, name, `${three(seconds * 1e3)} ms`, three(gb_s), of_copy.toFixed(2)];
     into.append(table(['elements', 'case', 'time', 'GB/s', 'of copy'], found.rows.map(row)));

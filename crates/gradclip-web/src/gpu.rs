@@ -125,47 +125,45 @@ impl Gpu {
         let largest = if software { LARGEST_ON_SOFTWARE } else { limits.max_buffer_size / 4 };
         let sizes: Vec<_> = SIZES.into_iter().filter(|size| *size <= largest).collect();
         let total = (1 + CASES.len() * DTYPES.len()) * sizes.len();
-        let (mut done, mut no_room) = (0, None);
-        for size in sizes {
+        let (mut done, mut left_out) = (0, None);
+        'sizes: for size in sizes {
             let label = size_label(size);
             for dtype in [None, Some(Dtype::F32), Some(Dtype::F16), Some(Dtype::BF16)] {
                 let what = dtype.map_or_else(|| "copy".to_owned(), |dtype| dtype.to_string());
-                Progress(&progress).tell(done as f64, total as f64, &format!("{what}, {label} elements")).await?;
+                let next = format!("{what}, {label} elements");
+                Progress(&progress).tell(done as f64, total as f64, &next).await?;
                 loop {
                     match self.timed(dtype, size).await {
-                        Ok(rows) => {
-                            // What was timed in the background is timed again.
-                            if Progress(&progress).tell(done as f64, total as f64, &what).await? {
-                                continue;
-                            }
-                            done += rows.len().max(1);
-                            found.take(rows);
+                        // What was timed in the background is timed again.
+                        Ok(_) if Progress(&progress).tell(done as f64, total as f64, &next).await? => {}
+                        Ok(timed) => {
+                            done += timed.len();
+                            found.take(timed);
+                            break;
                         }
                         Err(lost @ Error::DeviceLost(_)) => return Err(thrown(&lost)),
                         // Only an attempt shows whether there is room.
-                        Err(error) => no_room = Some(format!("{label} elements of {what} were left out: {error}")),
+                        Err(error) => {
+                            left_out = Some(format!("{label} elements of {what} were left out: {error}"));
+                            break 'sizes;
+                        }
                     }
-                    break;
                 }
-                if no_room.is_some() {
-                    break;
-                }
-            }
-            if no_room.is_some() {
-                break;
             }
         }
-        let copy = found.copies.iter().copied().fold(0.0, f64::max);
+        // Beside a copy of the same size: small ones fit in caches.
         for row in &mut found.rows {
-            row.of_copy = row.gb_s / copy;
+            let copy = found.copies.iter().find(|(elements, _)| *elements == row.elements);
+            row.of_copy = copy.map_or(f64::NAN, |(_, gb_s)| row.gb_s / gb_s);
         }
+        let copy = found.copies.last().map_or(0.0, |(_, gb_s)| *gb_s);
         let name = self.0.device().adapter_info().name;
         let title = format!("Throughput of gradclip on {}", if name.is_empty() { "this GPU" } else { &name });
         json(&json!({
             "copy_gb_s": copy,
             "rows": found.rows,
             "by_host_clock": found.by_host_clock,
-            "left_out": no_room,
+            "left_out": left_out,
             "plot": throughput::draw(&title, &found.rows, (copy, None)),
         }))
     }
@@ -239,21 +237,22 @@ impl Puzzle {
 #[derive(Default)]
 struct Speeds {
     rows: Vec<Row>,
-    copies: Vec<f64>,
+    /// The speed of a plain copy by the number of float32 elements.
+    copies: Vec<(u64, f64)>,
     /// Rows whose time is by the host's clock.
     by_host_clock: usize,
 }
 
 /// What was timed at one size: a plain copy, or the cases of a dtype.
 enum Timed {
-    Copy(f64),
+    Copy(u64, f64),
     Cases(Vec<(Row, Clock)>),
 }
 
 impl Timed {
     fn len(&self) -> usize {
         match self {
-            Self::Copy(_) => 1,
+            Self::Copy(..) => 1,
             Self::Cases(rows) => rows.len(),
         }
     }
@@ -262,7 +261,7 @@ impl Timed {
 impl Speeds {
     fn take(&mut self, timed: Timed) {
         match timed {
-            Timed::Copy(gb_s) => self.copies.push(gb_s),
+            Timed::Copy(elements, gb_s) => self.copies.push((elements, gb_s)),
             Timed::Cases(rows) => {
                 self.by_host_clock += rows.iter().filter(|(_, clock)| *clock == Clock::Host).count();
                 self.rows.extend(rows.into_iter().map(|(row, _)| row));
@@ -312,7 +311,7 @@ impl Gpu {
                 Ok(())
             });
             let timing = timing.await?;
-            return Ok(Timed::Copy(2.0 * 4.0 * elements as f64 / 1e9 / timing.seconds));
+            return Ok(Timed::Copy(elements, 2.0 * 4.0 * elements as f64 / 1e9 / timing.seconds));
         };
         let gradients = self.filled(dtype, elements).await?;
         let block = block(dtype);
