@@ -15,6 +15,9 @@ const READ: u64 = 8 << 20;
 /// How many rows the table has.
 const TOP: usize = 100;
 
+/// How many norms are drawn: a hostile header may name a million tensors.
+const DRAWN: usize = 1000;
+
 /// The gradients of a file, and their norms so far.
 #[derive(Debug)]
 pub struct FileNorms {
@@ -190,16 +193,20 @@ impl FileNorms {
         let total = self.total.report().map_err(|error| text(&error))?.total_norm;
         let norm = |tensor: &TensorSoFar| tensor.norm.report().map(|report| report.total_norm);
         let norms: Vec<_> = self.tensors.iter().map(norm).collect::<Result<_, _>>().map_err(|error| text(&error))?;
-        let row = |(tensor, norm): (&TensorSoFar, &f64)| TensorNorm {
-            label: shown(&tensor.entry.name),
-            norm: *norm,
-            non_finite: tensor.non_finite,
-        };
-        let drawn: Vec<_> = self.tensors.iter().zip(&norms).map(row).collect();
         let mut order: Vec<_> = (0..norms.len()).collect();
         // A NaN may carry a sign.
         order.sort_by(|a, b| norms[*b].abs().total_cmp(&norms[*a].abs()));
         let rows: Vec<_> = order.iter().take(TOP).map(|i| self.tensors[*i].row(norms[*i], total)).collect();
+        // The largest, in the order of the file.
+        let mut drawn: Vec<_> = order.iter().copied().take(DRAWN).collect();
+        drawn.sort_unstable();
+        let row = |i: &usize| TensorNorm {
+            label: shown(&self.tensors[*i].entry.name),
+            norm: norms[*i],
+            non_finite: self.tensors[*i].non_finite,
+        };
+        let drawn: Vec<_> = drawn.iter().map(row).collect();
+        let largest = if norms.len() > DRAWN { "Largest L2" } else { "L2" };
         let bad: u64 = self.tensors.iter().map(|tensor| tensor.non_finite).sum();
         let first = self.tensors.iter().find_map(|tensor| Some((&tensor.entry.name, tensor.first_non_finite?)));
         let found = |(name, index): (&String, u64)| {
@@ -220,7 +227,7 @@ impl FileNorms {
             time: format!("{} s, {} GB/s", number(seconds, 3), number(bytes as f64 / 1e9 / seconds.max(1e-9), 3)),
             rows_are: format!("largest {} of {tensors}", rows.len()),
             rows,
-            plot: plot::draw(&format!("L2 norms in {}", shown(file)), &drawn, total),
+            plot: plot::draw(&format!("{largest} norms in {}", shown(file)), &drawn, total),
         })
     }
 }
@@ -322,6 +329,17 @@ mod tests {
             }
             assert_eq!(next, bytes as u64);
         }
+    }
+
+    #[test]
+    fn of_very_many_tensors_the_largest_are_drawn() {
+        let names: Vec<_> = (0..=DRAWN).map(|i| format!("t{i}")).collect();
+        let bytes: Vec<_> = (0..=DRAWN).map(|i| (i as f32).to_le_bytes()).collect();
+        let tensors: Vec<_> = names.iter().zip(&bytes).map(|(name, bytes)| (&**name, "F32", &bytes[..])).collect();
+        let report = measured(&file(&tensors));
+        assert_eq!((report.rows.len(), report.rows[0].name.as_str()), (TOP, "t1000"));
+        assert!(report.plot.contains("Largest L2 norms") && report.plot.contains("<title>t1: "), "{}", report.plot);
+        assert!(!report.plot.contains("<title>t0: "), "{}", report.plot);
     }
 
     #[test]
