@@ -16,7 +16,7 @@ export GRADCLIP_WHOLE=1
 
 page=docs/RELIABILITY.md
 rows=(lavapipe burn burn-fusion candle instructions swiftshader-small swiftshader small gl mpich)
-parts=("${rows[@]}" python no-gpu kernels published memory aarch64 properties soak fuzz miri deny)
+parts=("${rows[@]}" python no-gpu kernels web published memory aarch64 properties soak fuzz miri deny)
 
 # Each part is one command, or several joined by &&: errors do not end a function that `if` calls.
 run() {
@@ -25,6 +25,7 @@ run() {
             cargo test --workspace --exclude gradclip-burn --exclude gradclip-candle --no-default-features
             ;;
         kernels) scripts/kernels.sh && scripts/gpu-compilers.sh ;;
+        web) scripts/web.sh --test ;;
         published) scripts/public-api.sh && scripts/package.sh --whole ;;
         memory) scripts/memory-checks.sh --whole ;;
         properties) scripts/properties.sh 2000 ;;
@@ -45,7 +46,7 @@ figures() {
     echo "${found:-passed}"
 }
 counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|amd|inventory'
-counted+='|licences|python|packages|public API|aarch64|deny'
+counted+='|licences|python|web suite|web page|packages|public API|aarch64|deny'
 
 [ $# -gt 0 ] || set -- "${parts[@]}"
 for part in "$@"; do

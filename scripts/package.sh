@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Packs what would be published, and checks it from the packed files alone: the library with its shaders, examples and
-# documentation, and the program with that library. With --whole also builds it and runs the program. Only packs the
-# crates for burn, candle and MPI, which take too long to check. Reuses dependencies that `cargo package` would build
-# anew, twice.
+# documentation, and the program with that library and gradclip-common. With --whole also builds it and runs the
+# program. Only packs the crates for burn, candle and MPI, which take too long to check. Reuses dependencies that
+# `cargo package` would build anew, twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-packages=(gradclip gradclip-cli gradclip-candle gradclip-burn gradclip-mpi)
+packages=(gradclip gradclip-common gradclip-cli gradclip-candle gradclip-burn gradclip-mpi)
 cargo package --quiet --no-verify --allow-dirty "${packages[@]/#/--package=}"
 version=$(cargo metadata --quiet --no-deps --format-version 1 | sed 's/.*"name":"gradclip","version":"\([^"]*\)".*/\1/')
 members=()
@@ -24,8 +24,8 @@ done
 
 # The crates lie side by side, far from the repository, with its versions and profiles, so that its build results fit.
 {
-    printf '[workspace]\nresolver = "3"\nmembers = ["%s", "%s"]\n' "${members[@]:0:2}"
-    printf '[patch.crates-io]\ngradclip = { path = "gradclip-%s" }\n' "$version"
+    printf '[workspace]\nresolver = "3"\nmembers = ["%s", "%s", "%s"]\n' "${members[@]:0:3}"
+    printf '[patch.crates-io]\ngradclip = { path = "gradclip-%s" }\ngradclip-common = { path = "gradclip-common-%s" }\n' "$version" "$version"
     sed -n '/^\[profile\.dev\]/,/^$/p; /^\[profile\.dev\.package/,/^$/p' Cargo.toml
 } >"$work/Cargo.toml"
 cp Cargo.lock "$work"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks that the library and the program compile where no test runs: with the oldest Rust that Cargo.toml promises, on
-# Linux, Windows and macOS; and the library on the web. Links and runs nothing. Uses that one version for everything, so
+# Linux, Windows and macOS; and the library and the page on the web. Links and runs nothing. Uses that one version for everything, so
 # that macros and build scripts are built once, in the release profile, which is what the README's first command builds.
 #
 # Installs that toolchain and its targets by rustup if they are missing. Takes about two and a half minutes on two cores
@@ -29,4 +29,6 @@ check=(cargo "+$rust" check --quiet --locked --release)
 "${check[@]}" -p gradclip -p gradclip-cli --all-features "${systems[@]/#/--target=}"
 printf "portability: Rust $rust on %s: library and program\n" "${systems[@]}"
 "${check[@]}" -p gradclip --target "$web"
-echo "portability: Rust $rust on $web: library"
+# With WebGPU alone.
+"${check[@]}" -p gradclip-web --features suite --target "$web"
+echo "portability: Rust $rust on $web: library and page"

@@ -83,6 +83,8 @@
 //!
 //! - `gpu` (default): the wgpu path. Without it the library is the CPU path alone and builds no wgpu.
 //! - `vulkan`, `metal`, `dx12`, `gles`, `webgpu` (default): wgpu's backends. Without any of them wgpu finds no adapter.
+//!   In browsers `webgpu` alone will do: `default-features = false, features = ["webgpu"]`. There nothing blocks, no thread
+//!   is started, and everything that waits is awaited.
 //! - `serde`: [`ZClip`], [`AutoClip`] and [`AdaGc`] can be saved and restored with a checkpoint.
 //! - `safetensors`: an [`OptimizerState`] can be saved and restored as a safetensors file.
 //!

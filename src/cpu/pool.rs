@@ -144,6 +144,10 @@ impl Drop for CloseOnDrop {
 /// The number of threads to work on: at most [`THREADS_PER_CORE`] for each core, whatever the pool has. One if there is no
 /// pool, because the system gives no more threads.
 fn threads() -> usize {
+    // A page has one thread, and rayon would try to start more.
+    if cfg!(target_arch = "wasm32") {
+        return 1;
+    }
     static MOST: OnceLock<usize> = OnceLock::new();
     static GLOBAL: OnceLock<bool> = OnceLock::new();
     let most = *MOST.get_or_init(|| THREADS_PER_CORE * available_parallelism().map_or(1, NonZeroUsize::get));

@@ -98,6 +98,7 @@ impl GpuClipper {
         };
         let quads = bindings >= 2 && !cfg!(target_arch = "wasm32");
         let Tuning { workgroup, contiguous, subgroups, .. } = tuning;
+        #[cfg_attr(target_arch = "wasm32", expect(clippy::arc_with_non_send_sync, reason = "a page has one thread"))]
         let kernels = Arc::new(Kernels::new(&device, Shape { workgroup, contiguous, subgroups })?);
         let memory_budget = memory_budget(device.device.adapter_info().device_type);
         Ok(Self { device, kernels, tuning, windows, quads, memory_budget })

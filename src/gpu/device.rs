@@ -32,11 +32,43 @@ pub(super) struct GpuDevice {
     pub(super) queue: wgpu::Queue,
     /// Why the device was lost, if it was. Known only for our own devices: a caller's device has the caller's callback.
     lost: Arc<OnceLock<String>>,
+    #[cfg(target_arch = "wasm32")]
+    unanswered: Unanswered,
+}
+
+/// The error scopes that a browser has not answered yet, in their order.
+#[cfg(target_arch = "wasm32")]
+#[derive(Clone, Default)]
+struct Unanswered(std::rc::Rc<std::cell::RefCell<std::collections::VecDeque<Answer>>>);
+
+#[cfg(target_arch = "wasm32")]
+type Answer = std::pin::Pin<Box<dyn Future<Output = Option<wgpu::Error>>>>;
+
+#[cfg(target_arch = "wasm32")]
+impl std::fmt::Debug for Unanswered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Unanswered({})", self.0.borrow().len())
+    }
 }
 
 impl GpuDevice {
     pub(super) fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
-        Self { device: device.clone(), queue: queue.clone(), lost: Arc::default() }
+        Self::of(device.clone(), queue.clone(), Arc::default())
+    }
+
+    fn of(device: wgpu::Device, queue: wgpu::Queue, lost: Arc<OnceLock<String>>) -> Self {
+        Self {
+            device,
+            queue,
+            lost,
+            #[cfg(target_arch = "wasm32")]
+            unanswered: Unanswered::default(),
+        }
+    }
+
+    /// The same device, with errors of its own to wait for.
+    pub(super) fn apart(&self) -> Self {
+        Self::of(self.device.clone(), self.queue.clone(), Arc::clone(&self.lost))
     }
 
     /// Opens a device with all the adapter's limits and the features that help.
@@ -59,7 +91,7 @@ impl GpuDevice {
         });
         // An error outside our scopes would otherwise end the process.
         device.on_uncaptured_error(Arc::new(|error| log::error!("uncaptured GPU error: {error}")));
-        Ok(Self { device, queue, lost })
+        Ok(Self::of(device, queue, lost))
     }
 
     pub(super) fn check_not_lost(&self) -> Result<(), Error> {
@@ -68,28 +100,48 @@ impl GpuDevice {
 
     /// Runs `f` and returns the device's errors meanwhile as ours.
     ///
-    /// Error scopes belong to the thread. On native platforms their answers are ready at once. In a browser they are
-    /// not, so there errors go to the device's own handler.
+    /// Error scopes belong to the thread. On native platforms their answers are ready at once. A browser gives them
+    /// later: [`GpuDevice::told`] waits for them.
     pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, Error> {
-        if cfg!(target_arch = "wasm32") {
-            return Ok(f());
-        }
         let filters = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory];
         let scopes = filters.map(|filter| self.device.push_error_scope(filter));
         let result = f();
-        let mut error = None;
-        for scope in scopes.into_iter().rev() {
-            let answer = ready(scope.pop()).flatten();
-            error = error.or(answer);
+        let answers = scopes.into_iter().rev().map(wgpu::ErrorScopeGuard::pop);
+        #[cfg(target_arch = "wasm32")]
+        {
+            self.unanswered.0.borrow_mut().extend(answers.map(|answer| Box::pin(answer) as Answer));
+            Ok(result)
         }
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            let error = answers.fold(None, |error, answer| error.or(ready(answer).flatten()));
+            error.map_or(Ok(result), |error| Err(self.ours(error)))
+        }
+    }
+
+    /// Waits until a browser has told the errors of all earlier calls, and returns the first. Native platforms tell
+    /// them at once: [`GpuDevice::scoped`] returns them.
+    pub(super) async fn told(&self) -> Result<(), Error> {
+        #[cfg(target_arch = "wasm32")]
+        loop {
+            let next = self.unanswered.0.borrow_mut().pop_front();
+            let Some(answer) = next else { break };
+            if let Some(error) = answer.await {
+                // What follows it are mostly its consequences.
+                self.unanswered.0.borrow_mut().clear();
+                return Err(self.ours(error));
+            }
+        }
+        Ok(())
+    }
+
+    fn ours(&self, error: wgpu::Error) -> Error {
         match error {
-            None => Ok(result),
-            Some(wgpu::Error::OutOfMemory { source }) => Err(Error::OutOfMemory(source.to_string())),
-            Some(wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. }) => {
+            wgpu::Error::OutOfMemory { source } => Error::OutOfMemory(source.to_string()),
+            wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. } => {
                 // wgpu does not tell scopes that a device was lost: what it then gives out is merely invalid.
-                self.poll()?;
-                self.check_not_lost()?;
-                Err(Error::Device(one_line(&description)))
+                let lost = self.poll().and_then(|()| self.check_not_lost());
+                lost.err().unwrap_or_else(|| Error::Device(one_line(&description)))
             }
         }
     }
@@ -185,9 +237,10 @@ impl GpuDevice {
     /// Waits for what a callback of the device sends after a submission. None if the callback was dropped uncalled.
     ///
     /// A native device makes progress only when polled, so this future polls it, under any executor. A browser needs no
-    /// polling.
+    /// polling, but tells only here what was wrong with the calls before.
     #[cfg_attr(target_arch = "wasm32", expect(unused_variables, reason = "a browser knows by itself"))]
     async fn answer<T>(&self, receiver: &OneshotReceiver<T>, after: wgpu::SubmissionIndex) -> Result<Option<T>, Error> {
+        self.told().await?;
         let mut answer = std::pin::pin!(receiver.receive());
         #[cfg(not(target_arch = "wasm32"))]
         let mut after = Some(after);
@@ -309,6 +362,7 @@ fn instance(backends: wgpu::Backends) -> wgpu::Instance {
 }
 
 /// The answer of a future, if it is ready.
+#[cfg(not(target_arch = "wasm32"))]
 fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match std::pin::pin!(future).poll(&mut context) {

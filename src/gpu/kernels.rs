@@ -366,6 +366,11 @@ impl Kernels {
         // A panic elsewhere cannot leave the map half changed.
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pipeline) = compiled.get(&(kernel, access)) {
+            // A browser tells later whether it took a kernel. It tells each plan, because an invalid pipeline has no
+            // layout.
+            if cfg!(target_arch = "wasm32") {
+                gpu.scoped(|| pipeline.get_bind_group_layout(0))?;
+            }
             return Ok(pipeline.clone());
         }
         let pipeline = gpu.scoped(|| {

@@ -75,7 +75,7 @@ impl GpuPlan {
     ///
     /// The step is submitted to the clipper's queue, behind what was submitted before, and waited for. Timestamps need
     /// `Features::TIMESTAMP_QUERY`, which [`GpuClipper::open`] asks for; without, the host's clock must do, and on the web there
-    /// is none.
+    /// is none. Browsers round timestamps to 100 µs: there, time many steps that are submitted together.
     ///
     /// # Errors
     /// [`Error::Usage`] on the web, for a device without timestamps; those of [`GpuPlan::encode`] and

@@ -13,6 +13,7 @@ use gradclip::{
     gpu::{GpuClipper, adapters},
     wgpu,
 };
+use gradclip_common::text::plural;
 use indicatif::ProgressBar;
 use rayon::ThreadPool;
 
@@ -21,7 +22,6 @@ use crate::description::measuring;
 use crate::failure::Failure;
 use crate::groups::{Decided, Groups};
 use crate::print::remark;
-use crate::text::plural;
 #[cfg(feature = "gpu")]
 use crate::tuning;
 

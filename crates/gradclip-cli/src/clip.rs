@@ -5,20 +5,20 @@ use std::slice::from_mut;
 use std::time::Instant;
 
 use gradclip::{Clip, DecidedClip, Dtype, Mode, NonFinite, Scope, Skipped, Tensor, TensorMut};
-use indicatif::HumanCount;
+use gradclip_common::generated::with_parameters;
+use gradclip_common::text::{exact, grouped, number, shown, table};
 
 use crate::args::{BackendArgs, BackendChoice, ClipArgs};
 use crate::backend::Backend;
 use crate::description::{clamps, norm_name};
 use crate::failure::Failure;
 use crate::groups::{Decided, GroupReport, Groups};
-use crate::input::{Input, explain, unchanged, unsupported_warning, with_parameters};
+use crate::input::{Input, explain, unchanged, unsupported_warning};
 use crate::layout::Content;
 use crate::output::Output;
 use crate::print::{print, print_json, remark};
 use crate::progress;
 use crate::report::{Summary, segments};
-use crate::text::{exact, number, shown, table};
 
 pub(crate) fn run(args: &ClipArgs) -> Result<(), Failure> {
     let groups = args.options.groups(args.clip()?)?;
@@ -172,7 +172,7 @@ pub(crate) fn lines(summary: &Summary<'_>) -> Vec<(&'static str, String)> {
     lines.extend(summary.lost().map(|lost| ("rounding", lost)));
     if scope != Scope::Global {
         let all = segments(scope, report.segments.len());
-        lines.push(("clipped", format!("{} of {all}", HumanCount(report.num_clipped() as u64))));
+        lines.push(("clipped", format!("{} of {all}", grouped(report.num_clipped() as u64))));
     }
     for (i, GroupReport { name, report }) in groups.iter().enumerate() {
         let clipped = if report.clipped { "" } else { ", not clipped" };
@@ -244,7 +244,7 @@ fn widened(tensors: &[Tensor<'_>]) -> Result<Vec<(Dtype, Vec<u8>)>, gradclip::Er
 #[cfg(feature = "gpu")]
 fn verify(backend: &Backend, clip: &Clip, tensors: &[Tensor<'_>]) -> Result<(), Failure> {
     let verification = backend.verify(clip, tensors)?;
-    match crate::verify::disagreement(&verification) {
+    match gradclip_common::difference::disagreement(&verification) {
         None => Ok(()),
         Some(what) => Err(Failure::Mismatch(format!("GPU and CPU disagree ({clip:.2}): {what}; OUT was not written"))),
     }

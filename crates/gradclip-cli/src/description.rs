@@ -1,6 +1,7 @@
 //! From the command line to the library's description of a clip.
 
-use gradclip::{Clip, Mode, NonFinite, NormType, Scope};
+use gradclip::{Clip, NonFinite, NormType, Scope};
+pub(crate) use gradclip_common::description::{by_example, clamps, measuring, norm_name};
 
 use crate::args::{BackendChoice, ClipArgs, ClipOptions, MeasureArgs, ModeArgs};
 use crate::failure::Failure;
@@ -124,34 +125,4 @@ pub(crate) const MODE_NEEDED: &str = "a mode is required: --max-norm N, --max-rm
 pub(crate) fn refuse(conditions: &[(bool, &str)]) -> Result<(), Failure> {
     let first = conditions.iter().find(|(is_true, _)| *is_true);
     first.map_or(Ok(()), |(_, message)| Err(Failure::Usage((*message).into())))
-}
-
-/// A clip that measures the same norm and changes nothing, under a value that is not finite too.
-pub(crate) fn measuring(mut clip: Clip) -> Clip {
-    clip.mode = match clip.mode {
-        Mode::Rms(_) => Mode::Rms(f64::INFINITY),
-        Mode::AverageNorm(_) => Mode::AverageNorm(f64::INFINITY),
-        _ => Mode::Norm(f64::INFINITY),
-    };
-    clip.agc_eps = None;
-    clip.non_finite(NonFinite::Skip)
-}
-
-/// Whether the clip measures no norm.
-pub(crate) fn clamps(clip: &Clip) -> bool {
-    matches!(clip.mode, Mode::Value { .. })
-}
-
-/// Whether dimension 0 counts examples.
-pub(crate) fn by_example(clip: &Clip) -> bool {
-    matches!(clip.scope, Scope::Example | Scope::ExampleTensor)
-}
-
-/// The name of the norm.
-pub(crate) fn norm_name(clip: &Clip) -> String {
-    match clip.mode {
-        Mode::Rms(_) => "RMS".into(),
-        Mode::AverageNorm(_) => "average".into(),
-        _ => clip.norm_type.to_string(),
-    }
 }

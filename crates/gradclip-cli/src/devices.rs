@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use gradclip::wgpu::{Adapter, AdapterInfo, DeviceType, Features};
+use gradclip_common::text::{plural, table};
 use serde::Serialize;
 
 use crate::args::DevicesArgs;
 use crate::failure::Failure;
 use crate::print::{print, print_json};
-use crate::text::{plural, table};
 
 /// The features that kernels or measurements can use.
 const FEATURES: [(&str, Features); 3] = [

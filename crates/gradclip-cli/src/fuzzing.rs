@@ -7,12 +7,12 @@ use std::{fs, str};
 
 use clap::Parser;
 use gradclip::{Clip, Clipper, Error, Mode, TensorMut, UnitAxis};
+use gradclip_common::header::{self, Entry};
 use safetensors::SafeTensors;
 
 use crate::args::{Cli, Command};
 use crate::description::{measuring, norm_name};
 use crate::failure::Failure;
-use crate::header::{self, Entry};
 use crate::input::Input;
 use crate::layout::{Content, FileLayout};
 
@@ -29,25 +29,26 @@ pub fn file(bytes: &[u8]) {
         }
     };
     let reference = reference.expect("other readers accept it");
-    let start = check_entries(&entries, bytes.len());
+    let start = check_entries(&entries, bytes.len() as u64);
     assert_eq!(reference.len(), entries.len());
-    for Entry { name, kind, shape, bytes: range, .. } in &entries {
-        let view = reference.tensor(name).expect("it is there");
-        assert_eq!((view.dtype(), view.shape(), view.data()), (*kind, &shape[..], &bytes[range.clone()]), "{name}");
+    for entry in &entries {
+        let (name, view) = (&entry.name, reference.tensor(&entry.name).expect("it is there"));
+        let found = (entry.kind, &entry.shape[..], &bytes[entry.range()]);
+        assert_eq!((view.dtype(), view.shape(), view.data()), found, "{name}");
     }
 
     // Its header can be written again.
     let relative = |of: &Entry| Entry { bytes: of.bytes.start - start..of.bytes.end - start, ..of.clone() };
     let relative: Vec<_> = entries.iter().map(relative).collect();
     let mut again = header::compose(relative.iter(), metadata.as_deref());
-    again.extend_from_slice(&bytes[start..]);
+    again.extend_from_slice(&bytes[start as usize..]);
     let (read, metadata_read) = header::parse(&again).expect("what is written can be read");
     assert_eq!(metadata_read, metadata);
     assert_eq!(read.len(), entries.len());
     let shift = again.len() as isize - bytes.len() as isize;
     for (a, b) in entries.iter().zip(&read) {
         assert_eq!((&a.name, a.kind, &a.shape, a.dtype), (&b.name, b.kind, &b.shape, b.dtype));
-        assert_eq!(a.bytes.start as isize + shift, b.bytes.start as isize);
+        assert_eq!(a.range().start as isize + shift, b.range().start as isize);
     }
 }
 
@@ -56,12 +57,12 @@ fn check_written(layout: &FileLayout<'_>, gradients: usize) {
     let mut written = layout.blocks().collect::<Vec<_>>().concat();
     assert_eq!(written.len() as u64, layout.len());
     let (entries, _) = header::parse(&written).expect("what is written can be read");
-    check_entries(&entries, written.len());
+    check_entries(&entries, written.len() as u64);
     assert_eq!(layout.tensors_in(&mut written).expect("they fit").len(), gradients);
 }
 
 /// Checks that entries have unique names and cover a file from the end of its header, which is returned.
-fn check_entries(entries: &[Entry], length: usize) -> usize {
+fn check_entries(entries: &[Entry], length: u64) -> u64 {
     let mut names = HashSet::new();
     let start = entries.first().map_or(length, |entry| entry.bytes.start);
     let mut end = start;
@@ -69,7 +70,7 @@ fn check_entries(entries: &[Entry], length: usize) -> usize {
         assert!(names.insert(name), "{name} twice");
         assert_eq!(bytes.start, end, "{name} begins where the one before ends");
         let bits = shape.iter().fold(kind.bitsize() as u128, |bits, n| bits.saturating_mul(*n as u128));
-        assert_eq!(bits, bytes.len() as u128 * 8, "{name}");
+        assert_eq!(bits, u128::from(bytes.end - bytes.start) * 8, "{name}");
         assert!(dtype.is_none_or(|dtype| dtype.size() * 8 == kind.bitsize()));
         end = bytes.end;
     }
@@ -108,7 +109,7 @@ fn set(path: &Path, shards: &[&[u8]]) {
     };
     let mut names = HashSet::new();
     for file in &input.files {
-        check_entries(&file.entries, file.bytes().len());
+        check_entries(&file.entries, file.bytes().len() as u64);
         assert!(file.entries.iter().all(|entry| names.insert(&entry.name)), "a tensor in two shards");
         assert!(shards.contains(&file.bytes()));
         let copy = FileLayout::copy(file);

@@ -8,11 +8,11 @@ use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
 use gradclip::Tensor;
+use gradclip_common::header::{self, Entry, MAX_HEADER, Pairs};
+use gradclip_common::text::plural;
 
 use crate::failure::Failure;
-use crate::header::{self, Entry, MAX_HEADER, Pairs};
 use crate::mapped::Mapped;
-use crate::text::plural;
 
 /// What can be clipped.
 const SUPPORTED: &str = "float32, float64, float16 and bfloat16";
@@ -148,7 +148,7 @@ impl InputFile {
     /// One tensor; `None` if it is no gradient.
     fn tensor<'a>(&'a self, entry: &'a Entry) -> Result<Option<Tensor<'a>>, gradclip::Error> {
         let of = |dtype| {
-            let tensor = Tensor::from_bytes(dtype, &self.map[entry.bytes.clone()])?;
+            let tensor = Tensor::from_bytes(dtype, &self.map[entry.range()])?;
             tensor.named(&entry.name).shape(&entry.shape)
         };
         entry.dtype.map(of).transpose()
@@ -170,14 +170,6 @@ pub(crate) fn unchanged<'a>(inputs: impl IntoIterator<Item = &'a Input>) -> Resu
 /// For `map_err`: if an input has changed, that explains any failure of what reads it.
 pub(crate) fn explain<'a>(inputs: impl IntoIterator<Item = &'a Input>) -> impl FnOnce(Failure) -> Failure {
     move |failure| unchanged(inputs).err().unwrap_or(failure)
-}
-
-/// Gives each gradient its parameter, if there are any.
-pub(crate) fn with_parameters<'a>(mut gradients: Vec<Tensor<'a>>, parameters: &'a [Tensor<'a>]) -> Vec<Tensor<'a>> {
-    for (gradient, parameter) in gradients.iter_mut().zip(parameters) {
-        *gradient = gradient.parameter(parameter);
-    }
-    gradients
 }
 
 /// Opens a regular file. Anything else could block for ever (a pipe), or could not be mapped.

@@ -5,9 +5,9 @@ use std::cmp::Reverse;
 use std::iter::{once, repeat_n};
 
 use gradclip::{Dtype, TensorMut};
+use gradclip_common::header::{self, Entry};
 
 use crate::failure::Failure;
-use crate::header::{self, Entry};
 use crate::input::InputFile;
 
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
@@ -82,12 +82,12 @@ impl<'a> FileLayout<'a> {
     pub(crate) fn copy(file: &'a InputFile) -> Self {
         let bytes = file.bytes();
         // The tensors cover everything behind the header.
-        let header = &bytes[..file.entries.first().map_or(bytes.len(), |entry| entry.bytes.start)];
+        let header = &bytes[..file.entries.first().map_or(bytes.len(), |entry| entry.range().start)];
         let mut gradients = 0..;
         let slot = |entry: &Entry| {
             let (entry, from) = (entry.clone(), entry.dtype);
             let number = from.and_then(|_| gradients.next()).unwrap_or_default();
-            TensorSlot { number, content: &bytes[entry.bytes.clone()], entry, from }
+            TensorSlot { number, content: &bytes[entry.range()], entry, from }
         };
         Self { header: header.into(), slots: file.entries.iter().map(slot).collect() }
     }
@@ -102,7 +102,7 @@ impl<'a> FileLayout<'a> {
         }
         for TensorSlot { entry, .. } in halves {
             (entry.kind, entry.dtype) = (safetensors::Dtype::F32, Some(Dtype::F32));
-            entry.bytes = 0..entry.bytes.len().saturating_mul(2);
+            entry.bytes = 0..entry.size().saturating_mul(2);
         }
         Self::composed(file, copy.slots)
     }
@@ -130,7 +130,7 @@ impl<'a> FileLayout<'a> {
                 return Err(Failure::file(&file.path, format!("tensor {:?}: {problem}", slot.entry.name)));
             }
             let name = std::mem::take(&mut slot.entry.name);
-            slot.entry = Entry { name, kind, dtype: Some(dtype), shape, bytes: 0..length, left_out: false };
+            slot.entry = Entry { name, kind, dtype: Some(dtype), shape, bytes: 0..length as u64, left_out: false };
             slot.content = &[];
         }
         Self::composed(file, slots)
@@ -140,9 +140,9 @@ impl<'a> FileLayout<'a> {
     fn composed(file: &'a InputFile, mut slots: Vec<TensorSlot<'a>>) -> Result<Self, Failure> {
         // Readers of the format need every tensor aligned to its elements.
         slots.sort_by_key(|slot| Reverse(slot.entry.kind.bitsize()));
-        let mut start = 0usize;
+        let mut start = 0u64;
         for TensorSlot { entry, .. } in &mut slots {
-            let end = start.checked_add(entry.bytes.len());
+            let end = start.checked_add(entry.size());
             let end = end.ok_or_else(|| Failure::file(&file.path, "its tensors are too large"))?;
             entry.bytes = start..end;
             start = end;
@@ -158,13 +158,13 @@ impl<'a> FileLayout<'a> {
 
     /// The length of its tensors together.
     pub(crate) fn data_len(&self) -> u64 {
-        self.slots.iter().map(|slot| slot.entry.bytes.len() as u64).sum()
+        self.slots.iter().map(|slot| slot.entry.size()).sum()
     }
 
     /// The bytes of the file before it is clipped.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = &[u8]> {
         let tensors = self.slots.iter().flat_map(|slot| {
-            let zeros = slot.entry.bytes.len() - slot.content.len();
+            let zeros = slot.entry.range().len() - slot.content.len();
             let whole = repeat_n(&ZEROS[..], zeros / ZEROS.len());
             once(slot.content).chain(whole).chain(once(&ZEROS[..zeros % ZEROS.len()]))
         });
@@ -173,7 +173,7 @@ impl<'a> FileLayout<'a> {
 
     /// The same in pieces of at most `most` bytes: a multiple of 8, so that no element is cut.
     pub(crate) fn pieces(&self, most: usize) -> impl Iterator<Item = Piece<'_>> {
-        let tensors = self.slots.iter().map(|slot| (slot.content, slot.entry.bytes.len(), Some(slot)));
+        let tensors = self.slots.iter().map(|slot| (slot.content, slot.entry.range().len(), Some(slot)));
         let mut end = 0;
         once((&self.header[..], self.header.len(), None)).chain(tensors).flat_map(move |(bytes, len, slot)| {
             let start = end;
@@ -200,7 +200,7 @@ impl<'a> FileLayout<'a> {
         let mut tensors = Vec::new();
         let (_, mut data) = file.split_at_mut(self.header.len());
         for TensorSlot { number, entry, .. } in &self.slots {
-            let (own, rest) = data.split_at_mut(entry.bytes.len());
+            let (own, rest) = data.split_at_mut(entry.range().len());
             if let Some(dtype) = entry.dtype {
                 let tensor = TensorMut::from_bytes(dtype, own)?.named(&entry.name).shape(&entry.shape)?;
                 tensors.push((number, tensor));

@@ -5,9 +5,9 @@
 //!
 //! Each command has a file: [`norm`], [`clip`], [`history`], [`verify`], [`bench`], [`devices`], [`tune`], [`completions`], [`man`]. [`args`] is the command
 //! line, [`values`] parses options, [`description`] makes the clip, [`selection`] takes
-//! gradients by name, and [`groups`] divides them. [`input`], [`header`], [`mapped`] and [`log`] read; [`layout`],
-//! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, by what [`tuning`] has kept of `tune`, and [`generated`] has gradients for
-//! it. [`report`], [`text`], [`print`], [`progress`] and [`plot`] show; [`failure`] has the exit codes. [`processes`] is the program
+//! gradients by name, and [`groups`] divides them. [`input`], [`mapped`] and [`log`] read; [`layout`],
+//! [`stream`], [`output`] and [`temporary`] write, whole or not at all. [`backend`] computes, by what [`tuning`] has kept of `tune`.
+//! [`report`], [`print`] and [`progress`] show. What the page for browsers has too is in the crate `gradclip-common`; [`failure`] has the exit codes. [`processes`] is the program
 //! `gradclip-mpi`, which does the same on many ranks.
 
 #[cfg(target_endian = "big")]
@@ -25,10 +25,7 @@ mod failure;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
-#[cfg(feature = "gpu")]
-mod generated;
 mod groups;
-mod header;
 mod history;
 mod input;
 mod layout;
@@ -37,7 +34,6 @@ mod man;
 mod mapped;
 mod norm;
 mod output;
-mod plot;
 mod print;
 #[doc(hidden)]
 pub mod processes;
@@ -46,7 +42,6 @@ mod report;
 mod selection;
 mod stream;
 mod temporary;
-mod text;
 #[cfg(feature = "gpu")]
 mod tune;
 #[cfg(feature = "gpu")]

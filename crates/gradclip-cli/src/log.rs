@@ -6,10 +6,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 
 use gradclip::{Clip, ClipReport, Tensor};
+use gradclip_common::header::Pairs;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::failure::Failure;
-use crate::header::Pairs;
 use crate::input::open_regular;
 
 /// The norms of one file.
@@ -54,12 +54,6 @@ impl<'de> Deserialize<'de> for Number {
             Either::Number(x) => Ok(Self(x)),
             Either::Text(text) => text.parse().map(Self).map_err(serde::de::Error::custom),
         }
-    }
-}
-
-impl Serialize for Pairs<Number> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(name, norm)| (name, norm)))
     }
 }
 

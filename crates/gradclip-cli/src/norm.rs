@@ -4,21 +4,21 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use gradclip::{Clip, Histogram, NonFiniteElements, NormType, Scope, SegmentReport};
-use indicatif::HumanCount;
+use gradclip_common::description::share_of;
+use gradclip_common::header::Entry;
+use gradclip_common::plot::{self, TensorNorm};
+use gradclip_common::text::{exact, grouped, number, percent, plural, shown, table};
 
 use crate::args::NormArgs;
 use crate::backend::Backend;
 use crate::description::{measuring, norm_name, refuse};
 use crate::failure::Failure;
-use crate::header::Entry;
 use crate::input::{Input, explain, unchanged, unsupported_warning};
 use crate::log::{self, LogLine};
 use crate::output;
-use crate::plot::{self, TensorNorm};
 use crate::print::{print, print_json, remark};
 use crate::progress;
 use crate::report::{Summary, formats, segments};
-use crate::text::{exact, number, plural, shown, table};
 
 pub(crate) fn run(args: &NormArgs) -> Result<(), Failure> {
     let asked = measuring(args.measure.clip(Clip::norm(f64::INFINITY))?);
@@ -200,7 +200,7 @@ fn magnitudes(found: &Histogram) -> String {
     let mut text = format!("\n{:>12} {:>8}  magnitude\n", "elements", "share");
     let mut row = |count: u64, what: &str| {
         let bar = "#".repeat((40.0 * count as f64 / elements as f64).ceil() as usize);
-        text += format!("{:>12} {:>8}  {what:<16} {bar}", HumanCount(count), share(count)).trim_end();
+        text += format!("{:>12} {:>8}  {what:<16} {bar}", grouped(count), share(count)).trim_end();
         text.push('\n');
     };
     if found.non_finite > 0 {
@@ -217,16 +217,6 @@ fn magnitudes(found: &Histogram) -> String {
         text += &format!("{:>12} {:>8}  as {name}\n", share(lost.zero), share(lost.infinite));
     }
     text
-}
-
-/// The share of a segment in the sum under the root of the total norm; for the infinity norm, in the maximum.
-fn share_of(norm: f64, total: f64, norm_type: NormType) -> f64 {
-    let of = norm / total;
-    if norm_type == NormType::Inf { of } else { of.powf(norm_type.power()) }
-}
-
-fn percent(part: f64) -> String {
-    if part.is_finite() { format!("{}%", number(100.0 * part, 3)) } else { "-".into() }
 }
 
 /// The title of the plot.

@@ -7,14 +7,13 @@ use gradclip::{
     Clip, ClipReport, Dtype, Histogram, LostElements, NonFinite, NonFiniteElements, Scope, SegmentReport, Skipped,
     Tensor,
 };
-use indicatif::HumanCount;
+use gradclip_common::text::{grouped, number, plural};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::backend::Backend;
 use crate::description::norm_name;
 use crate::groups::GroupReport;
-use crate::text::{number, plural};
 
 /// A report of the library, and what else is printed with it.
 #[derive(Debug)]
@@ -211,7 +210,7 @@ impl<'a> Summary<'a> {
     pub(crate) fn lost(&self) -> Option<String> {
         let lost = self.report.lost.filter(|lost| lost.zero + lost.infinite > 0)?;
         let all = plural(self.report.elements, "element");
-        let became = match (HumanCount(lost.zero), HumanCount(lost.infinite)) {
+        let became = match (grouped(lost.zero), grouped(lost.infinite)) {
             (zero, _) if lost.infinite == 0 => format!("{zero} of {all} became 0"),
             (_, infinite) if lost.zero == 0 => format!("{infinite} of {all} became infinite"),
             (zero, infinite) => format!("{zero} of {all} became 0, {infinite} infinite"),
@@ -257,8 +256,7 @@ impl<'a> Summary<'a> {
 
     /// The lines that both commands print; `bytes` is how many were read.
     pub(crate) fn lines(&self, bytes: u64) -> Vec<(&'static str, String)> {
-        let mut size =
-            format!("{} in {}", HumanCount(self.report.elements), plural(self.num_tensors() as u64, "tensor"));
+        let mut size = format!("{} in {}", grouped(self.report.elements), plural(self.num_tensors() as u64, "tensor"));
         let others = Some(self.others).filter(|others| *others > 0);
         let others = others.map(|count| plural(count as u64, "other") + " passed through");
         let left_out = self.left_out.map(|count| plural(count as u64, "tensor") + " left out");

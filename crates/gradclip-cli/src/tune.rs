@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use gradclip::gpu::tuning::Tuning;
 use gradclip::gpu::{Trial, Tuned};
+use gradclip_common::text::table;
 use serde::Serialize;
 
 use crate::args::TuneArgs;
@@ -13,7 +14,6 @@ use crate::bench::copy_speed;
 use crate::failure::Failure;
 use crate::print::{print, print_json};
 use crate::progress;
-use crate::text::table;
 use crate::tuning;
 
 #[derive(Serialize)]

@@ -95,16 +95,6 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
 /// Up to here no number of bytes overflows.
 const LARGEST: u64 = 1 << 50;
 
-/// Prints a number of elements as [`size`] parses it.
-pub(crate) fn size_label(elements: u64) -> String {
-    for (unit, shift) in [("Gi", 30), ("Mi", 20), ("Ki", 10)] {
-        if elements.trailing_zeros() >= shift {
-            return format!("{}{unit}", elements >> shift);
-        }
-    }
-    elements.to_string()
-}
-
 /// Parses the dtype of a benchmark.
 pub(crate) fn dtype(text: &str) -> Result<Dtype, String> {
     match text {
@@ -135,6 +125,8 @@ pub(crate) fn seconds(text: &str) -> Result<f64, String> {
 
 #[cfg(test)]
 mod tests {
+    use gradclip_common::text::size_label;
+
     use super::*;
 
     #[test]

@@ -4,19 +4,20 @@ use std::iter::once;
 use std::path::PathBuf;
 
 use gradclip::gpu::GpuClipper;
-use gradclip::{Clip, ClipReport, Mode, NonFinite, NonFiniteElements, NormType, Scope, Tensor, Verification};
+use gradclip::{Clip, Mode, NonFinite, NormType, Scope, Tensor, Verification};
+use gradclip_common::difference::{disagreement, ulps};
+use gradclip_common::generated::{TestCase, largest_norm, with_parameters};
+use gradclip_common::text::plural;
 use serde_json::{Map, Value, json};
 
 use crate::args::VerifyArgs;
 use crate::backend;
 use crate::description::refuse;
 use crate::failure::Failure;
-use crate::generated::{TestCase, largest_norm};
 use crate::groups::Groups;
-use crate::input::{Input, unchanged, unsupported_warning, with_parameters};
+use crate::input::{Input, unchanged, unsupported_warning};
 use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::text::{number, plural};
 
 /// The comparison of one clip.
 struct Compared {
@@ -155,7 +156,8 @@ fn verify_generated(args: &VerifyArgs, gpu: &GpuClipper, hidden: bool) -> Result
     let bar = progress::count(cases, "verifying", hidden);
     let one = |number| {
         let case = TestCase::new(args.seed, number)?;
-        let verification = case.verify(gpu)?;
+        let parameters = case.parameters()?;
+        let verification = gradclip::verify(&case.clip, &case.gradients(&parameters)?, gpu).wait()?;
         bar.inc(1);
         Ok(Compared { clip: format!("{number}: {:.2}", case.clip), verification })
     };
@@ -198,42 +200,10 @@ impl Compared {
     }
 }
 
-/// The first disagreement, in words; `None` if both agree.
-pub(crate) fn disagreement(v: &Verification) -> Option<String> {
-    if v.agrees() {
-        None
-    } else if let Some(m) = &v.first_mismatch {
-        let tensor = m.name.clone().unwrap_or_else(|| m.tensor.to_string());
-        let (cpu, gpu) = (number(m.cpu, 9), number(m.gpu, 9));
-        Some(format!("element {} of {tensor:?}: CPU {cpu}, GPU {gpu}, {} ulps", m.index, ulps(m.ulps)))
-    } else if v.norm_error > v.norm_tolerance {
-        Some(format!("norm: CPU {}, GPU {}", norm(&v.cpu), norm(&v.gpu)))
-    } else if !v.same_decision {
-        Some(format!(
-            "only the {} clipped",
-            if v.cpu.as_ref().is_ok_and(|report| report.clipped) { "CPU" } else { "GPU" }
-        ))
-    } else {
-        Some(format!("non-finite elements: CPU {}, GPU {}", found(&v.cpu), found(&v.gpu)))
-    }
-}
-
-fn norm(side: &Result<ClipReport, NonFiniteElements>) -> String {
-    side.as_ref().map_or_else(|_| "refused".into(), |report| number(report.total_norm, 9))
-}
-
-fn found(side: &Result<ClipReport, NonFiniteElements>) -> String {
-    let found = side.as_ref().map_or_else(Some, |report| report.non_finite.as_ref());
-    found.map_or_else(|| "none".into(), ToString::to_string)
-}
-
-/// `u64::MAX` is the distance between a number and NaN.
-fn ulps(ulps: u64) -> String {
-    if ulps == u64::MAX { "NaN".into() } else { ulps.to_string() }
-}
-
 #[cfg(test)]
 mod tests {
+    use gradclip::NonFiniteElements;
+
     use super::*;
 
     /// Alters real verifications, because devices that compute wrongly are rare.

@@ -17,7 +17,7 @@ use super::readback::Stamped;
 use super::tensor::GpuTensor;
 use crate::processes::GroupTotal;
 use crate::segment::Segments;
-use crate::{Clip, Error};
+use crate::{Clip, Error, Waiting};
 
 /// A clip of certain tensors in GPU memory, ready to be recorded again and again.
 ///
@@ -74,7 +74,8 @@ impl GpuClipper {
     /// or the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the
     /// scope, its parameter or its sum, or two tensors share elements; [`Error::ThresholdState`] if the threshold
     /// belongs to other tensors or another scope; [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the
-    /// device cannot hold or bind what the plan needs. The tensors are not touched.
+    /// device cannot hold or bind what the plan needs. A browser tells the last two later ([`GpuPlan::ready`]). The
+    /// tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
         let (job, threshold) = options.into_job(groups.len())?;
         GpuPlan::new(self, Gathered::new(groups, job, threshold)?)
@@ -83,14 +84,25 @@ impl GpuClipper {
 
 impl GpuPlan {
     pub(super) fn new(gpu: &GpuClipper, gathered: Gathered) -> Result<Self, Error> {
+        let mut gpu = gpu.clone();
+        gpu.device = gpu.device.apart();
         Ok(Self {
-            gpu: gpu.clone(),
-            built: Built::new(gpu, gathered, None)?,
+            built: Built::new(&gpu, gathered, None)?,
+            gpu,
             encoded: AtomicU64::new(0),
             reported: Mutex::default(),
             across: Mutex::default(),
             own_thresholds: Mutex::default(),
         })
+    }
+
+    /// Waits until the device has taken the plan: its kernels are compiled, its buffers are there. A browser tells only
+    /// then what was wrong with the plan; the first report tells it too. Elsewhere planning has told it already.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] and [`Error::Device`] of [`GpuClipper::plan_with`].
+    pub fn ready(&self) -> Waiting<'_, Result<(), Error>> {
+        Waiting::new(self.gpu.device.told())
     }
 
     /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass. Neither

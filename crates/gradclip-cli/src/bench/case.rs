@@ -3,77 +3,21 @@
 use std::time::Instant;
 
 use gradclip::{Clip, Dtype};
+use gradclip_common::throughput::{CASES, Case, Row};
 use indicatif::ProgressBar;
-use serde::Serialize;
 
 use super::gradients::{BOUND, Pattern, TensorSet};
 use super::timer::{Bandwidth, PassTime, StepTimer, median};
 use crate::failure::Failure;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Case {
-    /// Only measures.
-    Norm,
-    /// A clip that changes nothing.
-    Unclipped,
-    Clipped,
-    Value,
-}
-
-pub(super) const CASES: [Case; 4] = [Case::Norm, Case::Unclipped, Case::Clipped, Case::Value];
-
-impl Case {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Norm => "norm",
-            Self::Unclipped => "unclipped",
-            Self::Clipped => "clipped",
-            Self::Value => "value",
-        }
+/// The clip of a case, of gradients with this norm.
+fn clip_of(case: Case, norm: f64) -> Clip {
+    match case {
+        Case::Norm => Clip::norm(f64::INFINITY),
+        Case::Unclipped => Clip::norm(2.0 * norm),
+        Case::Clipped => Clip::norm(norm / 2.0).eps(0.0),
+        Case::Value => Clip::value(BOUND),
     }
-
-    /// How often each byte must be read or written.
-    fn moves(self) -> u64 {
-        match self {
-            Self::Norm | Self::Unclipped => 1,
-            Self::Clipped => 3,
-            Self::Value => 2,
-        }
-    }
-
-    fn writes(self) -> bool {
-        matches!(self, Self::Clipped | Self::Value)
-    }
-
-    /// The clip of this case, of gradients with this norm.
-    fn clip(self, norm: f64) -> Clip {
-        match self {
-            Self::Norm => Clip::norm(f64::INFINITY),
-            Self::Unclipped => Clip::norm(2.0 * norm),
-            Self::Clipped => Clip::norm(norm / 2.0).eps(0.0),
-            Self::Value => Clip::value(BOUND),
-        }
-    }
-}
-
-/// The result of one case.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Row {
-    #[serde(serialize_with = "as_text")]
-    pub(super) dtype: Dtype,
-    pub(super) elements: u64,
-    pub(super) tensors: usize,
-    pub(super) case: Case,
-    pub(super) seconds: f64,
-    pub(super) seconds_min: f64,
-    pub(super) runs: usize,
-    pub(super) gb_s: f64,
-    pub(super) of_copy: f64,
-}
-
-fn as_text<S: serde::Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(dtype)
 }
 
 const LEAST_RUNS: usize = 3;
@@ -96,7 +40,7 @@ impl Measurement<'_> {
     /// The clips of all cases, in their order.
     pub(super) fn clips(&self) -> Vec<Clip> {
         let norm = self.pattern.norm(self.set, false);
-        CASES.iter().map(|case| case.clip(norm)).collect()
+        CASES.iter().map(|case| clip_of(*case, norm)).collect()
     }
 
     /// Times every case; with `passes` also the passes of a clipped step.
@@ -112,7 +56,7 @@ impl Measurement<'_> {
         for case in CASES {
             let mut seconds = self.time(timer, case)?;
             let median = median(&mut seconds);
-            let bytes = (case.moves() * set.elements * dtype.size() as u64) as f64;
+            let bytes = case.bytes(dtype, set.elements) as f64;
             rows.push(Row {
                 dtype,
                 elements: set.elements,

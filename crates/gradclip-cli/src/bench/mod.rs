@@ -4,10 +4,11 @@ mod case;
 #[cfg(feature = "gpu")]
 mod gpu_timer;
 mod gradients;
-mod plot;
 mod timer;
 
 use gradclip::Dtype;
+use gradclip_common::text::{number, size_label, table};
+use gradclip_common::throughput::{self, CASES, Row};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -18,9 +19,8 @@ use crate::failure::Failure;
 use crate::output;
 use crate::print::{print, print_json, remark};
 use crate::progress;
-use crate::text::{number, table};
-use crate::values::{Cut, size_label};
-use case::{CASES, Measurement, Row};
+use crate::values::Cut;
+use case::Measurement;
 #[cfg(feature = "gpu")]
 use gpu_timer::{GpuTimer, gpu_bandwidth};
 use gradients::{Pattern, TensorSet};
@@ -86,7 +86,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             match device.bench(&pattern, set, args, &bar) {
                 Ok((found, times)) => {
                     if !args.json {
-                        bar.suspend(|| print(&found.iter().map(Row::text).collect::<String>()))?;
+                        bar.suspend(|| print(&found.iter().map(line).collect::<String>()))?;
                     }
                     rows.extend(found);
                     // Only the largest: the small ones are many, and alike.
@@ -107,8 +107,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     bar.finish_and_clear();
 
     if let Some(path) = &args.plot.out {
-        let limits = (device.bandwidth.copy / 1e9, device.bandwidth.read / 1e9);
-        let drawing = plot::draw(&format!("Throughput of gradclip on {backend}"), &rows, limits);
+        let limits = (device.bandwidth.copy / 1e9, Some(device.bandwidth.read / 1e9));
+        let drawing = throughput::draw(&format!("Throughput of gradclip on {backend}"), &rows, limits);
         output::write_file(drawing.as_bytes(), path, args.plot.force)?;
     }
     if args.json {
@@ -254,21 +254,20 @@ impl<'a> BenchDevice<'a> {
     }
 }
 
-impl Row {
-    fn text(&self) -> String {
-        format!(
-            "{:<8} {:>10} {:>7}  {:<9} {:>9} {:>9} {:>5} {:>7} {:>7.2}\n",
-            self.dtype.to_string(),
-            size_label(self.elements),
-            self.tensors,
-            self.case.name(),
-            time(self.seconds),
-            time(self.seconds_min),
-            self.runs,
-            fixed(self.gb_s),
-            self.of_copy,
-        )
-    }
+/// A line of the table.
+fn line(row: &Row) -> String {
+    format!(
+        "{:<8} {:>10} {:>7}  {:<9} {:>9} {:>9} {:>5} {:>7} {:>7.2}\n",
+        row.dtype.to_string(),
+        size_label(row.elements),
+        row.tensors,
+        row.case.name(),
+        time(row.seconds),
+        time(row.seconds_min),
+        row.runs,
+        fixed(row.gb_s),
+        row.of_copy,
+    )
 }
 
 fn time(seconds: f64) -> String {

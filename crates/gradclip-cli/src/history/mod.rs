@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use gradclip::{Clip, NormType, Scope};
+use gradclip_common::text::{number, plural, shown, table};
 use serde_json::{Map, Value};
 
 use crate::args::{BackendArgs, BackendChoice, HistoryArgs};
@@ -28,7 +29,6 @@ use crate::output;
 use crate::print::{print, print_by, remark};
 use crate::progress;
 use crate::selection::{fits, no_such_gradient};
-use crate::text::{number, plural, shown, table};
 
 /// The norms of one step.
 #[derive(Debug)]

@@ -3,9 +3,10 @@
 
 use std::fmt::Write;
 
+use gradclip_common::plot::{WIDTH, document, escaped, spread};
+use gradclip_common::text::{number, shown};
+
 use super::Step;
-use crate::plot::{WIDTH, document, escaped, spread};
-use crate::text::{number, shown};
 
 /// Positions and sizes, in pixels.
 const LEFT: f64 = 72.0;

@@ -5,11 +5,11 @@ use std::collections::{BinaryHeap, HashMap};
 use std::path::{Path, PathBuf};
 
 use gradclip::NonFiniteElements;
+use gradclip_common::header::Entry;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::groups::Groups;
-use crate::header::Entry;
 use crate::input::Input;
 use crate::norm::file_of;
 use crate::selection::{fits, no_such_gradient};

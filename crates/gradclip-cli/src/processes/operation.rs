@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use gradclip::{Clip, ClipReport, DecidedClip, Scope, Tensor};
+use gradclip_common::text::{exact, plural, table};
 
 use super::args::{Cli, ClipArgs, Command, CommonArgs, NormArgs};
 use super::assignment::{AllFiles, FileSummary, owners};
@@ -22,7 +23,6 @@ use crate::output::{Copies, Output};
 use crate::print::{printed, remark};
 use crate::progress;
 use crate::report::{Ranks, Summary};
-use crate::text::{exact, plural, table};
 
 /// What all ranks do.
 #[derive(Debug)]

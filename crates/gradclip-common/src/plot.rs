@@ -6,15 +6,18 @@ use crate::text::number;
 
 /// One row of the plot.
 #[derive(Debug)]
-pub(crate) struct TensorNorm {
-    pub(crate) label: String,
-    pub(crate) norm: f64,
+pub struct TensorNorm {
+    /// The name of the tensor.
+    pub label: String,
+    /// Its norm.
+    pub norm: f64,
     /// How many elements are not finite. Counted only if the norm is not; then 0 means that the norm overflows.
-    pub(crate) non_finite: u64,
+    pub non_finite: u64,
 }
 
+/// The width of every plot, in pixels.
+pub const WIDTH: f64 = 960.0;
 /// Positions and sizes, in pixels.
-pub(crate) const WIDTH: f64 = 960.0;
 const TOP: f64 = 84.0;
 const BOTTOM: f64 = 40.0;
 /// The height of all rows together, if each is still legible.
@@ -25,7 +28,8 @@ const LABEL: f64 = 14.0;
 const LONGEST: usize = 44;
 
 /// The plot as an SVG document.
-pub(crate) fn draw(title: &str, rows: &[TensorNorm], total: f64) -> String {
+#[must_use]
+pub fn draw(title: &str, rows: &[TensorNorm], total: f64) -> String {
     let positive = |norm: &f64| norm.is_finite() && *norm > 0.0;
     let norms: Vec<_> = rows.iter().map(|row| row.norm).chain([total]).filter(positive).map(f64::log10).collect();
     let lowest = norms.iter().copied().fold(f64::INFINITY, f64::min).floor();
@@ -121,7 +125,8 @@ pub(crate) fn draw(title: &str, rows: &[TensorNorm], total: f64) -> String {
 }
 
 /// The beginning of an SVG document with a title.
-pub(crate) fn document(title: &str, height: f64) -> String {
+#[must_use]
+pub fn document(title: &str, height: f64) -> String {
     let title = escaped(title);
     format!(
         r##"<?xml version="1.0" encoding="UTF-8"?>
@@ -155,12 +160,13 @@ fn abbreviated(label: &str) -> String {
 }
 
 /// Escapes text for XML. Control characters are escaped before.
-pub(crate) fn escaped(text: &str) -> String {
+#[must_use]
+pub fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// Moves names apart that would overlap, and back into the panel.
-pub(crate) fn spread(names: &mut [(f64, String, &str)], top: f64, bottom: f64) {
+pub fn spread(names: &mut [(f64, String, &str)], top: f64, bottom: f64) {
     const APART: f64 = 14.0;
     names.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut least = top - APART;

@@ -17,46 +17,67 @@ use std::ops::Range;
 use gradclip::Dtype;
 use serde::de::value::{Error as DtypeError, StrDeserializer};
 use serde::de::{Deserialize, Deserializer, IntoDeserializer, MapAccess, Visitor};
+use serde::{Serialize, Serializer};
 use serde_json::json;
 use serde_json::value::RawValue;
 
 /// The longest header that readers of the format accept.
-pub(crate) const MAX_HEADER: u64 = 100_000_000;
+pub const MAX_HEADER: u64 = 100_000_000;
 
 /// The key of the metadata.
 const METADATA: &str = "__metadata__";
 
 /// One tensor of a file.
 #[derive(Clone, Debug)]
-pub(crate) struct Entry {
-    pub(crate) name: String,
+pub struct Entry {
+    /// Its name.
+    pub name: String,
     /// The dtype in the header.
-    pub(crate) kind: safetensors::Dtype,
+    pub kind: safetensors::Dtype,
     /// The dtype as which it is clipped; `None` for all others, and for those that are left out, which pass through.
-    pub(crate) dtype: Option<Dtype>,
-    pub(crate) shape: Vec<usize>,
-    /// Where its bytes are in the file.
-    pub(crate) bytes: Range<usize>,
+    pub dtype: Option<Dtype>,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Where its bytes are in the file, which may be longer than memory.
+    pub bytes: Range<u64>,
     /// Whether it passes through because others were selected.
-    pub(crate) left_out: bool,
+    pub left_out: bool,
 }
 
 /// Reads the header of a whole file: its entries in the order of their data, and the text of its metadata.
 ///
-/// An error is a sentence about the file, without its name.
-pub(crate) fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String> {
+/// # Errors
+/// A sentence about the file, without its name.
+pub fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String> {
+    let length = length(file, file.len() as u64)?;
+    entries(&file[8..8 + length as usize], file.len() as u64)
+}
+
+/// The length of the header, given at least the first 8 bytes of a file of `size` bytes, or all if there are fewer.
+///
+/// # Errors
+/// As [`parse`].
+pub fn length(start: &[u8], size: u64) -> Result<u64, String> {
     let hint = "it is truncated, or not a safetensors file";
-    let Some((length, rest)) = file.split_first_chunk::<8>() else {
-        return Err(format!("the file has {} bytes, too few for a header: {hint}", file.len()));
+    let Some(length) = start.first_chunk::<8>().filter(|_| size >= 8) else {
+        return Err(format!("the file has {size} bytes, too few for a header: {hint}"));
     };
-    let length = u64::from_le_bytes(*length);
-    if length > rest.len() as u64 {
-        return Err(format!("the header claims {length} bytes, but only {} follow: {hint}", rest.len()));
+    let (length, rest) = (u64::from_le_bytes(*length), size - 8);
+    if length > rest {
+        return Err(format!("the header claims {length} bytes, but only {rest} follow: {hint}"));
     }
     if length > MAX_HEADER {
         return Err(format!("the header claims {length} bytes, more than the {MAX_HEADER} that the format allows"));
     }
-    let (header, data) = rest.split_at(length as usize);
+    Ok(length)
+}
+
+/// Reads the header alone, without its length, of a file of `size` bytes. As [`parse`].
+///
+/// # Errors
+/// As [`parse`].
+pub fn entries(header: &[u8], size: u64) -> Result<(Vec<Entry>, Option<String>), String> {
+    let data = size.saturating_sub(8 + header.len() as u64);
     let Pairs(tensors) = serde_json::from_slice::<Pairs<&RawValue>>(header).map_err(|error| {
         format!("the header is not valid JSON ({error}): the file is damaged, or not a safetensors file")
     })?;
@@ -70,19 +91,20 @@ pub(crate) fn parse(file: &[u8]) -> Result<(Vec<Entry>, Option<String>), String>
     }
     let mut entries = tensors
         .into_iter()
-        .map(|(name, tensor)| entry(&name, tensor, data.len()).map_err(|problem| format!("tensor {name:?}: {problem}")))
+        .map(|(name, tensor)| entry(&name, tensor, data).map_err(|problem| format!("tensor {name:?}: {problem}")))
         .collect::<Result<Vec<_>, _>>()?;
     entries.sort_by_key(|entry| (entry.bytes.start, entry.bytes.end));
-    cover(&entries, data.len())?;
+    cover(&entries, data)?;
     for entry in &mut entries {
-        entry.bytes.start += file.len() - data.len();
-        entry.bytes.end += file.len() - data.len();
+        entry.bytes.start += size - data;
+        entry.bytes.end += size - data;
     }
     Ok((entries, metadata.first().map(|(_, text)| text.to_string())))
 }
 
 /// A header of these entries, padded so that the data behind it are aligned.
-pub(crate) fn compose<'a>(entries: impl Iterator<Item = &'a Entry>, metadata: Option<&str>) -> Vec<u8> {
+#[must_use]
+pub fn compose<'a>(entries: impl Iterator<Item = &'a Entry>, metadata: Option<&str>) -> Vec<u8> {
     let tensor = |Entry { name, kind, shape, bytes, .. }: &Entry| {
         let described = json!({ "dtype": kind, "shape": shape, "data_offsets": [bytes.start, bytes.end] });
         format!("{}:{described}", json!(name))
@@ -95,7 +117,7 @@ pub(crate) fn compose<'a>(entries: impl Iterator<Item = &'a Entry>, metadata: Op
 }
 
 /// Checks one tensor. Its byte range is relative to the data.
-fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
+fn entry(name: &str, tensor: &RawValue, data: u64) -> Result<Entry, String> {
     #[derive(serde::Deserialize)]
     struct Described {
         dtype: String,
@@ -110,7 +132,7 @@ fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
     if end < start {
         return Err(format!("its data ends at byte {end}, before it starts at byte {start}"));
     }
-    if end > data as u64 {
+    if end > data {
         return Err(format!(
             "its data ends at byte {end}, but the file holds only {data} bytes of data: is it truncated?"
         ));
@@ -120,14 +142,7 @@ fn entry(name: &str, tensor: &RawValue, data: usize) -> Result<Entry, String> {
     if bits != Some((end - start) * 8) {
         return Err(format!("its shape {shape:?} of {dtype} does not fit its {} bytes", end - start));
     }
-    Ok(Entry {
-        name: name.to_owned(),
-        kind,
-        dtype: clipped_as(kind),
-        shape,
-        bytes: start as usize..end as usize,
-        left_out: false,
-    })
+    Ok(Entry { name: name.to_owned(), kind, dtype: clipped_as(kind), shape, bytes: start..end, left_out: false })
 }
 
 /// The dtype as which a tensor is clipped, if it can be.
@@ -143,15 +158,29 @@ fn clipped_as(kind: safetensors::Dtype) -> Option<Dtype> {
 }
 
 impl Entry {
+    /// How many bytes it has.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.bytes.end - self.bytes.start
+    }
+
+    /// Where its bytes are in a file in memory.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.bytes.start as usize..self.bytes.end as usize
+    }
+
     /// Whether it may be a gradient: all but integers and booleans may.
-    pub(crate) fn may_be_gradient(&self) -> bool {
+    #[must_use]
+    pub fn may_be_gradient(&self) -> bool {
         use safetensors::Dtype as Kind;
         let integers = [Kind::U8, Kind::I8, Kind::U16, Kind::I16, Kind::U32, Kind::I32, Kind::U64, Kind::I64];
         self.kind != Kind::BOOL && !integers.contains(&self.kind)
     }
 
     /// Whether it passes through, although it may be a gradient, because its dtype cannot be clipped.
-    pub(crate) fn is_unsupported(&self) -> bool {
+    #[must_use]
+    pub fn is_unsupported(&self) -> bool {
         // A complex tensor does not pass through: it is an error.
         let complex = self.kind == safetensors::Dtype::C64;
         self.may_be_gradient() && self.dtype.is_none() && !complex && !self.left_out
@@ -159,7 +188,7 @@ impl Entry {
 }
 
 /// Checks that the sorted entries cover the data exactly.
-fn cover(entries: &[Entry], data: usize) -> Result<(), String> {
+fn cover(entries: &[Entry], data: u64) -> Result<(), String> {
     let mut end = 0;
     let mut before: Option<&Entry> = None;
     for entry in entries {
@@ -186,12 +215,19 @@ fn cover(entries: &[Entry], data: usize) -> Result<(), String> {
 
 /// The pairs of a JSON object in order, including those with equal keys.
 #[derive(Debug)]
-pub(crate) struct Pairs<V>(pub(crate) Vec<(String, V)>);
+pub struct Pairs<V>(pub Vec<(String, V)>);
 
 /// The first key that occurs twice.
-pub(crate) fn duplicate<V>(pairs: &[(String, V)]) -> Option<&str> {
+#[must_use]
+pub fn duplicate<V>(pairs: &[(String, V)]) -> Option<&str> {
     let mut seen = HashSet::new();
     pairs.iter().map(|(key, _)| key.as_str()).find(|key| !seen.insert(*key))
+}
+
+impl<V: Serialize> Serialize for Pairs<V> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(key, value)| (key, value)))
+    }
 }
 
 impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<V> {

@@ -1,12 +1,9 @@
-//! Generated gradients for `gradclip verify`: sets of tensors with awkward shapes and values, from a seed.
+//! Generated gradients, on which GPU and CPU are compared: sets of tensors with awkward shapes and values, from a seed.
 
-use gradclip::gpu::GpuClipper;
-use gradclip::{Budget, Clip, Clipper, Dtype, Mode, NonFinite, NormType, Scope, Tensor, UnitAxis, Verification};
+use gradclip::{Budget, Clip, Clipper, Dtype, Error, Mode, NonFinite, NormType, Scope, Tensor, UnitAxis};
 use half::{bf16, f16};
 
 use crate::description::{by_example, measuring};
-use crate::failure::Failure;
-use crate::input::with_parameters;
 
 /// Lengths at which kernels take another path, and a few that need many workgroups.
 const LENGTHS: [usize; 16] = [0, 1, 2, 3, 4, 5, 31, 255, 256, 257, 1023, 4096, 4097, 65_535, 65_537, 300_001];
@@ -16,11 +13,12 @@ const INNER: [usize; 8] = [1, 2, 3, 31, 64, 255, 257, 1000];
 
 /// Gradients and a clip of them.
 #[derive(Debug)]
-pub(crate) struct TestCase {
+pub struct TestCase {
     gradients: Vec<GeneratedTensor>,
     /// One for each gradient if the clip needs them.
     parameters: Vec<GeneratedTensor>,
-    pub(crate) clip: Clip,
+    /// The clip.
+    pub clip: Clip,
 }
 
 /// One generated tensor.
@@ -34,7 +32,10 @@ struct GeneratedTensor {
 
 impl TestCase {
     /// The case with this number; it depends on seed and number alone.
-    pub(crate) fn new(seed: u64, number: u64) -> Result<Self, Failure> {
+    ///
+    /// # Errors
+    /// None: what is generated is valid.
+    pub fn new(seed: u64, number: u64) -> Result<Self, Error> {
         let mut random = SplitMix64(seed.wrapping_mul(0x2545_f491_4f6c_dd1d).wrapping_add(number));
         let mut clip = clip(&mut random);
         let examples = by_example(&clip).then(|| random.choose(&[1, 2, 7, 32]));
@@ -50,15 +51,33 @@ impl TestCase {
         Ok(Self { gradients, parameters, clip })
     }
 
-    /// Clips on GPU and CPU.
-    pub(crate) fn verify(&self, gpu: &GpuClipper) -> Result<Verification, Failure> {
-        let parameters = views(&self.parameters)?;
-        let gradients = with_parameters(views(&self.gradients)?, &parameters);
-        Ok(gradclip::verify(&self.clip, &gradients, gpu).wait()?)
+    /// The parameters of the gradients, if the clip needs them.
+    ///
+    /// # Errors
+    /// None: what is generated is valid.
+    pub fn parameters(&self) -> Result<Vec<Tensor<'_>>, Error> {
+        views(&self.parameters)
+    }
+
+    /// The gradients, with their parameters.
+    ///
+    /// # Errors
+    /// None: what is generated is valid.
+    pub fn gradients<'a>(&'a self, parameters: &'a [Tensor<'a>]) -> Result<Vec<Tensor<'a>>, Error> {
+        Ok(with_parameters(views(&self.gradients)?, parameters))
     }
 }
 
-fn views(tensors: &[GeneratedTensor]) -> Result<Vec<Tensor<'_>>, gradclip::Error> {
+/// Gives each gradient its parameter, if there are any.
+#[must_use]
+pub fn with_parameters<'a>(mut gradients: Vec<Tensor<'a>>, parameters: &'a [Tensor<'a>]) -> Vec<Tensor<'a>> {
+    for (gradient, parameter) in gradients.iter_mut().zip(parameters) {
+        *gradient = gradient.parameter(parameter);
+    }
+    gradients
+}
+
+fn views(tensors: &[GeneratedTensor]) -> Result<Vec<Tensor<'_>>, Error> {
     tensors.iter().map(GeneratedTensor::view).collect()
 }
 
@@ -73,7 +92,7 @@ fn shape(random: &mut SplitMix64, examples: Option<usize>) -> Vec<usize> {
 }
 
 impl GeneratedTensor {
-    fn view(&self) -> Result<Tensor<'_>, gradclip::Error> {
+    fn view(&self) -> Result<Tensor<'_>, Error> {
         Tensor::from_bytes(self.dtype, &self.bytes)?.named(&self.name).shape(&self.shape)
     }
 
@@ -133,11 +152,11 @@ fn threshold(
     clip: &Clip,
     gradients: &[Tensor<'_>],
     parameters: &[Tensor<'_>],
-) -> Result<Mode, Failure> {
+) -> Result<Mode, Error> {
     let largest = || largest_norm(gradients, Clip::norm(0.0).norm_type(NormType::Inf).grad_scale(clip.grad_scale));
     let part = random.choose(&[0.0, 1e-3, 0.1, 0.5, 0.9, 2.0]);
     // Of a norm of 0, infinity would be NaN.
-    let norm = || Ok::<_, Failure>(largest_norm(gradients, *clip)?.max(f64::MIN_POSITIVE));
+    let norm = || Ok::<_, Error>(largest_norm(gradients, *clip)?.max(f64::MIN_POSITIVE));
     let part_or_all = if random.below(7) == 0 { f64::INFINITY } else { part };
     Ok(match clip.mode {
         Mode::Rms(_) => Mode::Rms(part_or_all * norm()?),
@@ -150,7 +169,10 @@ fn threshold(
 }
 
 /// The largest norm of any segment, of its finite elements, on the CPU.
-pub(crate) fn largest_norm(tensors: &[Tensor<'_>], clip: Clip) -> Result<f64, Failure> {
+///
+/// # Errors
+/// Those of [`Clipper::measure`].
+pub fn largest_norm(tensors: &[Tensor<'_>], clip: Clip) -> Result<f64, Error> {
     let report = Clipper::cpu().measure(&measuring(clip).non_finite(NonFinite::Drop), tensors)?;
     let norms = report.segments.iter().map(|segment| segment.norm);
     Ok(if report.segments.is_empty() { report.total_norm } else { norms.fold(0.0, f64::max) })

@@ -3,11 +3,85 @@
 use std::fmt::Write;
 
 use gradclip::Dtype;
+use serde::Serialize;
 
-use super::case::{CASES, Case, Row};
 use crate::plot::{WIDTH, document, escaped, spread};
-use crate::text::{number, plural};
-use crate::values::size_label;
+use crate::text::{number, plural, size_label};
+
+/// What is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Case {
+    /// Only measures.
+    Norm,
+    /// A clip that changes nothing.
+    Unclipped,
+    /// A clip by norm that changes every element.
+    Clipped,
+    /// A clip by value.
+    Value,
+}
+
+/// All of them.
+pub const CASES: [Case; 4] = [Case::Norm, Case::Unclipped, Case::Clipped, Case::Value];
+
+impl Case {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Norm => "norm",
+            Self::Unclipped => "unclipped",
+            Self::Clipped => "clipped",
+            Self::Value => "value",
+        }
+    }
+
+    /// The bytes that must be read or written for so many elements.
+    #[must_use]
+    pub fn bytes(self, dtype: Dtype, elements: u64) -> u64 {
+        let moves = match self {
+            Self::Norm | Self::Unclipped => 1,
+            Self::Clipped => 3,
+            Self::Value => 2,
+        };
+        moves * elements * dtype.size() as u64
+    }
+
+    /// Whether gradients change.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        matches!(self, Self::Clipped | Self::Value)
+    }
+}
+
+/// The result of one case.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The dtype of the elements.
+    #[serde(serialize_with = "as_text")]
+    pub dtype: Dtype,
+    /// How many elements were clipped.
+    pub elements: u64,
+    /// In how many tensors.
+    pub tensors: usize,
+    /// What was timed.
+    pub case: Case,
+    /// The median of the runs, in seconds.
+    pub seconds: f64,
+    /// The shortest run.
+    pub seconds_min: f64,
+    /// How many runs there were.
+    pub runs: usize,
+    /// [`Case::bytes`] over the median.
+    pub gb_s: f64,
+    /// The same over the speed of a plain copy.
+    pub of_copy: f64,
+}
+
+fn as_text<S: serde::Serializer>(dtype: &Dtype, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(dtype)
+}
 
 /// Positions and sizes, in pixels.
 const LEFT: f64 = 64.0;
@@ -27,8 +101,9 @@ fn colour(case: Case) -> &'static str {
     }
 }
 
-/// The plot as an SVG document; `copy` and `read` are speeds in GB/s.
-pub(super) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> String {
+/// The plot as an SVG document; `copy` and `read` are speeds in GB/s, as far as they were measured.
+#[must_use]
+pub fn draw(title: &str, rows: &[Row], (copy, read): (f64, Option<f64>)) -> String {
     let mut dtypes: Vec<Dtype> = Vec::new();
     for row in rows.iter().filter(|row| row.gb_s.is_finite()) {
         if !dtypes.contains(&row.dtype) {
@@ -40,7 +115,8 @@ pub(super) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> Strin
     let highest = rows.iter().map(|row| log(row.elements)).fold(f64::NEG_INFINITY, f64::max);
     let (lowest, highest) = if highest > lowest { (lowest, highest) } else { (lowest - 1.0, highest + 1.0) };
     let x = |elements: u64| LEFT + (log(elements) - lowest) / (highest - lowest) * (RIGHT - LEFT);
-    let fastest = rows.iter().map(|row| row.gb_s).chain([copy, read]).filter(|y| y.is_finite()).fold(0.0, f64::max);
+    let fastest =
+        rows.iter().map(|row| row.gb_s).chain([copy]).chain(read).filter(|y| y.is_finite()).fold(0.0, f64::max);
     let step = nice_step(fastest.max(1e-9) / 5.0);
     let most = (fastest.max(1e-9) * 1.04 / step).ceil() * step;
 
@@ -56,10 +132,11 @@ pub(super) fn draw(title: &str, rows: &[Row], (copy, read): (f64, f64)) -> Strin
         let _ = writeln!(svg, r#"<text x="{LEFT}" y="{:.1}" font-weight="bold">{dtype}</text>"#, top - 8.0);
         // At the right end: the names, each at the height of its curve, but not on top of another.
         let mut names = vec![(y(copy), format!("copy {}", number(copy, 3)), "#333")];
-        if y(read) - y(copy) > 1.0 || y(copy) - y(read) > 1.0 {
+        if let Some(read) = read.filter(|read| (y(*read) - y(copy)).abs() > 1.0) {
             names.push((y(read), format!("read {}", number(read, 3)), "#777"));
         }
-        for (speed, style) in [(copy, r##"stroke="#333" stroke-width="2""##), (read, r##"stroke="#999""##)] {
+        let copy_line = (copy, r##"stroke="#333" stroke-width="2""##);
+        for (speed, style) in [copy_line].into_iter().chain(read.map(|read| (read, r##"stroke="#999""##))) {
             let at = y(speed);
             let _ = writeln!(
                 svg,
