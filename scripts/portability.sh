@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
 # Checks that the library and the program compile where no test runs: with the oldest Rust that Cargo.toml promises, on
-# Linux, Windows and macOS; and the library and the page on the web. Links and runs nothing. Uses that one version for everything, so
-# that macros and build scripts are built once, in the release profile, which is what the README's first command builds.
+# Linux, Windows and macOS. Links and runs nothing. Uses the release profile, which is what the README's first command
+# builds.
 #
-# Installs that toolchain and its targets by rustup if they are missing. Takes about two and a half minutes on two cores
-# from an empty folder.
+# Installs that toolchain and its targets by rustup if they are missing. Takes about two minutes on two cores from an
+# empty folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 systems=(x86_64-unknown-linux-gnu x86_64-pc-windows-msvc aarch64-apple-darwin)
-web=wasm32-unknown-unknown
 
 installed=$(rustup target list --toolchain "$rust" --installed 2>/dev/null || true)
-for target in "${systems[@]}" "$web"; do
+for target in "${systems[@]}"; do
     grep -qx "$target" <<<"$installed" && continue
-    rustup toolchain install "$rust" --profile minimal --no-self-update --target "$(IFS=,; echo "${systems[*]},$web")" || {
-        echo "error: rustup could not install Rust $rust for ${systems[*]} $web, without which nothing here is checked;" \
+    rustup toolchain install "$rust" --profile minimal --no-self-update --target "$(IFS=,; echo "${systems[*]}")" || {
+        echo "error: rustup could not install Rust $rust for ${systems[*]}, without which nothing here is checked;" \
             "install it where there is a network" >&2
         exit 1
     }
@@ -28,7 +27,3 @@ check=(cargo "+$rust" check --quiet --locked --release)
 
 "${check[@]}" -p gradclip -p gradclip-cli --all-features "${systems[@]/#/--target=}"
 printf "portability: Rust $rust on %s: library and program\n" "${systems[@]}"
-"${check[@]}" -p gradclip --target "$web"
-# With WebGPU alone.
-"${check[@]}" -p gradclip-web --features suite --target "$web"
-echo "portability: Rust $rust on $web: library and page"
