@@ -11,6 +11,8 @@ mod bad_plans;
 mod cut_into_pieces;
 mod damaged_bytes;
 mod device_adaptive;
+mod device_optimizer_states;
+mod device_optimizers;
 mod device_outside;
 mod device_scopes;
 mod faults;
