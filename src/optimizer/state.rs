@@ -271,7 +271,7 @@ impl<'a> OptimizerState<'a> {
             return fail(format!("it has {} groups, and there are {}", own.groups.len(), others.groups.len()));
         }
         self.check_kinds(other)?;
-        let sizes = |of: &Parameters| of.groups.iter().map(|group| group.len()).collect::<Vec<_>>();
+        let sizes = |of: &Parameters| of.groups.iter().map(Range::len).collect::<Vec<_>>();
         let (own_sizes, other_sizes) = (sizes(own), sizes(others));
         if own_sizes != other_sizes {
             return fail(format!("its groups have {own_sizes:?} parameters, and there are {other_sizes:?}"));

@@ -233,7 +233,7 @@ fn halves_on_the_device_follow_float32_to_the_bit() {
     assert!(single.numbers().all(|x| x.abs() < 0.2), "float32 goes from 1 to about 0: {single:?}");
     let (half, state) = trained(Dtype::BF16, Halves::Remainder);
     let exact = joined(&half, state.bytes(0, "remainder").expect("it is kept"));
-    assert_same_bits(&[exact], &[single.clone()], "with a remainder");
+    assert_same_bits(&[exact], std::slice::from_ref(&single), "with a remainder");
     for dtype in [Dtype::BF16, Dtype::F16] {
         let (half, state) = trained(dtype, Halves::Master);
         assert_eq!(state.bytes(0, "master"), Some(&single.bytes[..]), "{dtype}");

@@ -227,7 +227,7 @@ fn step_pieces<'l>(gradients: &[Piece], parameters: &[Piece], layout: &'l StateL
 
 /// Checks the rows of steps. Every element of a parameter is stepped once, by its own gradient, in its segment, with words
 /// of state that no other element has. No dispatch has two writers of a word. Nothing leaves its window or block.
-pub(crate) fn check_steps(gradients: &[Piece], parameters: &[Piece], kept: &[(u64, Kept)], most: u64, limits: Limits) {
+pub(crate) fn check_steps(gradients: &[Piece], parameters: &[Piece], kept: &[KeptOf], most: u64, limits: Limits) {
     let layout = StateLayout::new(kept, most);
     assert!(layout.blocks.iter().all(|words| *words <= most));
     // Parts of tensors, and of blocks: elements, words and halves.
@@ -285,14 +285,19 @@ pub(crate) fn check_steps(gradients: &[Piece], parameters: &[Piece], kept: &[(u6
         }
         // Panics if two rows write the same word.
         united(written);
-        let rows: Vec<_> = batch.rows.iter().map(|row| ChunkRow { next: row.next, ..ChunkRow::default() }).collect();
+        let chunk = |row: &StepRow| ChunkRow { elements: row.elements, next: row.next, ..ChunkRow::default() };
+        let rows: Vec<_> = batch.rows.iter().map(chunk).collect();
         for task in tasks_of(&Table { tasks: batch.tasks, chunks: rows }) {
             assert!(task.len() <= TASK_CHUNKS);
+            // Blocks of four elements for each invocation, of 3 iterations at most.
+            let lanes = u64::from(limits.workgroup);
+            let iterations = task.iter().map(|row| (u64::from(row.elements).div_ceil(4 * lanes) + 1) * 3);
+            assert!(iterations.sum::<u64>() <= MOST_ITERATIONS, "loops too long");
         }
     }
     let all = gradients.iter().map(|p| (p.tensor, p.first_element, p.first_element + p.len)).collect();
     assert_eq!(united(stepped), united(all), "what is stepped");
-    let block = |(block, from, to): (usize, u64, u64)| assert!(to <= layout.blocks[block]);
+    let block = |(block, _, to): (usize, u64, u64)| assert!(to <= layout.blocks[block]);
     let halves = united(halves);
     united(floats.iter().copied().chain(halves.iter().map(|(of, from, to)| (*of, from / 2, to.div_ceil(2)))).collect())
         .into_iter()
@@ -547,8 +552,11 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
     Ok((pieces, segments.count))
 }
 
-/// Places of the parameters of gradients, and what is kept of each.
-fn parameters_of(u: &mut Unstructured<'_>, gradients: &[Piece]) -> Result<(Vec<Piece>, Vec<(u64, Kept)>)> {
+/// Of a tensor: its elements, and what is kept of each.
+type KeptOf = (u64, Kept);
+
+/// Places of the parameters of gradients, and what is kept of them.
+fn parameters_of(u: &mut Unstructured<'_>, gradients: &[Piece]) -> Result<(Vec<Piece>, Vec<KeptOf>)> {
     let tensors = gradients.iter().map(|p| p.tensor + 1).max().unwrap_or(0);
     let buffers = gradients.iter().map(|p| p.buffer + 1).max().unwrap_or(0);
     let mut ends = vec![0u64; u.int_in_range(1..=4)?];
