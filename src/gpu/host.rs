@@ -102,10 +102,7 @@ impl GpuClipper {
         &'a self,
         clip: &'a Clip,
         tensors: &'a mut [TensorMut<'t>],
-    ) -> Waiting<'a, Result<ClipReport, Error>>
-    where
-        't: 'a,
-    {
+    ) -> Waiting<'a, Result<ClipReport, Error>> {
         Waiting::new(async move {
             let groups = &mut [(*clip, tensors)];
             Ok(self.applied(groups, Context::alone()).await?.swap_remove(0))
@@ -119,11 +116,7 @@ impl GpuClipper {
     pub fn apply_groups<'a, 'g, 't>(
         &'a self,
         groups: &'a mut [(Clip, &'g mut [TensorMut<'t>])],
-    ) -> Waiting<'a, Result<Vec<ClipReport>, Error>>
-    where
-        't: 'g,
-        'g: 'a,
-    {
+    ) -> Waiting<'a, Result<Vec<ClipReport>, Error>> {
         Waiting::new(self.applied(groups, Context::alone()))
     }
 
@@ -138,10 +131,7 @@ impl GpuClipper {
         clip: &'a Clip,
         threshold: &'a mut dyn Threshold,
         tensors: &'a mut [TensorMut<'t>],
-    ) -> Waiting<'a, Result<ClipReport, Error>>
-    where
-        't: 'a,
-    {
+    ) -> Waiting<'a, Result<ClipReport, Error>> {
         Waiting::new(self.adapted(clip, threshold, tensors, Context::alone()))
     }
 
@@ -156,10 +146,7 @@ impl GpuClipper {
         clip: &'a Clip,
         tensors: &'a [Tensor<'a>],
         sums: &'a mut [TensorMut<'t>],
-    ) -> Waiting<'a, Result<ClipReport, Error>>
-    where
-        't: 'a,
-    {
+    ) -> Waiting<'a, Result<ClipReport, Error>> {
         Waiting::new(self.summed(clip, tensors, sums, Context::alone()))
     }
 

@@ -47,6 +47,9 @@ const GRAD_SCALE: f64 = 1.0001;
 /// Elements of the block that fills the buffer.
 const BLOCK: u64 = 1 << 20;
 
+/// What is told of each trial.
+type Tried<'a> = Box<dyn FnMut(&Trial) + Send + 'a>;
+
 impl GpuClipper {
     /// Measures which tuning is fastest on this device, for about as long as `budget` says, and calls `tried` after each
     /// row. It starts from the clipper's own row. Another one must be 5 % faster in each of two rounds.
@@ -72,10 +75,15 @@ impl GpuClipper {
         budget: Duration,
         tried: impl FnMut(&Trial) + Send + 'a,
     ) -> Waiting<'a, Result<Tuned, Error>> {
+        self.waiting_search(budget, Box::new(tried))
+    }
+
+    /// Without a bound on a type or a lifetime: with one, the compiler takes 20 seconds to see that the future is `Send`.
+    fn waiting_search<'a>(&'a self, budget: Duration, tried: Tried<'a>) -> Waiting<'a, Result<Tuned, Error>> {
         Waiting::new(self.search(budget, tried))
     }
 
-    async fn search(&self, budget: Duration, mut tried: impl FnMut(&Trial)) -> Result<Tuned, Error> {
+    async fn search(&self, budget: Duration, mut tried: Tried<'_>) -> Result<Tuned, Error> {
         if cfg!(target_arch = "wasm32") {
             return Err(Error::usage("the web has no clock to tune a device by"));
         }
