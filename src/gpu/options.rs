@@ -83,10 +83,10 @@ impl PlanOptions {
     }
 
     /// Takes the step of an optimizer by the clipped gradients, in one pass: it reads each gradient, parameter and state
-    /// once, and writes parameters and state. Gradients are never written. Each gradient needs its parameter, of the same
-    /// shape and any dtype here ([`GpuTensor::parameter`]); parameters may share a buffer with anything, and must not
-    /// overlap. On the web parameters must lie in other buffers than gradients, because WebGPU allows no two writable
-    /// views of one.
+    /// once, and writes parameters and state. Gradients are never written. Each gradient brings its parameter along
+    /// ([`GpuTensor::parameter`]): of the same shape, of any dtype here, in any buffer, at any offset. None may overlap.
+    /// On the web parameters must lie in other buffers than gradients, because WebGPU allows no two writable views of one.
+    /// The device needs five storage buffers for each stage.
     ///
     /// The plan keeps the state on the device, and counts the steps there. A step that the clip skips changes neither
     /// parameters nor state, and does not count. The state begins with the first step: master copies are those of the

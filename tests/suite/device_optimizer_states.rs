@@ -363,7 +363,10 @@ fn what_does_not_fit_is_refused_by_name() {
     let with = |optimizer| PlanOptions::default().optimizer(optimizer);
     let refused = |tensor: GpuTensor, optimizer| message(plan(&[tensor], with(optimizer)));
 
-    assert_eq!(refused(gradient.clone(), sgd), "tensor \"w\": its parameter is needed; give it with parameter(..)");
+    assert_eq!(
+        refused(gradient.clone(), sgd),
+        "tensor \"w\": the clip or the optimizer needs its parameter; give it with parameter(..)"
+    );
     let other = gradient.clone().parameter(f32(8..13));
     assert_eq!(refused(other, sgd), "tensor \"w\": its shape is [4], but that of its parameter is [5]");
     let other = gradient.clone().parameter(parameter.clone().named("b"));

@@ -272,9 +272,7 @@ fn random_steps_on_the_device() {
         match std::panic::catch_unwind(run) {
             Ok(part) => worst = worst.max(part),
             Err(panic) => {
-                println!(
-                    "again: PROPTEST_CASES=1 PROPTEST_RNG_SEED={seed} cargo test --test suite device_steps::"
-                );
+                println!("again: PROPTEST_CASES=1 PROPTEST_RNG_SEED={seed} cargo test --test suite device_steps::");
                 std::panic::resume_unwind(panic);
             }
         }

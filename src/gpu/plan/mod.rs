@@ -71,7 +71,7 @@ impl GpuClipper {
     /// of another `wgpu::Instance`: it panics, or takes another buffer for it.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an invalid clip or threshold; [`Error::Usage`] if the clips disagree, there is no group,
+    /// [`Error::Setting`] for an invalid clip, threshold or optimizer; [`Error::Usage`] if the clips disagree, there is no group,
     /// or the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the
     /// scope, its parameter or its sum, or two tensors share elements; [`Error::ThresholdState`] if the threshold
     /// belongs to other tensors or another scope; [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the

@@ -14,7 +14,8 @@ use crate::{Clip, Error};
 impl GpuPlan {
     /// Replaces the plan's tensors, group by group, by others of the same dtypes and shapes, in other buffers or at other
     /// offsets, as a pool hands them out, with their parameters if the plan has some. Compiles nothing. Adaptive
-    /// thresholds, an optimizer's state, [`GpuPlan::coefficients`] and the count of steps go on. Steps that were encoded before still clip the tensors that they were encoded for.
+    /// thresholds, an optimizer's state, [`GpuPlan::coefficients`] and the count of steps go on. Steps that were encoded
+    /// before still clip the tensors that they were encoded for.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
