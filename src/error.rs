@@ -19,9 +19,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// A tensor does not fit its use. Its shape or its range does not fit its elements, its buffer or the scope; it
-    /// lacks the parameter that adaptive gradient clipping needs, or has that of another tensor; an optimizer's state is
-    /// of another parameter; it shares elements with another tensor; a piece is not part of it; or it counts twice in a
-    /// group of processes.
+    /// lacks the parameter that adaptive gradient clipping or an optimizer needs, or has that of another tensor; an
+    /// optimizer's state is of another parameter; it shares elements with another tensor; a piece is not part of it; or
+    /// it counts twice in a group of processes.
     #[error("{tensor}: {reason}")]
     Tensor {
         /// The tensor: its name, or its place in the list.

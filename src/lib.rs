@@ -153,6 +153,6 @@ pub use wgpu;
 struct Readme;
 
 /// So must those of the page on optimizers.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "gpu"))]
 #[doc = include_str!("../docs/OPTIMIZERS.md")]
 struct Optimizers;

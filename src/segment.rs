@@ -360,7 +360,7 @@ pub(crate) fn check_groups<'a>(mut clips: impl Iterator<Item = &'a Clip> + Clone
 /// [`Error::Tensor`], which names the gradient, number `i`.
 pub(crate) fn check_parameter(i: usize, gradient: Spec<'_>, parameter: Option<Spec<'_>>) -> Result<(), Error> {
     let reason = match (gradient.name, parameter) {
-        (_, None) => "adaptive gradient clipping needs its parameter; give it with parameter(..)".into(),
+        (_, None) => "the clip or the optimizer needs its parameter; give it with parameter(..)".into(),
         (_, Some(other)) if !gradient.has_shape_of(other) => {
             format!("its shape is {}, but that of its parameter is {}", gradient.shape_text(), other.shape_text())
         }

@@ -225,8 +225,8 @@ macro_rules! settings {
             self
         }
 
-        /// Sets the parameter that the gradient belongs to, for [`Clip::agc`](crate::Clip::agc). The two must have the
-        /// same shape, and the same name if both have one. Their dtypes may differ.
+        /// Sets the parameter that the gradient belongs to, for [`Clip::agc`](crate::Clip::agc) and for an optimizer in
+        /// GPU memory. The two must have the same shape, and the same name if both have one. Their dtypes may differ.
         #[must_use]
         pub fn parameter(mut self, parameter: $parameter) -> Self {
             self.parameter = Some(From::from(parameter));

@@ -13,11 +13,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::gpu::{Layout, download, encoder, gpu, gpu_tensor, step, upload};
+use common::gpu::{Layout, download, encoder, gpu, gpu_tensor, step, stepper, upload};
 use common::numbers::Random;
 use common::{Data, assert_same_bits};
-use gradclip::gpu::{GpuPlan, GpuTensor};
-use gradclip::{Clip, Dtype, Error};
+use gradclip::gpu::{GpuPlan, GpuTensor, PlanOptions};
+use gradclip::{Clip, Dtype, Error, Optimizer};
 
 struct Counting;
 
@@ -157,14 +157,16 @@ impl ByHand {
     }
 }
 
-// Bind groups of a plan: for measuring, finalising and applying; the gradients, what the decision is about, and a table for
-// each level of merging.
+// Bind groups of a plan: for measuring, finalising and applying; the gradients, what the decision is about, a table for
+// each level of merging, and an optimizer's numbers and state.
 const MEASURE: usize = 0;
 const FINALISE: usize = 1;
 const APPLY: usize = 2;
 const GRADIENTS: usize = 3;
 const DECISION: usize = 4;
 const MERGE: usize = 5;
+const NUMBERS: usize = 6;
+const STATE: usize = 7;
 
 fn plan_of_one(clip: &Clip) -> GpuPlan {
     let buffer = upload(gpu(), &[0; 400]);
@@ -180,6 +182,25 @@ fn encoding_costs_what_its_dispatches_cost() {
     let by_value = plan_of_one(&Clip::value(1.0));
     let by_hand = ByHand::new(&[("clamp", MEASURE, GRADIENTS), ("finalise", FINALISE, DECISION)]);
     assert_eq!(allocated_by(&by_value), by_hand.allocated(), "allocations and bytes: clamp, finalise");
+}
+
+#[test]
+fn a_step_costs_what_its_dispatches_cost() {
+    let gpu = stepper();
+    let [gradients, parameters] = [1.0, 2.0].map(|x| upload(gpu, bytemuck::cast_slice(&[x as f32; 100])));
+    let tensor = GpuTensor::f32(&gradients, ..).expect("it fits");
+    let tensor = tensor.parameter(GpuTensor::f32(&parameters, ..).expect("it fits"));
+    let adamw = PlanOptions::default().optimizer(Optimizer::adamw(1e-3));
+    let mut plan = gpu.plan_with(&[(Clip::norm(1.0), &[tensor])], adamw).expect("valid");
+    let by_hand = ByHand::new(&[
+        ("norm", MEASURE, GRADIENTS),
+        ("finalise", FINALISE, DECISION),
+        ("numbers", APPLY, NUMBERS),
+        ("step", APPLY, STATE),
+    ]);
+    assert_eq!(allocated_by(&plan), by_hand.allocated(), "allocations and bytes: norm, finalise, numbers, step");
+    plan.set_optimizers(&[Optimizer::adamw(1e-4)]).expect("the same kind");
+    assert_eq!(allocated_by(&plan), by_hand.allocated(), "with another learning rate");
 }
 
 #[test]

@@ -8,7 +8,8 @@ use super::gather::{Gathered, Group, Job};
 use super::memory::{Kept, Memory};
 use super::params::Params;
 use super::schedule::Schedule;
-use super::table::Origin;
+use super::step::StepMemory;
+use super::table::{Origin, StateLayout};
 use super::threshold::{DeviceThreshold, Rule, StateRow};
 use crate::{Clip, Error};
 
@@ -25,6 +26,8 @@ pub(super) struct Built {
     pub(super) threshold: Option<DeviceThreshold>,
     /// The parameters of each group.
     params: Vec<wgpu::Buffer>,
+    /// Where the state of an optimizer lies.
+    pub(super) state: StateLayout,
 }
 
 impl Built {
@@ -44,7 +47,10 @@ impl Built {
             (None, Job::Accumulate(accumulator)) => Kept::Results(&accumulator.results),
             (None, _) => Kept::Nothing,
         };
-        let memory = Memory::new(&gpu.device, &groups, schedule.tree.partials, &states, kept)?;
+        let mut memory = Memory::new(&gpu.device, &groups, schedule.tree.partials, &states, kept)?;
+        if let (Job::Step(optimizers), None) = (&job, &memory.step) {
+            memory.step = Some(StepMemory::new(&gpu.device, optimizers, &schedule.state)?);
+        }
         let rules: Vec<_> = groups.iter().map(|group| Rule::of(&group.clip, threshold.as_ref())).collect();
         let mut params = Vec::new();
         for (group, rule) in groups.iter().zip(&rules) {
@@ -53,8 +59,8 @@ impl Built {
         let mut pending = Pending::new(gpu, schedule.limits);
         schedule.add_to(&mut pending, &groups, &job, &rules);
         let phases = pending.build(&buffers, &memory, &params)?;
-        let Schedule { origins, everything, .. } = schedule;
-        Ok(Self { groups, job, phases, memory, origins, everything, threshold, params })
+        let Schedule { origins, everything, state, .. } = schedule;
+        Ok(Self { groups, job, phases, memory, origins, everything, threshold, params, state })
     }
 
     /// Writes the groups' parameters for new clips.

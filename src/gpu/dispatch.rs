@@ -9,7 +9,8 @@ use wgpu::BufferBinding;
 use super::clipper::GpuClipper;
 use super::kernels::{Access, ClipGroup, Kernel, PARAMS, PARTIALS, RESULTS};
 use super::memory::Memory;
-use super::table::{Batch, EdgeRow, Limits, SumWindow, Table, Tables, Window, grid};
+use super::step::StepMemory;
+use super::table::{Batch, EdgeRow, Limits, StepBatch, SumWindow, Table, Tables, Window, grid};
 use crate::Error;
 
 /// A dispatch with everything it binds.
@@ -86,6 +87,9 @@ pub(super) enum Bindings {
     Decide,
     Threshold,
     Accumulator(wgpu::Buffer),
+    Numbers,
+    /// Rows, the windows of gradients and of parameters, and the places of the state's block and of the settings.
+    Step(Range<u64>, Window, Window, usize, usize),
 }
 
 /// The dispatches of a plan before their buffers exist.
@@ -149,6 +153,12 @@ impl<'a> Pending<'a> {
         self.push(Phase::Apply, kernel, 0, Bindings::Sums(rows, sum.examples, sum.sums), sum.table.tasks);
     }
 
+    pub(super) fn step(&mut self, kernel: Kernel, batch: &StepBatch) {
+        let rows = self.table(&[batch.tasks], &batch.rows);
+        let bindings = Bindings::Step(rows, batch.gradient, batch.parameter, batch.key.block, batch.key.optimizer);
+        self.push(Phase::Apply, kernel, batch.key.clip, bindings, batch.tasks);
+    }
+
     /// The dispatches of each phase, given the buffers of gradients and of the plan, and each group's parameters.
     pub(super) fn build(
         self,
@@ -186,6 +196,13 @@ impl<'a> Pending<'a> {
                 Bindings::Decide => vec![whole(&memory.thresholds), whole(&memory.coefficients)],
                 Bindings::Threshold => vec![whole(&memory.thresholds), whole(&memory.states)],
                 Bindings::Accumulator(partial) => vec![whole(partial)],
+                Bindings::Numbers => memory.step.iter().flat_map(StepMemory::of_numbers).collect(),
+                Bindings::Step(range, gradient, parameter, block, optimizer) => {
+                    buffer = Some(gradient.buffer);
+                    let windows = [rows(range.clone()), vec![window(gradient)], vec![window(parameter)]];
+                    let own = memory.step.iter().flat_map(|step| step.of_step(*block, *optimizer));
+                    windows.into_iter().chain(own).collect()
+                }
             };
             let made = Dispatch::new(gpu, (kernel, access), clips[group].of(kernel), &bound, workgroups)?;
             phases[phase as usize].push(Dispatch { buffer, ..made });
@@ -198,7 +215,7 @@ pub(super) fn whole(buffer: &wgpu::Buffer) -> Vec<BufferBinding<'_>> {
     vec![buffer.as_entire_buffer_binding()]
 }
 
-fn part(buffer: &wgpu::Buffer, offset: u64, size: u64) -> BufferBinding<'_> {
+pub(super) fn part(buffer: &wgpu::Buffer, offset: u64, size: u64) -> BufferBinding<'_> {
     BufferBinding { buffer, offset, size: wgpu::BufferSize::new(size) }
 }
 

@@ -4,13 +4,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::kernels::Norm;
+use super::step;
 use super::table::Piece;
 use super::tensor::GpuTensor;
 use super::threshold::DeviceThreshold;
 use crate::error::tensor_label;
 use crate::examples::check_sums;
+use crate::optimizer::check_halves;
 use crate::segment::{By, SegmentLayout, Segments, check_groups, check_parameter};
-use crate::{Clip, Dtype, Error};
+use crate::{Clip, Dtype, Error, Optimizer};
 
 /// The range of p in `shaders/shared/power.wgsl`; a p outside is taken as the nearer bound. Above, the norm of 2^30
 /// equal elements is then at most 5e-6 too large. Below 2^-20 the norm of two elements already exceeds every float64.
@@ -30,6 +32,8 @@ pub(super) enum Job {
     Sum(Vec<GpuTensor>),
     /// Measures into an accumulator, and scales by its decision.
     Accumulate(AccumulatorMemory),
+    /// Takes the step of an optimizer: settings, each with the number of its tensors, which follow one another.
+    Step(Vec<(Optimizer, usize)>),
 }
 
 /// What the plans of one accumulator share.
@@ -63,8 +67,10 @@ pub(super) struct Group {
     /// For each tensor, whether norms count it.
     pub(super) counted: Vec<bool>,
     pub(super) pieces: Vec<Piece>,
-    /// The parameters, if the clip needs them.
+    /// The parameters, if the clip or an optimizer needs them.
     pub(super) parameters: Vec<Piece>,
+    /// The same as the caller gave them, each with a name if its gradient has one.
+    pub(super) of_parameters: Vec<GpuTensor>,
     /// Whether norms are given, not measured.
     pub(super) given: bool,
     /// Whether a finite norm of any group may skip the step.
@@ -90,6 +96,7 @@ impl Group {
             counted,
             pieces: Vec::new(),
             parameters: Vec::new(),
+            of_parameters: Vec::new(),
             given: false,
             may_skip: clip.may_skip(),
             limit: 0,
@@ -119,6 +126,7 @@ impl Group {
     pub(super) fn has_shapes_of(&self, other: &Self) -> bool {
         let shape = |piece: &Piece| (piece.dtype, piece.len, piece.layout);
         self.pieces.iter().map(shape).eq(other.pieces.iter().map(shape))
+            && self.parameters.iter().map(shape).eq(other.parameters.iter().map(shape))
             && (&self.segments, &self.counted) == (&other.segments, &other.counted)
     }
 }
@@ -151,10 +159,15 @@ impl Gathered {
                     let buffer = number(t);
                     to.extend(layout.within(0..t.spec.len).map(|elements| t.piece(buffer, i, elements)));
                 };
-                if clip.needs_parameters() {
+                if clip.needs_parameters() || matches!(job, Job::Step(_)) {
                     let parameter = t.parameter.as_deref();
                     check_parameter(i, t.spec(), parameter.map(GpuTensor::spec))?;
-                    parameter.into_iter().for_each(|p| add(&mut group.parameters, p));
+                    if let Some(p) = parameter {
+                        add(&mut group.parameters, p);
+                        let mut named = p.clone();
+                        named.spec.name = named.spec.name.or_else(|| t.spec.name.clone());
+                        group.of_parameters.push(named);
+                    }
                 }
                 add(&mut group.pieces, t);
             }
@@ -173,6 +186,11 @@ impl Gathered {
             Job::Sum(sums) => sums.iter().enumerate().map(|(i, sum)| piece(sum, i)).collect(),
             _ => Vec::new(),
         };
+        if let Job::Step(optimizers) = &job {
+            for (i, (parameter, place)) in step::parameters(&gathered, optimizers).enumerate() {
+                check_halves(&optimizers[place].0, parameter.spec(), i)?;
+            }
+        }
         let gathered = Self { buffers, groups: gathered, job, job_pieces, threshold, in_turn: false };
         gathered.check_overlaps()?;
         Ok(gathered)
@@ -186,6 +204,11 @@ impl Gathered {
         let mut pieces: Vec<(&Piece, Option<&str>)> = Vec::new();
         for group in &self.groups {
             pieces.extend(group.pieces.iter().map(|piece| (piece, group.names[piece.tensor].as_deref())));
+        }
+        if let Job::Step(_) = &self.job {
+            for group in &self.groups {
+                pieces.extend(group.parameters.iter().map(|p| (p, group.of_parameters[p.tensor].spec().name)));
+            }
         }
         if let Job::Sum(sums) = &self.job {
             pieces.extend(self.job_pieces.iter().zip(sums).map(|(piece, sum)| (piece, sum.spec().name)));
@@ -215,6 +238,18 @@ fn check_job(groups: &[(Clip, &[GpuTensor])], job: &Job) -> Result<(), Error> {
             if norms.spec.dtype == Dtype::F32 { Ok(()) } else { Err(Error::usage("given norms must be float32")) }
         }
         Job::Sum(sums) => check_sums(clip, tensors.iter().map(GpuTensor::spec), sums.iter().map(GpuTensor::spec)),
+        Job::Step(optimizers) => check_optimizers(groups, optimizers),
         _ => Ok(()),
     }
+}
+
+/// Checks that there are settings for all tensors.
+fn check_optimizers(groups: &[(Clip, &[GpuTensor])], optimizers: &[(Optimizer, usize)]) -> Result<(), Error> {
+    optimizers.iter().try_for_each(|(optimizer, _)| optimizer.check())?;
+    let tensors: usize = groups.iter().map(|(_, tensors)| tensors.len()).sum();
+    let set: usize = optimizers.iter().map(|(_, count)| count).sum();
+    if set == tensors {
+        return Ok(());
+    }
+    Err(Error::usage(format!("optimizers are set for {set} tensors, and there are {tensors}")))
 }

@@ -21,7 +21,7 @@ use std::sync::{Mutex, PoisonError};
 use super::device::GpuDevice;
 use super::table::dtype_code;
 use super::threshold::Formula;
-use crate::{Dtype, Error, NormType};
+use crate::{Algorithm, Dtype, Error, Halves, NormType, Optimizer};
 
 /// A kernel and the constants that it is compiled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,6 +48,63 @@ pub(super) enum Kernel {
     Sum { dtype: Dtype },
     /// `accumulate.wgsl`
     Accumulate { moves: bool },
+    /// `numbers.wgsl`
+    Numbers,
+    /// `step.wgsl`
+    Step(StepKernel),
+}
+
+/// The constants of `step.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct StepKernel {
+    pub(super) gradient: Dtype,
+    pub(super) parameter: Dtype,
+    pub(super) update: Update,
+    /// Whether the clip is one by value.
+    pub(super) value: bool,
+    /// Whether elements of a row belong to several segments.
+    pub(super) each: bool,
+}
+
+/// What an optimizer does with parameters of a dtype.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Update {
+    /// Adam for AdamW.
+    pub(super) algorithm: Algorithm,
+    /// Whether there is a buffer of momentum.
+    pub(super) buffered: bool,
+    /// Whether there is a third average.
+    pub(super) third: bool,
+    /// What is kept of the parameters.
+    pub(super) halves: Halves,
+}
+
+impl Update {
+    /// Of an optimizer and parameters of a dtype.
+    pub(super) fn of(optimizer: &Optimizer, parameter: Dtype) -> Self {
+        let adamw = optimizer.algorithm == Algorithm::AdamW;
+        let has = |name| optimizer.state_tensors(parameter).iter().any(|tensor| tensor.name == name);
+        Self {
+            algorithm: if adamw { Algorithm::Adam } else { optimizer.algorithm },
+            buffered: has("momentum_buffer"),
+            third: optimizer.centered || optimizer.amsgrad,
+            halves: match () {
+                () if has("remainder") => Halves::Remainder,
+                () if has("master") => Halves::Master,
+                () => Halves::Rounded,
+            },
+        }
+    }
+}
+
+/// The code of an algorithm in `shaders/shared/settings.wgsl`.
+pub(super) fn algorithm_code(algorithm: Algorithm) -> u32 {
+    match algorithm {
+        Algorithm::Sgd => 0,
+        Algorithm::Adagrad => 1,
+        Algorithm::RmsProp => 2,
+        Algorithm::Adam | Algorithm::AdamW => 3,
+    }
 }
 
 /// The norm that a kernel measures. Twin of the constants `NORM_*`.
@@ -105,7 +162,8 @@ impl Access {
     }
 }
 
-/// The values in `shaders/shared/constants.wgsl` that make variants of kernels. Each kernel uses some.
+/// The values in `shaders/shared/constants.wgsl` and `step_constants.wgsl` that make variants of kernels. Each kernel uses
+/// some.
 pub(super) struct Constants {
     dtype: Dtype,
     norm: Norm,
@@ -116,6 +174,10 @@ pub(super) struct Constants {
     columns: bool,
     given: bool,
     moves: bool,
+    gradient: Dtype,
+    parameter: Dtype,
+    update: Update,
+    each: bool,
 }
 
 impl Default for Constants {
@@ -130,6 +192,10 @@ impl Default for Constants {
             columns: false,
             given: false,
             moves: false,
+            gradient: Dtype::F32,
+            parameter: Dtype::F32,
+            update: Update { algorithm: Algorithm::Sgd, buffered: false, third: false, halves: Halves::Rounded },
+            each: false,
         }
     }
 }
@@ -141,8 +207,7 @@ impl Constants {
             workgroup = shape.workgroup,
             contiguous = shape.contiguous,
             windows = access.bindings().1.map_or(1, NonZeroU32::get),
-            // A plan refuses dtypes without kernels before it asks for one.
-            dtype = dtype_code(self.dtype).expect("a plan holds dtypes with kernels only"),
+            dtype = code(self.dtype),
             norm = self.norm as u32,
             threshold = self.formula as u32,
             value = self.value,
@@ -153,6 +218,24 @@ impl Constants {
             moves = self.moves,
         )
     }
+
+    fn step_source(&self) -> String {
+        format!(
+            include_str!("../../shaders/shared/step_constants.wgsl"),
+            gradient = code(self.gradient),
+            parameter = code(self.parameter),
+            halves = self.update.halves as u32,
+            algorithm = algorithm_code(self.update.algorithm),
+            buffered = self.update.buffered,
+            third = self.update.third,
+            each = self.each,
+        )
+    }
+}
+
+/// A plan refuses dtypes without kernels before it asks for one.
+fn code(dtype: Dtype) -> u32 {
+    dtype_code(dtype).expect("a plan holds dtypes with kernels only")
 }
 
 /// Files by their names.
@@ -161,15 +244,16 @@ macro_rules! files {
 }
 
 const KERNELS: &[(&str, &str)] = files!("../../shaders/":
-    "accumulate" "clamp" "copy" "edges" "finalise" "merge" "norm" "norm_each" "read" "scale" "scale_each" "sum" "threshold");
+    "accumulate" "clamp" "copy" "edges" "finalise" "merge" "norm" "norm_each" "numbers" "read" "scale" "scale_each" "step" "sum"
+    "threshold");
 
 pub(super) const SHARED: &[(&str, &str)] = files!("../../shaders/shared/":
     "apply" "apply_chunk" "chunk" "group" "half" "look" "measure" "measured" "number" "outcome" "partial" "power" "quads"
-    "quick" "share" "subgroup" "tree" "window_array" "word_quads" "words");
+    "quick" "settings" "share" "subgroup" "tree" "update" "window_array" "word_quads" "words");
 
 /// The WGSL of a kernel: its file behind all that it imports, each file once.
 struct Module<'a> {
-    constants: &'a str,
+    constants: [(&'a str, &'a str); 2],
     windows: &'a str,
     merging: &'a str,
     added: Vec<&'a str>,
@@ -187,7 +271,7 @@ impl<'a> Module<'a> {
             return;
         }
         self.added.push(name);
-        let known = [KERNELS, SHARED, &[("constants", self.constants)]].concat();
+        let known = [KERNELS, SHARED, &self.constants].concat();
         let (_, file) = known.iter().find(|(known, _)| *known == name).expect("a file of that name is in a list above");
         for line in file.lines() {
             match line.strip_prefix("#import ") {
@@ -206,7 +290,8 @@ pub(super) fn module(name: &str, constants: &Constants, access: Access, shape: S
         Access::Array(_) => ("window_array", "enable wgpu_binding_array;\n"),
     };
     let merging = if shape.subgroups { "subgroup" } else { "tree" };
-    let constants = &constants.source(access, shape);
+    let (of_all, of_step) = (constants.source(access, shape), constants.step_source());
+    let constants = [("constants", &of_all[..]), ("step_constants", &of_step[..])];
     let mut module = Module { constants, windows, merging, added: Vec::new(), text: directive.into() };
     module.add(name);
     module.text
@@ -226,6 +311,8 @@ impl Kernel {
             Self::Edges { .. } => "edges",
             Self::Sum { .. } => "sum",
             Self::Accumulate { .. } => "accumulate",
+            Self::Numbers => "numbers",
+            Self::Step(_) => "step",
         }
     }
 
@@ -234,7 +321,7 @@ impl Kernel {
         let mut with = Constants::default();
         match self {
             Self::Norm { dtype, norm } | Self::NormEach { dtype, norm } => (with.dtype, with.norm) = (dtype, norm),
-            Self::Merge => {}
+            Self::Merge | Self::Numbers => {}
             Self::Threshold { formula, norm } => (with.formula, with.norm) = (formula, norm),
             Self::Finalise { norm, given } => {
                 (with.norm, with.value, with.given) = (norm.unwrap_or(Norm::Inf), norm.is_none(), given);
@@ -246,6 +333,10 @@ impl Kernel {
             }
             Self::Edges { value, guarded } => (with.value, with.guarded) = (value, guarded),
             Self::Accumulate { moves } => with.moves = moves,
+            Self::Step(StepKernel { gradient, parameter, update, value, each }) => {
+                (with.gradient, with.parameter, with.update) = (gradient, parameter, update);
+                (with.value, with.each) = (value, each);
+            }
         }
         module(self.name(), &with, access, shape)
     }
@@ -273,6 +364,8 @@ pub(super) struct Layouts {
     pub(super) threshold: wgpu::BindGroupLayout,
     /// A running partial.
     pub(super) running: wgpu::BindGroupLayout,
+    /// Settings, read, numbers, and the count of steps.
+    pub(super) numbers: wgpu::BindGroupLayout,
 }
 
 /// Group 0 in its three forms: the layouts of a device, or the groups of a plan.
@@ -296,7 +389,12 @@ impl<T> ClipGroup<T> {
             | Kernel::Clamp { .. }
             | Kernel::Accumulate { .. } => &self.measure,
             Kernel::Threshold { .. } | Kernel::Finalise { .. } => &self.finalise,
-            Kernel::Scale { .. } | Kernel::ScaleEach { .. } | Kernel::Edges { .. } | Kernel::Sum { .. } => &self.apply,
+            Kernel::Scale { .. }
+            | Kernel::ScaleEach { .. }
+            | Kernel::Edges { .. }
+            | Kernel::Sum { .. }
+            | Kernel::Numbers
+            | Kernel::Step(_) => &self.apply,
         }
     }
 }
@@ -330,6 +428,7 @@ impl Kernels {
             decide: layout(Some("gradclip decide"), &[(0, storage(true)), (1, storage(false))]),
             threshold: layout(Some("gradclip threshold"), &[(0, storage(false)), (1, storage(false))]),
             running: layout(Some("gradclip running"), &[(0, storage(false))]),
+            numbers: layout(Some("gradclip numbers"), &[(0, storage(true)), (1, storage(false)), (2, storage(false))]),
         })?;
         let blank = gpu.storage("gradclip blank", 16, wgpu::BufferUsages::STORAGE)?;
         Ok(Self { shape, layouts, blank, compiled: Mutex::default() })
@@ -342,9 +441,15 @@ impl Kernels {
             Kernel::Threshold { .. } => self.layouts.threshold.clone(),
             Kernel::Finalise { .. } => self.layouts.decide.clone(),
             Kernel::Accumulate { .. } => self.layouts.running.clone(),
+            Kernel::Numbers => self.layouts.numbers.clone(),
             _ => {
                 let storage = |read_only| wgpu::BufferBindingType::Storage { read_only };
                 let mut entries = vec![entry(0, storage(true), None)];
+                if matches!(kernel, Kernel::Step(_)) {
+                    // Gradients, parameters and state; settings and numbers.
+                    entries.extend((1..4).map(|binding| entry(binding, storage(false), None)));
+                    entries.extend((4..6).map(|binding| entry(binding, wgpu::BufferBindingType::Uniform, None)));
+                }
                 let (bindings, count) = access.bindings();
                 entries.extend((1..=bindings).map(|binding| entry(binding, storage(false), count)));
                 if matches!(kernel, Kernel::Sum { .. }) {
@@ -426,6 +531,8 @@ fn trusted(device: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) 
     // - Outcomes, thresholds and coefficients: the index is a segment of the plan or, behind the last element of a run
     //   over many segments, the one after it; the plan allocates one more than there are.
     // - Workgroup memory is indexed by invocation or subgroup, and there are at most WORKGROUP of either.
+    // - Of a step, gradients, parameters and state: every row lies in its windows and in its block of state
+    //   (`check_steps` there), and elements outside stand for the nearest inside. Settings and numbers: as many as groups.
     // - Loops count up to a length of a chunk or row, over the bits of a number, or along `next`, which only ever
     //   points further down a table.
     unsafe {

@@ -4,6 +4,7 @@ use super::device::GpuDevice;
 use super::gather::Group;
 use super::params::thresholds;
 use super::readback::{OutcomeRow, PARTIAL_BYTES, ResultsHead};
+use super::step::StepMemory;
 use super::threshold::StateRow;
 use crate::Error;
 
@@ -15,6 +16,8 @@ pub(super) struct Memory {
     pub(super) coefficients: wgpu::Buffer,
     /// The states of adaptive thresholds; one unused row if there are none.
     pub(super) states: wgpu::Buffer,
+    /// Of an optimizer.
+    pub(super) step: Option<StepMemory>,
 }
 
 /// The buffers that a plan takes over.
@@ -59,6 +62,7 @@ impl Memory {
             thresholds: device.filled("gradclip thresholds", bytemuck::cast_slice(&thresholds), storage)?,
             coefficients: device.storage("gradclip coefficients", 4 + 4 * segments, read)?,
             states: device.filled("gradclip states", bytemuck::cast_slice(states), read)?,
+            step: None,
         })
     }
 }

@@ -7,6 +7,7 @@
 //! finalise                                   norm, coefficient, counts  shaders/finalise.wgsl
 //! for each window: scale or clamp, edges     in place                   shaders/scale.wgsl, scale_each.wgsl, clamp.wgsl,
 //!                                                                       edges.wgsl
+//! or numbers, step                           an optimizer's step        shaders/numbers.wgsl, step.wgsl
 //! ```
 //!
 //! All of it is one compute pass without a wait. A value clip measures no norm. Unless its policy lets a non-finite
@@ -52,6 +53,7 @@ mod plan;
 mod profile;
 mod readback;
 mod schedule;
+mod step;
 mod table;
 mod tensor;
 #[cfg(any(test, fuzzing))]

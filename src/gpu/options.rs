@@ -3,7 +3,7 @@
 use super::gather::Job;
 use super::tensor::GpuTensor;
 use super::threshold::DeviceThreshold;
-use crate::Error;
+use crate::{Error, Optimizer};
 
 /// Options of a plan beyond its clip, for [`GpuClipper::plan_with`](super::GpuClipper::plan_with).
 ///
@@ -18,7 +18,7 @@ use crate::Error;
 /// let tensors = [GpuTensor::f32(&buffer, ..)?];
 /// let threshold = PlanOptions::default().threshold(DeviceThreshold::ZClip(ZClip::new()));
 /// let adaptive = gpu.plan_with(&[(Clip::norm(f64::INFINITY), &tensors)], threshold)?;
-/// let for_an_optimizer = gpu.plan_with(&[(Clip::norm(1.0), &tensors)], PlanOptions::default().measure_only())?;
+/// let for_own_kernels = gpu.plan_with(&[(Clip::norm(1.0), &tensors)], PlanOptions::default().measure_only())?;
 /// # Ok(())
 /// # }
 /// ```
@@ -28,6 +28,14 @@ pub struct PlanOptions {
     measure_only: bool,
     norms: Option<GpuTensor>,
     sums: Option<Vec<GpuTensor>>,
+    optimizers: Option<Optimizers>,
+}
+
+/// The settings of all tensors, or of so many each, which follow one another.
+#[derive(Clone, Debug)]
+enum Optimizers {
+    One(Optimizer),
+    Each(Vec<(Optimizer, usize)>),
 }
 
 impl PlanOptions {
@@ -39,7 +47,8 @@ impl PlanOptions {
         self
     }
 
-    /// Writes nothing but the report and [`GpuPlan::coefficients`](super::GpuPlan::coefficients), for an optimizer.
+    /// Writes nothing but the report and [`GpuPlan::coefficients`](super::GpuPlan::coefficients), for kernels of the
+    /// caller's. [`PlanOptions::optimizer`] has this library's.
     #[must_use]
     pub fn measure_only(mut self) -> Self {
         self.measure_only = true;
@@ -73,22 +82,74 @@ impl PlanOptions {
         self
     }
 
-    /// The job and the threshold of a plan with these options and this number of groups.
+    /// Takes the step of an optimizer by the clipped gradients, in one pass: it reads each gradient, parameter and state
+    /// once, and writes parameters and state. Gradients are never written. Each gradient brings its parameter along
+    /// ([`GpuTensor::parameter`]): of the same shape, of any dtype here, in any buffer, at any offset. None may overlap.
+    /// On the web parameters must lie in other buffers than gradients, because WebGPU allows no two writable views of one.
+    /// The device needs five storage buffers for each stage.
+    ///
+    /// The plan keeps the state on the device, and counts the steps there. A step that the clip skips changes neither
+    /// parameters nor state, and does not count. The state begins with the first step: master copies are those of the
+    /// parameters at that time. [`GpuPlan::set_optimizers`](super::GpuPlan::set_optimizers) changes the learning rate from
+    /// step to step, [`GpuPlan::optimizer_state`](super::GpuPlan::optimizer_state) reads the state, and
+    /// [`GpuPlan::set_optimizer_state`](super::GpuPlan::set_optimizer_state) restores it.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use gradclip::wgpu::util::DeviceExt;
+    /// use gradclip::{Clip, Optimizer, gpu::{GpuClipper, GpuTensor, PlanOptions}, wgpu};
+    /// let gpu = GpuClipper::open().wait()?;
+    /// # let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+    /// # let buffer = |x: [f32; 2]| gpu.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+    /// #     label: None, contents: bytemuck::cast_slice(&x), usage });
+    /// # let (weights, gradients) = (buffer([1.0, -1.0]), buffer([30.0, 40.0]));
+    /// let gradient = GpuTensor::f32(&gradients, ..)?.named("w").parameter(GpuTensor::f32(&weights, ..)?);
+    /// let adamw = PlanOptions::default().optimizer(Optimizer::adamw(1e-3));
+    /// let plan = gpu.plan_with(&[(Clip::norm(1.0), &[gradient])], adamw)?;
+    /// // Each step:
+    /// let mut encoder = gpu.device().create_command_encoder(&Default::default());
+    /// plan.encode(&mut encoder)?;
+    /// gpu.queue().submit([encoder.finish()]);
+    /// // If wanted:
+    /// assert_eq!(plan.optimizer_state().wait()?.steps(), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn optimizer(mut self, optimizer: Optimizer) -> Self {
+        self.optimizers = Some(Optimizers::One(optimizer));
+        self
+    }
+
+    /// [`PlanOptions::optimizer`] with settings for so many tensors each, which follow one another through all groups: a
+    /// weight decay for the first twelve, say, and none for the others. They need not be the groups of clips. Together
+    /// they must be for all tensors.
+    #[must_use]
+    pub fn optimizers(mut self, optimizers: &[(Optimizer, usize)]) -> Self {
+        self.optimizers = Some(Optimizers::Each(optimizers.to_vec()));
+        self
+    }
+
+    /// The job and the threshold of a plan with these options and groups of so many tensors.
     ///
     /// # Errors
     /// [`Error::Usage`] if these options do not go together.
-    pub(super) fn into_job(self, groups: usize) -> Result<(Job, Option<DeviceThreshold>), Error> {
-        let Self { threshold, measure_only, norms, sums } = self;
-        let job = match (measure_only, norms, sums) {
-            (false, None, None) => Job::Clip,
-            (true, None, None) => Job::Measure,
-            (false, Some(norms), None) => Job::Scale(norms),
-            (false, None, Some(sums)) => Job::Sum(sums),
+    pub(super) fn into_job(self, groups: &[usize]) -> Result<(Job, Option<DeviceThreshold>), Error> {
+        let Self { threshold, measure_only, norms, sums, optimizers } = self;
+        let job = match (measure_only, norms, sums, optimizers) {
+            (false, None, None, None) => Job::Clip,
+            (true, None, None, None) => Job::Measure,
+            (false, Some(norms), None, None) => Job::Scale(norms),
+            (false, None, Some(sums), None) => Job::Sum(sums),
+            (false, None, None, Some(Optimizers::One(optimizer))) => Job::Step(vec![(optimizer, groups.iter().sum())]),
+            (false, None, None, Some(Optimizers::Each(each))) => Job::Step(each),
             _ => {
-                return Err(Error::usage("a plan only measures, or takes given norms, or sums examples: choose one"));
+                return Err(Error::usage(
+                    "a plan only measures, or takes given norms, or sums examples, or has an optimizer: choose one",
+                ));
             }
         };
-        let measures = matches!(job, Job::Clip | Job::Measure);
+        let (groups, measures) = (groups.len(), matches!(job, Job::Clip | Job::Measure | Job::Step(_)));
         if threshold.is_some() && !measures {
             return Err(Error::usage("a threshold follows norms that the plan measures: leave norms and sums out"));
         }

@@ -43,10 +43,11 @@ pub struct Pass {
     pub kernels: Vec<&'static str>,
     /// Seconds; 0 if the device's clock went backwards or stood still.
     pub seconds: f64,
-    /// The bytes of gradients, parameters and sums that the pass must move.
+    /// The bytes of gradients, parameters, an optimizer's state and sums that the pass must move.
     ///
     /// Measuring reads each element once. Scaling reads and writes the elements of the segments that are scaled. A
-    /// value clip reads and writes all elements if it changes any. Under a scope of several segments, mixed dtypes
+    /// value clip reads and writes all elements if it changes any. An optimizer reads gradients, parameters and state, and
+    /// writes parameters and state. Under a scope of several segments, mixed dtypes
     /// count by their average size. Tables and partials, some 80 bytes for each chunk, are left out: `merge` and
     /// `decide` move nothing else, and count as 0.
     pub bytes: u64,
@@ -148,6 +149,7 @@ impl GpuPlan {
             _ => false,
         });
         let sums = any(|k| matches!(k, Kernel::Sum { .. }));
+        let steps = any(|k| matches!(k, Kernel::Step(_)));
         let sums_bytes =
             if let Job::Sum(into) = &self.built.job { into.iter().map(|sum| 4 * sum.spec.len).sum() } else { 0 };
         let of_group = |(group, report): (&Group, &ClipReport)| {
@@ -155,7 +157,8 @@ impl GpuPlan {
             let changed = if wrote { group.changed(report) } else { 0 };
             let mut bytes = 0;
             if if by_value { looks || clamps } else { measures && !group.given } {
-                let measured = group.pieces.iter().chain(&group.parameters);
+                let parameters = if group.clip.needs_parameters() { &group.parameters[..] } else { &[] };
+                let measured = group.pieces.iter().chain(parameters);
                 bytes += bytes_of(measured.filter(|piece| group.counted[piece.tensor]));
             }
             if by_value && clamps {
@@ -167,9 +170,14 @@ impl GpuPlan {
             if sums {
                 bytes += bytes_of(&group.pieces) + sums_bytes;
             }
+            if steps && report.skipped.is_none() {
+                bytes += bytes_of(&group.pieces) + 2 * bytes_of(&group.parameters);
+            }
             bytes
         };
-        self.built.groups.iter().zip(reports).map(of_group).sum()
+        let of_groups: u64 = self.built.groups.iter().zip(reports).map(of_group).sum();
+        let taken = steps && reports.iter().all(|report| report.skipped.is_none());
+        of_groups + if taken { 8 * self.built.state.blocks.iter().sum::<u64>() } else { 0 }
     }
 }
 

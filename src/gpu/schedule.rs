@@ -5,13 +5,16 @@ use std::collections::HashMap;
 use super::clipper::GpuClipper;
 use super::dispatch::{Bindings, Pending, Phase};
 use super::gather::{Gathered, Group, Job};
-use super::kernels::{Kernel, Norm};
+use super::kernels::{Kernel, Norm, StepKernel, Update};
 use super::merge::MergeTree;
 use super::readback::PARTIAL_BYTES;
-use super::table::{Limits, Origin, Piece, SumWindow, Tables, Use, sum_windows};
+use super::step;
+use super::table::{
+    Limits, Origin, Piece, StateLayout, StepBatch, StepKey, SumWindow, Tables, Use, step_batches, sum_windows,
+};
 use super::threshold::{Formula, Rule};
 use super::tuning::BUFFERS_OF_CHUNKS;
-use crate::{Dtype, Error};
+use crate::{Dtype, Error, Optimizer};
 
 /// The tables of a plan.
 pub(super) struct Schedule {
@@ -19,6 +22,9 @@ pub(super) struct Schedule {
     /// Whether gradients are written.
     writes: bool,
     sums: Vec<SumWindow>,
+    /// Of an optimizer, with where its state lies.
+    steps: Vec<StepBatch>,
+    pub(super) state: StateLayout,
     pub(super) tree: MergeTree,
     pub(super) origins: Vec<Origin>,
     /// The partial of all groups.
@@ -45,7 +51,8 @@ impl Schedule {
         groups.iter_mut().for_each(|group| group.may_skip = may_skip);
         let device_limits = gpu.device.device.limits();
         let alignment = u64::from(device_limits.min_storage_buffer_offset_alignment);
-        let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters));
+        let measured = |g: &'_ Group| if g.clip.needs_parameters() { g.parameters.len() } else { 0 };
+        let pieces = || groups.iter().flat_map(|g| g.pieces.iter().chain(&g.parameters[..measured(g)]));
         let limits = Limits::new(
             &gpu.tuning,
             words_at_a_time(pieces(), *in_turn),
@@ -60,8 +67,10 @@ impl Schedule {
         }
         let mut schedule = Self {
             groups: Vec::new(),
-            writes: !matches!(job, Job::Measure | Job::Sum(_)),
+            writes: !matches!(job, Job::Measure | Job::Sum(_) | Job::Step(_)),
             sums: Vec::new(),
+            steps: Vec::new(),
+            state: StateLayout::default(),
             tree: MergeTree::new(limits.workgroup, gpu.tuning.merged_partials),
             origins: Vec::new(),
             everything: 0,
@@ -72,6 +81,21 @@ impl Schedule {
         let partials = placed.map_or(1 << 32, |()| schedule.tree.partials.into());
         if partials > limit {
             return Err(Error::too_large("the number of partials", partials, limit));
+        }
+        if let Job::Step(optimizers) = job {
+            let have = device_limits.max_storage_buffers_per_shader_stage;
+            if have < step::STEP_BUFFERS {
+                let need = step::STEP_BUFFERS;
+                return Err(Error::Limit(format!(
+                    "the device's limit max_storage_buffers_per_shader_stage is {have}; an optimizer needs at least {need}"
+                )));
+            }
+            let most = limits.binding_bytes.min(device_limits.max_buffer_size) / 4;
+            schedule.state = step::layout(groups, optimizers, most);
+            let steps = step_batches(&step::pieces(groups, optimizers, &schedule.state), limits);
+            // A place that exceeds 32 bits exceeds every limit.
+            schedule.steps =
+                steps.ok_or_else(|| Error::too_large("an element's place", 1 << 32, limits.binding_bytes))?;
         }
         Ok(schedule)
     }
@@ -152,6 +176,9 @@ impl Schedule {
         self.measure(pending, groups);
         self.decide(pending, groups, job, rules);
         self.apply(pending, groups);
+        if let Job::Step(optimizers) = job {
+            self.step(pending, groups, optimizers);
+        }
     }
 
     fn measure(&self, pending: &mut Pending<'_>, groups: &[Group]) {
@@ -227,6 +254,17 @@ impl Schedule {
                 pending.batch(Phase::Apply, kernel, i, batch, table);
             }
             pending.edges(Phase::Apply, i, applied, Kernel::Edges { value, guarded: true });
+        }
+    }
+
+    fn step(&self, pending: &mut Pending<'_>, groups: &[Group], optimizers: &[(Optimizer, usize)]) {
+        // Counted here, and not with the decision, because a step may be decided twice: with the norm of this process, and
+        // with that of all.
+        pending.push(Phase::Apply, Kernel::Numbers, 0, Bindings::Numbers, 1);
+        for batch in &self.steps {
+            let StepKey { clip, optimizer, gradient, parameter, each, .. } = batch.key;
+            let (update, value) = (Update::of(&optimizers[optimizer].0, parameter), groups[clip].norm().is_none());
+            pending.step(Kernel::Step(StepKernel { gradient, parameter, update, value, each }), batch);
         }
     }
 }

@@ -99,13 +99,18 @@ impl OptimizerState<'static> {
     /// [`Error::Setting`] if a setting is wrong; [`Error::Tensor`] if a float16 parameter is to keep a remainder
     /// ([`Halves::Remainder`]).
     pub fn new(groups: &[(Optimizer, &[Tensor<'_>])]) -> Result<Self, Error> {
-        let mut state = Self::elsewhere(groups)?;
+        let mut state = Self::elsewhere(groups)?.with_own_memory();
+        state.begin(&parameters_of(groups));
+        Ok(state)
+    }
+
+    /// The same state, with zeros in memory of its own.
+    pub(crate) fn with_own_memory(mut self) -> Self {
         let own = |parameter: &Parameter| {
             parameter.sizes.map(|size| Memory::Own(vec![0; parameter.spec.len as usize * size]))
         };
-        state.memory = Some(state.parameters.all.iter().map(own).collect());
-        state.begin(&parameters_of(groups));
-        Ok(state)
+        self.memory = Some(self.parameters.all.iter().map(own).collect());
+        self
     }
 
     /// A state whose tensors the caller keeps, and gives piece by piece ([`DecidedStep::apply`](crate::DecidedStep::apply)).
@@ -115,18 +120,24 @@ impl OptimizerState<'static> {
     /// # Errors
     /// Those of [`OptimizerState::new`].
     pub fn elsewhere(groups: &[(Optimizer, &[Tensor<'_>])]) -> Result<Self, Error> {
+        let groups = groups.iter().map(|(optimizer, parameters)| (*optimizer, parameters.iter().map(|t| t.spec)));
+        Self::described(groups)
+    }
+
+    /// The same, given descriptions of parameters.
+    pub(crate) fn described<'s>(
+        groups: impl ExactSizeIterator<Item = (Optimizer, impl Iterator<Item = Spec<'s>>)>,
+    ) -> Result<Self, Error> {
         let mut found = Parameters { all: Vec::new(), groups: Vec::new(), kinds: Vec::new() };
-        for (group, (optimizer, parameters)) in groups.iter().enumerate() {
+        let mut optimizers = Vec::with_capacity(groups.len());
+        for (group, (optimizer, parameters)) in groups.enumerate() {
             optimizer.check()?;
             let first = found.all.len();
-            for t in *parameters {
-                if (optimizer.halves, t.dtype()) == (Halves::Remainder, Dtype::F16) {
-                    let reason = "float16 and 16 bits are no float32; keep a master copy (Halves::Master)".into();
-                    return Err(Error::Tensor { tensor: tensor_label(t.name(), found.all.len()), reason });
-                }
-                let slots = optimizer.slots(t.dtype());
+            for spec in parameters {
+                check_halves(&optimizer, spec, found.all.len())?;
+                let slots = optimizer.slots(spec.dtype);
                 found.all.push(Parameter {
-                    spec: t.spec.to_owned(),
+                    spec: spec.to_owned(),
                     group,
                     sizes: slots.map(|slot| slot.map_or(0, |slot| slot.element_size)),
                     names: slots.map(|slot| slot.map(|slot| slot.name)),
@@ -134,8 +145,8 @@ impl OptimizerState<'static> {
             }
             found.groups.push(first..found.all.len());
             found.kinds.push(optimizer.kind());
+            optimizers.push(optimizer);
         }
-        let optimizers = groups.iter().map(|(optimizer, _)| *optimizer).collect();
         Ok(Self { optimizers, parameters: Arc::new(found), steps: 0, memory: None })
     }
 }
@@ -177,7 +188,8 @@ impl<'a> OptimizerState<'a> {
         Ok(())
     }
 
-    fn begin(&mut self, parameters: &[Tensor<'_>]) {
+    /// Master copies are those of `parameters`; of a parameter that keeps none, the elements do not matter.
+    pub(crate) fn begin(&mut self, parameters: &[Tensor<'_>]) {
         self.steps = 0;
         let described = Arc::clone(&self.parameters);
         for ((tensor, parameter), slots) in parameters.iter().zip(&described.all).zip(self.memory.iter_mut().flatten())
@@ -236,6 +248,47 @@ impl<'a> OptimizerState<'a> {
         };
         let slots = memory[parameter].iter_mut().zip(described.names);
         slots.filter_map(|(slot, name)| name.map(|_| slot.bytes_mut())).collect()
+    }
+
+    /// Checks that the optimizers keep the same tensors, group by group.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn check_kinds(&self, other: &OptimizerState<'_>) -> Result<(), Error> {
+        let kinds = self.parameters.kinds.iter().zip(&other.parameters.kinds).enumerate();
+        match kinds.map(|(group, (own, other))| (group, own, other)).find(|(_, own, other)| own != other) {
+            None => Ok(()),
+            Some((group, own, other)) => {
+                Err(Error::OptimizerState(format!("that of group {group} is of {own}, the optimizer is {other}")))
+            }
+        }
+    }
+
+    /// Checks that this state can take the place of another: of the same kinds, for the same parameters.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn check_replaces(&self, other: &OptimizerState<'_>) -> Result<(), Error> {
+        let fail = |reason: String| Err(Error::OptimizerState(reason));
+        let (own, others) = (&self.parameters, &other.parameters);
+        if own.groups.len() != others.groups.len() {
+            return fail(format!("it has {} groups, and there are {}", own.groups.len(), others.groups.len()));
+        }
+        self.check_kinds(other)?;
+        let sizes = |of: &Parameters| of.groups.iter().map(Range::len).collect::<Vec<_>>();
+        let (own_sizes, other_sizes) = (sizes(own), sizes(others));
+        if own_sizes != other_sizes {
+            return fail(format!("its groups have {own_sizes:?} parameters, and there are {other_sizes:?}"));
+        }
+        self.check()?;
+        if !self.is_here() {
+            return fail("its tensors are elsewhere".into());
+        }
+        self.check_parameters(others.all.iter().map(|parameter| parameter.spec.as_ref()))
+    }
+
+    /// The tensors of a parameter, in the order of [`Optimizer::state_tensors`]. Empty if they are elsewhere.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn tensors(&self, parameter: usize) -> Vec<&[u8]> {
+        let Some(memory) = &self.memory else { return Vec::new() };
+        let slots = memory[parameter].iter().zip(self.parameters.all[parameter].names);
+        slots.filter_map(|(slot, name)| name.map(|_| slot.bytes())).collect()
     }
 
     /// The tensors of each parameter, by slot.
@@ -340,4 +393,13 @@ fn fill(bytes: &mut [u8], parameter: Dtype, x: f64) {
         let x = x as f32;
         bytes.chunks_exact_mut(size_of::<f32>()).for_each(|element| element.copy_from_slice(&x.to_ne_bytes()));
     }
+}
+
+/// Checks that parameter number `i` can keep what rounding takes off.
+pub(crate) fn check_halves(optimizer: &Optimizer, parameter: Spec<'_>, i: usize) -> Result<(), Error> {
+    if (optimizer.halves, parameter.dtype) != (Halves::Remainder, Dtype::F16) {
+        return Ok(());
+    }
+    let reason = "float16 and 16 bits are no float32; keep a master copy (Halves::Master)".into();
+    Err(Error::Tensor { tensor: tensor_label(parameter.name, i), reason })
 }

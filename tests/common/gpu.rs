@@ -79,6 +79,26 @@ pub(crate) fn open() -> GpuClipper {
     asked.tuned(gpu)
 }
 
+/// The same as [`gpu`], with as many bindings as an optimizer needs.
+pub(crate) fn stepper() -> &'static GpuClipper {
+    static GPU: OnceLock<GpuClipper> = OnceLock::new();
+    if !Asked::get().small {
+        return gpu();
+    }
+    GPU.get_or_init(|| stepper_with(adapter().limits()))
+}
+
+/// A device with as many bindings as an optimizer needs and otherwise these limits.
+pub(crate) fn stepper_with(limits: wgpu::Limits) -> GpuClipper {
+    let asked = Asked::get();
+    let required_limits = wgpu::Limits { max_storage_buffers_per_shader_stage: 5, ..asked.limits(limits) };
+    let required_features = asked.features();
+    let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
+    let (device, queue) = block_on(adapter().request_device(&descriptor)).expect("the adapter gives a device");
+    device.on_uncaptured_error(std::sync::Arc::new(|error| log::error!("{error}")));
+    asked.tuned(GpuClipper::new(&device, &queue).expect("these limits suffice"))
+}
+
 pub(crate) fn adapter() -> wgpu::Adapter {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))
@@ -381,6 +401,42 @@ impl Interleaved {
         }
         after
     }
+}
+
+/// Tensors in a buffer, at odd places, some back to back.
+pub(crate) struct Held {
+    gpu: GpuClipper,
+    pub(crate) buffer: wgpu::Buffer,
+    layout: Layout,
+    pub(crate) data: Vec<Data>,
+}
+
+impl Held {
+    pub(crate) fn new(gpu: &GpuClipper, data: Vec<Data>, shift: usize) -> Self {
+        let layout = Layout::with_gaps(&data, |i| [1, 0, 3, 2][(i + shift) % 4]);
+        let buffer = upload(gpu, &layout.bytes(&data));
+        Self { gpu: gpu.clone(), buffer, layout, data }
+    }
+
+    pub(crate) fn views(&self) -> Vec<GpuTensor> {
+        self.layout.tensors(&self.buffer, &self.data)
+    }
+
+    pub(crate) fn write(&mut self, data: Vec<Data>) {
+        self.data = data;
+        write(&self.gpu, &self.buffer, 0, &self.layout.bytes(&self.data));
+    }
+
+    /// The tensors as they are now. Asserts that nothing between them has changed.
+    #[track_caller]
+    pub(crate) fn read(&self) -> Vec<Data> {
+        self.layout.taken_from(&download(&self.gpu, &self.buffer), &self.data)
+    }
+}
+
+/// Gradients with their parameters.
+pub(crate) fn with_parameter_each(gradients: Vec<GpuTensor>, parameters: Vec<GpuTensor>) -> Vec<GpuTensor> {
+    gradients.into_iter().zip(parameters).map(|(gradient, parameter)| gradient.parameter(parameter)).collect()
 }
 
 /// Gives views of tensors their parameters, which lie in a separate buffer.

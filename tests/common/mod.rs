@@ -7,6 +7,7 @@ pub(crate) mod gpu;
 pub(crate) mod numbers;
 pub(crate) mod optimizers;
 pub(crate) mod reference;
+pub(crate) mod torch_cases;
 
 use gradclip::{Clip, ClipReport, Clipper, Dtype, Element, Error, NonFinite, NormType, Tensor, TensorMut, UnitAxis};
 use numbers::{from_bits, rounded_bits};

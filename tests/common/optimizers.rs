@@ -1,7 +1,7 @@
 //! Each optimizer in plain float64 loops, which carry beside each number a bound on what rounding may have done to it.
 
 use super::numbers::ulp;
-use gradclip::{Algorithm, Dtype, Optimizer};
+use gradclip::{Algorithm, Dtype, Optimizer, OptimizerState};
 
 /// A number and how far off the library may be.
 #[derive(Clone, Copy, Debug, Default)]
@@ -14,21 +14,54 @@ pub(crate) struct Near {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rounding {
     unit: f64,
+    /// Of a division and of a square root.
+    division: f64,
+    root: f64,
+    /// Of what is computed once for a step, and then rounded.
+    correction: f64,
     least: f64,
+    /// The smallest number that has a root.
+    root_from: f64,
     max: f64,
 }
 
 impl Rounding {
     /// Of the type that is computed in. The loops round too, so float64 counts twice.
     pub(crate) fn of(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::F64 => Self { unit: 2f64.powi(-52), least: f64::from_bits(1), max: f64::MAX },
-            _ => Self { unit: 2f64.powi(-24), least: 2f64.powi(-150), max: f64::from(f32::MAX) },
+        let (unit, least, max) = match dtype {
+            Dtype::F64 => (2f64.powi(-52), f64::from_bits(1), f64::MAX),
+            _ => (2f64.powi(-24), 2f64.powi(-150), f64::from(f32::MAX)),
+        };
+        Self { unit, division: unit, root: unit, correction: 0.0, least, root_from: 0.0, max }
+    }
+
+    /// What WGSL promises of float32: sums and products off by less than a unit, quotients by 2.5 and roots, which may be
+    /// 1 / inverseSqrt, by 4.5 (and 1e-6 of that). What is below the normal range may become 0. Numbers of a step: the
+    /// library's own arithmetic, off by some 2^-31.
+    pub(crate) fn of_wgsl() -> Self {
+        let (unit, least) = (2f64.powi(-23), 2f64.powi(-126));
+        Self {
+            division: 2.5 * unit,
+            root: 4.5001 * unit,
+            correction: 2f64.powi(-28),
+            unit,
+            least,
+            root_from: least,
+            max: f64::from(f32::MAX),
         }
     }
 
+    /// A number as it is given.
+    pub(crate) fn given(self, x: f64) -> Near {
+        Near { x, error: if self.root_from > 0.0 { self.least } else { 0.0 } }
+    }
+
     fn rounded(self, x: f64, inherited: f64) -> Near {
-        let error = inherited + self.unit * (x.abs() + inherited) + self.least;
+        self.rounded_by(self.unit, x, inherited)
+    }
+
+    fn rounded_by(self, unit: f64, x: f64, inherited: f64) -> Near {
+        let error = inherited + unit * (x.abs() + inherited) + self.least;
         let inside = x.abs() + error <= self.max;
         Near { x, error: if inside { error } else { f64::INFINITY } }
     }
@@ -53,12 +86,18 @@ impl Rounding {
     fn div(self, a: Near, b: Near) -> Near {
         let least = b.x.abs() - b.error;
         let inherited = (a.error + (a.x / b.x).abs() * b.error) / least;
-        if least > 0.0 { self.rounded(a.x / b.x, inherited) } else { Near { x: a.x / b.x, error: f64::INFINITY } }
+        // WGSL promises nothing beyond 2^126.
+        let inside = least > self.root_from && (self.root_from == 0.0 || b.x.abs() + b.error < 1.0 / self.root_from);
+        if inside {
+            self.rounded_by(self.division, a.x / b.x, inherited)
+        } else {
+            Near { x: a.x / b.x, error: f64::INFINITY }
+        }
     }
 
     fn sqrt(self, a: Near) -> Near {
-        let root = a.x.sqrt();
-        self.rounded(root, root - (a.x - a.error).max(0.0).sqrt())
+        let (root, low) = (a.x.sqrt(), a.x - a.error);
+        self.rounded_by(self.root, root, root - if low < self.root_from { 0.0 } else { low.max(0.0).sqrt() })
     }
 
     fn squared(self, a: Near) -> Near {
@@ -84,7 +123,7 @@ impl Element {
     pub(crate) fn new(optimizer: &Optimizer, w: f64, rounding: Rounding) -> Self {
         let first = rounding.once(optimizer.initial_accumulator_value.unwrap_or(0.0));
         let first = if first.x == 0.0 { Near::default() } else { first };
-        Self { w: Near { x: w, error: 0.0 }, state: [first, Near::default(), Near::default()] }
+        Self { w: rounding.given(w), state: [first, Near::default(), Near::default()] }
     }
 
     /// Takes step number `t` by the clipped gradient `u`, and returns by how much w moves, its decay left out.
@@ -112,7 +151,8 @@ impl Element {
             Algorithm::Adagrad => {
                 *a = r.add(*a, r.squared(u));
                 let lr = lr / (1.0 + f64::from(t - 1) * optimizer.lr_decay.unwrap_or(0.0));
-                r.mul(number(lr), r.div(u, r.add(r.sqrt(*a), eps)))
+                let lr = Near { error: number(lr).error + r.correction * lr, x: lr };
+                r.mul(lr, r.div(u, r.add(r.sqrt(*a), eps)))
             }
             Algorithm::RmsProp => {
                 let alpha = optimizer.alpha.unwrap_or(0.0);
@@ -142,7 +182,7 @@ impl Element {
                 // Of two ways to compute a power each is off by a unit or so, and 1 minus it by as much.
                 let correction = |beta: f64| {
                     let power = beta.powi(t);
-                    (1.0 - power, 2f64.powi(-51) * power / (1.0 - power))
+                    (1.0 - power, 2f64.powi(-51) * power / (1.0 - power) + r.correction)
                 };
                 let ((first, off_first), (second, off_second)) = (correction(beta1), correction(beta2));
                 let off = |x: f64, by: f64| Near { error: r.once(x).error + x * by, x };
@@ -165,4 +205,25 @@ impl Element {
             self.w.error = f64::INFINITY;
         }
     }
+}
+
+/// All that a state of so many parameters holds: settings, the number of steps, and its tensors.
+pub(crate) fn contents(state: &OptimizerState<'_>, parameters: usize) -> (Vec<Optimizer>, u64, Vec<Option<Vec<u8>>>) {
+    let mut tensors = Vec::new();
+    for i in 0..parameters {
+        for name in [
+            "momentum_buffer",
+            "square_avg",
+            "grad_avg",
+            "sum",
+            "exp_avg",
+            "exp_avg_sq",
+            "max_exp_avg_sq",
+            "remainder",
+            "master",
+        ] {
+            tensors.push(state.bytes(i, name).map(<[u8]>::to_vec));
+        }
+    }
+    (state.optimizers().to_vec(), state.steps(), tensors)
 }

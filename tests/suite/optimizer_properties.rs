@@ -14,7 +14,7 @@ use proptest::test_runner::{Config, RngSeed};
 
 const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::BF16];
 
-fn optimizer(random: &mut Random) -> Optimizer {
+pub(crate) fn optimizer(random: &mut Random) -> Optimizer {
     let lr = 10f64.powf(-4.0 + 4.0 * random.uniform());
     let coin = |random: &mut Random| random.below(2) == 0;
     let beta = |random: &mut Random| [0.0, 0.3, 0.5, 0.9, 0.99, 0.999][random.below(6)];
@@ -34,7 +34,7 @@ fn optimizer(random: &mut Random) -> Optimizer {
     drawn.maximize(coin(random)).halves([Halves::Rounded, Halves::Remainder, Halves::Master][random.below(3)])
 }
 
-fn clip(random: &mut Random) -> Clip {
+pub(crate) fn clip(random: &mut Random) -> Clip {
     let size = 10f64.powf(-2.0 + 3.0 * random.uniform());
     let scope = [Scope::Global, Scope::Tensor, Scope::Unit][random.below(3)];
     let mut drawn = match random.below(6) {
@@ -51,7 +51,7 @@ fn clip(random: &mut Random) -> Clip {
 }
 
 /// What all clips of a step share.
-fn share(clip: Clip, policy: usize, scale: usize, skips: bool) -> Clip {
+pub(crate) fn share(clip: Clip, policy: usize, scale: usize, skips: bool) -> Clip {
     let clip = clip.non_finite(POLICIES[policy]).grad_scale([1.0, 1024.0, 3.0][scale]);
     let measures = !matches!(clip.mode, gradclip::Mode::Value { .. });
     if skips && measures { clip.skip_above(10.0) } else { clip }
@@ -223,7 +223,7 @@ impl Case {
 }
 
 /// The place of a tensor of the state in [`Element::state`].
-fn slot(algorithm: Algorithm, name: &str) -> Option<usize> {
+pub(crate) fn slot(algorithm: Algorithm, name: &str) -> Option<usize> {
     match name {
         "remainder" | "master" => None,
         "max_exp_avg_sq" | "grad_avg" => Some(2),
@@ -234,7 +234,7 @@ fn slot(algorithm: Algorithm, name: &str) -> Option<usize> {
 }
 
 /// The float32 of bfloat16 and remainders.
-fn joined(halves: &Data, remainders: &[u8]) -> Data {
+pub(crate) fn joined(halves: &Data, remainders: &[u8]) -> Data {
     let bits = |(i, low): (usize, &[u8])| {
         let low = u16::from_ne_bytes([low[0], low[1]]);
         let upper = (halves.bits(i) as u32).wrapping_sub(u32::from(low >> 15));
@@ -244,7 +244,7 @@ fn joined(halves: &Data, remainders: &[u8]) -> Data {
 }
 
 /// The clipped gradients in the type that a step computes in, as the decided clip itself gives them.
-fn clipped(decided: &DecidedClip, tensor: usize, gradient: &Data, parameter: Dtype) -> Vec<f64> {
+pub(crate) fn clipped(decided: &DecidedClip, tensor: usize, gradient: &Data, parameter: Dtype) -> Vec<f64> {
     let double = gradient.dtype == Dtype::F64 || parameter == Dtype::F64;
     let mut wide = Data::rounded(if double { Dtype::F64 } else { Dtype::F32 }, gradient.numbers());
     let mut piece = TensorMut::from_bytes(wide.dtype, &mut wide.bytes).expect("whole elements");

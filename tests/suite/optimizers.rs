@@ -1,226 +1,46 @@
 //! Guards against updates, defaults and bias corrections that differ from PyTorch's: 19 settings over 30 steps with
 //! spikes, zeros and skipped steps, as torch.optim answers them in float64.
-//!
-//! `GRADCLIP_OPTIMIZER_CASES` names another folder of cases.
 
-use std::path::PathBuf;
+use crate::common::optimizers::Rounding;
+use crate::common::torch_cases::{Parameter, Promise, Steps, ULPS, run_all};
+use gradclip::{Clip, ClipReport, Clipper, Dtype, Optimizer, OptimizerState, Tensor};
 
-use crate::common::optimizers::{Element, Near, Rounding};
-use gradclip::{Clip, Clipper, Dtype, NonFinite, Optimizer, OptimizerState, Tensor, TensorMut};
-use safetensors::SafeTensors;
-use serde_json::Value;
-
-fn read(path: &str) -> Vec<u8> {
-    let own = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/optimizers");
-    let folder = std::env::var_os("GRADCLIP_OPTIMIZER_CASES").map_or_else(own, PathBuf::from);
-    let path = folder.join(path);
-    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+/// Steps on the CPU.
+struct OnTheCpu {
+    clip: Clip,
+    dtype: Dtype,
+    state: OptimizerState<'static>,
 }
 
-/// A named tensor of float32 or float64, widened.
-fn numbers(file: &SafeTensors<'_>, name: &str) -> Vec<f64> {
-    let view = file.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
-    match view.dtype() {
-        safetensors::Dtype::F32 => {
-            view.data().chunks(4).map(|x| f64::from(bytemuck::pod_read_unaligned::<f32>(x))).collect()
-        }
-        safetensors::Dtype::F64 => view.data().chunks(8).map(bytemuck::pod_read_unaligned).collect(),
-        other => panic!("{name} is {other:?}"),
-    }
-}
-
-/// The optimizer of a case, by torch's names of its arguments.
-fn optimizer(case: &Value) -> Optimizer {
-    let args = case["args"].as_object().expect("arguments");
-    let number = |name: &str| args.get(name).map(|x| x.as_f64().expect("a number"));
-    let lr = number("lr").expect("every case sets lr");
-    let mut optimizer = match case["optimizer"].as_str() {
-        Some("SGD") => Optimizer::sgd(lr),
-        Some("Adagrad") => Optimizer::adagrad(lr),
-        Some("RMSprop") => Optimizer::rmsprop(lr),
-        Some("Adam") => Optimizer::adam(lr),
-        Some("AdamW") => Optimizer::adamw(lr),
-        other => panic!("{other:?}"),
-    };
-    for (name, value) in args {
-        let x = value.as_f64().unwrap_or(f64::NAN);
-        let on = value.as_bool().unwrap_or(false);
-        optimizer = match name.as_str() {
-            "lr" => optimizer,
-            "momentum" => optimizer.momentum(x),
-            "dampening" => optimizer.dampening(x),
-            "nesterov" => optimizer.nesterov(on),
-            "weight_decay" => optimizer.weight_decay(x),
-            "maximize" => optimizer.maximize(on),
-            "lr_decay" => optimizer.lr_decay(x),
-            "initial_accumulator_value" => optimizer.initial_accumulator_value(x),
-            "eps" => optimizer.eps(x),
-            "alpha" => optimizer.alpha(x),
-            "centered" => optimizer.centered(on),
-            "amsgrad" => optimizer.amsgrad(on),
-            "betas" => optimizer.betas(value[0].as_f64().expect("a beta"), value[1].as_f64().expect("a beta")),
-            other => panic!("an argument {other}"),
-        };
-    }
-    optimizer
-}
-
-struct Parameter {
-    name: String,
-    shape: Vec<usize>,
-    /// The place of its group.
-    group: usize,
-    single: Vec<f32>,
-    double: Vec<f64>,
-    near: Vec<Element>,
-    /// How far each element has moved in all, and how large it was at most.
-    moved: Vec<f64>,
-    largest: Vec<f64>,
-}
-
-impl Parameter {
-    fn view(&self, dtype: Dtype) -> Tensor<'_> {
-        let view = if dtype == Dtype::F64 { Tensor::new(&self.double) } else { Tensor::new(&self.single) };
-        view.named(&self.name).shape(&self.shape).expect("it fits")
-    }
-
-    fn view_mut(&mut self, dtype: Dtype) -> TensorMut<'_> {
-        let view =
-            if dtype == Dtype::F64 { TensorMut::new(&mut self.double) } else { TensorMut::new(&mut self.single) };
-        view.named(&self.name).shape(&self.shape).expect("it fits")
-    }
-}
-
-/// What 28 steps may lose by rounding, at half a unit in the last place each, mostly to either side.
-const ULPS: f64 = 4.0;
-
-/// Runs a case. Returns the largest error of a parameter in float32 ulp of the largest value that it had, and what the
-/// largest error above [`ULPS`] is of the whole way of the parameter.
-fn run(case: &Value, dtype: Dtype, file: &SafeTensors<'_>) -> [f64; 2] {
-    let id = case["id"].as_str().expect("an id");
-    let (optimizer, rounding) = (optimizer(case), Rounding::of(dtype));
-    let mut names: Vec<_> = file.names().into_iter().filter_map(|name| name.strip_prefix("start.")).collect();
-    names.sort_unstable();
-    let mut parameters: Vec<_> = names
-        .into_iter()
-        .map(|name| {
-            let view = file.tensor(&format!("start.{name}")).expect("it is there");
-            let double = numbers(file, &format!("start.{name}"));
-            let group = usize::from(case["no_decay_1d"] == true && view.shape().len() < 2);
-            Parameter {
-                name: name.to_owned(),
-                shape: view.shape().to_vec(),
-                group,
-                single: double.iter().map(|x| *x as f32).collect(),
-                near: double.iter().map(|x| Element::new(&optimizer, *x, rounding)).collect(),
-                moved: vec![0.0; double.len()],
-                largest: double.iter().map(|x| x.abs()).collect(),
-                double,
-            }
-        })
-        .collect();
-    parameters.sort_by_key(|parameter| parameter.group);
-    let settings = [optimizer, optimizer.weight_decay(0.0)];
-    let mut state = {
+impl OnTheCpu {
+    fn new(dtype: Dtype, parameters: &[Parameter], clip: &Clip, settings: &[Optimizer; 2]) -> Self {
         let views = [0, 1]
             .map(|group| parameters.iter().filter(|p| p.group == group).map(|p| p.view(dtype)).collect::<Vec<_>>());
-        OptimizerState::new(&[(settings[0], &views[0]), (settings[1], &views[1])]).expect("valid settings")
-    };
-    let max_norm = case["max_norm"].as_f64().unwrap_or(f64::INFINITY);
-    let clip = Clip::norm(max_norm).non_finite(NonFinite::Skip);
-    let expected = read(&format!("expected/{id}.safetensors"));
-    let expected = SafeTensors::deserialize(&expected).expect("a safetensors file");
-    let mut worst = [0.0f64; 2];
-    for step in 0..30 {
-        let times = case["lr_times"][step].as_f64().unwrap_or(1.0);
-        for (own, start) in state.optimizers_mut().iter_mut().zip(&settings) {
-            own.lr = start.lr * times;
-        }
-        let gradients: Vec<_> = parameters.iter().map(|p| numbers(file, &format!("{step}/{}", p.name))).collect();
-        let single: Vec<Vec<f32>> = gradients.iter().map(|g| g.iter().map(|x| *x as f32).collect()).collect();
-        let shapes: Vec<_> = parameters.iter().map(|p| p.shape.clone()).collect();
-        let views: Vec<_> =
-            single.iter().zip(&shapes).map(|(g, shape)| Tensor::new(g).shape(shape).expect("it fits")).collect();
-        let skipped = case["skipped"].as_array().is_some_and(|steps| steps.contains(&Value::from(step)));
-        let report = {
-            let mut own: Vec<_> = parameters.iter_mut().map(|p| p.view_mut(dtype)).collect();
-            Clipper::cpu().step(&clip, &mut state, &mut own, &views).expect("a valid step")
-        };
-        assert_eq!(report.skipped.is_some(), skipped, "{id}, step {step}");
-        if !skipped {
-            let norm = case["norms"][step].as_f64().expect("a norm");
-            assert!((report.total_norm / norm - 1.0).abs() < 1e-12, "{id}, step {step}: {}", report.total_norm);
-            let coefficient = (max_norm / (norm + 1e-6)).min(1.0);
-            let factor = if coefficient == 1.0 { Near { x: 1.0, error: 0.0 } } else { rounding.once(coefficient) };
-            for (p, gradients) in parameters.iter_mut().zip(&gradients) {
-                for (k, (near, g)) in p.near.iter_mut().zip(gradients).enumerate() {
-                    let u = rounding.mul(Near { x: *g, error: 0.0 }, factor);
-                    p.moved[k] += near.step(&state.optimizers()[p.group], state.steps(), u, rounding).abs();
-                    p.largest[k] = p.largest[k].max(near.w.x.abs());
-                }
-            }
-        }
-        if ![1, 2, 30].contains(&(step + 1)) {
-            continue;
-        }
-        for (i, p) in parameters.iter().enumerate() {
-            let own = p.view(dtype);
-            let mut compared = vec![("param", own.bytes().to_vec())];
-            for kept in settings[0].state_tensors(dtype) {
-                compared.push((kept.name, state.bytes(i, kept.name).expect("it is kept").to_vec()));
-            }
-            for (kind, bytes) in compared {
-                let expected = numbers(&expected, &format!("{}/{kind}/{}", step + 1, p.name));
-                let got: Vec<f64> = if dtype == Dtype::F64 {
-                    bytes.chunks(8).map(bytemuck::pod_read_unaligned).collect()
-                } else {
-                    bytes.chunks(4).map(|x| f64::from(bytemuck::pod_read_unaligned::<f32>(x))).collect()
-                };
-                assert_eq!(got.len(), expected.len(), "{id} {kind}");
-                for (k, (got, expected)) in got.iter().zip(&expected).enumerate() {
-                    let place = format!("{id}, {dtype}, {kind} of {}[{k}] after {} steps", p.name, step + 1);
-                    let off = (got - expected).abs();
-                    if dtype == Dtype::F64 {
-                        assert!(off <= 1e-12 * expected.abs().max(p.moved[k]), "{place}: {got:e}, torch {expected:e}");
-                        continue;
-                    }
-                    let near = match kind {
-                        "param" => p.near[k].w,
-                        "momentum_buffer" if id.starts_with("rmsprop") => p.near[k].state[1],
-                        "exp_avg_sq" => p.near[k].state[1],
-                        "max_exp_avg_sq" | "grad_avg" => p.near[k].state[2],
-                        _ => p.near[k].state[0],
-                    };
-                    assert!(
-                        (near.x - expected).abs() <= 1e-12 * expected.abs().max(p.moved[k]),
-                        "{place}: the loop {:e}",
-                        near.x
-                    );
-                    assert!(off <= near.error, "{place}: {got:e}, torch {expected:e}, bound {:e}", near.error);
-                    if kind == "param" {
-                        let ulp = 2f64.powi(-23) * p.largest[k];
-                        worst[0] = worst[0].max(off / ulp.max(f64::MIN_POSITIVE));
-                        worst[1] = worst[1].max((off - ULPS * ulp).max(0.0) / p.moved[k].max(f64::MIN_POSITIVE));
-                    }
-                }
-            }
-        }
+        let groups = [(settings[0], &views[0][..]), (settings[1], &views[1][..])];
+        Self { clip: *clip, dtype, state: OptimizerState::new(&groups).expect("valid settings") }
     }
-    assert_eq!(state.steps(), 28, "{id}");
-    worst
+}
+
+impl Steps for OnTheCpu {
+    fn step(&mut self, settings: &[Optimizer; 2], parameters: &mut [Parameter], gradients: &[Vec<f32>]) -> ClipReport {
+        self.state.optimizers_mut().copy_from_slice(settings);
+        let shapes: Vec<_> = parameters.iter().map(|p| p.shape.clone()).collect();
+        let views = gradients.iter().zip(&shapes).map(|(g, shape)| Tensor::new(g).shape(shape).expect("it fits"));
+        let views: Vec<_> = views.collect();
+        let mut own: Vec<_> = parameters.iter_mut().map(|p| p.view_mut(self.dtype)).collect();
+        Clipper::cpu().step(&self.clip, &mut self.state, &mut own, &views).expect("a valid step")
+    }
+
+    fn state(&mut self, _: &mut [Parameter]) -> &OptimizerState<'static> {
+        &self.state
+    }
 }
 
 #[test]
 fn every_update_is_that_of_torch() {
-    let (cases, gradients) = (read("cases.json"), read("gradients.safetensors"));
-    let cases: Value = serde_json::from_slice(&cases).expect("JSON");
-    let cases = cases["cases"].as_array().expect("cases");
-    assert!(cases.len() >= 19, "{} cases", cases.len());
-    let file = SafeTensors::deserialize(&gradients).expect("a safetensors file");
-    for case in cases {
-        run(case, Dtype::F64, &file);
-        let [ulps, moved] = run(case, Dtype::F32, &file);
-        println!("{}: float32 {ulps:.1} ulp off, {ULPS} ulp and {moved:.1e} of the way", case["id"]);
-        assert!(moved <= 1e-6, "{}: {ULPS} ulp and {moved:e} of the way", case["id"]);
+    for dtype in [Dtype::F64, Dtype::F32] {
+        let promise = Promise { dtype, rounding: Rounding::of(dtype), norm: 1e-12 };
+        let moved = run_all(promise, |parameters, clip, settings| OnTheCpu::new(dtype, parameters, clip, settings));
+        assert!(moved <= 1e-6, "{dtype}: {ULPS} ulp and {moved:e} of the way");
     }
 }

@@ -1,4 +1,4 @@
-//! Clips gradients on burn's wgpu devices in place.
+//! Clips gradients, and takes the steps of optimizers, on burn's wgpu devices in place.
 //!
 //! burn allocates tensors in pages, and records work by stream. So a step: resolves what fusion has not computed yet; asks for
 //! the buffer and offset of each gradient, which schedules its computation; flushes, so that this is submitted; and submits
@@ -13,18 +13,17 @@ use burn::backend::{
     TensorMetadata,
 };
 use burn::cubecl::wgpu::{AutoCompiler, WgpuServer};
-use burn::module::ParamId;
-use burn::tensor::Device;
+use burn::module::{ModuleMapper, Param, ParamId};
 use burn::tensor::wgpu::{WgpuOptions, WgpuSetup};
+use burn::tensor::{Device, Tensor};
 use burn_fusion::{FusionBackend, FusionRuntime, FusionTensor, NoOp, stream::StreamId};
 use burn_ir::{InitOperationIr, OperationIr};
-#[cfg(not(target_arch = "wasm32"))]
-use gradclip::Waiting;
 use gradclip::gpu::{DeviceThreshold, GpuClipper, GpuPlan, GpuTensor, PlanOptions};
-use gradclip::{Clip, Dtype, UnitAxis, wgpu};
+use gradclip::{Clip, Dtype, Optimizer, OptimizerState, UnitAxis, Waiting, wgpu};
 
 use crate::Error;
 use crate::gradients::{Gradient, known_dtype};
+use crate::optimizer::replaced;
 use crate::threshold::AdaptiveThreshold;
 
 /// The registered devices. They live as long as burn's own registry of devices: until the process ends.
@@ -142,16 +141,27 @@ where
 
 /// Takes a float tensor of the wgpu backend out of `tensor`. [`registered_gpu`] has checked that it is one; any other stays.
 fn resolved(tensor: &mut Option<DispatchTensor>) -> Result<Option<CubeTensor>, Error> {
-    match tensor.take() {
-        None => Ok(None),
-        Some(DispatchTensor { kind: DispatchTensorKind::Cube(BackendTensor::Float(tensor)), .. }) => {
-            Ok(Some(Primitive::<CubeBackend>::resolve(tensor)))
-        }
-        other => {
-            *tensor = other;
-            Err(Error::Burn("a tensor is of another backend than its device's".into()))
+    match tensor.take().map(resolved_one).transpose() {
+        Ok(found) => Ok(found),
+        Err(other) => {
+            *tensor = Some(other);
+            Err(other_backend())
         }
     }
+}
+
+/// The tensor of the wgpu backend or, if it is of another, the tensor itself.
+fn resolved_one(tensor: DispatchTensor) -> Result<CubeTensor, DispatchTensor> {
+    match tensor {
+        DispatchTensor { kind: DispatchTensorKind::Cube(BackendTensor::Float(tensor)), .. } => {
+            Ok(Primitive::<CubeBackend>::resolve(tensor))
+        }
+        other => Err(other),
+    }
+}
+
+fn other_backend() -> Error {
+    Error::Burn("a tensor is of another backend than its device's".into())
 }
 
 fn wrapped(tensor: CubeTensor) -> DispatchTensor {
@@ -292,32 +302,8 @@ fn submit(
         let parameter = resolved(&mut gradient.parameter)?;
         parameters.push(parameter.map(|p| if p.is_contiguous() { p } else { p.copy() }));
     }
-    // While these are held, burn neither moves nor reuses the memory. After the submission it may: only later submissions write
-    // to it.
-    let mut held = Vec::new();
-    let mut place = |tensor: &CubeTensor| -> Result<Place, Error> {
-        let resource = tensor.client.get_resource::<WgpuServer<AutoCompiler>>(tensor.handle.clone());
-        let managed = resource.map_err(|error| failed(&error))?;
-        let (resource, dtype) = (managed.resource(), known_dtype(tensor.dtype)?);
-        let (start, shape) = (resource.offset / dtype.size() as u64, TensorMetadata::shape(tensor).to_vec());
-        let place = Place { buffer: resource.buffer.clone(), dtype, start, shape };
-        held.push(managed);
-        Ok(place)
-    };
-    let mut placed = Vec::with_capacity(gradients.len());
-    for ((gradient, tensor), parameter) in gradients.iter().zip(tensors).zip(&parameters) {
-        let Gradient { id, unit_axis, .. } = *gradient;
-        let (tensor, parameter) = (place(tensor)?, parameter.as_ref().map(&mut place).transpose()?);
-        placed.push(Placed { id, unit_axis, gradient: tensor, parameter });
-    }
-    let mut flushed = Vec::new();
-    for tensor in tensors.iter().chain(parameters.iter().flatten()) {
-        let stream = tensor.handle.stream;
-        if !flushed.contains(&stream) {
-            stream.executes(|| tensor.client.flush()).map_err(|error| failed(&error))?;
-            flushed.push(stream);
-        }
-    }
+    let (placed, _held) = places(gradients, tensors, &parameters)?;
+    flush(tensors.iter().chain(parameters.iter().flatten()))?;
     if planned.as_ref().is_none_or(|planned| planned.placed != placed) {
         let views = placed.iter().zip(&*gradients).map(|(placed, gradient)| placed.view(&gradient.name));
         let views = views.collect::<Result<Vec<_>, _>>()?;
@@ -358,6 +344,170 @@ fn submit(
         }
         _ => record(&|encoder| plan.encode(encoder)),
     }
+}
+
+/// The places of gradients and of their parameters. While what is returned beside them is held, burn neither moves nor reuses
+/// the memory. After the submission it may: only later submissions write to it.
+fn places(
+    gradients: &[Gradient],
+    tensors: &[CubeTensor],
+    parameters: &[Option<CubeTensor>],
+) -> Result<(Vec<Placed>, impl Sized + use<>), Error> {
+    let mut held = Vec::new();
+    let mut place = |tensor: &CubeTensor| -> Result<Place, Error> {
+        let resource = tensor.client.get_resource::<WgpuServer<AutoCompiler>>(tensor.handle.clone());
+        let managed = resource.map_err(|error| failed(&error))?;
+        let (resource, dtype) = (managed.resource(), known_dtype(tensor.dtype)?);
+        let (start, shape) = (resource.offset / dtype.size() as u64, TensorMetadata::shape(tensor).to_vec());
+        let place = Place { buffer: resource.buffer.clone(), dtype, start, shape };
+        held.push(managed);
+        Ok(place)
+    };
+    let mut placed = Vec::with_capacity(gradients.len());
+    for ((gradient, tensor), parameter) in gradients.iter().zip(tensors).zip(parameters) {
+        let Gradient { id, unit_axis, .. } = *gradient;
+        let (tensor, parameter) = (place(tensor)?, parameter.as_ref().map(&mut place).transpose()?);
+        placed.push(Placed { id, unit_axis, gradient: tensor, parameter });
+    }
+    Ok((placed, held))
+}
+
+/// Submits what burn has recorded of these tensors.
+fn flush<'t>(tensors: impl Iterator<Item = &'t CubeTensor>) -> Result<(), Error> {
+    let mut flushed = Vec::new();
+    for tensor in tensors {
+        let stream = tensor.handle.stream;
+        if !flushed.contains(&stream) {
+            stream.executes(|| tensor.client.flush()).map_err(|error| failed(&error))?;
+            flushed.push(stream);
+        }
+    }
+    Ok(())
+}
+
+/// The plan of an optimizer's step, with its state.
+#[derive(Debug)]
+pub(crate) struct PlannedStep {
+    pub(crate) plan: GpuPlan,
+    gpu: GpuClipper,
+    placed: Vec<Placed>,
+}
+
+impl PlannedStep {
+    /// Whether the state is of these parameters, in this order.
+    pub(crate) fn is_of(&self, ids: &[ParamId]) -> bool {
+        self.placed.iter().map(|placed| &placed.id).eq(ids)
+    }
+
+    pub(crate) fn state(&self) -> Waiting<'_, Result<OptimizerState<'static>, gradclip::Error>> {
+        self.plan.optimizer_state()
+    }
+}
+
+/// The parameters of a module, in memory that only the module shares.
+pub(crate) struct Owned<'i> {
+    ids: &'i [ParamId],
+    tensors: Vec<Option<CubeTensor>>,
+    error: Option<Error>,
+}
+
+impl ModuleMapper for Owned<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(own) = self.ids.iter().position(|id| *id == param.id) else { return param };
+        replaced(param, |tensor| {
+            // A parameter that comes again is the same tensor.
+            let found = match self.tensors[own].take() {
+                Some(found) => Ok(found),
+                None => resolved_one(tensor.into_dispatch()).map(exclusive),
+            };
+            Tensor::from_dispatch(match found {
+                Ok(found) => wrapped(self.tensors[own].insert(found).clone()),
+                Err(other) => {
+                    self.error = Some(other_backend());
+                    other
+                }
+            })
+        })
+    }
+}
+
+impl<'i> Owned<'i> {
+    pub(crate) fn new(ids: &'i [ParamId]) -> Self {
+        Self { ids, tensors: vec![None; ids.len()], error: None }
+    }
+
+    /// Submits a step behind the earlier work of burn, by the earlier plan if it fits. `begin` sets the state of a new one.
+    pub(crate) fn step(
+        self,
+        gpu: &GpuClipper,
+        clip: &Clip,
+        optimizers: &[(Optimizer, usize)],
+        mut gradients: Vec<Gradient>,
+        planned: &mut Option<PlannedStep>,
+        begin: impl FnOnce(&mut GpuPlan) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Self { tensors: parameters, error, .. } = self;
+        let device = gradients.iter().find_map(|gradient| gradient.tensor.as_ref().map(TensorMetadata::device));
+        let outcome = error.map_or(Ok(()), Err).and_then(|()| {
+            caught(|| {
+                let mut tensors = Vec::with_capacity(gradients.len());
+                for gradient in &mut gradients {
+                    let tensor = resolved(&mut gradient.tensor)?;
+                    tensors.extend(tensor.map(|own| if own.is_contiguous() { own } else { own.copy() }));
+                }
+                let apart = |(tensor, parameter): (&CubeTensor, &Option<CubeTensor>)| {
+                    parameter.as_ref().is_none_or(|parameter| parameter.device != tensor.device)
+                };
+                if tensors.iter().zip(&parameters).any(apart) {
+                    return Err(Error::Burn("a parameter is on another device than its gradient".into()));
+                }
+                let (placed, _held) = places(&gradients, &tensors, &parameters)?;
+                flush(tensors.iter().chain(parameters.iter().flatten()))?;
+                submit_step(planned, gpu, (clip, optimizers), (placed, &gradients), begin)
+            })
+        });
+        match (outcome, device) {
+            (Err(error), Some(device)) => Err(device_error(&Device::new(device), error)),
+            (outcome, _) => outcome,
+        }
+    }
+}
+
+fn submit_step(
+    planned: &mut Option<PlannedStep>,
+    gpu: &GpuClipper,
+    (clip, optimizers): (&Clip, &[(Optimizer, usize)]),
+    (placed, gradients): (Vec<Placed>, &[Gradient]),
+    begin: impl FnOnce(&mut GpuPlan) -> Result<(), Error>,
+) -> Result<(), Error> {
+    if planned.as_ref().is_none_or(|planned| planned.placed != placed) {
+        let views = placed.iter().zip(gradients).map(|(placed, gradient)| placed.view(&gradient.name));
+        let views = views.collect::<Result<Vec<_>, _>>()?;
+        match planned {
+            Some(planned) if planned.gpu.device() == gpu.device() => {
+                planned.plan.update(&[&views])?;
+                planned.placed = placed;
+            }
+            _ => {
+                let mut plan = gpu.plan_with(&[(*clip, &views)], PlanOptions::default().optimizers(optimizers))?;
+                match planned {
+                    #[cfg(not(target_arch = "wasm32"))]
+                    Some(earlier) => plan.set_optimizer_state(&earlier.state().wait()?)?,
+                    _ => begin(&mut plan)?,
+                }
+                *planned = Some(PlannedStep { plan, gpu: gpu.clone(), placed });
+            }
+        }
+    }
+    let Some(PlannedStep { plan, .. }) = planned else { return Ok(()) };
+    let settings: Vec<_> = optimizers.iter().map(|(optimizer, _)| *optimizer).collect();
+    if plan.optimizers() != settings {
+        plan.set_optimizers(&settings)?;
+    }
+    let mut encoder = gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    plan.encode(&mut encoder)?;
+    gpu.queue().submit([encoder.finish()]);
+    Ok(())
 }
 
 impl Placed {

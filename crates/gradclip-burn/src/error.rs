@@ -61,6 +61,13 @@ pub enum Error {
         /// The device.
         device: String,
     },
+    /// An optimizer's state is of the parameters that had gradients in its first step, and now others have. Give the same ones
+    /// gradients at each step, or make an optimizer for each set.
+    #[error(
+        "the optimizer's state is of other parameters than those that have gradients now; make an optimizer for each set of \
+         parameters"
+    )]
+    OtherParameters,
     /// burn could not open a device, compute a gradient, or return one.
     #[error("burn failed: {0}")]
     Burn(String),

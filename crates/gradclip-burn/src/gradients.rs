@@ -22,7 +22,7 @@ pub(crate) struct Gradient {
     pub(crate) parameter: Option<DispatchTensor>,
     pub(crate) ranked: Ranked,
     /// Which container it came from.
-    source: usize,
+    pub(crate) source: usize,
 }
 
 /// Functions of burn that need the number of dimensions at compile time.

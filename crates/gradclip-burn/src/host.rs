@@ -1,8 +1,8 @@
 //! Clips gradients of any device on the host, as burn's tensor data.
 
 use burn::backend::TensorMetadata;
-use burn::tensor::{Device, TensorData};
-use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut, Threshold};
+use burn::tensor::{Bytes, DType, Device, Shape, TensorData};
+use gradclip::{Clip, ClipReport, Clipper, Optimizer, OptimizerState, Tensor, TensorMut, Threshold};
 
 use crate::Error;
 use crate::gradients::{Gradient, known_dtype};
@@ -54,6 +54,71 @@ pub(crate) fn clip(
         gradient.tensor = Some((gradient.ranked.make)(TensorData::from_bytes(bytes, shape, dtype), &device));
     }
     report
+}
+
+/// Gradients and parameters as burn's tensor data, for a step on the host.
+pub(crate) struct Read {
+    gradients: Vec<Gradient>,
+    /// For each its data, the parts of its parameter's, and the parameter's device.
+    data: Vec<(TensorData, Parts, Device)>,
+}
+
+/// Tensor data that can be written.
+type Parts = (Bytes, Shape, DType);
+
+impl Read {
+    pub(crate) fn new(mut gradients: Vec<Gradient>) -> Result<Self, Error> {
+        let mut data = Vec::with_capacity(gradients.len());
+        for gradient in &mut gradients {
+            let (Some(tensor), Some(parameter)) = (gradient.tensor.take(), gradient.parameter.take()) else {
+                return Err(Error::Burn(format!("{:?} is not in the module", gradient.name)));
+            };
+            let device = Device::new(parameter.device());
+            data.push(((gradient.ranked.read)(tensor)?, (gradient.ranked.read)(parameter)?.into_parts(), device));
+        }
+        Ok(Self { gradients, data })
+    }
+
+    /// A new state of the parameters.
+    pub(crate) fn state(&self, optimizers: &[(Optimizer, usize)]) -> Result<OptimizerState<'static>, Error> {
+        let mut views = Vec::with_capacity(self.data.len());
+        for (gradient, (_, (bytes, _, dtype), _)) in self.gradients.iter().zip(&self.data) {
+            let own = Tensor::from_bytes(known_dtype(*dtype)?, bytes)?.named(&gradient.name).shape(&gradient.shape)?;
+            views.push(own);
+        }
+        let (mut groups, mut rest) = (Vec::new(), &views[..]);
+        for (optimizer, count) in optimizers {
+            let (own, others) = rest.split_at(*count);
+            groups.push((*optimizer, own));
+            rest = others;
+        }
+        Ok(OptimizerState::new(&groups)?)
+    }
+
+    /// Clips, and takes the step.
+    pub(crate) fn step(&mut self, clip: &Clip, state: &mut OptimizerState<'_>) -> Result<ClipReport, Error> {
+        let (mut parameters, mut gradients) = (Vec::new(), Vec::new());
+        for (gradient, (data, (bytes, _, dtype), _)) in self.gradients.iter().zip(&mut self.data) {
+            let shape = &gradient.shape;
+            let own = TensorMut::from_bytes(known_dtype(*dtype)?, bytes)?.named(&gradient.name).shape(shape)?;
+            let mut of = view(data)?.named(&gradient.name);
+            if let Some(axis) = gradient.unit_axis {
+                of = of.unit_axis(axis);
+            }
+            parameters.push(own);
+            gradients.push(of);
+        }
+        Ok(Clipper::cpu().step(clip, state, &mut parameters, &gradients)?)
+    }
+
+    /// The gradients, each with its parameter as it is now.
+    pub(crate) fn made(self) -> Vec<Gradient> {
+        let make = |(gradient, (_, (bytes, shape, dtype), device)): (Gradient, (_, Parts, Device))| {
+            let parameter = Some((gradient.ranked.make)(TensorData::from_bytes(bytes, shape, dtype), &device));
+            Gradient { parameter, ..gradient }
+        };
+        self.gradients.into_iter().zip(self.data).map(make).collect()
+    }
 }
 
 /// Fails if a gradient is on a wgpu device, where it should be clipped in place.

@@ -18,7 +18,8 @@
 //! # }
 //! ```
 //!
-//! Use [`GradClipper`] for every other clip, for the norm, and for thresholds that follow the run.
+//! Use [`GradClipper`] for every other clip, for the norm, and for thresholds that follow the run. [`GradOptimizer`] clips and takes
+//! the step of an optimizer in one.
 //!
 //! With the feature `wgpu` of this crate and of burn, gradients on wgpu devices are clipped in place, if the device was opened by
 //! [`open_wgpu`] (one line at the start of the program): burn gives a device and its queue only to the caller that opens it.
@@ -36,6 +37,7 @@ mod device;
 mod error;
 mod gradients;
 mod host;
+mod optimizer;
 mod threshold;
 
 #[doc = include_str!("../docs/explained.md")]
@@ -48,6 +50,7 @@ pub use device::open_wgpu;
 pub use device::{open_wgpu_async, register_wgpu};
 pub use error::Error;
 pub use gradclip;
+pub use optimizer::{GradOptimizer, StepFailed};
 pub use threshold::AdaptiveThreshold;
 
 #[cfg(doctest)]

@@ -1,6 +1,7 @@
 //! [`GpuPlan`]: everything that a clip needs, built once; each step is then a list of dispatches to record.
 
 mod across;
+mod optimizer;
 mod report;
 mod update;
 
@@ -70,14 +71,15 @@ impl GpuClipper {
     /// of another `wgpu::Instance`: it panics, or takes another buffer for it.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an invalid clip or threshold; [`Error::Usage`] if the clips disagree, there is no group,
+    /// [`Error::Setting`] for an invalid clip, threshold or optimizer; [`Error::Usage`] if the clips disagree, there is no group,
     /// or the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the
     /// scope, its parameter or its sum, or two tensors share elements; [`Error::ThresholdState`] if the threshold
     /// belongs to other tensors or another scope; [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the
     /// device cannot hold or bind what the plan needs. A browser tells the last two later ([`GpuPlan::ready`]). The
     /// tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
-        let (job, threshold) = options.into_job(groups.len())?;
+        let sizes: Vec<_> = groups.iter().map(|(_, tensors)| tensors.len()).collect();
+        let (job, threshold) = options.into_job(&sizes)?;
         GpuPlan::new(self, Gathered::new(groups, job, threshold)?)
     }
 }
@@ -105,7 +107,8 @@ impl GpuPlan {
         Waiting::new(self.gpu.device.told())
     }
 
-    /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass. Neither
+    /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass; with an
+    /// [optimizer](PlanOptions::optimizer) its step in place of the scaling. Neither
     /// waits nor allocates (wgpu's own recording aside); nothing happens before the encoder's commands are submitted.
     ///
     /// # Errors
@@ -123,7 +126,7 @@ impl GpuPlan {
         self.encode_phases(encoder, &[Phase::Measure, Phase::Decide])
     }
 
-    /// Records the decision, by the last norms and the thresholds at that time, and the scaling.
+    /// Records the decision, by the last norms and the thresholds at that time, and the scaling or the optimizer's step.
     ///
     /// # Errors
     /// As [`GpuPlan::encode`].

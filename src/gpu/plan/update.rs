@@ -3,17 +3,19 @@
 use std::sync::PoisonError;
 
 use super::super::build::Built;
-use super::super::gather::{Gathered, Group};
+use super::super::gather::{Gathered, Group, Job};
 use super::super::number::Number;
 use super::super::params::thresholds;
+use super::super::step::is_placed_as;
 use super::super::tensor::GpuTensor;
 use super::GpuPlan;
 use crate::{Clip, Error};
 
 impl GpuPlan {
     /// Replaces the plan's tensors, group by group, by others of the same dtypes and shapes, in other buffers or at other
-    /// offsets, as a pool hands them out. Compiles nothing. Adaptive thresholds, [`GpuPlan::coefficients`] and the count of
-    /// steps go on. Steps that were encoded before still clip the tensors that they were encoded for.
+    /// offsets, as a pool hands them out, with their parameters if the plan has some. Compiles nothing. Adaptive
+    /// thresholds, an optimizer's state, [`GpuPlan::coefficients`] and the count of steps go on. Steps that were encoded
+    /// before still clip the tensors that they were encoded for.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -34,7 +36,8 @@ impl GpuPlan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Usage`] if the number of tensors, their dtypes, their shapes or which of them count differ; those of
+    /// [`Error::Usage`] if the number of tensors, their dtypes, their shapes or which of them count differ, or if a
+    /// parameter with [remainders](crate::Halves::Remainder) moves from one half of a 32-bit word to the other; those of
     /// [`GpuClipper::plan_with`](crate::gpu::GpuClipper::plan_with). The plan is then unchanged.
     pub fn update(&mut self, groups: &[&[GpuTensor]]) -> Result<(), Error> {
         let of_plan = self.built.groups.iter();
@@ -48,6 +51,11 @@ impl GpuPlan {
         let gathered = Gathered::new(&groups, self.built.job.clone(), self.built.threshold.clone())?;
         if !of_plan.zip(&gathered.groups).all(|(group, other)| group.has_shapes_of(other)) {
             return Err(shapes_differ());
+        }
+        if let Job::Step(optimizers) = &self.built.job
+            && !is_placed_as(optimizers, &self.built.groups, &gathered.groups)
+        {
+            return Err(Error::usage("a parameter with remainders moves by a multiple of 4 bytes only"));
         }
         self.built = Built::new(&self.gpu, gathered, Some(&self.built.memory))?;
         Ok(())

@@ -30,13 +30,19 @@
 //! 5. Edges. Kernels write 32-bit words. A half-precision tensor that begins or ends within a word shares it, perhaps
 //!    with a tensor of another dtype and segment. Two invocations that each wrote the whole word would undo each other.
 //!    So chunks write the words that are theirs alone, and the edge table lists every other word once.
-//! 6. Order. Scaling walks its tasks from the last to the first, because the last measured may still be in a cache.
+//! 6. Steps. An optimizer reads a gradient, a parameter and state, each at its own place. So it has tables of its own
+//!    (`steps.rs`), in dispatches of one window each, and the plan lays out the state (`state.rs`) by shapes alone, so
+//!    that it stays where it is when tensors move. A parameter's element in a shared word is a chunk by itself; those in
+//!    upper and those in lower halves are dispatches of their own, so that no word has two writers at once.
+//! 7. Order. Scaling walks its tasks from the last to the first, because the last measured may still be in a cache.
 
 mod cut;
 mod edges;
 mod limits;
 mod piece;
 mod rows;
+mod state;
+mod steps;
 mod sums;
 mod window;
 
@@ -47,7 +53,11 @@ use cut::{Cut, Cutter};
 use edges::add_edges;
 pub(super) use limits::{Limits, grid};
 pub(super) use piece::{Origin, Piece};
+#[cfg(any(test, fuzzing))]
+pub(super) use rows::StepRow;
 pub(super) use rows::{Batch, ChunkRow, EdgeRow, NOWHERE, Table, Use, Window, dtype_code};
+pub(super) use state::{Kept, Portion, StateLayout};
+pub(super) use steps::{StepBatch, StepKey, StepPiece, step_batches};
 #[cfg(any(test, fuzzing))]
 pub(super) use sums::SUMMED_ROWS;
 pub(super) use sums::{SumWindow, sum_windows};

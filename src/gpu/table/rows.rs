@@ -24,6 +24,23 @@ pub(crate) struct ChunkRow {
     pub(crate) next: u32,
 }
 
+/// Twin of `Row` in `shaders/step.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct StepRow {
+    pub(crate) gradient: u32,
+    pub(crate) parameter: u32,
+    pub(crate) elements: u32,
+    pub(crate) state: u32,
+    pub(crate) stride: u32,
+    pub(crate) kept: u32,
+    pub(crate) segment: u32,
+    pub(crate) column: u32,
+    pub(crate) columns: u32,
+    pub(crate) by_column: u32,
+    pub(crate) next: u32,
+}
+
 /// Twin of `Edge` in `shaders/edges.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

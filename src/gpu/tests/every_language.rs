@@ -10,11 +10,11 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ModuleInfo, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, ArraySize, Module, ShaderStage, TypeInner};
 
-use super::super::kernels::{Access, Constants, Kernel, Norm, SHARED, Shape, module};
+use super::super::kernels::{Access, Constants, Kernel, Norm, SHARED, Shape, StepKernel, Update, module};
 use super::super::profile;
 use super::super::threshold::Formula;
 use super::super::tuning::{HARDWARE_SWEEP, SOFTWARE_SWEEP};
-use crate::Dtype;
+use crate::{Algorithm, Dtype, Halves, Optimizer};
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/spirv_words.txt");
 
@@ -49,15 +49,61 @@ fn kernels() -> Vec<Kernel> {
         all.extend(either.map(|guarded| Kernel::Edges { value, guarded }));
     }
     all.extend(either.map(|moves| Kernel::Accumulate { moves }));
+    all.push(Kernel::Numbers);
+    all.extend(steps().into_iter().map(Kernel::Step));
+    all
+}
+
+/// Every update, every pair of dtypes with what may be kept of halves, and every way to clip, each with one of the others:
+/// they meet in float32 only.
+fn steps() -> Vec<StepKernel> {
+    let (f32, adam) = (Dtype::F32, Optimizer::adam(1e-3));
+    let of = |optimizer: Optimizer, gradient, parameter| StepKernel {
+        gradient,
+        parameter,
+        update: Update::of(&optimizer, parameter),
+        value: false,
+        each: false,
+    };
+    let (sgd, rmsprop) = (Optimizer::sgd(0.1), Optimizer::rmsprop(0.1));
+    let updates = [
+        sgd,
+        sgd.momentum(0.9),
+        Optimizer::adagrad(0.1),
+        rmsprop,
+        rmsprop.momentum(0.9),
+        rmsprop.centered(true),
+        rmsprop.momentum(0.9).centered(true),
+        adam.amsgrad(true),
+    ];
+    let mut all: Vec<_> = updates.into_iter().map(|optimizer| of(optimizer, f32, f32)).collect();
+    for gradient in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+        for (parameter, halves) in [
+            (f32, Halves::Rounded),
+            (Dtype::F16, Halves::Rounded),
+            (Dtype::F16, Halves::Master),
+            (Dtype::BF16, Halves::Rounded),
+            (Dtype::BF16, Halves::Remainder),
+            (Dtype::BF16, Halves::Master),
+        ] {
+            all.push(of(adam.halves(halves), gradient, parameter));
+        }
+    }
+    for (value, each) in [(true, false), (false, true), (true, true)] {
+        all.push(StepKernel { value, each, ..of(adam, f32, f32) });
+    }
     all
 }
 
 /// Every way in which a kernel may reach gradients.
 fn accesses(kernel: Kernel) -> &'static [Access] {
     match kernel {
-        Kernel::Merge | Kernel::Threshold { .. } | Kernel::Finalise { .. } | Kernel::Accumulate { .. } => {
-            &[Access::None]
-        }
+        Kernel::Merge
+        | Kernel::Threshold { .. }
+        | Kernel::Finalise { .. }
+        | Kernel::Accumulate { .. }
+        | Kernel::Numbers
+        | Kernel::Step(_) => &[Access::None],
         Kernel::Sum { .. } => &[Access::Words],
         _ => &[Access::Words, Access::Quads, Access::Array(64)],
     }
@@ -77,6 +123,14 @@ fn is_hot(kernel: Kernel, access: Access, shape: Shape) -> bool {
         Kernel::Finalise { norm, given } => norm == Some(Norm::L2) && !given,
         Kernel::Clamp { guarded, writes, .. } => !guarded && writes,
         Kernel::Scale { .. } | Kernel::Sum { .. } | Kernel::Merge => true,
+        // AdamW with float32 parameters, and with bfloat16 ones that keep remainders.
+        Kernel::Step(StepKernel { gradient, parameter, update, value, each }) => {
+            let usual = match parameter {
+                Dtype::F32 => gradient != Dtype::F16,
+                _ => gradient == Dtype::BF16 && update.halves == Halves::Remainder,
+            };
+            usual && update.algorithm == Algorithm::Adam && !update.third && !value && !each
+        }
         _ => false,
     };
     // A sum has words only.

@@ -1,8 +1,8 @@
 //! Tables of every shape that is known to be hard; `tables_hold.rs` checks what they must hold.
 
-use super::super::table::{EdgeRow, Limits, NOWHERE, Piece, Tables};
+use super::super::table::{EdgeRow, Kept, Limits, NOWHERE, Piece, Tables};
 use super::super::tuning::HARDWARE;
-use super::tables_hold::{check_grid, check_sums, check_tables};
+use super::tables_hold::{check_grid, check_steps, check_sums, check_tables};
 use crate::Dtype;
 use crate::segment::{By, SegmentLayout};
 
@@ -226,4 +226,32 @@ fn sizes_beyond_this_machine_add_up() {
     assert_eq!(check(&[huge], limits).origins.len(), 17);
     check(&[matrix(By::Rows, (1 << 32) + 5, huge)], limits);
     check(&[matrix(By::Rows, 1 << 25, Piece { len: 1 << 33, ..huge })], limits);
+}
+
+#[test]
+fn steps_hold_at_every_offset_and_length() {
+    // Blocks that a parameter fits into, fills exactly, or needs several of.
+    for (dtype, remainders) in [(Dtype::F32, false), (Dtype::F16, false), (Dtype::BF16, true)] {
+        for start in 0..10 {
+            for len in [0, 1, 2, 3, 31, 32, 33, 127, 128, 300] {
+                for (floats, most) in [(0, 64), (1, 64), (2, 67), (3, 1024)] {
+                    let kept = Kept { floats, remainders, upper: remainders && start % 2 == 1 };
+                    let gradients = [piece(0, Dtype::BF16, 7, len), matrix(By::Rows, 7, piece(0, Dtype::F32, 900, 21))];
+                    let parameters =
+                        [piece(1, dtype, start, len), matrix(By::Rows, 7, piece(1, dtype, start + len, 21))];
+                    let [first, mut second] = parameters;
+                    second.tensor = 1;
+                    let gradients = [gradients[0], Piece { tensor: 1, ..gradients[1] }];
+                    let upper = remainders && (start + len) % 2 == 1;
+                    check_steps(
+                        &gradients,
+                        &[first, second],
+                        &[(len, kept), (21, Kept { upper, ..kept })],
+                        most,
+                        SMALL,
+                    );
+                }
+            }
+        }
+    }
 }

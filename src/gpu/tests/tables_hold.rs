@@ -5,7 +5,8 @@ use arbitrary::{Result, Unstructured};
 
 use super::super::merge::MergeTree;
 use super::super::table::{
-    ChunkRow, Limits, NOWHERE, Origin, Piece, SUMMED_ROWS, TASK_CHUNKS, Table, Tables, Use, Window, grid, sum_windows,
+    ChunkRow, Kept, Limits, NOWHERE, Origin, Piece, SUMMED_ROWS, StateLayout, StepPiece, StepRow, TASK_CHUNKS, Table,
+    Tables, Use, Window, grid, step_batches, sum_windows,
 };
 use super::super::tuning::{HARDWARE, LANE_PARTIALS, SMALLEST_WORKGROUP, SOFTWARE};
 use crate::segment::{By, SegmentLayout, Segments};
@@ -206,6 +207,103 @@ impl Checker<'_> {
     }
 }
 
+/// The pieces of parameters beside those of their gradients, with their state: for each tensor what is kept, in blocks of
+/// at most `most` words.
+fn step_pieces<'l>(gradients: &[Piece], parameters: &[Piece], layout: &'l StateLayout) -> Vec<StepPiece<'l>> {
+    let mut found = Vec::new();
+    for (gradient, parameter) in gradients.iter().zip(parameters) {
+        for state in layout.of(gradient.tensor) {
+            let from = state.elements.start.max(gradient.first_element);
+            let to = state.elements.end.min(gradient.first_element + gradient.len);
+            let part = |of: &Piece| Piece { start: of.at(from), len: to - from, first_element: from, ..*of };
+            if from < to {
+                let (gradient, parameter) = (part(gradient), part(parameter));
+                found.push(StepPiece { gradient, parameter, state, clip: 0, optimizer: 0 });
+            }
+        }
+    }
+    found
+}
+
+/// Checks the rows of steps. Every element of a parameter is stepped once, by its own gradient, in its segment, with words
+/// of state that no other element has. No dispatch has two writers of a word. Nothing leaves its window or block.
+pub(crate) fn check_steps(gradients: &[Piece], parameters: &[Piece], kept: &[KeptOf], most: u64, limits: Limits) {
+    let layout = StateLayout::new(kept, most);
+    assert!(layout.blocks.iter().all(|words| *words <= most));
+    // Parts of tensors, and of blocks: elements, words and halves.
+    let (mut stepped, mut floats, mut halves) = (Vec::new(), Vec::new(), Vec::new());
+    for batch in step_batches(&step_pieces(gradients, parameters, &layout), limits).expect("fits") {
+        check_window(&batch.gradient, limits);
+        check_window(&batch.parameter, limits);
+        assert!(batch.rows.len() <= limits.rows::<StepRow>());
+        let (of_gradient, of_parameter) = (batch.key.gradient.size() as u64, batch.key.parameter.size() as u64);
+        let mut written = Vec::new();
+        for row in &batch.rows {
+            let elements = u64::from(row.elements);
+            let (gradient, parameter) = (u64::from(row.gradient), u64::from(row.parameter));
+            assert!(elements >= 1 && elements <= limits.chunk_words.into());
+            assert!((gradient + elements) * of_gradient <= batch.gradient.size);
+            assert!((parameter + elements) * of_parameter <= batch.parameter.size);
+            let at = batch.parameter.offset / of_parameter + parameter;
+            let holds = |(_, p): &(&Piece, &Piece)| {
+                (p.buffer, p.dtype) == (batch.parameter.buffer, batch.key.parameter)
+                    && (p.start..p.start + p.len).contains(&at)
+            };
+            let (own, piece) = gradients.iter().zip(parameters).find(holds).expect("a row lies in a parameter");
+            let first = piece.first_element + at - piece.start;
+            assert_eq!((own.buffer, own.dtype), (batch.gradient.buffer, batch.key.gradient));
+            assert_eq!(own.at(first), batch.gradient.offset / of_gradient + gradient);
+            stepped.push((piece.tensor, first, first + elements));
+            let Kept { floats: count, remainders, .. } = kept[piece.tensor].1;
+            let portion = layout.of(piece.tensor).iter().find(|portion| portion.elements.contains(&first));
+            let portion = portion.expect("it has state");
+            assert_eq!(batch.key.block, portion.block);
+            for k in 0..count {
+                let word = u64::from(row.state) + k * u64::from(row.stride);
+                assert_eq!(word, portion.float_word(first) + k * portion.len());
+                floats.push((portion.block, word, word + elements));
+            }
+            if remainders {
+                let half = 2 * u64::from(row.kept) + parameter % 2;
+                halves.push((portion.block, half, half + elements));
+            } else if count > 0 {
+                assert_eq!(u64::from(row.kept), portion.float_word(first) + (count - 1) * portion.len());
+            }
+            for i in (0..elements).step_by(1 + elements as usize / 64).chain([elements - 1]) {
+                let place = u64::from(row.column) + i;
+                let step = match own.layout.by {
+                    By::Whole => 0,
+                    By::Rows => place / u64::from(row.columns),
+                    By::Columns => place % u64::from(row.columns),
+                };
+                assert_eq!(batch.key.each, own.layout.by != By::Whole);
+                assert_eq!(row.by_column == 1, own.layout.by == By::Columns);
+                assert_eq!(u64::from(row.segment) + step, u64::from(own.layout.segment_of(first + i)));
+            }
+            let words = |x: u64| x * of_parameter / 4;
+            written.push((0, words(parameter), ((parameter + elements) * of_parameter).div_ceil(4)));
+        }
+        // Panics if two rows write the same word.
+        united(written);
+        let chunk = |row: &StepRow| ChunkRow { elements: row.elements, next: row.next, ..ChunkRow::default() };
+        let rows: Vec<_> = batch.rows.iter().map(chunk).collect();
+        for task in tasks_of(&Table { tasks: batch.tasks, chunks: rows }) {
+            assert!(task.len() <= TASK_CHUNKS);
+            // Blocks of four elements for each invocation, of 3 iterations at most.
+            let lanes = u64::from(limits.workgroup);
+            let iterations = task.iter().map(|row| (u64::from(row.elements).div_ceil(4 * lanes) + 1) * 3);
+            assert!(iterations.sum::<u64>() <= MOST_ITERATIONS, "loops too long");
+        }
+    }
+    let all = gradients.iter().map(|p| (p.tensor, p.first_element, p.first_element + p.len)).collect();
+    assert_eq!(united(stepped), united(all), "what is stepped");
+    let block = |(block, _, to): (usize, u64, u64)| assert!(to <= layout.blocks[block]);
+    let halves = united(halves);
+    united(floats.iter().copied().chain(halves.iter().map(|(of, from, to)| (*of, from / 2, to.div_ceil(2)))).collect())
+        .into_iter()
+        .for_each(block);
+}
+
 /// Checks that each example is added to each sum once, from the first to the last, and that each sum begins with the
 /// first. Each tensor has its own buffer of sums; its examples may be in several pieces.
 pub(crate) fn check_sums(pairs: &[(Piece, Piece)], limits: Limits) {
@@ -331,6 +429,12 @@ fn case(u: &mut Unstructured<'_>) -> Result<()> {
         return Ok(());
     }
     let (pieces, segments) = tensors(u, limits)?;
+    if u.ratio(1, 3)? {
+        let (parameters, kept) = parameters_of(u, &pieces)?;
+        let most = u.int_in_range(16..=limits.binding_bytes.max(64) / 4)?;
+        check_steps(&pieces, &parameters, &kept, most, limits);
+        return Ok(());
+    }
     let tables = check_tables(&pieces, segments, u.ratio(1, 4)?, limits);
     let mut groups = vec![tables.slots];
     if u.arbitrary()? {
@@ -446,6 +550,33 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
         }
     }
     Ok((pieces, segments.count))
+}
+
+/// Of a tensor: its elements, and what is kept of each.
+type KeptOf = (u64, Kept);
+
+/// Places of the parameters of gradients, and what is kept of them.
+fn parameters_of(u: &mut Unstructured<'_>, gradients: &[Piece]) -> Result<(Vec<Piece>, Vec<KeptOf>)> {
+    let tensors = gradients.iter().map(|p| p.tensor + 1).max().unwrap_or(0);
+    let buffers = gradients.iter().map(|p| p.buffer + 1).max().unwrap_or(0);
+    let mut ends = vec![0u64; u.int_in_range(1..=4)?];
+    let (mut starts, mut kept) = (Vec::new(), Vec::new());
+    for tensor in 0..tensors {
+        let len = gradients.iter().filter(|p| p.tensor == tensor).map(|p| p.len).sum::<u64>();
+        let dtype = *u.choose(&[Dtype::F32, Dtype::F16, Dtype::BF16])?;
+        let (buffer, size) = (u.choose_index(ends.len())?, dtype.size() as u64);
+        let start = ends[buffer].div_ceil(size) + u.int_in_range(0..=300)?;
+        ends[buffer] = (start + len) * size;
+        let remainders = dtype == Dtype::BF16 && u.arbitrary()?;
+        let own = Kept { floats: u.int_in_range(0..=4)?, remainders, upper: remainders && start % 2 == 1 };
+        starts.push((buffers + buffer, dtype, start));
+        kept.push((len, own));
+    }
+    let place = |gradient: &Piece| {
+        let (buffer, dtype, start) = starts[gradient.tensor];
+        Piece { buffer, dtype, start: start + gradient.first_element, ..*gradient }
+    };
+    Ok((gradients.iter().map(place).collect(), kept))
 }
 
 /// Pieces of tensors of examples, each with that of its sums.

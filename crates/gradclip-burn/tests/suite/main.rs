@@ -7,6 +7,7 @@ mod common;
 mod global_norm;
 mod half_precision;
 mod lost_device;
+mod optimizers;
 mod ordering;
 mod per_tensor_like_burn;
 mod shared_memory;
