@@ -4,10 +4,11 @@ use std::sync::{Arc, OnceLock};
 
 use futures_intrusive::channel::shared::{OneshotReceiver, oneshot_channel};
 
+use super::probe::Native;
 use crate::Error;
 use crate::Waiting;
 #[cfg(not(target_arch = "wasm32"))]
-use crate::wait::may_sleep;
+use crate::wait::{block_on, may_sleep};
 
 /// Usages of staging buffers: the host reads what the device wrote, or the device reads what the host wrote.
 pub(super) const DOWNLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
@@ -32,17 +33,33 @@ pub(super) struct GpuDevice {
     pub(super) queue: wgpu::Queue,
     /// Why the device was lost, if it was. Known only for our own devices: a caller's device has the caller's callback.
     lost: Arc<OnceLock<String>>,
+    /// What kernels may leave to its arithmetic.
+    pub(super) native: Native,
+    /// What the driver keeps of compiled pipelines, if it can.
+    pub(super) pipelines: Option<wgpu::PipelineCache>,
 }
 
 impl GpuDevice {
-    pub(super) fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
-        Self { device: device.clone(), queue: queue.clone(), lost: Arc::default() }
+    pub(super) fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self, Error> {
+        let (device, queue) = (device.clone(), queue.clone());
+        let opened = Self { device, queue, lost: Arc::default(), native: Native::UNKNOWN, pipelines: None };
+        // A browser cannot be waited for.
+        #[cfg(not(target_arch = "wasm32"))]
+        let opened = block_on(opened.probed())?;
+        Ok(opened)
+    }
+
+    async fn probed(self) -> Result<Self, Error> {
+        Ok(Self { native: Native::probe(&self).await?, ..self })
     }
 
     /// Opens a device with all the adapter's limits and the features that help.
     pub(super) async fn open(adapter: &wgpu::Adapter) -> Result<Self, Error> {
-        let helpful =
-            wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16 | ARRAYS_OF_BUFFERS;
+        let helpful = wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::SHADER_F16
+            | wgpu::Features::PIPELINE_CACHE
+            | ARRAYS_OF_BUFFERS;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("gradclip"),
             required_features: adapter.features() & helpful,
@@ -59,7 +76,21 @@ impl GpuDevice {
         });
         // An error outside our scopes would otherwise end the process.
         device.on_uncaptured_error(Arc::new(|error| log::error!("uncaptured GPU error: {error}")));
-        Ok(Self { device, queue, lost })
+        Self { device, queue, lost, native: Native::UNKNOWN, pipelines: None }.probed().await
+    }
+
+    /// The same device with a cache of pipelines that holds these bytes, or nothing if they are of another device or
+    /// driver. None if the device was made without the feature.
+    #[allow(unsafe_code)]
+    pub(super) fn caching(&self, bytes: &[u8]) -> Result<Option<Self>, Error> {
+        if !self.device.features().contains(wgpu::Features::PIPELINE_CACHE) {
+            return Ok(None);
+        }
+        let descriptor = wgpu::PipelineCacheDescriptor { label: Some("gradclip"), data: Some(bytes), fallback: true };
+        // SAFETY: the caller of `GpuClipper::with_pipeline_cache` promises that the bytes are those of a cache, or not
+        // any that pass for them. wgpu compares their header with the device and the driver.
+        let pipelines = self.scoped(|| unsafe { self.device.create_pipeline_cache(&descriptor) })?;
+        Ok(Some(Self { pipelines: Some(pipelines), ..self.clone() }))
     }
 
     pub(super) fn check_not_lost(&self) -> Result<(), Error> {

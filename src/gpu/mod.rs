@@ -49,6 +49,7 @@ mod number;
 mod options;
 mod params;
 mod plan;
+mod probe;
 mod profile;
 mod readback;
 mod schedule;

@@ -14,6 +14,7 @@ mod device_adaptive;
 mod device_outside;
 mod device_scopes;
 mod faults;
+mod half_conversions;
 mod huge_and_tiny;
 mod kernel_variants;
 mod large_offsets;
