@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Gives the hot kernels to NVIDIA's compiler, which needs no card, for four generations of cards, and adds a dated record of
 # its registers and instructions to benches/records: counts, not timings. For developers: it gets the compiler from PyPI
-# (packages nvidia-cuda-nvcc and nvidia-cuda-cuobjdump, 0.3 GB), which has a licence of its own.
+# (packages nvidia-cuda-nvcc and nvidia-cuda-cuobjdump, 0.3 GB), which has a licence of its own. AMD's compiler, which
+# scripts/gpu-compilers.sh runs, is counted beside it. Takes 3 minutes on two free cores.
 #
 # scripts/gpu-compilers/nvidia/translate.py turns WGSL into CUDA C++, and count.py counts.
 #
@@ -23,10 +24,17 @@ fi
 nvcc=$(find "$python" -name nvcc -type f)
 PATH=$(dirname "$nvcc"):$PATH
 
-kernels=$devices/kernels cuda=$devices/cuda
-[ "${1:-}" = --dumped ] || dump_kernels "$kernels"
-rm -rf "$cuda"
-mkdir "$cuda"
+install_lavapipe
+kernels=$devices/kernels cuda=$devices/cuda hot=$devices/hot
+dump_kernels "$kernels"
+rm -rf "$cuda" "$hot"
+mkdir "$cuda" "$hot"
+grep -lx hot "$kernels"/*' Quads 256 subgroups.bindings' | sed 's/bindings$//' |
+    while read -r kernel; do cp "$kernel"bindings "$kernel"spv "$kernel"wgsl "$hot"; done
+env RADV_FORCE_FAMILY=gfx1100 VK_DRIVER_FILES=/usr/share/vulkan/icd.d/radeon_icd.x86_64.json MESA_SHADER_CACHE_DISABLE=true \
+    cargo run --quiet --release --locked --manifest-path scripts/gpu-compilers/Cargo.toml \
+    --target-dir "${CARGO_TARGET_DIR:-target}/gpu-compilers" -- "$hot" "$cuda" >/dev/null
+for listing in "$cuda"/*.s; do mv "$listing" "${listing%.s}.gfx1100.s"; done
 one() {
     local file=$1 arch=$2 name
     name=$(basename "$file" .wgsl)
@@ -37,8 +45,7 @@ one() {
 }
 export -f one
 export here cuda PATH
-grep -lx hot "$kernels"/*' Quads 256 subgroups.bindings' | sed 's/bindings$/wgsl/' |
-    while read -r file; do for arch in sm_80 sm_89 sm_90 sm_100; do printf '%s\0%s\0' "$file" "$arch"; done; done |
+for file in "$hot"/*.wgsl; do for arch in sm_80 sm_89 sm_90 sm_100; do printf '%s\0%s\0' "$file" "$arch"; done; done |
     xargs -0 -n 2 -P "$(nproc)" bash -c 'one "$1" "$2"' bash
 
 record=benches/records/$(date -u +%F)-nvidia-compiler.md
