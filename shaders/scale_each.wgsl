@@ -11,10 +11,16 @@
 #import apply
 #import quick
 
-// The place of a word's first element in the matrix. An invocation takes words at even distances and divides once.
+const PER_QUAD: u32 = 4u * PER_WORD;
+
+// The place of an element in the matrix.
 struct Place {
     row: u32,
     column: u32,
+}
+
+fn place_of(element: u32, columns: u32) -> Place {
+    return Place(element / columns, element % columns);
 }
 
 fn next(place: Place, columns: u32) -> Place {
@@ -24,27 +30,63 @@ fn next(place: Place, columns: u32) -> Place {
     return Place(place.row, place.column + 1u);
 }
 
+// The place of the first element of the word behind.
+fn next_word(place: Place, columns: u32) -> Place {
+    if PER_WORD == 2u {
+        return next(next(place, columns), columns);
+    }
+    return next(place, columns);
+}
+
 fn segment_at(chunk: Chunk, place: Place) -> u32 {
     return chunk.segment + select(place.row, place.column, COLUMNS);
 }
 
-// `applied` where the outcome is LEAVE or APPLY, and neither factor nor element nor product is unusual.
-fn quickly_applied_each(bits: u32, segment: u32) -> u32 {
-    let outcome = results.outcomes[segment];
-    if outcome.action == LEAVE {
-        return bits;
+// Applies the outcomes to word `i` of the run, of which the chunk has the element at `place` and, if there is one, the
+// next.
+fn apply_word_each(run: Run, chunk: Chunk, i: u32, place: Place) {
+    let word = word_at(run.window, run.word + i);
+    let low = results.outcomes[segment_at(chunk, place)];
+    var after = word;
+    if DTYPE == DTYPE_F32 {
+        after = applied(word, DTYPE, low);
+    } else {
+        let high = results.outcomes[segment_at(chunk, next(place, chunk.columns))];
+        after = applied_half(word & 0xffffu, DTYPE, low) | (applied_half(word >> 16u, DTYPE, high) << 16u);
     }
-    if outcome.action != APPLY || outcome.factor.is_float == 0u {
-        largest = INFINITE;
+    if after != word && i >= run.skip && i < run.own_to {
+        set_word(run.window, run.word + i, after);
     }
-    return quickly_applied(bits, bitcast<f32>(outcome.factor.value));
 }
 
-// The same for an element of half precision.
-fn quickly_applied_half_each(half: u32, segment: u32) -> u32 {
-    let bits = widened(DTYPE, half);
-    let result = quickly_applied_each(bits, segment);
-    return select(narrowed(DTYPE, result), half, result == bits);
+// Whether an outcome needs no more than a plain product; it leaves elements by the factor 1.
+fn is_plain(outcome: Outcome) -> bool {
+    return outcome.action == LEAVE || (outcome.action == APPLY && outcome.factor.is_float != 0u);
+}
+
+fn plain_factor(outcome: Outcome) -> u32 {
+    return select(outcome.factor.value, ONE, outcome.action == LEAVE);
+}
+
+// A quad whose elements are all of one segment.
+fn multiplied_together(quad: vec4<u32>, segment: u32) -> vec4<u32> {
+    let outcome = results.outcomes[segment];
+    unusual |= select(SIGN, 0u, is_plain(outcome));
+    return multiplied_quad(quad, plain(plain_factor(outcome)));
+}
+
+// A word whose elements may be of two segments: each is multiplied beside a 0 in the other's place.
+fn multiplied_apart(word: u32, chunk: Chunk, first: Place) -> u32 {
+    let low = results.outcomes[segment_at(chunk, first)];
+    unusual |= select(SIGN, 0u, is_plain(low));
+    if DTYPE == DTYPE_F32 {
+        return multiplied(word, plain(plain_factor(low)));
+    }
+    let high = results.outcomes[segment_at(chunk, next(first, chunk.columns))];
+    unusual |= select(SIGN, 0u, is_plain(high));
+    let lower = multiplied(word & 0x0000ffffu, plain(plain_factor(low)));
+    let upper = multiplied(word & 0xffff0000u, plain(plain_factor(high)));
+    return (lower & 0x0000ffffu) | (upper & 0xffff0000u);
 }
 
 @compute @workgroup_size(WORKGROUP)
@@ -55,50 +97,48 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     }
     let chunk = table.chunks[row];
     let run = run_of(chunk);
-    let step = WORKGROUP * PER_WORD;
-    // The first word may begin with an element that is not the chunk's. It is not written, and the chunk's first takes
-    // its place.
-    let start = chunk.column + max(lane * PER_WORD, run.skip) - run.skip;
-    var place = Place(start / chunk.columns, start % chunk.columns);
-    let rows_on = step / chunk.columns;
-    let columns_on = step % chunk.columns;
-    for (var i = lane; i < run.own_to; i += WORKGROUP) {
+    // Loops, because software devices run the body of every branch, but not of every loop.
+    for (var once = lane < run.head + run.tail; once; once = false) {
+        let i = ragged_word(run, lane);
+        let element = max(i * PER_WORD, run.skip) - run.skip;
+        // The first word may begin with an element that is not the chunk's. It is not written.
+        apply_word_each(run, chunk, i, place_of(chunk.column + element, chunk.columns));
+    }
+    // An invocation takes quads at even distances and divides once.
+    let step = place_of(WORKGROUP * PER_QUAD, chunk.columns);
+    var place = place_of(chunk.column + run.head * PER_WORD - run.skip + lane * PER_QUAD, chunk.columns);
+    for (var i = lane; i < run.quads; i += WORKGROUP) {
         begin_block();
-        let word = word_at(run.window, run.word + i);
-        let low = segment_at(chunk, place);
-        let high = segment_at(chunk, next(place, chunk.columns));
-        var after = word;
-        if DTYPE == DTYPE_F32 {
-            after = quickly_applied_each(word, low);
-        } else {
-            after = quickly_applied_half_each(word & 0xffffu, low)
-                | (quickly_applied_half_each(word >> 16u, high) << 16u);
+        let before = quad_at(run.window, run.quad + i);
+        var after = before;
+        let together = !COLUMNS && place.column + PER_QUAD <= chunk.columns;
+        for (var once = together; once; once = false) {
+            after = multiplied_together(before, segment_at(chunk, place));
         }
-        for (var again = is_unusual(); again; again = false) {
-            if DTYPE == DTYPE_F32 {
-                after = applied(word, DTYPE, results.outcomes[low]);
-            } else {
-                after = applied_half(word & 0xffffu, DTYPE, results.outcomes[low])
-                    | (applied_half(word >> 16u, DTYPE, results.outcomes[high]) << 16u);
-            }
+        for (var once = !together; once; once = false) {
+            let second = next_word(place, chunk.columns);
+            let third = next_word(second, chunk.columns);
+            after = vec4<u32>(
+                multiplied_apart(before.x, chunk, place),
+                multiplied_apart(before.y, chunk, second),
+                multiplied_apart(before.z, chunk, third),
+                multiplied_apart(before.w, chunk, next_word(third, chunk.columns)),
+            );
         }
-        if after != word && i >= run.skip {
-            set_word(run.window, run.word + i, after);
+        let again = is_unusual();
+        if !again && any(after != before) {
+            set_quad(run.window, run.quad + i, after);
         }
-        // On by `step` elements; by one fewer from a first word that is not wholly the chunk's.
-        let skipped = select(0u, run.skip, i == 0u);
-        place.column += columns_on;
-        place.row += rows_on;
+        var own = place;
+        for (var k = 0u; k < 4u && again; k += 1u) {
+            apply_word_each(run, chunk, run.head + 4u * i + k, own);
+            own = next_word(own, chunk.columns);
+        }
+        place.row += step.row;
+        place.column += step.column;
         if place.column >= chunk.columns {
             place.column -= chunk.columns;
             place.row += 1u;
-        }
-        if skipped == 1u {
-            if place.column == 0u {
-                place = Place(place.row - 1u, chunk.columns - 1u);
-            } else {
-                place.column -= 1u;
-            }
         }
     }
 }

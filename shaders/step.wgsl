@@ -80,18 +80,19 @@ fn gradient_at(i: u32) -> u32 {
     return widened(GRADIENT, (gradients[i / 2u] >> (16u * (i & 1u))) & 0xffffu);
 }
 
-// The factor of the segment that is taken, and whether a product with it is all that the clip does.
-var<private> factor: f32;
-var<private> is_plain: bool;
+// The factor of the segment that is taken. Where a product with it is not all that the clip does, no element is plain.
+var<private> by: Plain;
 
 fn take_factor(segment: u32) {
     let outcome = results.outcomes[segment];
-    factor = bitcast<f32>(outcome.factor.value);
-    is_plain = (outcome.action == APPLY || outcome.action == LEAVE) && outcome.factor.is_float != 0u;
+    by = plain(outcome.factor.value);
+    if (outcome.action != APPLY && outcome.action != LEAVE) || outcome.factor.is_float == 0u {
+        by.reaching_beyond = SIGNS;
+    }
 }
 
 fn segment_at(row: Row, i: u32) -> u32 {
-    if !EACH {
+    if !SEVERAL_SEGMENTS {
         return row.segment;
     }
     let place = row.column + i;
@@ -99,13 +100,10 @@ fn segment_at(row: Row, i: u32) -> u32 {
 }
 
 fn quickly_clipped(bits: u32, segment: u32) -> u32 {
-    if EACH {
+    if SEVERAL_SEGMENTS {
         take_factor(segment);
     }
-    if !is_plain {
-        largest = INFINITE;
-    }
-    return quickly_applied(bits, factor);
+    return multiplied(bits, by);
 }
 
 fn clipped(row: Row, at: vec4<u32>) -> vec4<f32> {
@@ -298,7 +296,7 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     var at = table.tasks - 1u - task;
     loop {
         let row = table.rows[at];
-        if !EACH {
+        if !SEVERAL_SEGMENTS {
             take_factor(row.segment);
         }
         let words = (row.parameter % IN_WORD + row.elements + IN_WORD - 1u) / IN_WORD;

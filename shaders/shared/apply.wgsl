@@ -20,7 +20,7 @@ fn scaled(bits: u32, factor: Factor) -> u32 {
     if factor.value == ONE || magnitude == 0u {
         return bits;
     }
-    if factor.is_float != 0u {
+    if NATIVE_PRODUCTS && factor.is_float != 0u {
         let product = bitcast<u32>(bitcast<f32>(bits) * bitcast<f32>(factor.value));
         let size = product & MAGNITUDE;
         // A driver may flush subnormals, and need not produce infinities.

@@ -1,4 +1,4 @@
-// Applies an outcome to a chunk: four quads at a time in plain float32, and word by word where that does not suffice.
+// Applies an outcome to a chunk: four quads at a time in plain arithmetic, and word by word where that does not suffice.
 
 #import constants
 #import outcome
@@ -6,22 +6,8 @@
 #import chunk
 #import apply
 #import quick
+#import clamp_words
 #import look
-
-fn quickly_applied_quad(quad: vec4<u32>, factor: f32) -> vec4<u32> {
-    return vec4<u32>(
-        quickly_applied_word(quad.x, factor),
-        quickly_applied_word(quad.y, factor),
-        quickly_applied_word(quad.z, factor),
-        quickly_applied_word(quad.w, factor),
-    );
-}
-
-fn write_quad(run: Run, i: u32, before: vec4<u32>, after: vec4<u32>) {
-    if any(after != before) {
-        set_quad(run.window, run.quad + i, after);
-    }
-}
 
 fn applied_word(word: u32, outcome: Outcome) -> u32 {
     if DTYPE == DTYPE_F32 {
@@ -42,11 +28,59 @@ fn apply_word(run: Run, chunk: Chunk, i: u32, outcome: Outcome) {
     }
 }
 
+// How an outcome is applied to whole quads.
+struct Way {
+    // Whether plain arithmetic may suffice, and whether it is that of bits alone.
+    quick: bool,
+    by_bits: bool,
+    by: Plain,
+    to: Bounds,
+}
+
+fn way_of(outcome: Outcome) -> Way {
+    let quick = outcome.action == APPLY && outcome.factor.is_float != 0u;
+    return Way(quick, VALUE && quick && is_by_bits(outcome.factor.value), plain(outcome.factor.value), bounds());
+}
+
+fn quickly_applied(x: Sixteen, way: Way) -> Sixteen {
+    if !VALUE {
+        return multiplied_sixteen(x, way.by);
+    }
+    // Loops, because software devices run the body of every branch, but not of every loop.
+    var after = x;
+    for (var once = way.by_bits; once; once = false) {
+        after = Sixteen(
+            clamped_quad(x.a, way.to),
+            clamped_quad(x.b, way.to),
+            clamped_quad(x.c, way.to),
+            clamped_quad(x.d, way.to),
+        );
+    }
+    for (var once = way.quick && !way.by_bits; once; once = false) {
+        after = multiplied_sixteen(x, way.by);
+    }
+    return after;
+}
+
+fn multiplied_sixteen(x: Sixteen, by: Plain) -> Sixteen {
+    return Sixteen(
+        multiplied_quad(x.a, by),
+        multiplied_quad(x.b, by),
+        multiplied_quad(x.c, by),
+        multiplied_quad(x.d, by),
+    );
+}
+
+fn write_quad(run: Run, i: u32, before: vec4<u32>, after: vec4<u32>) {
+    if any(after != before) {
+        set_quad(run.window, run.quad + i, after);
+    }
+}
+
 // Applies the outcome to all elements of a chunk.
 fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
     let run = run_of(chunk);
-    let factor = bitcast<f32>(outcome.factor.value);
-    let quick = outcome.action == APPLY && outcome.factor.is_float != 0u;
+    let way = way_of(outcome);
     // A loop, because software devices run the body of every branch, but not of every loop.
     for (var again = lane < run.head + run.tail; again; again = false) {
         apply_word(run, chunk, ragged_word(run, lane), outcome);
@@ -57,18 +91,13 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
         let i = first + 4u * APART * block;
         begin_block();
         let before = quads_of(run, i);
-        let after = Sixteen(
-            quickly_applied_quad(before.a, factor),
-            quickly_applied_quad(before.b, factor),
-            quickly_applied_quad(before.c, factor),
-            quickly_applied_quad(before.d, factor),
-        );
-        let again = !quick || is_unusual();
+        let after = quickly_applied(before, way);
+        let again = !way.quick || is_unusual();
         if !again {
             if VALUE {
-                found(outside);
+                found(is_outside());
             }
-            if WRITES {
+            if WRITES && (!VALUE || !way.by_bits || is_outside()) {
                 write_quad(run, i, before.a, after.a);
                 write_quad(run, i + APART, before.b, after.b);
                 write_quad(run, i + 2u * APART, before.c, after.c);
@@ -82,11 +111,15 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
     for (var i = 4u * WORKGROUP * blocks + lane; i < run.quads; i += WORKGROUP) {
         begin_block();
         let before = quad_at(run.window, run.quad + i);
-        let after = quickly_applied_quad(before, factor);
-        let again = !quick || is_unusual();
+        var after = multiplied_quad(before, way.by);
+        if VALUE && way.by_bits {
+            begin_block();
+            after = clamped_quad(before, way.to);
+        }
+        let again = !way.quick || is_unusual();
         if !again {
             if VALUE {
-                found(outside);
+                found(is_outside());
             }
             if WRITES {
                 write_quad(run, i, before, after);

@@ -9,6 +9,13 @@ const APART: u32 = select(WORKGROUP, 1u, CONTIGUOUS);
 // How many windows an array of them binds.
 const WINDOWS: u32 = {windows}u;
 
+// The most subgroups that a workgroup has.
+const SUBGROUPS: u32 = {subgroups}u;
+// Whether the device multiplies float32s, and converts float16, with the right rounding (`probe`); otherwise both are
+// done in integer arithmetic.
+const NATIVE_PRODUCTS: bool = {native_products};
+const NATIVE_HALVES: bool = {native_halves};
+
 // The dtype of the gradients. Twin of `dtype_code` in src/gpu/table/rows.rs.
 const DTYPE: u32 = {dtype}u;
 const DTYPE_F32: u32 = 0u;

@@ -1,5 +1,6 @@
 // float16 and bfloat16 in integer arithmetic: WGSL's own conversions may round either way. Without branches, because
 // these stand several times in a kernel, and SwiftShader's compiler takes minutes and gigabytes for many branches.
+// `pair` has the quick way for two finite elements.
 
 #import constants
 #import number
@@ -42,8 +43,10 @@ fn narrowed_f16(bits: u32) -> u32 {
     let magnitude = bits & MAGNITUDE;
     // From 65520 on, infinity.
     let normal = min((magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13u) & 1u)) >> 13u, 0x7c00u);
-    // Subnormal in float16: the float32s from 1/2 to 1 are 2^-24 apart, like those, so that adding 1/2 rounds.
-    let subnormal = bitcast<u32>(bitcast<f32>(magnitude) + 0.5) - 0x3f000000u;
+    // Subnormal in float16: in units of 2^-24, which are `shift` bits up. Beyond 25 bits nothing is left.
+    let shift = clamp(126u - min(magnitude >> 23u, 113u), 13u, 25u);
+    let whole = (magnitude & 0x007fffffu) | 0x00800000u;
+    let subnormal = (whole + (1u << (shift - 1u)) - 1u + ((whole >> shift) & 1u)) >> shift;
     let finite = select(normal, subnormal, magnitude < 0x38800000u);
     let result = select(finite, 0x7e00u | ((magnitude >> 13u) & 0x03ffu), magnitude > INFINITE);
     return ((bits >> 16u) & 0x8000u) | result;

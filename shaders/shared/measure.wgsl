@@ -2,10 +2,14 @@
 // overflows, and what is flushed to 0 is below 2^-34 of the sum. Any others are taken again, in units of the power of
 // two of their largest, into a Number. Elements that are not finite, or too small even for that, are taken one by one.
 //
-// Sixteen elements are summed as a tree. At most 18 trees are summed one after another in float32 (16 of whole blocks,
+// Sixteen elements are summed as a tree. At most 14 trees are summed one after another in float32 (12 of whole blocks,
 // 2 of words outside), and those sums in a Number. So the longest chain of float32 roundings is short whatever the
-// length: 1 (square) + 4 (tree) + 18 units of 2^-24 in the sum, half of that in the norm: 6.9e-7 at worst. The L1 norm
-// is the sum itself, without squares: 8 trees of whole blocks, 4 + 10 units, 8.3e-7 at worst.
+// length. A driver may contract a tree, and some make it a chain of fused multiplications and additions. So each order
+// counts: of 16 squares a square is rounded at most 16 times, by its product and 15 additions or by 16 fused ones, and
+// then the sum at most 14 times. That is 30 units of 2^-24 in the sum and half of that in the norm: 9.0e-7 at worst. (As
+// a tree it is 1 + 4 + 14: 5.7e-7.) The running sum is added to whole trees: to carry it through one would be less
+// accurate than what is written, which WGSL forbids. The L1 norm is the sum itself, without products to contract: 8
+// trees of whole blocks, 4 + 10 units, 8.3e-7 at worst.
 
 #import constants
 #import number
@@ -16,7 +20,7 @@
 
 const SUMS: bool = NORM != NORM_INF;
 // How many trees of whole blocks follow one another in float32.
-const TREES_IN_FLOAT: u32 = select(16u, 8u, NORM == NORM_L1);
+const TREES_IN_FLOAT: u32 = select(12u, 8u, NORM == NORM_L1);
 // Powers have a range of their own, and are always taken again.
 const PLAIN_FROM: u32 = select(0x13800000u, 0x29800000u, NORM == NORM_L2); // 2^-88; 2^-44
 const PLAIN_TO: u32 = select(select(0x71800000u, 0x58800000u, NORM == NORM_L2), INFINITE, !SUMS); // 2^100; 2^50
@@ -88,20 +92,20 @@ fn only_finite_4(magnitudes: vec4<u32>) -> vec4<u32> {
     return select(magnitudes, vec4<u32>(0u), magnitudes >= vec4<u32>(INFINITE));
 }
 
-// Takes 16 magnitudes, or returns true if `take_again` must take them.
-fn take(x: Sixteen) -> bool {
+// Takes 16 magnitudes, or returns true if `take_again` must take them, as it must those that are not known to be right.
+fn take(x: Sixteen, known: bool) -> bool {
     if NORM == NORM_P {
         return true;
     }
     let top = largest_of(x);
-    let plain = top < PLAIN_TO && (top >= PLAIN_FROM || !SUMS);
+    let plain = known && top < PLAIN_TO && (top >= PLAIN_FROM || !SUMS);
     if plain {
         partial.max = max(partial.max, top);
         if SUMS {
             sum += sum_of(x);
         }
     }
-    return !plain && top > 0u;
+    return !plain && (top > 0u || !known);
 }
 
 // Takes 16 magnitudes of any size. Returns true if `take_one` must take each of them as well.

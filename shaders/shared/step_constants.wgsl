@@ -13,4 +13,4 @@ const ALGORITHM: u32 = {algorithm}u;
 const BUFFERED: bool = {buffered};
 const THIRD: bool = {third};
 // Whether elements of a row belong to several segments.
-const EACH: bool = {each};
+const SEVERAL_SEGMENTS: bool = {each};

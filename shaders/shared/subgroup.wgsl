@@ -13,8 +13,8 @@ struct Invocation {
     @builtin(subgroup_size) subgroup_size: u32,
 }
 
-// One for each subgroup; there may be as many as invocations.
-var<workgroup> tree: array<Partial, WORKGROUP>;
+// One for each subgroup. A device that made more than it says could be wrong in its norm, but not beyond this array.
+var<workgroup> tree: array<Partial, SUBGROUPS>;
 
 // Merges the partials of the invocations of a subgroup. All of them must be active.
 fn merged_in_subgroup(own: Partial) -> Partial {
@@ -43,12 +43,12 @@ fn merged_in_subgroup(own: Partial) -> Partial {
 fn merged_in_workgroup(me: Invocation, own: Partial) -> Partial {
     let whole = merged_in_subgroup(own);
     if me.subgroup_lane == 0u {
-        tree[me.subgroup] = whole;
+        tree[min(me.subgroup, SUBGROUPS - 1u)] = whole;
     }
     workgroupBarrier();
     // All subgroups, because WGSL wants their operations where the whole workgroup meets; only the first merges.
     var part = EMPTY_PARTIAL;
-    for (var i = me.subgroup_lane; me.subgroup == 0u && i < me.subgroups; i += me.subgroup_size) {
+    for (var i = me.subgroup_lane; me.subgroup == 0u && i < min(me.subgroups, SUBGROUPS); i += me.subgroup_size) {
         part = merge(part, tree[i]);
     }
     return merged_in_subgroup(part);

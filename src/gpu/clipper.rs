@@ -25,10 +25,12 @@ pub struct GpuClipper {
 impl GpuClipper {
     /// Clips on the caller's device. wgpu's downlevel default limits suffice, and no feature is needed.
     ///
+    /// Natively, waits for a small dispatch that finds out how the device rounds.
+    ///
     /// # Errors
-    /// [`Error::Limit`] if the device cannot run compute shaders of 8 invocations with four storage buffers.
+    /// [`Error::DeviceLost`]; [`Error::Limit`] if the device cannot run compute shaders of 8 invocations with four storage buffers.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self, Error> {
-        Self::on(GpuDevice::new(device, queue))
+        Self::on(GpuDevice::new(device, queue)?)
     }
 
     /// Opens a device on the adapter with the highest performance, with all the adapter's limits.
@@ -55,7 +57,7 @@ impl GpuClipper {
         Waiting::new(async move { Self::on(GpuDevice::open(adapter).await?) })
     }
 
-    fn on(device: GpuDevice) -> Result<Self, Error> {
+    pub(super) fn on(device: GpuDevice) -> Result<Self, Error> {
         let tuning = Tuning::of(&device.device.adapter_info());
         Self::tuned(device, tuning)
     }
@@ -72,6 +74,43 @@ impl GpuClipper {
         Ok(Self { memory_budget: self.memory_budget, ..Self::tuned(self.device.clone(), tuning)? })
     }
 
+    /// Clips on the same device with a cache of compiled pipelines, which [`GpuClipper::pipeline_cache`] returned in
+    /// another process. Bytes of another device, driver or version count as none. Compiles its own kernels, with the help
+    /// of the cache. Without `Features::PIPELINE_CACHE`, which [`GpuClipper::open`] asks for, this is the clipper as it is.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let folder = std::env::temp_dir();
+    /// let path = folder.join("pipelines");
+    /// let gpu = gradclip::gpu::GpuClipper::open().wait()?;
+    /// // SAFETY: only this program writes that file.
+    /// let gpu = unsafe { gpu.with_pipeline_cache(&std::fs::read(&path).unwrap_or_default())? };
+    /// // ... after the first plans:
+    /// if let Some(bytes) = gpu.pipeline_cache() {
+    ///     std::fs::write(&path, bytes)?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Safety
+    /// The bytes must have come from [`GpuClipper::pipeline_cache`], or be none: the driver may run what they hold.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device refuses it; [`Error::DeviceLost`].
+    #[allow(unsafe_code)]
+    pub unsafe fn with_pipeline_cache(&self, bytes: &[u8]) -> Result<Self, Error> {
+        let Some(device) = self.device.caching(bytes)? else { return Ok(self.clone()) };
+        Ok(Self { memory_budget: self.memory_budget, ..Self::tuned(device, self.tuning)? })
+    }
+
+    /// What the driver keeps of the pipelines compiled so far, for [`GpuClipper::with_pipeline_cache`] in a later process.
+    /// None if this clipper has no such cache, or the driver keeps nothing.
+    #[must_use]
+    pub fn pipeline_cache(&self) -> Option<Vec<u8>> {
+        self.device.pipelines.as_ref()?.get_data()
+    }
+
     fn tuned(device: GpuDevice, mut tuning: Tuning) -> Result<Self, Error> {
         let (limits, features) = (device.device.limits(), device.device.features());
         let need = |limit, have: u64, need: u64| {
@@ -83,10 +122,15 @@ impl GpuClipper {
         need("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into(), 4)?;
         need("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size, 1 << 16)?;
         tuning.narrow(invocations);
-        // A workgroup keeps the partials that it merges, 32 bytes each, in its memory.
-        let tree = u64::from(tuning.workgroup) * PARTIAL_BYTES;
-        need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), tree)?;
         tuning.subgroups &= features.contains(wgpu::Features::SUBGROUP);
+        tuning.native_products &= device.native.products;
+        tuning.native_halves &= device.native.halves;
+        let Tuning { workgroup, contiguous, native_products, native_halves, .. } = tuning;
+        let subgroups = tuning.subgroups.then(|| device.device.adapter_info().subgroup_min_size);
+        let shape = Shape { workgroup, contiguous, subgroups, native_products, native_halves };
+        // A workgroup keeps the partials that it merges, 32 bytes each, in its memory.
+        let kept = u64::from(shape.kept_partials()) * PARTIAL_BYTES;
+        need("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into(), kept)?;
         // Partials, results and a table take the other three bindings.
         let bindings = limits.max_storage_buffers_per_shader_stage - 3;
         let windows = if features.contains(ARRAYS_OF_BUFFERS) {
@@ -97,9 +141,8 @@ impl GpuClipper {
             1
         };
         let quads = bindings >= 2 && !cfg!(target_arch = "wasm32");
-        let Tuning { workgroup, contiguous, subgroups, .. } = tuning;
         #[cfg_attr(target_arch = "wasm32", expect(clippy::arc_with_non_send_sync, reason = "a page has one thread"))]
-        let kernels = Arc::new(Kernels::new(&device, Shape { workgroup, contiguous, subgroups })?);
+        let kernels = Arc::new(Kernels::new(&device, shape)?);
         let memory_budget = memory_budget(device.device.adapter_info().device_type);
         Ok(Self { device, kernels, tuning, windows, quads, memory_budget })
     }

@@ -4,10 +4,11 @@ use std::sync::{Arc, OnceLock};
 
 use futures_intrusive::channel::shared::{OneshotReceiver, oneshot_channel};
 
+use super::probe::Native;
 use crate::Error;
 use crate::Waiting;
 #[cfg(not(target_arch = "wasm32"))]
-use crate::wait::may_sleep;
+use crate::wait::{block_on, may_sleep};
 
 /// Usages of staging buffers: the host reads what the device wrote, or the device reads what the host wrote.
 pub(super) const DOWNLOAD: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
@@ -32,6 +33,10 @@ pub(super) struct GpuDevice {
     pub(super) queue: wgpu::Queue,
     /// Why the device was lost, if it was. Known only for our own devices: a caller's device has the caller's callback.
     lost: Arc<OnceLock<String>>,
+    /// What kernels may leave to its arithmetic.
+    pub(super) native: Native,
+    /// What the driver keeps of compiled pipelines, if it can.
+    pub(super) pipelines: Option<wgpu::PipelineCache>,
     #[cfg(target_arch = "wasm32")]
     unanswered: Unanswered,
 }
@@ -52,8 +57,12 @@ impl std::fmt::Debug for Unanswered {
 }
 
 impl GpuDevice {
-    pub(super) fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
-        Self::of(device.clone(), queue.clone(), Arc::default())
+    pub(super) fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self, Error> {
+        let opened = Self::of(device.clone(), queue.clone(), Arc::default());
+        // A browser cannot be waited for.
+        #[cfg(not(target_arch = "wasm32"))]
+        let opened = block_on(opened.probed())?;
+        Ok(opened)
     }
 
     fn of(device: wgpu::Device, queue: wgpu::Queue, lost: Arc<OnceLock<String>>) -> Self {
@@ -61,6 +70,8 @@ impl GpuDevice {
             device,
             queue,
             lost,
+            native: Native::UNKNOWN,
+            pipelines: None,
             #[cfg(target_arch = "wasm32")]
             unanswered: Unanswered::default(),
         }
@@ -68,13 +79,23 @@ impl GpuDevice {
 
     /// The same device, with errors of its own to wait for.
     pub(super) fn apart(&self) -> Self {
-        Self::of(self.device.clone(), self.queue.clone(), Arc::clone(&self.lost))
+        #[cfg(target_arch = "wasm32")]
+        return Self { unanswered: Unanswered::default(), ..self.clone() };
+        #[cfg(not(target_arch = "wasm32"))]
+        self.clone()
+    }
+
+    async fn probed(self) -> Result<Self, Error> {
+        Ok(Self { native: Native::probe(&self).await?, ..self })
     }
 
     /// Opens a device with all the adapter's limits and the features that help.
     pub(super) async fn open(adapter: &wgpu::Adapter) -> Result<Self, Error> {
-        let helpful =
-            wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16 | ARRAYS_OF_BUFFERS;
+        let helpful = wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::SHADER_F16
+            | wgpu::Features::PIPELINE_CACHE
+            | ARRAYS_OF_BUFFERS;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("gradclip"),
             required_features: adapter.features() & helpful,
@@ -91,7 +112,21 @@ impl GpuDevice {
         });
         // An error outside our scopes would otherwise end the process.
         device.on_uncaptured_error(Arc::new(|error| log::error!("uncaptured GPU error: {error}")));
-        Ok(Self::of(device, queue, lost))
+        Self::of(device, queue, lost).probed().await
+    }
+
+    /// The same device with a cache of pipelines that holds these bytes, or nothing if they are of another device or
+    /// driver. None if the device was made without the feature.
+    #[allow(unsafe_code)]
+    pub(super) fn caching(&self, bytes: &[u8]) -> Result<Option<Self>, Error> {
+        if !self.device.features().contains(wgpu::Features::PIPELINE_CACHE) {
+            return Ok(None);
+        }
+        let descriptor = wgpu::PipelineCacheDescriptor { label: Some("gradclip"), data: Some(bytes), fallback: true };
+        // SAFETY: the caller of `GpuClipper::with_pipeline_cache` promises that the bytes are those of a cache, or not
+        // any that pass for them. wgpu compares their header with the device and the driver.
+        let pipelines = self.scoped(|| unsafe { self.device.create_pipeline_cache(&descriptor) })?;
+        Ok(Some(Self { pipelines: Some(pipelines), ..self.clone() }))
     }
 
     pub(super) fn check_not_lost(&self) -> Result<(), Error> {

@@ -92,6 +92,19 @@ pub(super) enum Bindings {
     Step(Range<u64>, Window, Window, usize, usize),
 }
 
+impl Bindings {
+    /// How a kernel that binds these reaches gradients.
+    fn access(&self, gpu: &GpuClipper) -> Access {
+        match self {
+            Self::Windows(_, windows) => gpu.access(windows.len()),
+            Self::Sums(..) => Access::Words,
+            Self::Rows(_) | Self::Decide | Self::Threshold | Self::Accumulator(_) | Self::Numbers | Self::Step(..) => {
+                Access::None
+            }
+        }
+    }
+}
+
 /// The dispatches of a plan before their buffers exist.
 pub(super) struct Pending<'a> {
     gpu: &'a GpuClipper,
@@ -174,20 +187,20 @@ impl<'a> Pending<'a> {
         let clips: Vec<_> = params.iter().map(|params| clip_group(gpu, memory, params)).collect::<Result<_, _>>()?;
         let rows = |range: Range<u64>| vec![part(&tables, range.start, range.end - range.start)];
         let window = |of: &Window| part(&buffers[of.buffer], of.offset, of.size);
+        let wanted = dispatches.iter().map(|(_, kernel, _, bindings, _)| (*kernel, bindings.access(gpu)));
+        gpu.kernels.compile(&gpu.device, &wanted.collect())?;
         let mut phases = [const { Vec::new() }; 3];
         for (phase, kernel, group, bindings, workgroups) in dispatches {
-            let (mut access, mut buffer) = (Access::None, None);
+            let (access, mut buffer) = (bindings.access(gpu), None);
             let bound = match &bindings {
                 Bindings::Rows(range) => vec![rows(range.clone())],
                 Bindings::Windows(range, windows) => {
-                    access = gpu.access(windows.len());
                     buffer = windows.first().map(|window| window.buffer);
                     let mut bound = vec![rows(range.clone())];
                     bound.extend(gradients(gpu, access, windows.iter().map(window).collect()));
                     bound
                 }
                 Bindings::Sums(range, examples, sums) => {
-                    access = Access::Words;
                     buffer = examples.as_ref().map(|window| window.buffer);
                     // Without examples nothing is read of the buffer in their place.
                     let examples = examples.as_ref().map_or_else(|| whole(&memory.thresholds), |of| vec![window(of)]);

@@ -13,10 +13,13 @@
 //! dispatches of each kernel; SwiftShader takes 50 ms for 2,000 buffers and 46 for one. Elsewhere each window is a
 //! dispatch, which costs 65 µs on llvmpipe, with or without a barrier after it. So all dispatches share one buffer of
 //! partials.
+//!
+//! A pipeline takes a compiler 0.1 to 3 s on some platforms, so those of a plan are compiled side by side, and a cache
+//! that the driver keeps can be saved ([`GpuClipper::pipeline_cache`](super::GpuClipper::pipeline_cache)).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::device::GpuDevice;
 use super::table::dtype_code;
@@ -133,8 +136,27 @@ pub(super) struct Shape {
     pub(super) workgroup: u32,
     /// Whether each invocation reads a contiguous stretch; otherwise neighbours read neighbouring quads.
     pub(super) contiguous: bool,
-    /// Whether partials merge by subgroup operations.
-    pub(super) subgroups: bool,
+    /// The smallest subgroup that the device makes, if partials merge by subgroup operations.
+    pub(super) subgroups: Option<u32>,
+    /// Whether the device multiplies elements, and converts float16, by itself.
+    pub(super) native_products: bool,
+    pub(super) native_halves: bool,
+}
+
+impl Shape {
+    /// One invocation, and nothing that is not there on every device.
+    pub(super) const PLAIN: Self =
+        Self { workgroup: 1, contiguous: true, subgroups: None, native_products: false, native_halves: false };
+
+    /// The most subgroups in a workgroup.
+    fn most_subgroups(self) -> u32 {
+        self.subgroups.map_or(1, |smallest| self.workgroup.div_ceil(smallest.max(1)))
+    }
+
+    /// The partials that a workgroup keeps in its memory.
+    pub(super) fn kept_partials(self) -> u32 {
+        if self.subgroups.is_some() { self.most_subgroups() } else { self.workgroup }
+    }
 }
 
 /// How a kernel reaches gradients.
@@ -201,11 +223,18 @@ impl Default for Constants {
 }
 
 impl Constants {
+    pub(super) fn of(dtype: Dtype) -> Self {
+        Self { dtype, ..Self::default() }
+    }
+
     fn source(&self, access: Access, shape: Shape) -> String {
         format!(
             include_str!("../../shaders/shared/constants.wgsl"),
             workgroup = shape.workgroup,
             contiguous = shape.contiguous,
+            subgroups = shape.most_subgroups(),
+            native_products = shape.native_products,
+            native_halves = shape.native_halves,
             windows = access.bindings().1.map_or(1, NonZeroU32::get),
             dtype = code(self.dtype),
             norm = self.norm as u32,
@@ -244,12 +273,12 @@ macro_rules! files {
 }
 
 const KERNELS: &[(&str, &str)] = files!("../../shaders/":
-    "accumulate" "clamp" "copy" "edges" "finalise" "merge" "norm" "norm_each" "numbers" "read" "scale" "scale_each" "step" "sum"
-    "threshold");
+    "accumulate" "clamp" "copy" "edges" "finalise" "merge" "norm" "norm_each" "numbers" "probe" "read" "scale" "scale_each" "step"
+    "sum" "threshold");
 
 pub(super) const SHARED: &[(&str, &str)] = files!("../../shaders/shared/":
-    "apply" "apply_chunk" "chunk" "group" "half" "look" "measure" "measured" "number" "outcome" "partial" "power" "quads"
-    "quick" "settings" "share" "subgroup" "tree" "update" "window_array" "word_quads" "words");
+    "apply" "apply_chunk" "chunk" "clamp_words" "group" "half" "look" "measure" "measured" "number" "outcome" "pair" "partial"
+    "power" "quads" "quick" "settings" "share" "subgroup" "take_words" "tree" "update" "window_array" "word_quads" "words");
 
 /// The WGSL of a kernel: its file behind all that it imports, each file once.
 struct Module<'a> {
@@ -289,7 +318,7 @@ pub(super) fn module(name: &str, constants: &Constants, access: Access, shape: S
         Access::Quads => ("quads", ""),
         Access::Array(_) => ("window_array", "enable wgpu_binding_array;\n"),
     };
-    let merging = if shape.subgroups { "subgroup" } else { "tree" };
+    let merging = if shape.subgroups.is_some() { "subgroup" } else { "tree" };
     let (of_all, of_step) = (constants.source(access, shape), constants.step_source());
     let constants = [("constants", &of_all[..]), ("step_constants", &of_step[..])];
     let mut module = Module { constants, windows, merging, added: Vec::new(), text: directive.into() };
@@ -461,6 +490,50 @@ impl Kernels {
         }
     }
 
+    /// Compiles those of these kernels that are not compiled yet, in the background of a browser.
+    #[cfg(target_arch = "wasm32")]
+    pub(super) fn compile(&self, gpu: &GpuDevice, wanted: &HashSet<(Kernel, Access)>) -> Result<(), Error> {
+        wanted.iter().try_for_each(|&(kernel, access)| self.pipeline(gpu, kernel, access).map(drop))
+    }
+
+    /// Compiles those of these kernels that are not compiled yet, side by side.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(super) fn compile(&self, gpu: &GpuDevice, wanted: &HashSet<(Kernel, Access)>) -> Result<(), Error> {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+
+        let missing: Vec<_> = wanted.iter().filter(|of| !self.compiled().contains_key(of)).copied().collect();
+        // On OpenGL, threads wait for one context: wgpu panics if one waits for long.
+        let serial = gpu.device.adapter_info().backend == wgpu::Backend::Gl;
+        let threads =
+            if serial { 1 } else { std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get) };
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<(), Error> {
+            while let Some(&(kernel, access)) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.pipeline(gpu, kernel, access)?;
+            }
+            Ok(())
+        };
+        let others = threads.min(missing.len()).saturating_sub(1);
+        if others == 0 {
+            return work();
+        }
+        std::thread::scope(|scope| {
+            let started: Vec<_> =
+                (0..others).map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
+            let own = work();
+            // A panic in wgpu goes on here.
+            let answers = started
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            answers.fold(own, Result::and)
+        })
+    }
+
+    fn compiled(&self) -> MutexGuard<'_, HashMap<(Kernel, Access), wgpu::ComputePipeline>> {
+        // A panic elsewhere cannot leave the map half changed.
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The pipeline of a kernel, compiled at its first use.
     pub(super) fn pipeline(
         &self,
@@ -468,9 +541,7 @@ impl Kernels {
         kernel: Kernel,
         access: Access,
     ) -> Result<wgpu::ComputePipeline, Error> {
-        // A panic elsewhere cannot leave the map half changed.
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = compiled.get(&(kernel, access)) {
+        if let Some(pipeline) = self.compiled().get(&(kernel, access)) {
             // A browser tells later whether it took a kernel. It tells each plan, because an invalid pipeline has no
             // layout.
             if cfg!(target_arch = "wasm32") {
@@ -504,10 +575,10 @@ impl Kernels {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: gpu.pipelines.as_ref(),
             })
         })?;
-        compiled.insert((kernel, access), pipeline.clone());
+        self.compiled().insert((kernel, access), pipeline.clone());
         Ok(pipeline)
     }
 }

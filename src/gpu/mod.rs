@@ -50,6 +50,7 @@ mod number;
 mod options;
 mod params;
 mod plan;
+mod probe;
 mod profile;
 mod readback;
 mod schedule;

@@ -58,16 +58,38 @@ pub struct Pass {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Speeds {
-    /// A plain copy from one buffer to another. Each byte counts twice, since it is read and written.
+    /// A plain copy from one buffer to another, by the faster of the two ways below. Each byte counts twice, since it is
+    /// read and written.
     pub copy: f64,
-    /// What copied: `shaders/copy.wgsl` or `copy_buffer_to_buffer`, whichever is faster.
+    /// What copied so fast: `shaders/copy.wgsl` or `copy_buffer_to_buffer`.
     pub copied_by: &'static str,
+    /// The copy by `shaders/copy.wgsl`. It tells what kernels can reach; some drivers split their wide loads.
+    pub copy_by_kernel: f64,
+    /// The copy by `copy_buffer_to_buffer`.
+    pub copy_by_command: f64,
     /// A plain sum that reads each byte once: `shaders/read.wgsl`.
     pub read: f64,
     /// How many bytes were read or copied.
     pub bytes: u64,
     /// As [`Profile::device_clock`].
     pub device_clock: bool,
+}
+
+impl Profile {
+    /// The share of the step's time that a pass takes, from 0 to 1.
+    #[must_use]
+    pub fn share(&self, pass: &Pass) -> f64 {
+        let all: f64 = self.passes.iter().map(|pass| pass.seconds).sum();
+        if all > 0.0 { pass.seconds / all } else { 0.0 }
+    }
+
+    /// The pass that holds the step back: the one that takes the most time beyond that of moving its bytes at the speed
+    /// of a copy. None if every pass is as fast as that.
+    #[must_use]
+    pub fn held_back_by(&self, speeds: &Speeds) -> Option<&Pass> {
+        let beyond = |pass: &&Pass| pass.seconds - pass.bytes as f64 / speeds.copy;
+        self.passes.iter().filter(|pass| beyond(pass) > 0.0).max_by(|a, b| beyond(a).total_cmp(&beyond(b)))
+    }
 }
 
 impl GpuPlan {
@@ -239,7 +261,7 @@ impl GpuClipper {
         let total = fill_at_random(device, &from)?;
         let kernel = |label, first, second| {
             let source = source(sweep, label);
-            device.scoped(|| Sweeping::new(&device.device, label, source, [first, second], sweep.workgroups))
+            device.scoped(|| PlainKernel::new(&device.device, label, source, [first, second], sweep.workgroups))
         };
         let read = kernel("read", &from, &sums)?;
         let read_back = kernel("read", &to, &sums)?;
@@ -272,7 +294,15 @@ impl GpuClipper {
         } else {
             (by_command, "copy_buffer_to_buffer")
         };
-        Ok(Speeds { copy, copied_by, read, bytes, device_clock })
+        Ok(Speeds {
+            copy,
+            copied_by,
+            copy_by_kernel: by_kernel,
+            copy_by_command: by_command,
+            read,
+            bytes,
+            device_clock,
+        })
     }
 }
 
@@ -285,19 +315,25 @@ fn median_speed(bytes: u64, spans: &[Range<f64>]) -> f64 {
 
 /// The whole WGSL module of `read` or `copy`.
 pub(super) fn source(sweep: Sweep, kernel: &str) -> String {
-    let shape = Shape { workgroup: sweep.workgroup, contiguous: sweep.runs, subgroups: false };
+    let shape = Shape { workgroup: sweep.workgroup, contiguous: sweep.runs, ..Shape::PLAIN };
     module(kernel, &Constants::default(), Access::None, shape)
 }
 
 /// A plain kernel over two buffers.
-struct Sweeping {
+pub(super) struct PlainKernel {
     pipeline: wgpu::ComputePipeline,
     buffers: wgpu::BindGroup,
     workgroups: u32,
 }
 
-impl Sweeping {
-    fn new(device: &wgpu::Device, label: &str, source: String, buffers: [&wgpu::Buffer; 2], workgroups: u32) -> Self {
+impl PlainKernel {
+    pub(super) fn new(
+        device: &wgpu::Device,
+        label: &str,
+        source: String,
+        buffers: [&wgpu::Buffer; 2],
+        workgroups: u32,
+    ) -> Self {
         let source = wgpu::ShaderSource::Wgsl(source.into());
         let module = device.create_shader_module(wgpu::ShaderModuleDescriptor { label: Some(label), source });
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
@@ -320,7 +356,7 @@ impl Sweeping {
         Self { pipeline, buffers, workgroups }
     }
 
-    fn record(&self, encoder: &mut wgpu::CommandEncoder, timestamp_writes: Option<Timestamps<'_>>) {
+    pub(super) fn record(&self, encoder: &mut wgpu::CommandEncoder, timestamp_writes: Option<Timestamps<'_>>) {
         let descriptor = wgpu::ComputePassDescriptor { label: Some("gradclip speed"), timestamp_writes };
         let mut pass = encoder.begin_compute_pass(&descriptor);
         pass.set_pipeline(&self.pipeline);

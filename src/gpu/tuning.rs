@@ -14,6 +14,11 @@ pub struct Tuning {
     /// Whether a workgroup's partials merge by subgroup operations, if the device has them. Otherwise they merge by a
     /// tree in workgroup memory.
     pub subgroups: bool,
+    /// Whether elements are multiplied by the device's float32 multiplication, if that rounds to the nearest, ties to
+    /// even, as is found out when the device is opened. Otherwise they are multiplied in integers, which is far slower.
+    pub native_products: bool,
+    /// The same of the conversions between float32 and float16.
+    pub native_halves: bool,
     /// The most windows (parts of buffers) that a dispatch binds, on devices with arrays of buffers. Others bind one.
     pub windows: u32,
     /// The number of chunks that a large set is cut into, if the two limits below allow.
@@ -51,6 +56,8 @@ pub const SOFTWARE: Tuning = Tuning {
     workgroup: 8,
     contiguous: true,
     subgroups: false,
+    native_products: true,
+    native_halves: true,
     windows: 256,
     chunks: 64,
     min_chunk_words: 1 << 15,
@@ -63,6 +70,8 @@ pub const HARDWARE: Tuning = Tuning {
     workgroup: 256,
     contiguous: false,
     subgroups: true,
+    native_products: true,
+    native_halves: true,
     windows: 1024,
     chunks: 4096,
     min_chunk_words: 1 << 12,

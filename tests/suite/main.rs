@@ -16,6 +16,7 @@ mod device_outside;
 mod device_scopes;
 mod device_steps;
 mod faults;
+mod half_conversions;
 mod huge_and_tiny;
 mod kernel_variants;
 mod large_offsets;

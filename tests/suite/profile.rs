@@ -197,3 +197,23 @@ fn speeds_are_of_what_was_moved_and_bounded_by_what_can_be_bound() {
     let small = wgpu::Limits { max_storage_buffer_binding_size: 1 << 20, ..wgpu::Limits::downlevel_defaults() };
     assert_eq!(clipper(small).speeds(u64::MAX).wait().expect("the device works").bytes, 1 << 20);
 }
+
+/// By the rule in its documentation, at any speed of the copy.
+#[test]
+fn the_pass_that_holds_a_step_back_is_the_slowest_beyond_a_copy() {
+    let set = normals(N);
+    let buffer = upload(gpu(), &set.bytes);
+    let plan = gpu().plan(&Clip::norm(2.0), &[gpu_tensor(&buffer, &set, 0)]).expect("valid");
+    let profile = plan.profile().wait().expect("finite");
+    let shares: f64 = profile.passes.iter().map(|pass| profile.share(pass)).sum();
+    assert!((shares - 1.0).abs() < 1e-9, "{profile:?}");
+    let mut speeds = gpu().speeds(1 << 20).wait().expect("right");
+    let slowest = |of: &[&Pass]| of.iter().map(|pass| pass.seconds).fold(0.0, f64::max);
+    speeds.copy = f64::INFINITY;
+    let all: Vec<_> = profile.passes.iter().collect();
+    assert_eq!(profile.held_back_by(&speeds).map(|pass| pass.seconds), Some(slowest(&all)));
+    // So slow a copy excuses every pass that moves bytes.
+    speeds.copy = f64::MIN_POSITIVE;
+    let without: Vec<_> = profile.passes.iter().filter(|pass| pass.bytes == 0).collect();
+    assert_eq!(profile.held_back_by(&speeds).map(|pass| pass.seconds), Some(slowest(&without)));
+}

@@ -117,9 +117,8 @@ impl Described {
         for i in (0..usize::try_from(self.dimensions).ok()?).rev() {
             // SAFETY: the shape, and the strides unless they are null, have so many numbers, which belong to the tensor
             // that the caller holds.
-            let (size, stride) = unsafe {
-                (*self.shape.add(i), if self.strides.is_null() { length } else { *self.strides.add(i) })
-            };
+            let (size, stride) =
+                unsafe { (*self.shape.add(i), if self.strides.is_null() { length } else { *self.strides.add(i) }) };
             gap |= size != 1 && stride != length;
             length = length.checked_mul(size)?;
         }

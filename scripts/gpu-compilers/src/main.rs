@@ -1,6 +1,6 @@
-//! `count-kernels FOLDER`: compiles every kernel in a folder with the compiler of the first Vulkan device, which need not
+//! `count-kernels FOLDER [LISTINGS]`: compiles every kernel in a folder with the compiler of the first Vulkan device, which need not
 //! be able to run anything, and prints a row for each hot one, ordered by name. It fails if a kernel is refused, or if one
-//! spills registers into memory.
+//! spills registers into memory. The assembly of hot kernels goes to the folder LISTINGS, as NAME.s.
 //!
 //! A kernel is two files: `NAME.spv`, and `NAME.bindings`, a line `GROUP BINDING KIND COUNT` for each binding. The first
 //! line is `hot` if the kernel gets a row.
@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use ash::vk;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let folder = std::env::args_os().nth(1).ok_or("usage: count-kernels FOLDER")?;
+    let folder = std::env::args_os().nth(1).ok_or("usage: count-kernels FOLDER [LISTINGS]")?;
+    let listings = std::env::args_os().nth(2).map(PathBuf::from);
     let mut kernels: Vec<PathBuf> = std::fs::read_dir(folder)?
         .map(|entry| entry.map(|entry| entry.path()))
         .filter(|path| path.as_ref().map_or(true, |path| path.extension().is_some_and(|e| e == "spv")))
@@ -21,7 +22,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let compiler = Compiler::open()?;
     let threads = std::thread::available_parallelism()?.get();
     // Each thread takes every n-th kernel: kernels that are alike stand beside each other.
-    let of_thread = |first: usize| kernels.iter().skip(first).step_by(threads).map(|k| row(&compiler, k)).collect();
+    let of_thread = |first: usize| {
+        kernels.iter().skip(first).step_by(threads).map(|k| row(&compiler, k, listings.as_deref())).collect()
+    };
     let rows: Vec<Vec<_>> = std::thread::scope(|scope| {
         let running: Vec<_> = (0..threads).map(|first| scope.spawn(move || of_thread(first))).collect();
         running.into_iter().map(|thread| thread.join().expect("a thread that compiles does not panic")).collect()
@@ -46,12 +49,16 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// The counts and the name of a kernel, if it is hot; an error if it is refused or spills.
-fn row(compiler: &Compiler, file: &Path) -> Result<Option<(Counts, String)>, String> {
+fn row(compiler: &Compiler, file: &Path, listings: Option<&Path>) -> Result<Option<(Counts, String)>, String> {
     let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let compiled = || -> Result<(Counts, bool), Box<dyn Error>> {
         let Kernel { hot, bindings } = Kernel::read(&file.with_extension("bindings"))?;
         let words = ash::util::read_spv(&mut std::fs::File::open(file)?)?;
-        Ok((compiler.compile(&words, &bindings, hot)?, hot))
+        let (counts, assembly) = compiler.compile(&words, &bindings, hot)?;
+        if let (Some(folder), true) = (listings, hot) {
+            std::fs::write(folder.join(format!("{name}.s")), assembly)?;
+        }
+        Ok((counts, hot))
     };
     match compiled() {
         Err(error) => Err(format!("{name}: {error}")),
@@ -162,7 +169,12 @@ impl Compiler {
         }
     }
 
-    fn compile(&self, words: &[u32], bindings: &[Binding], with_assembly: bool) -> Result<Counts, Box<dyn Error>> {
+    fn compile(
+        &self,
+        words: &[u32],
+        bindings: &[Binding],
+        with_assembly: bool,
+    ) -> Result<(Counts, String), Box<dyn Error>> {
         // SAFETY: as in `open`; the layouts have every binding that the module has.
         unsafe {
             let groups = bindings.iter().map(|b| b.group + 1).max().unwrap_or(0);
@@ -209,11 +221,10 @@ impl Compiler {
                     _ => {}
                 }
             }
-            if with_assembly {
-                counts.loads = loads_at_once(&self.assembly(&info)?);
-            }
+            let assembly = if with_assembly { self.assembly(&info)? } else { String::new() };
+            counts.loads = loads_at_once(&assembly);
             self.device.destroy_pipeline(pipeline, None);
-            Ok(counts)
+            Ok((counts, assembly))
         }
     }
 

@@ -18,7 +18,8 @@ use crate::{Algorithm, Dtype, Halves, Optimizer};
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/spirv_words.txt");
 
-/// If this variable is set, it names the folder that each variant's WGSL and SPIR-V are written to.
+/// If this variable is set, it names the folder that each variant's WGSL and SPIR-V are written to, and the MSL of the hot
+/// ones.
 const FOLDER: &str = "GRADCLIP_KERNELS";
 
 /// Every kernel with every set of constants that a plan may ask for.
@@ -111,9 +112,9 @@ fn accesses(kernel: Kernel) -> &'static [Access] {
 
 /// Shapes that together contain each choice.
 const SHAPES: [Shape; 3] = [
-    Shape { workgroup: 8, contiguous: true, subgroups: false },
-    Shape { workgroup: 256, contiguous: false, subgroups: true },
-    Shape { workgroup: 256, contiguous: false, subgroups: false },
+    Shape { workgroup: 8, contiguous: true, subgroups: None, native_products: true, native_halves: true },
+    Shape { workgroup: 256, contiguous: false, subgroups: Some(32), native_products: true, native_halves: true },
+    Shape { workgroup: 256, contiguous: false, subgroups: None, native_products: false, native_halves: false },
 ];
 
 /// Whether a GPU, with subgroups and quads, spends most of a step in it.
@@ -122,7 +123,8 @@ fn is_hot(kernel: Kernel, access: Access, shape: Shape) -> bool {
         Kernel::Norm { norm, .. } | Kernel::NormEach { norm, .. } => norm == Norm::L2,
         Kernel::Finalise { norm, given } => norm == Some(Norm::L2) && !given,
         Kernel::Clamp { guarded, writes, .. } => !guarded && writes,
-        Kernel::Scale { .. } | Kernel::Sum { .. } | Kernel::Merge => true,
+        Kernel::Threshold { formula, norm } => formula == Formula::Agc && norm == Norm::L2,
+        Kernel::Scale { .. } | Kernel::ScaleEach { .. } | Kernel::Sum { .. } | Kernel::Merge => true,
         // AdamW with float32 parameters, and with bfloat16 ones that keep remainders.
         Kernel::Step(StepKernel { gradient, parameter, update, value, each }) => {
             let usual = match parameter {
@@ -136,7 +138,7 @@ fn is_hot(kernel: Kernel, access: Access, shape: Shape) -> bool {
     // A sum has words only.
     let quads =
         matches!(access, Access::None | Access::Quads | Access::Array(_)) || matches!(kernel, Kernel::Sum { .. });
-    clips && quads && shape.subgroups
+    clips && quads && shape.subgroups.is_some()
 }
 
 /// A module, with its name in the golden file.
@@ -153,12 +155,12 @@ fn variants() -> Vec<Variant> {
     for kernel in kernels() {
         for access in accesses(kernel) {
             for shape in SHAPES {
-                let merging = if shape.subgroups { "subgroups" } else { "tree" };
+                let merging = if shape.subgroups.is_some() { "subgroups" } else { "tree" };
                 all.push(Variant {
                     name: format!("{kernel:?} {access:?} {} {merging}", shape.workgroup),
                     source: kernel.source(*access, shape),
                     arrays: matches!(access, Access::Array(_)),
-                    subgroups: shape.subgroups,
+                    subgroups: shape.subgroups.is_some(),
                     hot: is_hot(kernel, *access, shape),
                 });
             }
@@ -170,6 +172,11 @@ fn variants() -> Vec<Variant> {
             all.push(Variant { name, source, arrays: false, subgroups: false, hot: false });
         }
     }
+    for native_halves in [false, true] {
+        let source = module("probe", &Constants::of(Dtype::F16), Access::None, Shape { native_halves, ..Shape::PLAIN });
+        let name = format!("probe {}", if native_halves { "native" } else { "integers" });
+        all.push(Variant { name, source, arrays: false, subgroups: false, hot: false });
+    }
     all
 }
 
@@ -178,7 +185,7 @@ fn validated(variant: &Variant) -> (Module, ModuleInfo) {
     let Variant { name, source, arrays, subgroups, .. } = variant;
     let module =
         naga::front::wgsl::parse_str(source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(source)));
-    let mut capabilities = Capabilities::default();
+    let mut capabilities = Capabilities::default() | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     let of_arrays =
         Capabilities::STORAGE_BUFFER_BINDING_ARRAY | Capabilities::STORAGE_BUFFER_BINDING_ARRAY_NON_UNIFORM_INDEXING;
     capabilities.set(of_arrays, *arrays);
@@ -289,7 +296,11 @@ fn every_kernel_translates_to_every_language() {
         write("bindings", bindings(&variant, &module).as_bytes());
         let Variant { ref name, arrays, subgroups, hot, .. } = variant;
         assert!(names.insert(name.clone()), "two variants are called {name}");
-        assert!(metal(name, &module, &info).contains("kernel void"), "{name}");
+        let metal = metal(name, &module, &info);
+        assert!(metal.contains("kernel void"), "{name}");
+        if hot {
+            write("metal", metal.as_bytes());
+        }
         translated[1] += 1;
         // wgpu offers arrays of buffers on neither DirectX nor OpenGL, and no subgroups on OpenGL.
         if !arrays {
