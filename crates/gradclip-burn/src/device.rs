@@ -144,19 +144,19 @@ fn resolved(tensor: &mut Option<DispatchTensor>) -> Result<Option<CubeTensor>, E
     match tensor.take().map(resolved_one).transpose() {
         Ok(found) => Ok(found),
         Err(other) => {
-            *tensor = Some(other);
+            *tensor = Some(*other);
             Err(other_backend())
         }
     }
 }
 
 /// The tensor of the wgpu backend or, if it is of another, the tensor itself.
-fn resolved_one(tensor: DispatchTensor) -> Result<CubeTensor, DispatchTensor> {
+fn resolved_one(tensor: DispatchTensor) -> Result<CubeTensor, Box<DispatchTensor>> {
     match tensor {
         DispatchTensor { kind: DispatchTensorKind::Cube(BackendTensor::Float(tensor)), .. } => {
             Ok(Primitive::<CubeBackend>::resolve(tensor))
         }
-        other => Err(other),
+        other => Err(Box::new(other)),
     }
 }
 
@@ -424,7 +424,7 @@ impl ModuleMapper for Owned<'_> {
                 Ok(found) => wrapped(self.tensors[own].insert(found).clone()),
                 Err(other) => {
                     self.error = Some(other_backend());
-                    other
+                    *other
                 }
             })
         })

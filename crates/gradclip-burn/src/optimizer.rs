@@ -60,7 +60,7 @@ enum Held {
     Host(OptimizerState<'static>, Vec<ParamId>),
     /// On a device.
     #[cfg(feature = "wgpu")]
-    Device(crate::device::PlannedStep),
+    Device(Box<crate::device::PlannedStep>),
 }
 
 /// A step that failed. The module is as it was before the step.
@@ -233,7 +233,7 @@ impl GradOptimizer {
             Held::Nothing => {}
             Held::Saved(bytes) => saved = Some(bytes),
             Held::Host(state, own) if own == ids => restored = Some(state),
-            Held::Device(own) if own.is_of(&ids) => planned = Some(own),
+            Held::Device(own) if own.is_of(&ids) => planned = Some(*own),
             other => {
                 self.state = other;
                 return Err(StepFailed { module, error: Error::OtherParameters });
@@ -259,7 +259,7 @@ impl GradOptimizer {
             }
         });
         self.state = match (planned, saved, restored) {
-            (Some(planned), ..) => Held::Device(planned),
+            (Some(planned), ..) => Held::Device(Box::new(planned)),
             (None, Some(bytes), _) => Held::Saved(bytes),
             (None, None, Some(state)) => Held::Host(state, ids),
             (None, None, None) => Held::Nothing,
