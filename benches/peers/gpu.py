@@ -38,6 +38,7 @@ except ImportError:
 parser = argparse.ArgumentParser(description="the GPU path beside PyTorch on the same card")
 parser.add_argument("--gradclip", type=pathlib.Path, required=True, help="the built program")
 parser.add_argument("--quick", action="store_true", help="small sets and few rounds")
+parser.add_argument("--rounds", type=int, help="how many rounds, instead of as many as are usual")
 parser.add_argument("--records", type=pathlib.Path, help="the folder whose record of this day and machine is added to")
 ARGS = parser.parse_args()
 
@@ -52,6 +53,7 @@ elif CUDA:
     SETS += [(64 * MI, "transformer"), (256 * MI, "transformer"), SMALL]
 else:
     SETS, ROUNDS, SECONDS = [(MI, "one"), (16 * MI, "one"), (16 * MI, "transformer"), SMALL], 3, 0.2
+ROUNDS = ARGS.rounds or ROUNDS
 # From here on the figures hold.
 LARGE = 64 * MI
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -38,7 +38,9 @@ struct Way {
 }
 
 fn way_of(outcome: Outcome) -> Way {
-    let quick = outcome.action == APPLY && outcome.factor.is_float != 0u;
+    // A bound that all finite elements exceed is infinite in this dtype, and the quick way makes no infinities.
+    let infinite = VALUE && (params.min[DTYPE] == INFINITE || params.max[DTYPE] == (SIGN | INFINITE));
+    let quick = outcome.action == APPLY && outcome.factor.is_float != 0u && !infinite;
     return Way(quick, VALUE && quick && is_by_bits(outcome.factor.value), plain(outcome.factor.value), bounds());
 }
 

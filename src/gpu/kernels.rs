@@ -19,6 +19,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
+#[cfg(not(target_arch = "wasm32"))]
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::device::GpuDevice;
@@ -490,22 +493,9 @@ impl Kernels {
         }
     }
 
-    /// Compiles those of these kernels that are not compiled yet, in the background of a browser.
-    #[cfg(target_arch = "wasm32")]
-    pub(super) fn compile(&self, gpu: &GpuDevice, wanted: &HashSet<(Kernel, Access)>) -> Result<(), Error> {
-        wanted.iter().try_for_each(|&(kernel, access)| self.pipeline(gpu, kernel, access).map(drop))
-    }
-
     /// Compiles those of these kernels that are not compiled yet, side by side.
-    #[cfg(not(target_arch = "wasm32"))]
     pub(super) fn compile(&self, gpu: &GpuDevice, wanted: &HashSet<(Kernel, Access)>) -> Result<(), Error> {
-        use std::sync::atomic::{AtomicUsize, Ordering};
-
         let missing: Vec<_> = wanted.iter().filter(|of| !self.compiled().contains_key(of)).copied().collect();
-        // On OpenGL, threads wait for one context: wgpu panics if one waits for long.
-        let serial = gpu.device.adapter_info().backend == wgpu::Backend::Gl;
-        let threads =
-            if serial { 1 } else { std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get) };
         let next = AtomicUsize::new(0);
         let work = || -> Result<(), Error> {
             while let Some(&(kernel, access)) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -513,20 +503,25 @@ impl Kernels {
             }
             Ok(())
         };
-        let others = threads.min(missing.len()).saturating_sub(1);
-        if others == 0 {
-            return work();
+        // On OpenGL, threads wait for one context: wgpu panics if one waits for long. Browsers have no threads here, and
+        // compile in the background.
+        #[cfg(not(target_arch = "wasm32"))]
+        if missing.len() > 1 && gpu.device.adapter_info().backend != wgpu::Backend::Gl {
+            let threads = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+            let others = threads.min(missing.len()) - 1;
+            return std::thread::scope(|scope| {
+                // Without another thread this one does all.
+                let start = |_| std::thread::Builder::new().spawn_scoped(scope, work).ok();
+                let started: Vec<_> = (0..others).map_while(start).collect();
+                let own = work();
+                // A panic in wgpu goes on here.
+                let ended = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+                };
+                started.into_iter().map(ended).fold(own, Result::and)
+            });
         }
-        std::thread::scope(|scope| {
-            let started: Vec<_> =
-                (0..others).map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
-            let own = work();
-            // A panic in wgpu goes on here.
-            let answers = started
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            answers.fold(own, Result::and)
-        })
+        work()
     }
 
     fn compiled(&self) -> MutexGuard<'_, HashMap<(Kernel, Access), wgpu::ComputePipeline>> {
@@ -601,7 +596,8 @@ fn trusted(device: &wgpu::Device, descriptor: wgpu::ShaderModuleDescriptor<'_>) 
     // - Partials: slots, and the rows of the merge tree, are below the number that the plan allocates.
     // - Outcomes, thresholds and coefficients: the index is a segment of the plan or, behind the last element of a run
     //   over many segments, the one after it; the plan allocates one more than there are.
-    // - Workgroup memory is indexed by invocation or subgroup, and there are at most WORKGROUP of either.
+    // - Workgroup memory is indexed by invocation, of which there are WORKGROUP, or by a subgroup's number, which is limited
+    //   to SUBGROUPS.
     // - Of a step, gradients, parameters and state: every row lies in its windows and in its block of state
     //   (`check_steps` there), and elements outside stand for the nearest inside. Settings and numbers: as many as groups.
     // - Loops count up to a length of a chunk or row, over the bits of a number, or along `next`, which only ever

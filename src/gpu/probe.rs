@@ -46,12 +46,20 @@ impl Native {
 
     pub(super) async fn probe(device: &GpuDevice) -> Result<Self, Error> {
         let asked = boundaries();
-        match answers(device, &asked, true).await {
-            Ok(answered) => Ok(Self::of(&asked, &answered)),
-            Err(Error::DeviceLost(reason)) => Err(Error::DeviceLost(reason)),
-            // Some devices have no conversions.
-            Err(_) => Ok(Self { halves: false, ..Self::of(&asked, &answers(device, &asked, false).await?) }),
+        let mut found = Self { products: false, halves: false };
+        // Some devices have no conversions. One that runs neither kernel has limits that are too low for any.
+        for native_halves in [true, false] {
+            match answers(device, &asked, native_halves).await {
+                Ok(answered) => {
+                    found = Self::of(&asked, &answered);
+                    found.halves &= native_halves;
+                    break;
+                }
+                Err(Error::DeviceLost(reason)) => return Err(Error::DeviceLost(reason)),
+                Err(_) => {}
+            }
         }
+        Ok(found)
     }
 
     fn of(asked: &[Asked], answered: &[Answered]) -> Self {

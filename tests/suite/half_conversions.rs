@@ -70,8 +70,18 @@ fn every_pattern_is_read_alike() {
 #[test]
 fn every_half_is_clamped_alike() {
     let inf = f64::INFINITY;
-    let bounds =
-        [(-1.0, 1.0), (-0.3, 7.0), (-1e-7, 1e-7), (-inf, 1.0), (-60000.0, inf), (0.0, 1.0), (-1.0, 0.0), (0.5, 2.0)];
+    let bounds = [
+        (-1.0, 1.0),
+        (-0.3, 7.0),
+        (-1e-7, 1e-7),
+        (-inf, 1.0),
+        (-60000.0, inf),
+        (0.0, 1.0),
+        (-1.0, 0.0),
+        (0.5, 2.0),
+        (1e6, 1e7),
+        (-1e7, -1e6),
+    ];
     for dtype in [Dtype::F16, Dtype::BF16, Dtype::F32] {
         let halves = all(if dtype == Dtype::F32 { Dtype::BF16 } else { dtype }, true);
         let set = [if dtype == Dtype::F32 { Data::rounded(dtype, halves.numbers()) } else { halves }];

@@ -370,6 +370,9 @@ pub(crate) struct DevicesArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct TuneArgs {
+    /// Measure from how many bytes on the GPU is faster than the CPU for tensors in files, and take it only then
+    #[arg(long)]
+    pub(crate) host: bool,
     /// Use the first GPU whose name contains NAME
     #[arg(long, value_name = "NAME")]
     pub(crate) adapter: Option<String>,

@@ -4,13 +4,15 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread::available_parallelism;
+#[cfg(feature = "gpu")]
+use std::time::{Duration, Instant};
 
 use gradclip::processes::ProcessGroup;
 use gradclip::{Clip, ClipReport, Clipper, NonFinite, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
     Dtype,
-    gpu::{GpuClipper, adapters},
+    gpu::{GpuClipper, GpuTensor, adapters},
     wgpu,
 };
 use gradclip_common::text::plural;
@@ -58,7 +60,7 @@ impl Backend {
                 return Err(Failure::Usage("--adapter names a GPU: leave out --backend cpu".into()));
             }
             BackendChoice::Cpu => (None, None),
-            BackendChoice::Auto if named.is_none() => match hardware(tensors, args.local_rank) {
+            BackendChoice::Auto if named.is_none() => match hardware(tensors, args) {
                 Ok(adapter) => (Some(adapter), None),
                 Err(why) => (None, Some(why)),
             },
@@ -200,7 +202,7 @@ fn open(named: Option<&str>, tensors: &[Tensor<'_>], local_rank: Option<u32>) ->
         let tensor = format!("tensor {name:?}");
         return Err(gradclip::Error::UnsupportedDtype { tensor, dtype: Dtype::F64 }.into());
     }
-    Ok(Adapter::new(open_gpu(named, local_rank)?))
+    Ok(Adapter::new(&open_gpu(named, local_rank)?))
 }
 
 /// Opens the named GPU, or the fastest. If this process is a rank, the ranks on its machine take turns at all such GPUs.
@@ -238,7 +240,7 @@ fn own_adapter(found: &[wgpu::AdapterInfo], named: Option<&str>, local_rank: u32
 
 /// Opens a hardware GPU that can clip these tensors, or returns why there is none.
 #[cfg(feature = "gpu")]
-fn hardware(tensors: &[Tensor<'_>], local_rank: Option<u32>) -> Result<Adapter, String> {
+fn hardware(tensors: &[Tensor<'_>], args: &BackendArgs) -> Result<Adapter, String> {
     if let Some(name) = float64(tensors) {
         return Err(format!("tensor {name:?} is float64, which GPUs do not support"));
     }
@@ -250,25 +252,66 @@ fn hardware(tensors: &[Tensor<'_>], local_rank: Option<u32>) -> Result<Adapter, 
     if found.iter().all(software) {
         return Err(only_software(first));
     }
-    let gpu = open_gpu(None, local_rank).map_err(|error| format!("the GPU cannot be used ({error})"))?;
+    let gpu = open_gpu(None, args.local_rank).map_err(|error| format!("the GPU cannot be used ({error})"))?;
     let info = gpu.device().adapter_info();
-    if software(&info) { Err(only_software(&info)) } else { Ok(Adapter::new(gpu)) }
+    if software(&info) {
+        return Err(only_software(&info));
+    }
+    // A broken file is told where the tuning is taken.
+    let found = if args.no_tuning { None } else { tuning::kept(&info).ok() };
+    let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
+    match found.and_then(|found| too_few(bytes, found.host_from)) {
+        Some(why) if !tensors.is_empty() => Err(why),
+        _ => Ok(Adapter::new(&gpu)),
+    }
+}
+
+/// Why so many bytes in host memory are better clipped on the CPU, by what `gradclip tune --host` has measured.
+#[cfg(feature = "gpu")]
+fn too_few(bytes: u64, host_from: Option<u64>) -> Option<String> {
+    let told = |when: &str| format!("on this machine the GPU pays {when} for tensors in files (gradclip tune --host)");
+    match host_from? {
+        tuning::NEVER => Some(told("at no size")),
+        from if bytes < from => Some(told(&format!("from {} MiB on", from >> 20))),
+        _ => None,
+    }
+}
+
+/// How long a first clip takes, from its plan to the end of its step: mostly the time of compiling its kernels.
+#[cfg(feature = "gpu")]
+pub(crate) fn first_plan(gpu: &GpuClipper) -> Result<Duration, Failure> {
+    const LEN: u64 = 4096;
+    let (device, queue) = (gpu.device(), gpu.queue());
+    let gradients = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("gradients of a first plan"),
+        size: 4 * LEN,
+        usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
+        mapped_at_creation: false,
+    });
+    queue.write_buffer(&gradients, 0, &[0x3f; 4 * LEN as usize]);
+    let start = Instant::now();
+    let plan = gpu.plan(&Clip::norm(1.0), &[GpuTensor::f32(&gradients, 0..LEN)?])?;
+    let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    plan.encode(&mut encoder)?;
+    queue.submit([encoder.finish()]);
+    plan.report().wait()?;
+    Ok(start.elapsed())
 }
 
 /// A GPU with the tuning that was kept for it, if there is one.
 #[cfg(feature = "gpu")]
 pub(crate) fn tuned(gpu: &GpuClipper) -> Result<Option<GpuClipper>, Failure> {
     let kept = tuning::kept(&gpu.device().adapter_info())?;
-    Ok(kept.map(|kept| gpu.with_tuning(kept)).transpose()?)
+    Ok(kept.tuning.map(|kept| gpu.with_tuning(kept)).transpose()?)
 }
 
 #[cfg(feature = "gpu")]
 impl Adapter {
-    fn new(gpu: GpuClipper) -> Self {
+    fn new(gpu: &GpuClipper) -> Self {
         let info = gpu.device().adapter_info();
         let software = if info.device_type == wgpu::DeviceType::Cpu { ", software" } else { "" };
         let description = format!("{} ({:?}{software})", info.name, info.backend);
-        Self { name: info.name, description, gpu }
+        Self { name: info.name, description, gpu: tuning::with_pipelines(gpu) }
     }
 
     /// Takes the tuning that was kept for this GPU.
@@ -281,13 +324,20 @@ impl Adapter {
     }
 }
 
+#[cfg(feature = "gpu")]
+impl Drop for Adapter {
+    fn drop(&mut self) {
+        tuning::keep_pipelines(&self.gpu);
+    }
+}
+
 #[cfg(not(feature = "gpu"))]
 fn open(_named: Option<&str>, _tensors: &[Tensor<'_>], _local_rank: Option<u32>) -> Result<Adapter, Failure> {
     Err(Failure::BuiltWithoutGpu)
 }
 
 #[cfg(not(feature = "gpu"))]
-fn hardware(_tensors: &[Tensor<'_>], _local_rank: Option<u32>) -> Result<Adapter, String> {
+fn hardware(_tensors: &[Tensor<'_>], _args: &BackendArgs) -> Result<Adapter, String> {
     Err("this program was built without GPU support".into())
 }
 
@@ -296,6 +346,13 @@ mod tests {
     use wgpu::{AdapterInfo, Backend, DeviceType};
 
     use super::*;
+
+    #[test]
+    fn few_bytes_stay_on_the_cpu_once_that_was_measured() {
+        assert_eq!((too_few(0, None), too_few(16 << 20, Some(16 << 20))), (None, None));
+        assert!(too_few((16 << 20) - 1, Some(16 << 20)).is_some_and(|why| why.contains("from 16 MiB on")));
+        assert!(too_few(u64::MAX >> 1, Some(tuning::NEVER)).is_some_and(|why| why.contains("at no size")));
+    }
 
     #[test]
     fn ranks_take_turns_at_the_gpus_of_their_machine() {

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use gradclip::gpu::GpuClipper;
 use gradclip::wgpu::{Adapter, AdapterInfo, DeviceType, Features};
 use gradclip_common::text::{plural, table};
 use serde::Serialize;
 
 use crate::args::DevicesArgs;
+use crate::backend::first_plan;
 use crate::failure::Failure;
 use crate::print::{print, print_json};
 
@@ -29,11 +31,19 @@ struct Device {
     subgroup_min_size: u32,
     subgroup_max_size: u32,
     features: Vec<&'static str>,
+    /// Only if asked for, because it opens the device.
+    first_plan_seconds: Option<f64>,
 }
 
 pub(crate) fn run(args: &DevicesArgs) -> Result<(), Failure> {
-    let adapters: Vec<_> = gradclip::gpu::adapters().wait().iter().map(Device::of).collect();
+    let found = gradclip::gpu::adapters().wait();
+    let mut adapters: Vec<_> = found.iter().map(Device::of).collect();
     if args.json {
+        for (device, adapter) in adapters.iter_mut().zip(&found) {
+            // A device that cannot clip is listed all the same.
+            let gpu = GpuClipper::open_on(adapter).wait().ok();
+            device.first_plan_seconds = gpu.and_then(|gpu| first_plan(&gpu).ok()).map(|time| time.as_secs_f64());
+        }
         return print_json(&BTreeMap::from([("adapters", adapters)]));
     }
     if adapters.is_empty() {
@@ -60,6 +70,7 @@ impl Device {
             max_buffer_size: limits.max_buffer_size,
             subgroup_min_size: info.subgroup_min_size,
             subgroup_max_size: info.subgroup_max_size,
+            first_plan_seconds: None,
             features: FEATURES.iter().filter(|(_, f)| features.contains(*f)).map(|(name, _)| *name).collect(),
         }
     }

@@ -2,15 +2,16 @@
 
 use std::time::Instant;
 
-use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor, Pass, PlanOptions};
+use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor, PlanOptions, Speeds};
 use gradclip::{Clip, ClipReport, wgpu};
 
 use super::gradients::{Pattern, TensorSet};
-use super::timer::{Bandwidth, PassTime, StepTimer, median};
+use super::timer::{Bandwidth, PassTime, StepTimer};
 use crate::failure::Failure;
+use gradclip_common::text::number;
 
-/// Measures by the library. Returns also whether the device has a clock.
-pub(super) fn gpu_bandwidth(gpu: &GpuClipper) -> Result<(Bandwidth, bool), Failure> {
+/// Measures by the library.
+pub(super) fn gpu_speeds(gpu: &GpuClipper) -> Result<Speeds, Failure> {
     // A discrete GPU's last cache may hold 100 MB and more.
     let bytes = if gpu.device().adapter_info().device_type == wgpu::DeviceType::Cpu { 128 << 20 } else { 512 << 20 };
     let speeds = gpu.speeds(bytes).wait()?;
@@ -19,8 +20,16 @@ pub(super) fn gpu_bandwidth(gpu: &GpuClipper) -> Result<(Bandwidth, bool), Failu
             "the clock of this device stands still; try another driver or backend: WGPU_BACKEND".into(),
         ));
     }
-    let method = format!("{} MiB, {} and shaders/read.wgsl", speeds.bytes >> 20, speeds.copied_by);
-    Ok((Bandwidth { copy: speeds.copy, read: speeds.read, method }, speeds.device_clock))
+    Ok(speeds)
+}
+
+impl Bandwidth {
+    pub(super) fn of_gpu(speeds: &Speeds) -> Self {
+        let gb_s = |speed: f64| number(speed / 1e9, 3);
+        let copies = (gb_s(speeds.copy_by_command), gb_s(speeds.copy_by_kernel));
+        let method = format!("{} MiB; copy_buffer_to_buffer {}, kernel {}", speeds.bytes >> 20, copies.0, copies.1);
+        Self { copy: speeds.copy, read: speeds.read, method }
+    }
 }
 
 /// How many steps are profiled.
@@ -34,6 +43,7 @@ pub(super) struct GpuTimer<'a> {
     gradients: wgpu::Buffer,
     measuring: GpuPlan,
     clipping: Vec<GpuPlan>,
+    speeds: &'a Speeds,
     /// Whether steps are timed by the host's clock even if the device has one.
     host_clock: bool,
 }
@@ -47,6 +57,7 @@ impl<'a> GpuTimer<'a> {
         pattern: &Pattern,
         set: &TensorSet,
         clips: &[Clip],
+        speeds: &'a Speeds,
         host_clock: bool,
     ) -> Result<Self, Failure> {
         let device = gpu.device();
@@ -76,7 +87,7 @@ impl<'a> GpuTimer<'a> {
         let tensors = set.tensors.iter().map(tensor).collect::<Result<Vec<_>, _>>()?;
         let measuring = gpu.plan_with(&[(clips[0], &tensors)], PlanOptions::default().measure_only())?;
         let clipping = clips.iter().map(|clip| gpu.plan(clip, &tensors)).collect::<Result<_, _>>()?;
-        Ok(Self { gpu, source, gradients, measuring, clipping, host_clock })
+        Ok(Self { gpu, source, gradients, measuring, clipping, speeds, host_clock })
     }
 
     fn wait(&self) -> Result<(), Failure> {
@@ -122,13 +133,19 @@ impl StepTimer for GpuTimer<'_> {
         let mut profiles = Vec::new();
         for _ in 0..PROFILES {
             self.restore()?;
-            profiles.push(self.clipping[clip].profile().wait()?.passes);
+            profiles.push(self.clipping[clip].profile().wait()?);
         }
         self.restore()?;
-        let time = |(i, pass): (usize, &Pass)| {
-            let mut seconds: Vec<_> = profiles.iter().map(|passes| passes[i].seconds).collect();
-            PassTime { name: pass.name, seconds: median(&mut seconds), bytes: pass.bytes }
-        };
-        Ok(profiles[0].iter().enumerate().map(time).collect())
+        profiles.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+        let profile = &profiles[PROFILES / 2];
+        let slow = profile.held_back_by(self.speeds).map(|pass| pass.name);
+        let times = profile.passes.iter().map(|pass| PassTime {
+            name: pass.name,
+            seconds: pass.seconds,
+            bytes: pass.bytes,
+            share: profile.share(pass),
+            holds_back: slow == Some(pass.name),
+        });
+        Ok(times.collect())
     }
 }

@@ -14,6 +14,8 @@ use serde::Serialize;
 
 use crate::args::BenchArgs;
 use crate::backend::Backend;
+#[cfg(feature = "gpu")]
+use crate::backend::first_plan;
 use crate::description::refuse;
 use crate::failure::Failure;
 use crate::output;
@@ -22,8 +24,9 @@ use crate::progress;
 use crate::values::Cut;
 use case::Measurement;
 #[cfg(feature = "gpu")]
-use gpu_timer::{GpuTimer, gpu_bandwidth};
+use gpu_timer::{GpuTimer, gpu_speeds};
 use gradients::{Pattern, TensorSet};
+pub(crate) use timer::median;
 use timer::{Bandwidth, CpuTimer, PassTime, cpu_bandwidth};
 
 /// The fields of `--json`.
@@ -33,6 +36,8 @@ struct Json<'a> {
     backend: &'static str,
     copy_gb_s: f64,
     read_gb_s: f64,
+    /// The first plan of all, from its beginning to the end of its first step.
+    first_plan_seconds: Option<f64>,
     rows: &'a [Row],
 }
 
@@ -40,6 +45,9 @@ struct Json<'a> {
 struct BenchDevice<'a> {
     backend: &'a Backend,
     bandwidth: Bandwidth,
+    #[cfg(feature = "gpu")]
+    speeds: Option<gradclip::gpu::Speeds>,
+    first_plan_seconds: Option<f64>,
     /// Whether steps are timed by the device's own clock.
     device_clock: bool,
 }
@@ -117,13 +125,14 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             backend: if backend.adapter().is_some() { "gpu" } else { "cpu" },
             copy_gb_s: device.bandwidth.copy / 1e9,
             read_gb_s: device.bandwidth.read / 1e9,
+            first_plan_seconds: device.first_plan_seconds,
             rows: &rows,
         });
     }
     if !passes.is_empty() {
-        let (median, speed, share) = ("median", "GB/s", "of copy");
         let title = "passes of a clipped step";
-        print(&format!("\n{title:<38} {median:>9} {speed:>7} {share:>7}\n{passes}"))?;
+        let [bytes, time, speed, copy, step] = ["bytes", "time", "GB/s", "of copy", "of step"];
+        print(&format!("\n{title:<38} {bytes:>9} {time:>9} {speed:>7} {copy:>7} {step:>7}\n{passes}"))?;
     }
     match &args.plot.out {
         Some(path) => print(&format!("\n{}", table(&[("plot", path.display().to_string())]))),
@@ -134,7 +143,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
 /// How fast a GPU copies, in bytes a second, and how that was measured.
 #[cfg(feature = "gpu")]
 pub(crate) fn copy_speed(gpu: &gradclip::gpu::GpuClipper) -> Result<(f64, String), Failure> {
-    let (bandwidth, _) = gpu_bandwidth(gpu)?;
+    let bandwidth = Bandwidth::of_gpu(&gpu_speeds(gpu)?);
     Ok((bandwidth.copy, bandwidth.method))
 }
 
@@ -195,18 +204,29 @@ impl<'a> BenchDevice<'a> {
     fn new(backend: &'a Backend, host_clock: bool) -> Result<Self, Failure> {
         #[cfg(feature = "gpu")]
         if let Some(gpu) = backend.gpu() {
-            let (bandwidth, device_clock) = gpu_bandwidth(gpu)?;
-            return Ok(Self { backend, bandwidth, device_clock: device_clock && !host_clock });
+            let first_plan_seconds = Some(first_plan(gpu)?.as_secs_f64());
+            let speeds = gpu_speeds(gpu)?;
+            let bandwidth = Bandwidth::of_gpu(&speeds);
+            let device_clock = speeds.device_clock && !host_clock;
+            return Ok(Self { backend, bandwidth, speeds: Some(speeds), first_plan_seconds, device_clock });
         }
         let _ = host_clock;
-        Ok(Self { backend, bandwidth: cpu_bandwidth(backend)?, device_clock: false })
+        Ok(Self {
+            backend,
+            bandwidth: cpu_bandwidth(backend)?,
+            #[cfg(feature = "gpu")]
+            speeds: None,
+            first_plan_seconds: None,
+            device_clock: false,
+        })
     }
 
     fn head(&self) -> String {
         let Bandwidth { copy, read, method } = &self.bandwidth;
         let speeds = format!("copy {} GB/s, read {} GB/s ({method})", number(copy / 1e9, 3), number(read / 1e9, 3));
         let clock = if self.device_clock { "the device's timestamps" } else { "the host's clock" };
-        let lines = [("ran on", self.backend.to_string()), ("clock", clock.into()), ("speeds", speeds)];
+        let mut lines = vec![("ran on", self.backend.to_string()), ("clock", clock.into()), ("speeds", speeds)];
+        lines.extend(self.first_plan_seconds.map(|seconds| ("first plan", time(seconds))));
         let columns = format!(
             "{:<8} {:>10} {:>7}  {:<9} {:>9} {:>9} {:>5} {:>7} {:>7}\n",
             "dtype", "elements", "tensors", "case", "median", "least", "runs", "GB/s", "of copy"
@@ -217,21 +237,26 @@ impl<'a> BenchDevice<'a> {
     /// A line for each pass of a step.
     fn passes(&self, dtype: Dtype, set: &TensorSet, passes: &[PassTime]) -> String {
         let line = |pass: &PassTime| {
-            let text = format!(
-                "{:<8} {:>10} {:>7}  {:<9} {:>9}",
+            let (mut speed, mut of_copy) = (String::new(), String::new());
+            if pass.bytes > 0 {
+                let bytes_a_second = pass.bytes as f64 / pass.seconds;
+                speed = fixed(bytes_a_second / 1e9);
+                of_copy = format!("{:.2}", bytes_a_second / self.bandwidth.copy);
+            }
+            format!(
+                "{:<8} {:>10} {:>7}  {:<9} {:>9} {:>9} {speed:>7} {of_copy:>7} {:>6.0}%\n",
                 dtype.to_string(),
                 size_label(set.elements),
                 set.tensors.len(),
                 pass.name,
+                size_label(pass.bytes),
                 time(pass.seconds),
-            );
-            if pass.bytes == 0 {
-                return text + "\n";
-            }
-            let speed = pass.bytes as f64 / pass.seconds;
-            format!("{text} {:>7} {:>7.2}\n", fixed(speed / 1e9), speed / self.bandwidth.copy)
+                100.0 * pass.share,
+            )
         };
-        passes.iter().map(line).collect()
+        let slow = passes.iter().find(|pass| pass.holds_back);
+        let told = slow.map(|pass| format!("{:<29}held back by {}\n", "", pass.name));
+        passes.iter().map(line).chain(told).collect()
     }
 
     fn bench(
@@ -246,8 +271,8 @@ impl<'a> BenchDevice<'a> {
         let measurement = Measurement { pattern, set, bandwidth, device, tolerance, seconds: args.seconds };
         let clips = measurement.clips();
         #[cfg(feature = "gpu")]
-        if let Some(gpu) = self.backend.gpu() {
-            let mut timer = GpuTimer::new(gpu, pattern, set, &clips, !self.device_clock)?;
+        if let (Some(gpu), Some(speeds)) = (self.backend.gpu(), &self.speeds) {
+            let mut timer = GpuTimer::new(gpu, pattern, set, &clips, speeds, !self.device_clock)?;
             return measurement.run(&mut timer, !args.json, bar);
         }
         measurement.run(&mut CpuTimer::new(self.backend, pattern, set, clips)?, !args.json, bar)

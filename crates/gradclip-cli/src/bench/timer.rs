@@ -27,7 +27,7 @@ pub(super) trait StepTimer {
     fn measure(&mut self) -> Result<(f64, ClipReport), Failure>;
     /// Clips the gradients. Returns the same.
     fn apply(&mut self, clip: usize) -> Result<(f64, ClipReport), Failure>;
-    /// The passes of a step, with medians of a few runs; empty where there is no profiler.
+    /// The passes of a step, the median of a few; empty where there is no profiler.
     fn passes(&mut self, _clip: usize) -> Result<Vec<PassTime>, Failure> {
         Ok(Vec::new())
     }
@@ -40,6 +40,9 @@ pub(super) struct PassTime {
     pub(super) seconds: f64,
     /// The bytes that it must move; 0 for a pass that only reads tables.
     pub(super) bytes: u64,
+    /// The share of the step's time, and whether it is what holds the step back.
+    pub(super) share: f64,
+    pub(super) holds_back: bool,
 }
 
 /// Bytes that are copied and read to measure the bandwidth: more than caches hold.
@@ -83,7 +86,7 @@ pub(super) fn cpu_bandwidth(backend: &Backend) -> Result<Bandwidth, Failure> {
 }
 
 /// The median; sorts the values.
-pub(super) fn median(values: &mut [f64]) -> f64 {
+pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     if values.len().is_multiple_of(2) { (values[middle - 1] + values[middle]) / 2.0 } else { values[middle] }

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::common::{Folder, Run, gradclip, well_formed};
 use serde_json::{Value, json};
 
-const FIELDS: [&str; 5] = ["adapter", "backend", "copy_gb_s", "read_gb_s", "rows"];
+const FIELDS: [&str; 6] = ["adapter", "backend", "copy_gb_s", "first_plan_seconds", "read_gb_s", "rows"];
 const ROW: [&str; 9] = ["case", "dtype", "elements", "gb_s", "of_copy", "runs", "seconds", "seconds_min", "tensors"];
 
 fn bench(backend: &str, args: &[&str]) -> Run {

@@ -21,7 +21,8 @@ fn keep(folder: &Folder, change: impl Fn(&mut Value)) {
     let mut row = json!({
         "adapter": name, "backend": device["backend"], "driver": device["driver"], "version": env!("CARGO_PKG_VERSION"),
         "tuning": {
-            "workgroup": 32, "contiguous": true, "subgroups": false, "windows": 16, "chunks": 16,
+            "workgroup": 32, "contiguous": true, "subgroups": false, "native_products": true, "native_halves": true,
+            "windows": 16, "chunks": 16,
             "min_chunk_words": 4096, "max_chunk_words": 65536, "merged_partials": 64,
         },
     });
@@ -82,4 +83,45 @@ fn tuning_prints_what_it_tried() {
     assert_eq!(object["tuning"], own["tuning"]);
     assert!(own["norm_gb_s"].as_f64().unwrap() > 0.0 && object["copy_gb_s"].as_f64().unwrap() > 0.0, "{object}");
     assert!(!folder.path("config").exists(), "nothing was found, so nothing is kept");
+}
+
+#[test]
+fn the_size_from_which_host_tensors_pay_is_kept_beside_the_row() {
+    let folder = Folder::new();
+    keep(&folder, |_| ());
+    // One size is always measured, and the clips are checked by nothing but their time.
+    let object = run(&folder, &["tune", "--host", "--seconds", "0", "--json"]).succeeded().json();
+    let sizes = object["sizes"].as_array().unwrap();
+    assert_eq!((sizes.len(), &sizes[0]["bytes"]), (1, &json!(1 << 18)), "{object}");
+    let rounds: Vec<_> = sizes[0]["rounds"].as_array().unwrap().iter().map(|ratio| ratio.as_f64().unwrap()).collect();
+    assert!(rounds.iter().all(|ratio| *ratio > 0.0), "{object}");
+    let pays = rounds.len() == 2 && rounds.iter().all(|ratio| *ratio < 0.95);
+    assert_eq!(object["host_from"], if pays { json!(1 << 18) } else { Value::Null });
+    let rows: Value = serde_json::from_slice(&folder.read("config/gradclip/tuning.json")).unwrap();
+    let expected = if pays { 1 << 18 } else { u64::MAX };
+    assert_eq!((&rows[0]["host_from"], &rows[0]["tuning"]["workgroup"]), (&json!(expected), &json!(32)), "{rows}");
+    // What was found by the other search stays, and is used.
+    assert!(run(&folder, &NORM).succeeded().stdout.contains("tuned by gradclip tune"));
+}
+
+#[test]
+fn pipelines_are_kept_beside_it_and_a_broken_file_costs_nothing() {
+    let folder = Folder::new();
+    run(&folder, &NORM).succeeded();
+    let kept = || -> Vec<_> {
+        let files = fs::read_dir(folder.path("config/gradclip")).into_iter().flatten().map(|file| file.unwrap().path());
+        files.filter(|path| path.to_string_lossy().contains("pipeline_cache")).collect()
+    };
+    let files = kept();
+    for file in &files {
+        let bytes = fs::read(file).unwrap();
+        for broken in [&b""[..], b"nothing", &bytes[..bytes.len() / 2]] {
+            fs::write(file, broken).unwrap();
+            assert!(run(&folder, &NORM).succeeded().stdout.contains("0.5245"));
+        }
+        assert_eq!(fs::read(file).unwrap().len(), bytes.len(), "it was not written anew");
+    }
+    // Vulkan has such a cache everywhere.
+    let vulkan = run(&folder, &NORM).succeeded().stdout.contains("(Vulkan");
+    assert_eq!(!files.is_empty(), vulkan, "{files:?}");
 }
