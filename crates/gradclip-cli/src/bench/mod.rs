@@ -26,6 +26,7 @@ use case::Measurement;
 #[cfg(feature = "gpu")]
 use gpu_timer::{GpuTimer, gpu_speeds};
 use gradients::{Pattern, TensorSet};
+#[cfg(feature = "gpu")]
 pub(crate) use timer::median;
 use timer::{Bandwidth, CpuTimer, PassTime, cpu_bandwidth};
 
