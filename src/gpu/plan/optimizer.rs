@@ -81,7 +81,7 @@ impl GpuPlan {
     }
 
     /// A copy of the optimizer's state after the last submitted step, with the number of steps taken. Waits for that
-    /// step. The copy can be saved ([`OptimizerState::to_safetensors`]), or go on on the CPU. Parameters have their own
+    /// step. The copy can be saved (`OptimizerState::to_safetensors`, with the feature `safetensors`), or go on on the CPU. Parameters have their own
     /// names or those of their gradients, and are numbered through all groups.
     ///
     /// # Errors
