@@ -12,7 +12,9 @@ struct Bounds {
 }
 
 fn bounds() -> Bounds {
-    return Bounds(SIGNS | EACH * narrowed_bound(params.max[DTYPE]), SIGNS | EACH * narrowed_bound(params.min[DTYPE]));
+    let above = EACH * narrowed_bound(params.max[DTYPE]);
+    let below = EACH * narrowed_bound(params.min[DTYPE]);
+    return Bounds(SIGNS | above, SIGNS | below);
 }
 
 // The magnitude of a bound, which is an element of this dtype, in its own format.
