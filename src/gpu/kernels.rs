@@ -15,7 +15,9 @@
 //! partials.
 //!
 //! A pipeline takes a compiler 0.1 to 3 s on some platforms, so those of a plan are compiled side by side, and a cache
-//! that the driver keeps can be saved ([`GpuClipper::pipeline_cache`](super::GpuClipper::pipeline_cache)).
+//! that the driver keeps can be saved ([`GpuClipper::pipeline_cache`](super::GpuClipper::pipeline_cache)). On lavapipe that
+//! cache is empty, but Mesa keeps compiled shaders by itself: a first plan takes 3.3 s in a first process and 1.0 in a
+//! second one (medians of 4 on two busy cores).
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
