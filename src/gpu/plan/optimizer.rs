@@ -81,8 +81,8 @@ impl GpuPlan {
     }
 
     /// A copy of the optimizer's state after the last submitted step, with the number of steps taken. Waits for that
-    /// step. The copy can be saved (`OptimizerState::to_safetensors`, with the feature `safetensors`), or go on on the CPU. Parameters have their own
-    /// names or those of their gradients, and are numbered through all groups.
+    /// step. The copy can be saved (`OptimizerState::to_safetensors`, with the feature `safetensors`), or go on on the
+    /// CPU. Parameters have their own names or those of their gradients, and are numbered through all groups.
     ///
     /// # Errors
     /// [`Error::Usage`] for a plan without an optimizer, or if a master copy is asked for before the first step of a
