@@ -3,14 +3,15 @@
 #![cfg(feature = "gpu")]
 
 use crate::common::gpu::{Held, step, stepper, with_parameter_each};
-use crate::common::numbers::{Random, ulp};
+use crate::common::numbers::Random;
 use crate::common::optimizers::{Element, Near, Rounding, contents};
 use crate::common::torch_cases::{Parameter, Promise, Steps, ULPS, run_all};
 use crate::common::{Data, Path, assert_same_bits};
-use crate::optimizer_properties::{clip, clipped, joined, optimizer, share, slot};
+use crate::optimizer_properties::{
+    check_elements, clip, clipped, decided, optimizer, place, run_cases, shape, share, spoil,
+};
 use gradclip::gpu::{GpuPlan, PlanOptions};
-use gradclip::{Clip, ClipReport, Clipper, Dtype, Error, Halves, Mode, Optimizer, OptimizerState};
-use proptest::test_runner::{Config, RngSeed};
+use gradclip::{Clip, ClipReport, Dtype, Error, Halves, Mode, Optimizer, OptimizerState};
 
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
 
@@ -90,13 +91,7 @@ impl Case {
         let (mut of, mut parameters) = (Vec::new(), Vec::new());
         for (group, optimizer) in optimizers.iter().enumerate() {
             for _ in 0..random.below(4) {
-                let shape = match random.below(6) {
-                    0 => vec![],
-                    1 => vec![0],
-                    2 => vec![1 + random.below(2000)],
-                    3 => vec![1 + random.below(5), 1 + random.below(300)],
-                    _ => vec![1 + random.below(40), 1 + random.below(40)],
-                };
+                let shape = shape(random);
                 let drawn = DTYPES[random.below(3)];
                 let remains = (optimizer.halves, drawn) == (Halves::Remainder, Dtype::F16);
                 parameters.push(self::drawn(random, if remains { Dtype::BF16 } else { drawn }, &shape));
@@ -144,24 +139,13 @@ impl Case {
         for gradient in &mut gradients {
             *gradient = Data::rounded(gradient.dtype, random.normals(gradient.len(), size)).shaped(&gradient.dims());
         }
-        if let (0, Some(bad)) = (random.below(5), gradients.iter_mut().find(|g| g.len() > 0)) {
-            bad.set(random.below(bad.len()), [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)]);
-        }
+        spoil(random, &mut gradients);
         if let [gradients_of, parameters_of] = &mut self.held[..] {
             gradients_of.write(gradients);
             parameters_of.write(parameters);
         } else {
             self.held[0].write(gradients.into_iter().chain(parameters).collect());
         }
-    }
-
-    /// The clip of parameter number `i`, and its place among that clip's tensors.
-    fn place(&self, i: usize) -> (usize, usize) {
-        let group = self.groups[i];
-        if self.clips.len() == 1 {
-            return (0, i);
-        }
-        (group, i - self.groups.iter().filter(|own| **own < group).count())
     }
 
     /// Takes a step, and checks it. Returns the largest part of its bound that an error took.
@@ -175,15 +159,7 @@ impl Case {
         let (unchanged, after) = self.read();
         assert_same_bits(&unchanged, &gradients, "gradients are only read");
         let state = state();
-        let decided = {
-            let views: Vec<_> = gradients.iter().zip(&before).map(|(g, p)| (g.view(), p.view())).collect();
-            let mut all = vec![Vec::new(); self.clips.len()];
-            for (i, (gradient, parameter)) in views.iter().enumerate() {
-                all[self.place(i).0].push(gradient.parameter(parameter));
-            }
-            let groups: Vec<_> = self.clips.iter().zip(&all).map(|(clip, tensors)| (*clip, &tensors[..])).collect();
-            Clipper::cpu().decide_groups(&groups)
-        };
+        let decided = decided(&self.clips, &self.groups, &gradients, before.iter());
         let (decided, skipped) = match (decided, reports) {
             (Ok(decided), Ok(reports)) => {
                 assert_eq!(reports[0].skipped, decided[0].report().skipped);
@@ -204,81 +180,31 @@ impl Case {
         let r = Rounding::of_wgsl();
         let mut worst = 0.0f64;
         for i in 0..gradients.len() {
-            let (clip, tensor) = self.place(i);
-            let (own, dtype, optimizer) = (&after[i], after[i].dtype, &self.optimizers[self.groups[i]]);
+            let (clip, tensor) = place(&self.clips, &self.groups, i);
+            let (own, optimizer) = (&after[i], &self.optimizers[self.groups[i]]);
             // A norm, or two under AGC, is off by so much, and so are coefficients.
             let by_value = matches!(self.clips[clip].mode, Mode::Value { .. });
             let off = if by_value { 0.0 } else { 2.0 * Path::GpuBuffers.tolerance_of(self.clips[clip].norm_type) };
-            let half = dtype != Dtype::F32;
-            let halves = if half { optimizer.halves } else { Halves::Rounded };
-            let bytes = |name: &str| Data::from_bytes(Dtype::F32, state.bytes(i, name).expect("it is kept").to_vec());
-            let states: Vec<_> = optimizer
-                .state_tensors(dtype)
-                .iter()
-                .filter_map(|tensor| Some((slot(optimizer.algorithm, tensor.name)?, bytes(tensor.name))))
-                .collect();
-            let exact = match halves {
-                Halves::Master => bytes("master"),
-                Halves::Remainder => joined(own, state.bytes(i, "remainder").expect("it is kept")),
-                _ => own.clone(),
-            };
-            let us = clipped(&decided[clip], tensor, &gradients[i], dtype);
-            for (k, (near, u)) in self.near[i].iter_mut().zip(us).enumerate() {
+            let us = clipped(&decided[clip], tensor, &gradients[i], own.dtype).into_iter().map(|u| {
                 let mut u = if u.is_finite() { r.given(u) } else { Near { x: u, error: f64::INFINITY } };
                 u.error += off * u.x.abs();
-                near.step(optimizer, state.steps(), u, r);
-                if halves == Halves::Rounded && half {
-                    near.round(dtype);
-                } else if half {
-                    let (x, own) = (exact.get(k), own.get(k));
-                    let off = (x - own).abs();
-                    assert!(off <= 0.5 * ulp(dtype, x) || own.is_infinite() || x.is_nan(), "{own:e} is not near {x:e}");
-                }
-                let found =
-                    std::iter::once((near.w, &exact)).chain(states.iter().map(|(at, data)| (near.state[*at], data)));
-                for (near, data) in found {
-                    let off = (data.get(k) - near.x).abs();
-                    if near.error.is_finite() {
-                        let got = data.get(k);
-                        assert!(off <= near.error, "{optimizer}: element {k} of {i}, {dtype}: {got:e}, not {near:?}");
-                        worst = worst.max(off / near.error);
-                    }
-                }
-            }
+                u
+            });
+            worst = worst.max(check_elements(optimizer, (&state, i), own, &mut self.near[i], us, r));
         }
         worst
     }
 }
 
-/// The cases of a run that does not say how many.
-const CASES: u32 = 40;
-
 #[test]
 fn random_steps_on_the_device() {
-    let asked = Config::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { asked.cases } else { CASES };
-    let first = if let RngSeed::Fixed(seed) = asked.rng_seed { seed } else { 0 };
-    let mut worst = 0.0f64;
-    for seed in (first..).take(cases as usize) {
-        let run = || {
-            let random = &mut Random(seed);
-            let (mut case, mut worst) = (Case::drawn(random), 0.0f64);
-            for _ in 0..4 {
-                case.write(random);
-                worst = worst.max(case.check());
-            }
-            worst
-        };
-        match std::panic::catch_unwind(run) {
-            Ok(part) => worst = worst.max(part),
-            Err(panic) => {
-                println!("again: PROPTEST_CASES=1 PROPTEST_RNG_SEED={seed} cargo test --test suite device_steps::");
-                std::panic::resume_unwind(panic);
-            }
+    run_cases("random_steps_on_the_device", 40, |seed| {
+        let random = &mut Random(seed);
+        let (mut case, mut worst) = (Case::drawn(random), 0.0f64);
+        for _ in 0..4 {
+            case.write(random);
+            worst = worst.max(case.check());
         }
-    }
-    println!(
-        "properties: random_steps_on_the_device: {cases} cases from seed {first}, 0 failed, the largest error \
-         {worst:.2} of its bound"
-    );
+        worst
+    });
 }

@@ -50,6 +50,24 @@ pub(crate) fn clip(random: &mut Random) -> Clip {
     drawn
 }
 
+/// The shape of a parameter.
+pub(crate) fn shape(random: &mut Random) -> Vec<usize> {
+    match random.below(6) {
+        0 => vec![],
+        1 => vec![0],
+        2 => vec![1 + random.below(2000)],
+        3 => vec![1 + random.below(5), 1 + random.below(300)],
+        _ => vec![1 + random.below(40), 1 + random.below(40)],
+    }
+}
+
+/// In one of five sets, makes an element non-finite.
+pub(crate) fn spoil(random: &mut Random, gradients: &mut [Data]) {
+    if let (0, Some(bad)) = (random.below(5), gradients.iter_mut().find(|g| g.len() > 0)) {
+        bad.set(random.below(bad.len()), [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)]);
+    }
+}
+
 /// What all clips of a step share.
 pub(crate) fn share(clip: Clip, policy: usize, scale: usize, skips: bool) -> Clip {
     let clip = clip.non_finite(POLICIES[policy]).grad_scale([1.0, 1024.0, 3.0][scale]);
@@ -65,13 +83,7 @@ struct Parameter {
 
 impl Parameter {
     fn drawn(random: &mut Random, group: usize, optimizer: &Optimizer) -> Self {
-        let shape = match random.below(6) {
-            0 => vec![],
-            1 => vec![0],
-            2 => vec![1 + random.below(2000)],
-            3 => vec![1 + random.below(5), 1 + random.below(300)],
-            _ => vec![1 + random.below(40), 1 + random.below(40)],
-        };
+        let shape = shape(random);
         let mut dtype = DTYPES[random.below(4)];
         if (optimizer.halves, dtype) == (Halves::Remainder, Dtype::F16) {
             dtype = Dtype::BF16;
@@ -125,29 +137,16 @@ impl Case {
             Data::rounded(DTYPES[random.below(4)], numbers).shaped(&p.own.dims())
         };
         let mut gradients: Vec<_> = self.parameters.iter().map(of).collect();
-        if let (0, Some(bad)) = (random.below(5), gradients.iter_mut().find(|g| g.len() > 0)) {
-            bad.set(random.below(bad.len()), [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)]);
-        }
+        spoil(random, &mut gradients);
         gradients
     }
 
-    /// The clip of parameter number `i`, and its place among that clip's tensors.
-    fn place(&self, i: usize) -> (usize, usize) {
-        let group = self.parameters[i].group;
-        if self.clips.len() == 1 {
-            return (0, i);
-        }
-        (group, i - self.parameters.iter().filter(|p| p.group < group).count())
+    fn groups(&self) -> Vec<usize> {
+        self.parameters.iter().map(|p| p.group).collect()
     }
 
     fn decided(&self, gradients: &[Data]) -> Result<Vec<DecidedClip>, Error> {
-        let views: Vec<_> = gradients.iter().zip(&self.parameters).map(|(g, p)| (g.view(), p.own.view())).collect();
-        let mut all = vec![Vec::new(); self.clips.len()];
-        for (i, (gradient, parameter)) in views.iter().enumerate() {
-            all[self.place(i).0].push(gradient.parameter(parameter));
-        }
-        let groups: Vec<_> = self.clips.iter().zip(&all).map(|(clip, tensors)| (*clip, &tensors[..])).collect();
-        Clipper::cpu().decide_groups(&groups)
+        decided(&self.clips, &self.groups(), gradients, self.parameters.iter().map(|p| &p.own))
     }
 
     /// Takes the step on the copies, in two pieces of each.
@@ -173,57 +172,92 @@ impl Case {
 
     /// Checks a step that was taken, and returns the largest part of its bound that an error took.
     fn check(&mut self, decided: &[DecidedClip], gradients: &[Data]) -> f64 {
-        let mut worst = 0.0f64;
+        let (mut worst, groups) = (0.0f64, self.groups());
         for (i, gradient) in gradients.iter().enumerate() {
-            let (clip, tensor) = self.place(i);
+            let (clip, tensor) = place(&self.clips, &groups, i);
             let p = &mut self.parameters[i];
             let (dtype, optimizer, r) = (p.own.dtype, &self.optimizers[p.group], Rounding::of(p.own.dtype));
             let u = clipped(&decided[clip], tensor, gradient, dtype);
-            let half = matches!(dtype, Dtype::F16 | Dtype::BF16);
-            let halves = if half { optimizer.halves } else { Halves::Rounded };
-            let wide = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
-            let kept = |name: &str| Data::from_bytes(wide, self.state.bytes(i, name).expect("it is kept").to_vec());
-            let states: Vec<_> = optimizer
-                .state_tensors(dtype)
-                .iter()
-                .filter_map(|tensor| Some((slot(optimizer.algorithm, tensor.name)?, kept(tensor.name))))
-                .collect();
-            let exact = match halves {
-                Halves::Master => kept("master"),
-                Halves::Remainder => joined(&p.own, self.state.bytes(i, "remainder").expect("it is kept")),
-                _ => p.own.clone(),
-            };
-            for (k, (near, u)) in p.near.iter_mut().zip(u).enumerate() {
-                let error = if u.is_finite() { 0.0 } else { f64::INFINITY };
-                near.step(optimizer, self.state.steps(), Near { x: u, error }, r);
-                if halves == Halves::Rounded && half {
-                    near.round(dtype);
-                } else if half {
-                    let (x, own) = (exact.get(k), p.own.get(k));
-                    let off = (x - own).abs();
-                    assert!(off <= 0.5 * ulp(dtype, x) || own.is_infinite() || x.is_nan(), "{own:e} is not near {x:e}");
-                }
-                let found =
-                    std::iter::once((near.w, &exact)).chain(states.iter().map(|(at, data)| (near.state[*at], data)));
-                for (near, data) in found {
-                    let off = (data.get(k) - near.x).abs();
-                    if near.error.is_finite() {
-                        assert!(
-                            off <= near.error,
-                            "{optimizer}: element {k} of {i}, {dtype}: {:e}, not {near:?}",
-                            data.get(k)
-                        );
-                        worst = worst.max(off / near.error);
-                    }
-                }
-            }
+            let us = u.into_iter().map(|u| Near { x: u, error: if u.is_finite() { 0.0 } else { f64::INFINITY } });
+            worst = worst.max(check_elements(optimizer, (&self.state, i), &p.own, &mut p.near, us, r));
         }
         worst
     }
 }
 
+/// The clip of parameter number `i`, and its place among that clip's tensors. `groups` has the group of each parameter.
+pub(crate) fn place(clips: &[Clip], groups: &[usize], i: usize) -> (usize, usize) {
+    if clips.len() == 1 {
+        return (0, i);
+    }
+    (groups[i], i - groups.iter().filter(|group| **group < groups[i]).count())
+}
+
+/// Decides the clips, one for all or one for each group.
+pub(crate) fn decided<'d>(
+    clips: &[Clip],
+    groups: &[usize],
+    gradients: &[Data],
+    parameters: impl Iterator<Item = &'d Data>,
+) -> Result<Vec<DecidedClip>, Error> {
+    let views: Vec<_> = gradients.iter().zip(parameters).map(|(g, p)| (g.view(), p.view())).collect();
+    let mut all = vec![Vec::new(); clips.len()];
+    for (i, (gradient, parameter)) in views.iter().enumerate() {
+        all[place(clips, groups, i).0].push(gradient.parameter(parameter));
+    }
+    let all: Vec<_> = clips.iter().zip(&all).map(|(clip, tensors)| (*clip, &tensors[..])).collect();
+    Clipper::cpu().decide_groups(&all)
+}
+
+/// Checks parameter number `i` of a step that was taken by these clipped gradients, and what is kept of it. Moves `near` on,
+/// and returns the largest part of its bound that an error took.
+pub(crate) fn check_elements(
+    optimizer: &Optimizer,
+    (state, i): (&OptimizerState<'_>, usize),
+    parameter: &Data,
+    near: &mut [Element],
+    gradients: impl Iterator<Item = Near>,
+    r: Rounding,
+) -> f64 {
+    let (mut worst, dtype) = (0.0f64, parameter.dtype);
+    let half = matches!(dtype, Dtype::F16 | Dtype::BF16);
+    let halves = if half { optimizer.halves } else { Halves::Rounded };
+    let wide = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
+    let kept = |name: &str| Data::from_bytes(wide, state.bytes(i, name).expect("it is kept").to_vec());
+    let states: Vec<_> = optimizer
+        .state_tensors(dtype)
+        .iter()
+        .filter_map(|tensor| Some((slot(optimizer.algorithm, tensor.name)?, kept(tensor.name))))
+        .collect();
+    let exact = match halves {
+        Halves::Master => kept("master"),
+        Halves::Remainder => joined(parameter, state.bytes(i, "remainder").expect("it is kept")),
+        _ => parameter.clone(),
+    };
+    for (k, (near, u)) in near.iter_mut().zip(gradients).enumerate() {
+        near.step(optimizer, state.steps(), u, r);
+        if halves == Halves::Rounded && half {
+            near.round(dtype);
+        } else if half {
+            let (x, own) = (exact.get(k), parameter.get(k));
+            let off = (x - own).abs();
+            assert!(off <= 0.5 * ulp(dtype, x) || own.is_infinite() || x.is_nan(), "{own:e} is not near {x:e}");
+        }
+        let found = std::iter::once((near.w, &exact)).chain(states.iter().map(|(at, data)| (near.state[*at], data)));
+        for (near, data) in found {
+            let got = data.get(k);
+            let off = (got - near.x).abs();
+            if near.error.is_finite() {
+                assert!(off <= near.error, "{optimizer}: element {k} of {i}, {dtype}: {got:e}, not {near:?}");
+                worst = worst.max(off / near.error);
+            }
+        }
+    }
+    worst
+}
+
 /// The place of a tensor of the state in [`Element::state`].
-pub(crate) fn slot(algorithm: Algorithm, name: &str) -> Option<usize> {
+fn slot(algorithm: Algorithm, name: &str) -> Option<usize> {
     match name {
         "remainder" | "master" => None,
         "max_exp_avg_sq" | "grad_avg" => Some(2),
@@ -292,28 +326,28 @@ fn check(seed: u64) -> f64 {
     worst
 }
 
-/// The cases of a run that does not say how many.
-const CASES: u32 = 200;
-
-#[test]
-fn random_steps_of_random_optimizers() {
+/// Runs random cases, of which a run that does not say otherwise has `cases`. `check` gets a seed, and returns the largest
+/// part of its bound that an error took.
+pub(crate) fn run_cases(test: &str, cases: u32, check: impl Fn(u64) -> f64 + std::panic::RefUnwindSafe) {
     let asked = Config::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { asked.cases } else { CASES };
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { asked.cases } else { cases };
     let first = if let RngSeed::Fixed(seed) = asked.rng_seed { seed } else { 0 };
     let mut worst = 0.0f64;
     for seed in (first..).take(cases as usize) {
         match std::panic::catch_unwind(|| check(seed)) {
             Ok(part) => worst = worst.max(part),
             Err(panic) => {
-                println!(
-                    "again: PROPTEST_CASES=1 PROPTEST_RNG_SEED={seed} cargo test --test suite optimizer_properties::"
-                );
+                println!("again: PROPTEST_CASES=1 PROPTEST_RNG_SEED={seed} cargo test --test suite {test}");
                 std::panic::resume_unwind(panic);
             }
         }
     }
     println!(
-        "properties: random_steps_of_random_optimizers: {cases} cases from seed {first}, 0 failed, the largest error \
-         {worst:.2} of its bound"
+        "properties: {test}: {cases} cases from seed {first}, 0 failed, the largest error {worst:.2} of its bound"
     );
+}
+
+#[test]
+fn random_steps_of_random_optimizers() {
+    run_cases("random_steps_of_random_optimizers", 200, check);
 }
