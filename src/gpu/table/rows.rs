@@ -1,5 +1,7 @@
 //! The rows that kernels read, and their uses.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use crate::Dtype;
@@ -91,6 +93,20 @@ pub(crate) struct Window {
     /// In bytes from the start of the buffer.
     pub(crate) offset: u64,
     pub(crate) size: u64,
+}
+
+impl Window {
+    /// The smallest window of these bytes that can be bound, given the alignment of offsets.
+    pub(super) fn of(buffer: usize, bytes: &Range<u64>, alignment: u64) -> Self {
+        let offset = bytes.start - bytes.start % alignment;
+        Self { buffer, offset, size: bytes.end - offset }
+    }
+}
+
+/// The bytes of the 32-bit words that elements of a buffer touch.
+pub(super) fn bytes_of_words(elements: Range<u64>, dtype: Dtype) -> Range<u64> {
+    let size = dtype.size() as u64;
+    elements.start * size / 4 * 4..(elements.end * size).next_multiple_of(4)
 }
 
 /// Windows that are bound together, and the tables of their chunks.

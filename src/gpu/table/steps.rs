@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::limits::Limits;
 use super::piece::Piece;
-use super::rows::{StepRow, Window};
+use super::rows::{StepRow, Window, bytes_of_words};
 use super::state::Portion;
 use super::{Dtype, TASK_CHUNKS};
 use crate::segment::By;
@@ -75,7 +75,8 @@ pub(crate) fn step_batches(pieces: &[StepPiece<'_>], limits: Limits) -> Option<V
     let mut open: HashMap<StepKey, usize> = HashMap::new();
     for piece in pieces {
         for (part, elements) in runs(piece, limits) {
-            let (gradient, parameter) = (bytes(&piece.gradient, &elements), bytes(&piece.parameter, &elements));
+            let bytes = |of: &Piece| bytes_of_words(of.at(elements.start)..of.at(elements.end), of.dtype);
+            let (gradient, parameter) = (bytes(&piece.gradient), bytes(&piece.parameter));
             let key = StepKey {
                 clip: piece.clip,
                 optimizer: piece.optimizer,
@@ -91,8 +92,7 @@ pub(crate) fn step_batches(pieces: &[StepPiece<'_>], limits: Limits) -> Option<V
             let fitting = open.get(&key).copied().filter(|at| {
                 let Open { gradient: own, parameter: of, rows, .. } = &all[*at];
                 let fits = |own: &Range<u64>, more: &Range<u64>| {
-                    let Window { size, .. } = window(0, &joined(own, more), limits);
-                    size <= limits.binding_bytes
+                    Window::of(0, &joined(own, more), limits.alignment).size <= limits.binding_bytes
                 };
                 rows.len() < limits.rows::<StepRow>() && fits(own, &gradient) && fits(of, &parameter)
             });
@@ -134,20 +134,8 @@ fn runs(piece: &StepPiece<'_>, limits: Limits) -> Vec<(Part, Range<u64>)> {
     runs
 }
 
-/// The words that elements of a piece touch, as bytes of its buffer.
-fn bytes(piece: &Piece, elements: &Range<u64>) -> Range<u64> {
-    let size = piece.dtype.size() as u64;
-    piece.at(elements.start) * size / 4 * 4..(piece.at(elements.end) * size).next_multiple_of(4)
-}
-
 fn joined(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
     a.start.min(b.start)..a.end.max(b.end)
-}
-
-/// The window of these bytes.
-fn window(buffer: usize, bytes: &Range<u64>, limits: Limits) -> Window {
-    let offset = bytes.start / limits.alignment * limits.alignment;
-    Window { buffer, offset, size: bytes.end - offset }
 }
 
 fn row(piece: &StepPiece<'_>, elements: &Range<u64>) -> Option<Unplaced> {
@@ -189,8 +177,8 @@ fn row(piece: &StepPiece<'_>, elements: &Range<u64>) -> Option<Unplaced> {
 impl Open {
     fn placed(self, limits: Limits) -> Option<StepBatch> {
         let Self { key, gradient, parameter, rows } = self;
-        let gradient = window(key.gradients, &gradient, limits);
-        let parameter = window(key.parameters, &parameter, limits);
+        let gradient = Window::of(key.gradients, &gradient, limits.alignment);
+        let parameter = Window::of(key.parameters, &parameter, limits.alignment);
         let place =
             |first: u64, window: &Window, dtype: Dtype| u32::try_from(first - window.offset / dtype.size() as u64).ok();
         let mut placed = Vec::with_capacity(rows.len());

@@ -2,14 +2,11 @@
 
 use super::cut::Cut;
 use super::limits::Limits;
-use super::rows::{Batch, Window};
+use super::rows::{Batch, Window, bytes_of_words};
 
 /// Gathers chunks in windows, by address, and windows in batches. Sets the place of each chunk in them.
 pub(super) fn gather(cuts: &mut [Cut], limits: Limits) -> Option<Vec<Batch>> {
-    let bytes = |cut: &Cut| {
-        let size = cut.dtype.size() as u64;
-        cut.first * size / 4 * 4..(cut.end * size).next_multiple_of(4)
-    };
+    let bytes = |cut: &Cut| bytes_of_words(cut.first..cut.end, cut.dtype);
     let mut by_address: Vec<_> = cuts.iter_mut().collect();
     by_address.sort_by_key(|cut| (cut.buffer, bytes(cut).start));
     let mut windows: Vec<(Window, Vec<&mut Cut>)> = Vec::new();
@@ -20,12 +17,11 @@ pub(super) fn gather(cuts: &mut [Cut], limits: Limits) -> Option<Vec<Batch>> {
             window.size = window.size.max(bytes.end - window.offset);
             cuts.push(cut);
         } else {
-            let offset = bytes.start - bytes.start % limits.alignment;
-            let size = bytes.end - offset;
-            if size > limits.binding_bytes {
+            let window = Window::of(buffer, &bytes, limits.alignment);
+            if window.size > limits.binding_bytes {
                 return None;
             }
-            windows.push((Window { buffer, offset, size }, vec![cut]));
+            windows.push((window, vec![cut]));
         }
     }
     let mut batches: Vec<Batch> = Vec::new();
