@@ -25,7 +25,7 @@ fn squares(u: vec4<f32>) -> vec4<f32> {
     return select(u * u, vec4<f32>(LARGEST_FLOAT), abs(u) > vec4<f32>(LARGEST_ROOT));
 }
 
-// Below the normal range a driver may take 1 / inverseSqrt of 0.
+// A driver may compute a root as 1 / inverseSqrt, and take what is below the normal range for 0. That would be no root.
 fn roots(x: vec4<f32>) -> vec4<f32> {
     return select(sqrt(x), vec4<f32>(0.0), x < vec4<f32>(SMALLEST_FLOAT));
 }

@@ -28,7 +28,8 @@ impl GpuClipper {
     /// Natively, waits for a small dispatch that finds out how the device rounds.
     ///
     /// # Errors
-    /// [`Error::DeviceLost`]; [`Error::Limit`] if the device cannot run compute shaders of 8 invocations with four storage buffers.
+    /// [`Error::DeviceLost`]; [`Error::Limit`] if the device cannot run compute shaders of 8 invocations with four storage
+    /// buffers.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Result<Self, Error> {
         Self::on(GpuDevice::new(device, queue)?)
     }

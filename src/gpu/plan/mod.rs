@@ -71,12 +71,12 @@ impl GpuClipper {
     /// of another `wgpu::Instance`: it panics, or takes another buffer for it.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an invalid clip, threshold or optimizer; [`Error::Usage`] if the clips disagree, there is no group,
-    /// or the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not fit the
-    /// scope, its parameter or its sum, or two tensors share elements; [`Error::ThresholdState`] if the threshold
-    /// belongs to other tensors or another scope; [`Error::Limit`], [`Error::OutOfMemory`] or [`Error::Device`] if the
-    /// device cannot hold or bind what the plan needs. A browser tells the last two later ([`GpuPlan::ready`]). The
-    /// tensors are not touched.
+    /// [`Error::Setting`] for an invalid clip, threshold or optimizer; [`Error::Usage`] if the clips disagree, there is
+    /// no group, or the options do not fit each other, the clip or the tensors; [`Error::Tensor`] if a tensor does not
+    /// fit the scope, its parameter or its sum, or two tensors share elements; [`Error::ThresholdState`] if the
+    /// threshold belongs to other tensors or another scope; [`Error::Limit`], [`Error::OutOfMemory`] or
+    /// [`Error::Device`] if the device cannot hold or bind what the plan needs. A browser tells the last two later
+    /// ([`GpuPlan::ready`]). The tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
         let sizes: Vec<_> = groups.iter().map(|(_, tensors)| tensors.len()).collect();
         let (job, threshold) = options.into_job(&sizes)?;
@@ -107,9 +107,9 @@ impl GpuPlan {
         Waiting::new(self.gpu.device.told())
     }
 
-    /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass; with an
-    /// [optimizer](PlanOptions::optimizer) its step in place of the scaling. Neither
-    /// waits nor allocates (wgpu's own recording aside); nothing happens before the encoder's commands are submitted.
+    /// Records one step: the norm, the decision, and the scaling or clamping in place, in one compute pass. With an
+    /// [optimizer](PlanOptions::optimizer) its step takes the place of the scaling. Neither waits nor allocates (wgpu's
+    /// own recording aside); nothing happens before the encoder's commands are submitted.
     ///
     /// # Errors
     /// [`Error::DeviceLost`] if the device was lost and [`GpuClipper::open`] made it. wgpu reports other faults of the

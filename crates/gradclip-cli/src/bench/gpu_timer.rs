@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor, PlanOptions, Speeds};
 use gradclip::{Clip, ClipReport, wgpu};
+use gradclip_common::text::number;
 
 use super::gradients::{Pattern, TensorSet};
 use super::timer::{Bandwidth, PassTime, StepTimer};
 use crate::failure::Failure;
-use gradclip_common::text::number;
 
 /// Measures by the library.
 pub(super) fn gpu_speeds(gpu: &GpuClipper) -> Result<Speeds, Failure> {
