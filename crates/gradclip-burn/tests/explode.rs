@@ -86,6 +86,7 @@ fn every_choice_trains_with_finite_losses() {
     }
     for optimizer in ["sgd", "adagrad", "rmsprop", "adam"] {
         choices.push(vec!["--optimizer", optimizer]);
+        choices.push(vec!["--optimizer", optimizer, "--folded"]);
         for loss in ["squared", "absolute"] {
             choices.push(vec!["--task", "regression", "--loss", loss, "--optimizer", optimizer]);
         }
@@ -116,10 +117,12 @@ fn killed_and_resumed_reaches_the_same_weights() {
     use std::os::unix::process::ExitStatusExt;
 
     let mut resumed_midway = 0;
-    for (i, optimizer) in ["sgd", "adagrad", "rmsprop", "adam"].into_iter().enumerate() {
+    let optimizers = [("sgd", false), ("adagrad", false), ("rmsprop", false), ("adam", false), ("adam", true)];
+    for (i, (optimizer, folded)) in optimizers.into_iter().enumerate() {
         let task = ["text", "regression"][i % 2];
         let arguments = ["--steps", "120", "--save-every", "7", "--optimizer", optimizer, "--task", task];
-        let arguments = [&TINY[..], &["--lr", "0.02"], &arguments].concat();
+        let folded: &[_] = if folded { &["--folded"] } else { &[] };
+        let arguments = [&TINY[..], &["--lr", "0.02"], &arguments, folded].concat();
         let whole = folder();
         let expected = figures(whole.path(), &arguments);
         assert!(runs(&expected)[3]["clipped"] != 0, "ZClip never clipped: its state is not tried");

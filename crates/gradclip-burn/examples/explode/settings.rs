@@ -18,6 +18,9 @@ pub(crate) struct Settings {
     /// The optimizer (SGD with momentum 0.9)
     #[arg(long, value_enum, default_value_t = Optimizer::Sgd)]
     pub(crate) optimizer: Optimizer,
+    /// Take the step of gradclip's own optimizer, with the clip folded in, in place of burn's
+    #[arg(long)]
+    pub(crate) folded: bool,
     /// Sequences in a batch
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = count)]
     pub(crate) batch_size: usize,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use burn::module::Module;
-use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::optim::GradientsParams;
 use burn::store::ModuleRecord;
 use burn::tensor::{Bytes, Device};
 use gradclip_burn::gradclip::{Clip, NonFinite, ZClip};
@@ -14,7 +14,7 @@ use super::Result;
 use super::checkpoint::{Checkpoint, State};
 use super::data::{Data, Random, Split};
 use super::model::Rnn;
-use super::optimizer::optimizer;
+use super::optimizer::Stepper;
 use super::settings::{Clipping, Settings};
 
 /// Batches that a validation takes.
@@ -42,10 +42,9 @@ pub(crate) struct Run {
     path: PathBuf,
     device: Device,
     model: Rnn,
-    optimizer: ModuleOptimizer,
+    stepper: Stepper,
     /// Clips nothing and reports the norm, also for clips that need none.
     measure: GradClipper,
-    clipper: GradClipper,
     random: Random,
 }
 
@@ -64,17 +63,15 @@ impl Run {
             settings: settings.clone(),
             device: device.clone(),
             model: model.clone(),
-            optimizer: optimizer(settings.optimizer, &device.clone().inner()),
-            measure: GradClipper::new(only_measure()?),
-            clipper: clipper(clipping, settings, None)?,
+            stepper: stepper(clipping, settings, device, None),
+            measure: GradClipper::new(only_measure()),
             random: Random(settings.seed),
             path,
         };
         if let Some(Checkpoint { state, model, optimizer }) = saved {
             let record = ModuleRecord::from_bytes(Bytes::from_bytes_vec(model))?;
             run.model = run.model.try_load_record(record)?;
-            run.optimizer = run.optimizer.from_bytes(Bytes::from_bytes_vec(optimizer))?;
-            run.clipper = clipper(clipping, settings, state.threshold)?;
+            run.stepper = stepper(clipping, settings, device, state.threshold).resumed(optimizer)?;
             run.random = state.random;
             run.figures = state.figures;
         }
@@ -122,19 +119,18 @@ impl Run {
         }
         let mut grads = GradientsParams::from_grads(loss.backward(), &self.model);
         self.measure.clip(&mut grads, &self.model)?;
-        self.clipper.clip(&mut grads, &self.model)?;
         let rate = self.settings.learning_rate(self.steps());
-        self.model = self.optimizer.step(rate, self.model.clone(), grads);
+        self.model = self.stepper.step(rate, self.model.clone(), grads)?;
 
         // Training needs no reports, for which it waits on a GPU; the picture does.
         self.figures.loss.push(value);
         self.figures.norm.push(finite(self.measure.report().wait()?.total_norm as f32));
-        self.figures.clipped += usize::from(self.clipper.report().wait()?.clipped);
+        self.figures.clipped += usize::from(self.stepper.report()?.clipped);
         Ok(())
     }
 
     fn save(&self) -> Result<()> {
-        let threshold = match self.clipper.threshold().wait()? {
+        let threshold = match self.stepper.threshold()? {
             Some(AdaptiveThreshold::ZClip(threshold)) => Some(threshold),
             _ => None,
         };
@@ -146,7 +142,7 @@ impl Run {
             figures: self.figures.clone(),
         };
         let model = self.model.clone().into_record().into_bytes()?.to_vec();
-        let optimizer = self.optimizer.into_bytes()?.to_vec();
+        let optimizer = self.stepper.to_bytes()?;
         Checkpoint { state, model, optimizer }.write(&self.path)
     }
 
@@ -163,21 +159,25 @@ impl Run {
     }
 }
 
-fn clipper(clipping: Clipping, settings: &Settings, saved: Option<ZClip>) -> Result<GradClipper> {
-    Ok(match clipping {
-        Clipping::None => GradClipper::new(only_measure()?),
-        Clipping::Value => GradClipper::new(Clip::value(settings.clip_value)),
-        Clipping::Norm => GradClipper::new(Clip::norm(settings.max_norm).non_finite(NonFinite::Propagate)),
-        Clipping::Zclip => {
-            let new = ZClip::new().z_threshold(settings.z_threshold).warm_up(settings.z_warm_up);
-            GradClipper::adaptive(only_measure()?, saved.unwrap_or(new))
-        }
-    })
+fn stepper(clipping: Clipping, settings: &Settings, device: &Device, saved: Option<ZClip>) -> Stepper {
+    let clip = match clipping {
+        Clipping::None | Clipping::Zclip => only_measure(),
+        Clipping::Value => Clip::value(settings.clip_value),
+        Clipping::Norm => Clip::norm(settings.max_norm).non_finite(NonFinite::Propagate),
+    };
+    let adaptive = (clipping == Clipping::Zclip).then(|| {
+        let new = ZClip::new().z_threshold(settings.z_threshold).warm_up(settings.z_warm_up);
+        GradClipper::adaptive(clip, saved.unwrap_or(new))
+    });
+    if settings.folded {
+        return Stepper::folded(adaptive, clip, settings.optimizer);
+    }
+    Stepper::apart(adaptive.unwrap_or_else(|| GradClipper::new(clip)), settings.optimizer, &device.clone().inner())
 }
 
 /// Gradients that are not finite go through here and above, so that a run ends as it would without a check.
-fn only_measure() -> Result<Clip> {
-    Ok(Clip::norm(f64::INFINITY).non_finite(NonFinite::Propagate))
+fn only_measure() -> Clip {
+    Clip::norm(f64::INFINITY).non_finite(NonFinite::Propagate)
 }
 
 fn finite(number: f32) -> Option<f32> {
