@@ -10,6 +10,7 @@
 #import apply
 #import look
 #import apply_chunk
+#import losses
 
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 
@@ -26,6 +27,7 @@ fn main(group: Group, me: Invocation) {
     }
     partial = EMPTY_PARTIAL;
     apply_task(task, me.lane, outcome);
+    add_losses();
     let whole = merged_in_workgroup(me, partial);
     if leads(me) {
         partials[table.chunks[task].slot] = whole;

@@ -7,6 +7,7 @@
 #import chunk
 #import apply
 #import apply_chunk
+#import losses
 
 @compute @workgroup_size(WORKGROUP)
 fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
@@ -21,4 +22,5 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
         return;
     }
     apply_task(row, lane, outcome);
+    add_losses();
 }

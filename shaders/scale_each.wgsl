@@ -10,6 +10,7 @@
 #import chunk
 #import apply
 #import quick
+#import losses
 
 const PER_QUAD: u32 = 4u * PER_WORD;
 
@@ -47,13 +48,17 @@ fn segment_at(chunk: Chunk, place: Place) -> u32 {
 fn apply_word_each(run: Run, chunk: Chunk, i: u32, place: Place) {
     let word = word_at(run.window, run.word + i);
     let low = results.outcomes[segment_at(chunk, place)];
+    var high = low;
     var after = word;
     if DTYPE == DTYPE_F32 {
         after = applied(word, DTYPE, low);
     } else {
-        let high = results.outcomes[segment_at(chunk, next(place, chunk.columns))];
+        if i >= run.skip {
+            high = results.outcomes[segment_at(chunk, next(place, chunk.columns))];
+        }
         after = applied_half(word & 0xffffu, DTYPE, low) | (applied_half(word >> 16u, DTYPE, high) << 16u);
     }
+    lose_word(word, after, run, chunk, i, low, high);
     if after != word && i >= run.skip && i < run.own_to {
         set_word(run.window, run.word + i, after);
     }
@@ -141,4 +146,5 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
             place.row += 1u;
         }
     }
+    add_losses();
 }

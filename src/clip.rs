@@ -275,6 +275,8 @@ pub struct Clip {
     pub non_finite: NonFinite,
     /// The total norm above which the step is skipped. Infinity skips none.
     pub skip_above: f64,
+    /// Whether a value clip also measures the norm; false in every other mode, which do so anyway.
+    pub report_norm: bool,
 }
 
 impl Clip {
@@ -332,6 +334,7 @@ impl Clip {
             grad_scale: 1.0,
             non_finite,
             skip_above: f64::INFINITY,
+            report_norm: false,
         }
     }
 
@@ -415,6 +418,23 @@ impl Clip {
         self
     }
 
+    /// Lets a value clip also report the norm before it: the L2 norm of all gradients divided by `grad_scale`, as
+    /// [`ClipReport::total_norm`](crate::ClipReport::total_norm). Gradients are then read once more, before any is written.
+    ///
+    /// ```
+    /// use gradclip::{Clip, Clipper, TensorMut};
+    /// let mut grad = [3.0f32, -4.0];
+    /// let clip = Clip::value(1.0).report_norm(true);
+    /// let report = Clipper::auto().apply(&clip, &mut [TensorMut::new(&mut grad)])?;
+    /// assert_eq!((report.total_norm, grad), (5.0, [1.0, -1.0]));
+    /// # Ok::<(), gradclip::Error>(())
+    /// ```
+    #[must_use]
+    pub fn report_norm(mut self, reports: bool) -> Self {
+        self.report_norm = reports;
+        self
+    }
+
     /// Reports what is wrong with the description. Every use of a clip runs this check.
     ///
     /// # Errors
@@ -460,6 +480,8 @@ impl Clip {
         let measures = self.measured().is_some() || self.skip_above == f64::INFINITY;
         setting(measures, "skip_above", number(self.skip_above), "a value clip measures no norm to compare it with")?;
         at_least_0("skip_above", self.skip_above)?;
+        let by_value = self.measured().is_none();
+        setting(by_value || !self.report_norm, "report_norm", true, "only a value clip uses it; others report theirs")?;
         let scale = self.grad_scale;
         let valid = scale.is_normal() && scale > 0.0;
         setting(valid, "grad_scale", number(scale), "it must be a normal number above 0, from 2.3e-308 to 1.7e308")
@@ -498,6 +520,11 @@ impl Clip {
             Mode::Rms(_) | Mode::AverageNorm(_) => Some(NormType::L2),
             Mode::Value { .. } => None,
         }
+    }
+
+    /// The norm that is reported over everything, whether or not it decides.
+    pub(crate) fn reported(&self) -> Option<NormType> {
+        self.measured().or(self.report_norm.then_some(NormType::L2))
     }
 
     /// The measured norm of `elements` elements times this is the mode's N.
@@ -570,10 +597,10 @@ impl Clip {
         matches!(self.mode, Mode::Agc(_))
     }
 
-    /// Whether gradients must be read before the first is written. A clip by norm always needs this. A value clip needs
-    /// it only if one non-finite element decides about the others.
+    /// Whether gradients must be read before the first is written, as a norm needs it. A value clip without one needs it only
+    /// if one non-finite element decides about the others.
     pub(crate) fn reads_first(&self) -> bool {
-        self.measured().is_some() || matches!(self.non_finite, NonFinite::Error | NonFinite::Skip | NonFinite::Zero)
+        self.reported().is_some() || matches!(self.non_finite, NonFinite::Error | NonFinite::Skip | NonFinite::Zero)
     }
 
     /// Whether a finite norm may skip the step.
@@ -722,6 +749,9 @@ impl fmt::Display for Clip {
         }
         if self.skip_above != f64::INFINITY {
             write!(f, ", skip_above {}", number(self.skip_above))?;
+        }
+        if self.report_norm {
+            f.write_str(", report_norm")?;
         }
         let policy = if self.measured().is_some() { NonFinite::Error } else { NonFinite::Propagate };
         if self.non_finite == policy { Ok(()) } else { write!(f, ", non-finite: {}", self.non_finite) }

@@ -2,7 +2,7 @@
 
 use crate::magnitude::{Magnitude, ldexp};
 use crate::partial::Partial;
-use crate::{Clip, NonFinite, Skipped};
+use crate::{Clip, NonFinite, NormType, Skipped};
 
 /// What the apply pass does with a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,16 +44,24 @@ pub(crate) struct Known {
 impl Clip {
     /// What a merged partial says about its segment.
     pub(crate) fn known(&self, partial: &Partial) -> Known {
-        let bad = partial.non_finite > 0;
-        let norm = match self.measured() {
+        Known { norm: self.norm_of(self.measured(), partial), bad: partial.non_finite > 0 }
+    }
+
+    /// N over everything, given its merged partial; NaN if none is measured.
+    pub(crate) fn total_norm(&self, total: &Partial, elements: u64) -> f64 {
+        self.norm_of(self.reported(), total).times(self.weight(elements)).to_f64()
+    }
+
+    /// A norm divided by `grad_scale`.
+    fn norm_of(&self, norm_type: Option<NormType>, partial: &Partial) -> Magnitude {
+        match norm_type {
             None => Magnitude::plain(f64::NAN),
-            Some(norm_type) if !bad || self.non_finite == NonFinite::Drop => {
+            Some(norm_type) if partial.non_finite == 0 || self.non_finite == NonFinite::Drop => {
                 partial.finite_norm(norm_type, self.grad_scale)
             }
             Some(_) if partial.nan => Magnitude::plain(f64::NAN),
             Some(_) => Magnitude::plain(f64::INFINITY),
-        };
-        Known { norm, bad }
+        }
     }
 
     /// Why the step is skipped, given what is known of everything. Its measured norm multiplied by `weight` is N.

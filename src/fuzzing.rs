@@ -82,6 +82,10 @@ fn clip(u: &mut Unstructured<'_>) -> Result<(Clip, bool)> {
         made = made.skip_above(above);
         valid &= above >= 0.0 && (!by_value || above == f64::INFINITY);
     }
+    if sets(u, by_value)? {
+        made = made.report_norm(true);
+        valid &= by_value;
+    }
     if sets(u, by_agc)? {
         let eps = number(u)?;
         made = made.agc_eps(eps);

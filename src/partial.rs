@@ -62,6 +62,11 @@ impl Partial {
         }
     }
 
+    /// With the norm that another partial has of the same elements.
+    pub(crate) fn with_norm_of(self, other: Self) -> Self {
+        Self { sum: other.sum, exponent: other.exponent, max: other.max, ..self }
+    }
+
     /// What a report says about the elements that are not finite.
     pub(crate) fn non_finite_elements<'a>(
         &self,

@@ -10,7 +10,8 @@ use crate::{Clip, Error, NonFinite, NonFiniteElements, Scope};
 pub struct ClipReport {
     /// N over all gradients, whatever the scope, as the mode defines it ([`Clip`](crate::Clip) has the table). It is
     /// divided by `grad_scale`, and measured before anything is clipped. NaN or infinite if a gradient is, except under
-    /// [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip. If finite
+    /// [`NonFinite::Drop`](crate::NonFinite::Drop), which measures the rest. NaN for a value clip without
+    /// [`Clip::report_norm`](crate::Clip::report_norm). If finite
     /// gradients have a norm that exceeds float64, it is infinite here, and they are still clipped by their true norm.
     pub total_norm: f64,
     /// The factor c that gradients were multiplied by, beside `1 / grad_scale`. It is the smallest of all segments, and
@@ -25,7 +26,8 @@ pub struct ClipReport {
     /// The NaN and infinite elements, if there were any.
     pub non_finite: Option<NonFiniteElements>,
     /// What rounding to the stored dtype has lost of all tensors that this process has clipped, replicas included. None
-    /// after a measurement, a sum of examples and a step, which store no clipped element, and for a plan on the device.
+    /// after a measurement, a sum of examples and a step, which store no clipped element, and for a plan on the device
+    /// without [`PlanOptions::count_lost`](crate::gpu::PlanOptions::count_lost).
     pub lost: Option<LostElements>,
     /// Why the step must not be taken, if so: nothing was written, for every group of the call. None if the gradients
     /// are to be used, whether or not anything was clipped.

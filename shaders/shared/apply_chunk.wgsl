@@ -8,6 +8,7 @@
 #import quick
 #import clamp_words
 #import look
+#import losses
 
 fn applied_word(word: u32, outcome: Outcome) -> u32 {
     if DTYPE == DTYPE_F32 {
@@ -23,6 +24,7 @@ fn apply_word(run: Run, chunk: Chunk, i: u32, outcome: Outcome) {
         look_at_word(word, run, chunk, i);
     }
     let after = applied_word(word, outcome);
+    lose_word(word, after, run, chunk, i, outcome, outcome);
     if WRITES && after != word && i >= run.skip && i < run.own_to {
         set_word(run.window, run.word + i, after);
     }

@@ -50,13 +50,14 @@ struct Plain {
 // A driver may flush float32s below the normal ones, and need not produce infinities. So neither element nor product
 // may be either. With exponents a and b, biased by 127, the product is at least 2^(a + b - 254) and below
 // 2^(a + b - 252). Products of float16 are within float32's range if the factor is from 2^-101 to 2^101; but their
-// conversion must not overflow either, so they stay below 2^15, unless the factor is at most 1.
+// conversion must not overflow either, so they stay below 2^15, unless the factor is at most 1. Where losses are counted,
+// no product is one either: float16 has nothing below 2^-24, and bfloat16 rounds the largest products to infinity.
 fn plain(factor: u32) -> Plain {
     let exponent = i32(factor >> 23u);
     var lowest = max(128 - exponent, 1);
-    var beyond = min(381 - exponent, 255);
+    var beyond = min(select(381, 380, COUNTS) - exponent, 255);
     if DTYPE == DTYPE_F16 {
-        lowest = 0;
+        lowest = select(0, clamp(118 - exponent, 1, 31), COUNTS && factor < ONE);
         beyond = select(clamp(156 - exponent, 0, 31), 31, factor <= ONE);
         beyond = select(beyond, 0, exponent < 26);
     }
@@ -79,7 +80,7 @@ fn bounded(bits: u32) -> u32 {
 fn multiplied(word: u32, by: Plain) -> u32 {
     let magnitudes = word & ~SIGNS;
     unusual |= magnitudes + by.reaching_beyond;
-    if DTYPE != DTYPE_F16 {
+    if DTYPE != DTYPE_F16 || COUNTS {
         unusual |= (magnitudes + ~SIGNS) & ~(magnitudes + by.reaching_lowest);
     }
     if DTYPE == DTYPE_F32 {

@@ -198,9 +198,12 @@ pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segment
 fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Progress) -> GroupPartials {
     let partials = merged(tensors, &segments, |task, slots| {
         progress.measured(task.bytes());
-        match clip.measured() {
-            Some(norm_type) => task.norm(norm_type, slots),
-            None => with_element!(task.dtype, T => slots[0] = clamp::scan::<T>(clip, task.at, task.data)),
+        if let Some(norm_type) = clip.reported() {
+            task.norm(norm_type, slots);
+        }
+        if clip.measured().is_none() {
+            let looked = with_element!(task.dtype, T => clamp::scan::<T>(clip, task.at, task.data));
+            slots[0] = looked.with_norm_of(slots[0]);
         }
     });
     let mut part = GroupPartials::new(clip, segments, partials);
@@ -253,7 +256,7 @@ impl Measured {
             known: partials.iter().map(|p| clip.known(p)).collect(),
             max_norms: segments.max_norms(&clip, &parameters, &[]),
             total: known,
-            total_norm: known.norm.times(clip.weight(elements)).to_f64(),
+            total_norm: clip.total_norm(&total, elements),
             elements,
             outside: total.outside,
             non_finite,

@@ -132,7 +132,7 @@ impl GpuNormAccumulator {
             results: self.memory.results.clone(),
             origins: u32::try_from(sets.origins.len()).unwrap_or(u32::MAX),
         };
-        let gathered = Gathered::new(&[(self.group.clip, tensors)], Job::Accumulate(memory), None)?;
+        let gathered = Gathered::new(&[(self.group.clip, tensors)], Job::Accumulate(memory), None, false)?;
         let plan = GpuPlan::new(&self.gpu, gathered)?;
         let moved = |origin: &Origin| Origin { tensor: origin.tensor + first_tensor, ..*origin };
         sets.origins.extend(plan.built.origins.iter().map(moved));

@@ -7,6 +7,7 @@ use super::dispatch::{Dispatch, Pending};
 use super::gather::{Gathered, Group, Job};
 use super::memory::{Kept, Memory};
 use super::params::Params;
+use super::readback::LossRow;
 use super::schedule::Schedule;
 use super::step::StepMemory;
 use super::table::{Origin, StateLayout};
@@ -34,7 +35,7 @@ impl Built {
     /// Builds a plan, in the memory of an earlier plan for tensors of the same shapes if there is one.
     pub(super) fn new(gpu: &GpuClipper, mut gathered: Gathered, earlier: Option<&Memory>) -> Result<Self, Error> {
         let schedule = Schedule::new(gpu, &mut gathered)?;
-        let Gathered { buffers, groups, job, mut threshold, .. } = gathered;
+        let Gathered { buffers, groups, job, mut threshold, counts, .. } = gathered;
         let mut states = vec![StateRow::zeroed()];
         if let Some(threshold) = &mut threshold {
             let labels = groups[0].segments.labels(|i| groups[0].names[i].as_deref());
@@ -50,6 +51,9 @@ impl Built {
         let mut memory = Memory::new(&gpu.device, &groups, schedule.tree.partials, &states, kept)?;
         if let (Job::Step(optimizers), None) = (&job, &memory.step) {
             memory.step = Some(StepMemory::new(&gpu.device, optimizers, &schedule.state)?);
+        }
+        if counts && memory.losses.is_none() {
+            memory.losses = Some(LossRow::buffer(&gpu.device, groups.len())?);
         }
         let rules: Vec<_> = groups.iter().map(|group| Rule::of(&group.clip, threshold.as_ref())).collect();
         let mut params = Vec::new();

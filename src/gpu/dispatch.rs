@@ -9,6 +9,7 @@ use wgpu::BufferBinding;
 use super::clipper::GpuClipper;
 use super::kernels::{Access, ClipGroup, Kernel, PARAMS, PARTIALS, RESULTS};
 use super::memory::Memory;
+use super::readback::LossRow;
 use super::step::StepMemory;
 use super::table::{Batch, EdgeRow, Limits, StepBatch, SumWindow, Table, Tables, Window, grid};
 use crate::Error;
@@ -198,6 +199,8 @@ impl<'a> Pending<'a> {
                     buffer = windows.first().map(|window| window.buffer);
                     let mut bound = vec![rows(range.clone())];
                     bound.extend(gradients(gpu, access, windows.iter().map(window).collect()));
+                    let losses = memory.losses.iter().filter(|_| kernel.counts());
+                    bound.extend(losses.map(|losses| vec![part(losses, LossRow::at(group as u64), LossRow::BYTES)]));
                     bound
                 }
                 Bindings::Sums(range, examples, sums) => {

@@ -54,6 +54,8 @@ pub(super) struct Gathered {
     pub(super) job_pieces: Vec<Piece>,
     /// The threshold that follows the norms on the device.
     pub(super) threshold: Option<DeviceThreshold>,
+    /// Whether it is counted what rounding loses.
+    pub(super) counts: bool,
     /// Whether the device gets one buffer after another, so that a single buffer is all its work at a time.
     pub(super) in_turn: bool,
 }
@@ -79,9 +81,9 @@ pub(super) struct Group {
     pub(super) limit: u32,
     /// Its first segment among those of the plan.
     pub(super) first_segment: u32,
-    /// The first partial of its segments, the first of its parameters' segments, and the partial of the whole group.
+    /// The first partial of its segments, the first of the norms beside them, and the partial of the whole group.
     pub(super) first_partial: u32,
-    pub(super) first_parameter: Option<u32>,
+    pub(super) first_beside: Option<u32>,
     pub(super) total: u32,
 }
 
@@ -102,7 +104,7 @@ impl Group {
             limit: 0,
             first_segment: 0,
             first_partial: 0,
-            first_parameter: None,
+            first_beside: None,
             total: 0,
         }
     }
@@ -119,6 +121,11 @@ impl Group {
     /// The norm that its kernels measure. A given norm is measured as the largest of one element.
     pub(super) fn norm(&self) -> Option<Norm> {
         if self.given { Some(Norm::Inf) } else { self.clip.measured().map(Norm::from) }
+    }
+
+    /// The norm that is measured beside what decides: of the parameters, or of the gradients of a value clip.
+    pub(super) fn beside(&self) -> Option<Norm> {
+        if self.clip.needs_parameters() { self.norm() } else { self.clip.report_norm.then_some(Norm::L2) }
     }
 
     /// Whether the other group's tensors can replace these. Segments are compared too, because tensors without elements
@@ -138,6 +145,7 @@ impl Gathered {
         groups: &[(Clip, &[GpuTensor])],
         job: Job,
         threshold: Option<DeviceThreshold>,
+        counts: bool,
     ) -> Result<Self, Error> {
         check_groups(groups.iter().map(|(clip, _)| clip))?;
         check_job(groups, &job)?;
@@ -191,7 +199,7 @@ impl Gathered {
                 check_halves(&optimizers[place].0, parameter.spec(), i)?;
             }
         }
-        let gathered = Self { buffers, groups: gathered, job, job_pieces, threshold, in_turn: false };
+        let gathered = Self { buffers, groups: gathered, job, job_pieces, threshold, counts, in_turn: false };
         gathered.check_overlaps()?;
         Ok(gathered)
     }

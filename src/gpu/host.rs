@@ -332,7 +332,8 @@ impl<'a> Transfer<'a> {
                 bound.push(sum.buffer.clone());
             }
         }
-        let plan = Gathered { buffers: bound, groups: parts, job, job_pieces, threshold: None, in_turn: true };
+        let plan =
+            Gathered { buffers: bound, groups: parts, job, job_pieces, threshold: None, counts: false, in_turn: true };
         let plan = GpuPlan::new(gpu, plan)?;
         let measuring_writes = clips && plan.built.groups.iter().any(|group| !group.reads_first());
         let applying: &[_] = if measuring_writes { &[Phase::Measure, Phase::Apply] } else { &[Phase::Apply] };

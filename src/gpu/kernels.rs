@@ -1,8 +1,9 @@
 //! The compute pipelines: each kernel of `shaders/`, specialised by constants, compiled once and shared by all plans.
 //!
-//! A shader file lists its imports at its top: `#import name` puts `shaders/shared/name.wgsl` before it, once. Two
+//! A shader file lists its imports at its top: `#import name` puts `shaders/shared/name.wgsl` before it, once. Three
 //! names stand for one of several files, by the device and the plan: `windows` (`word_quads`, `quads` or
-//! `window_array`) and `merging` (`tree` or `subgroup`). `constants` makes the variants of a kernel.
+//! `window_array`), `merging` (`tree` or `subgroup`) and `losses` (`counted_losses` or `no_losses`). `constants` makes the
+//! variants of a kernel.
 //!
 //! Browsers refuse some WGSL that naga accepts: a NaN among constants, and barriers and subgroup operations in control
 //! flow that is not provably the same for a whole workgroup. So no struct holds a workgroup's number beside an
@@ -44,12 +45,12 @@ pub(super) enum Kernel {
     Threshold { formula: Formula, norm: Norm },
     /// `finalise.wgsl`; `norm` is None for a value clip. `given` if norms are given, not measured.
     Finalise { norm: Option<Norm>, given: bool },
-    /// `scale.wgsl`
-    Scale { dtype: Dtype },
+    /// `scale.wgsl`; `counts` if it counts what rounding loses, here and below.
+    Scale { dtype: Dtype, counts: bool },
     /// `scale_each.wgsl`
-    ScaleEach { dtype: Dtype, columns: bool },
+    ScaleEach { dtype: Dtype, columns: bool, counts: bool },
     /// `clamp.wgsl`: `guarded` if an outcome was decided before, `writes` if it does more than look.
-    Clamp { dtype: Dtype, guarded: bool, writes: bool },
+    Clamp { dtype: Dtype, guarded: bool, writes: bool, counts: bool },
     /// `edges.wgsl`, after a kernel that scales or clamps.
     Edges { value: bool, guarded: bool },
     /// `sum.wgsl`
@@ -199,6 +200,7 @@ pub(super) struct Constants {
     guarded: bool,
     writes: bool,
     columns: bool,
+    counts: bool,
     given: bool,
     moves: bool,
     gradient: Dtype,
@@ -217,6 +219,7 @@ impl Default for Constants {
             guarded: true,
             writes: true,
             columns: false,
+            counts: false,
             given: false,
             moves: false,
             gradient: Dtype::F32,
@@ -248,6 +251,8 @@ impl Constants {
             guarded = self.guarded,
             writes = self.writes,
             columns = self.columns,
+            counts = self.counts,
+            losses = access.bindings().0 + 1,
             given = self.given,
             moves = self.moves,
         )
@@ -282,14 +287,15 @@ const KERNELS: &[(&str, &str)] = files!("../../shaders/":
     "sum" "threshold");
 
 pub(super) const SHARED: &[(&str, &str)] = files!("../../shaders/shared/":
-    "apply" "apply_chunk" "chunk" "clamp_words" "group" "half" "look" "measure" "measured" "number" "outcome" "pair" "partial"
-    "power" "quads" "quick" "settings" "share" "subgroup" "take_words" "tree" "update" "window_array" "word_quads" "words");
+    "apply" "apply_chunk" "chunk" "clamp_words" "counted_losses" "group" "half" "look" "measure" "measured" "no_losses" "number"
+    "outcome" "pair" "partial" "power" "quads" "quick" "settings" "share" "subgroup" "take_words" "tree" "update" "window_array" "word_quads" "words");
 
 /// The WGSL of a kernel: its file behind all that it imports, each file once.
 struct Module<'a> {
     constants: [(&'a str, &'a str); 2],
     windows: &'a str,
     merging: &'a str,
+    losses: &'a str,
     added: Vec<&'a str>,
     text: String,
 }
@@ -299,6 +305,7 @@ impl<'a> Module<'a> {
         let name = match name {
             "windows" => self.windows,
             "merging" => self.merging,
+            "losses" => self.losses,
             name => name,
         };
         if self.added.contains(&name) {
@@ -324,9 +331,10 @@ pub(super) fn module(name: &str, constants: &Constants, access: Access, shape: S
         Access::Array(_) => ("window_array", "enable wgpu_binding_array;\n"),
     };
     let merging = if shape.subgroups.is_some() { "subgroup" } else { "tree" };
+    let losses = if constants.counts { "counted_losses" } else { "no_losses" };
     let (of_all, of_step) = (constants.source(access, shape), constants.step_source());
     let constants = [("constants", &of_all[..]), ("step_constants", &of_step[..])];
-    let mut module = Module { constants, windows, merging, added: Vec::new(), text: directive.into() };
+    let mut module = Module { constants, windows, merging, losses, added: Vec::new(), text: directive.into() };
     module.add(name);
     module.text
 }
@@ -350,6 +358,14 @@ impl Kernel {
         }
     }
 
+    /// Whether it counts what rounding loses.
+    pub(super) fn counts(self) -> bool {
+        matches!(
+            self,
+            Self::Scale { counts: true, .. } | Self::ScaleEach { counts: true, .. } | Self::Clamp { counts: true, .. }
+        )
+    }
+
     /// The whole WGSL module.
     pub(super) fn source(self, access: Access, shape: Shape) -> String {
         let mut with = Constants::default();
@@ -360,10 +376,14 @@ impl Kernel {
             Self::Finalise { norm, given } => {
                 (with.norm, with.value, with.given) = (norm.unwrap_or(Norm::Inf), norm.is_none(), given);
             }
-            Self::Scale { dtype } | Self::Sum { dtype } => with.dtype = dtype,
-            Self::ScaleEach { dtype, columns } => (with.dtype, with.columns) = (dtype, columns),
-            Self::Clamp { dtype, guarded, writes } => {
-                (with.dtype, with.value, with.guarded, with.writes) = (dtype, true, guarded, writes);
+            Self::Scale { dtype, counts } => (with.dtype, with.counts) = (dtype, counts),
+            Self::Sum { dtype } => with.dtype = dtype,
+            Self::ScaleEach { dtype, columns, counts } => {
+                (with.dtype, with.columns, with.counts) = (dtype, columns, counts);
+            }
+            Self::Clamp { dtype, guarded, writes, counts } => {
+                (with.dtype, with.counts) = (dtype, counts);
+                (with.value, with.guarded, with.writes) = (true, guarded, writes);
             }
             Self::Edges { value, guarded } => (with.value, with.guarded) = (value, guarded),
             Self::Accumulate { moves } => with.moves = moves,
@@ -486,7 +506,8 @@ impl Kernels {
                 }
                 let (bindings, count) = access.bindings();
                 entries.extend((1..=bindings).map(|binding| entry(binding, storage(false), count)));
-                if matches!(kernel, Kernel::Sum { .. }) {
+                // The sums, or the losses.
+                if matches!(kernel, Kernel::Sum { .. }) || kernel.counts() {
                     entries.push(entry(bindings + 1, storage(false), None));
                 }
                 let label = Some("gradclip windows");

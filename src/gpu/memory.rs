@@ -16,6 +16,8 @@ pub(super) struct Memory {
     pub(super) coefficients: wgpu::Buffer,
     /// The states of adaptive thresholds; one unused row if there are none.
     pub(super) states: wgpu::Buffer,
+    /// What rounding loses in each group, if that is counted: a [`LossRow`](super::readback::LossRow) each.
+    pub(super) losses: Option<wgpu::Buffer>,
     /// Of an optimizer.
     pub(super) step: Option<StepMemory>,
 }
@@ -62,6 +64,7 @@ impl Memory {
             thresholds: device.filled("gradclip thresholds", bytemuck::cast_slice(&thresholds), storage)?,
             coefficients: device.storage("gradclip coefficients", 4 + 4 * segments, read)?,
             states: device.filled("gradclip states", bytemuck::cast_slice(states), read)?,
+            losses: None,
             step: None,
         })
     }

@@ -29,6 +29,7 @@ pub struct PlanOptions {
     norms: Option<GpuTensor>,
     sums: Option<Vec<GpuTensor>>,
     optimizers: Option<Optimizers>,
+    pub(super) count_lost: bool,
 }
 
 /// The settings of all tensors, or of so many each, which follow one another.
@@ -79,6 +80,17 @@ impl PlanOptions {
     #[must_use]
     pub fn sums(mut self, sums: &[GpuTensor]) -> Self {
         self.sums = Some(sums.to_vec());
+        self
+    }
+
+    /// Counts the elements that become 0 or infinite only because they are rounded: [`ClipReport::lost`], which else is None
+    /// for a plan. float16 loses them easily. Elements that a plain product may lose are taken one by one, and each
+    /// workgroup that has lost some adds them to a count. The device needs six storage buffers for each stage.
+    ///
+    /// [`ClipReport::lost`]: crate::ClipReport::lost
+    #[must_use]
+    pub fn count_lost(mut self) -> Self {
+        self.count_lost = true;
         self
     }
 
@@ -135,7 +147,7 @@ impl PlanOptions {
     /// # Errors
     /// [`Error::Usage`] if these options do not go together.
     pub(super) fn into_job(self, groups: &[usize]) -> Result<(Job, Option<DeviceThreshold>), Error> {
-        let Self { threshold, measure_only, norms, sums, optimizers } = self;
+        let Self { threshold, measure_only, norms, sums, optimizers, count_lost } = self;
         let job = match (measure_only, norms, sums, optimizers) {
             (false, None, None, None) => Job::Clip,
             (true, None, None, None) => Job::Measure,
@@ -149,6 +161,9 @@ impl PlanOptions {
                 ));
             }
         };
+        if count_lost && !matches!(job, Job::Clip | Job::Scale(_)) {
+            return Err(Error::usage("count_lost is for plans that write clipped gradients"));
+        }
         let (groups, measures) = (groups.len(), matches!(job, Job::Clip | Job::Measure | Job::Step(_)));
         if threshold.is_some() && !measures {
             return Err(Error::usage("a threshold follows norms that the plan measures: leave norms and sums out"));

@@ -77,7 +77,7 @@ impl Params {
             segment_partials: group.first_partial,
             group_partial: group.total,
             total_partial: everything,
-            parameter_partials: group.first_parameter.unwrap_or(0),
+            parameter_partials: group.first_beside.unwrap_or(0),
             warm_up: rule.map_or(0, |rule| rule.warm_up),
             limit: group.limit,
             padding: 0,

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use super::clipper::GpuClipper;
 use super::device::GpuDevice;
-use super::dispatch::Dispatch;
+use super::dispatch::{Dispatch, Phase};
 use super::gather::{Group, Job};
 use super::kernels::{Access, Constants, Kernel, Shape, module};
 use super::plan::GpuPlan;
@@ -134,7 +134,7 @@ impl GpuPlan {
         self.encoded.fetch_add(1, Ordering::Relaxed);
         let (spans, device_clock) = timed(device, parts.len(), |i, encoder, timestamp_writes| {
             if i == 0 {
-                self.begin_anew(encoder);
+                self.begin(encoder, &[Phase::Measure, Phase::Decide, Phase::Apply]);
             }
             let descriptor = wgpu::ComputePassDescriptor { label: Some("gradclip profile"), timestamp_writes };
             let mut pass = encoder.begin_compute_pass(&descriptor);
@@ -182,6 +182,9 @@ impl GpuPlan {
                 let parameters = if group.clip.needs_parameters() { &group.parameters[..] } else { &[] };
                 let measured = group.pieces.iter().chain(parameters);
                 bytes += bytes_of(measured.filter(|piece| group.counted[piece.tensor]));
+            }
+            if measures && group.clip.report_norm {
+                bytes += bytes_of(group.pieces.iter().filter(|piece| group.counted[piece.tensor]));
             }
             if by_value && clamps {
                 bytes += changed;

@@ -2,11 +2,13 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::device::GpuDevice;
 use super::number::Number;
 use super::table::{NOWHERE, Origin};
 use crate::decision::{Action, Outcome};
 use crate::partial::{Location, Partial};
-use crate::{Clip, Skipped};
+use crate::report::LostElements;
+use crate::{Clip, Error, Skipped};
 
 /// The head of `Results`; its outcomes follow.
 #[repr(C)]
@@ -39,6 +41,34 @@ pub(super) struct PartialRow {
     first_origin: u32,
     first_element: u32,
     flags: u32,
+}
+
+/// Twin of `losses` in `shaders/shared/counted_losses.wgsl`: each count as low and high word.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct LossRow {
+    zero: [u32; 2],
+    infinite: [u32; 2],
+}
+
+impl LossRow {
+    pub(super) const BYTES: u64 = size_of::<Self>() as u64;
+
+    /// Where the row of a group lies: apart from the others, so that each can be bound by itself.
+    pub(super) fn at(group: u64) -> u64 {
+        256 * group
+    }
+
+    /// Room for the rows of so many groups.
+    pub(super) fn buffer(device: &GpuDevice, groups: usize) -> Result<wgpu::Buffer, Error> {
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        device.storage("gradclip losses", Self::at(groups as u64), usage)
+    }
+
+    pub(super) fn to_lost(self) -> LostElements {
+        let count = |[low, high]: [u32; 2]| u64::from(high) << 32 | u64::from(low);
+        LostElements { zero: count(self.zero), infinite: count(self.infinite) }
+    }
 }
 
 #[repr(C)]

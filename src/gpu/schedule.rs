@@ -19,8 +19,9 @@ use crate::{Dtype, Error, Optimizer};
 /// The tables of a plan.
 pub(super) struct Schedule {
     groups: Vec<GroupTables>,
-    /// Whether gradients are written.
+    /// Whether gradients are written, and whether it is counted what that loses.
     writes: bool,
+    counts: bool,
     sums: Vec<SumWindow>,
     /// Of an optimizer, with where its state lies.
     steps: Vec<StepBatch>,
@@ -32,10 +33,14 @@ pub(super) struct Schedule {
     pub(super) limits: Limits,
 }
 
+/// How many storage buffers `clamp` binds if it counts.
+const COUNTING_BUFFERS: u32 = 6;
+
 /// The tables of a group.
 struct GroupTables {
     measured: Tables,
-    parameters: Option<Tables>,
+    /// Those of the norm beside it.
+    beside: Option<Tables>,
     /// The tables for scaling, if they differ from those for measuring.
     applied: Option<Tables>,
 }
@@ -46,7 +51,7 @@ impl Schedule {
     /// # Errors
     /// [`Error::Limit`] if the device cannot bind or number what the plan needs.
     pub(super) fn new(gpu: &GpuClipper, gathered: &mut Gathered) -> Result<Self, Error> {
-        let Gathered { groups, job, job_pieces, in_turn, .. } = gathered;
+        let Gathered { groups, job, job_pieces, counts, in_turn, .. } = gathered;
         let may_skip = groups.iter().any(|group| group.may_skip);
         groups.iter_mut().for_each(|group| group.may_skip = may_skip);
         let device_limits = gpu.device.device.limits();
@@ -68,6 +73,7 @@ impl Schedule {
         let mut schedule = Self {
             groups: Vec::new(),
             writes: !matches!(job, Job::Measure | Job::Sum(_) | Job::Step(_)),
+            counts: *counts,
             sums: Vec::new(),
             steps: Vec::new(),
             state: StateLayout::default(),
@@ -76,6 +82,18 @@ impl Schedule {
             everything: 0,
             limits,
         };
+        let have = device_limits.max_storage_buffers_per_shader_stage;
+        let too_few = |need: u32, what: &str| {
+            let limit = "the device's limit max_storage_buffers_per_shader_stage";
+            if have < need {
+                Err(Error::Limit(format!("{limit} is {have}; {what} needs at least {need}")))
+            } else {
+                Ok(())
+            }
+        };
+        if *counts {
+            too_few(COUNTING_BUFFERS, "counting what rounding loses")?;
+        }
         let placed = schedule.place(groups, job, job_pieces);
         // A count that exceeds 32 bits exceeds every limit.
         let partials = placed.map_or(1 << 32, |()| schedule.tree.partials.into());
@@ -83,13 +101,7 @@ impl Schedule {
             return Err(Error::too_large("the number of partials", partials, limit));
         }
         if let Job::Step(optimizers) = job {
-            let have = device_limits.max_storage_buffers_per_shader_stage;
-            if have < step::STEP_BUFFERS {
-                let need = step::STEP_BUFFERS;
-                return Err(Error::Limit(format!(
-                    "the device's limit max_storage_buffers_per_shader_stage is {have}; an optimizer needs at least {need}"
-                )));
-            }
+            too_few(step::STEP_BUFFERS, "an optimizer")?;
             let most = limits.binding_bytes.min(device_limits.max_buffer_size) / 4;
             schedule.state = step::layout(groups, optimizers, most);
             let steps = step_batches(&step::pieces(groups, optimizers, &schedule.state), limits);
@@ -106,7 +118,7 @@ impl Schedule {
         let first_origin = if let Job::Accumulate(memory) = job { memory.origins } else { 0 };
         let mut first_segment = 0;
         let mut slot = 0u32;
-        // The first slot of each group, and of its parameters.
+        // The first slot of each group, and of the norm beside it.
         let mut starts = Vec::new();
         for group in &mut *groups {
             group.first_segment = first_segment;
@@ -135,12 +147,12 @@ impl Schedule {
             } else {
                 (measure(&placed(&group.pieces, false), true)?, Some(apply()?))
             };
-            let parameters = if group.clip.needs_parameters() {
-                Some(measure(&placed(&group.parameters, false), true)?)
-            } else {
-                None
+            let beside = match group.beside() {
+                None => None,
+                Some(_) if group.clip.needs_parameters() => Some(measure(&placed(&group.parameters, false), true)?),
+                Some(_) => Some(measure(&placed(&group.pieces, false), true)?),
             };
-            self.groups.push(GroupTables { measured, parameters, applied });
+            self.groups.push(GroupTables { measured, beside, applied });
             if let Job::Sum(_) = job {
                 let sum_of = |piece: Piece| (piece, job_pieces[piece.tensor]);
                 self.sums = sum_windows(&all.into_iter().map(sum_of).collect::<Vec<_>>(), limits)?;
@@ -156,8 +168,8 @@ impl Schedule {
                 Some(at)
             };
             group.first_partial = merged(&tables.measured)?;
-            if let Some(parameters) = &tables.parameters {
-                group.first_parameter = Some(merged(parameters)?);
+            if let Some(beside) = &tables.beside {
+                group.first_beside = Some(merged(beside)?);
             }
         }
         let mut totals = Vec::new();
@@ -189,15 +201,15 @@ impl Schedule {
                 let kernel = match (of, norm) {
                     (Use::Mixed { .. }, _) => continue,
                     (of, Some(norm)) => norm_kernel(of, dtype, norm),
-                    (_, None) => Kernel::Clamp { dtype, guarded: false, writes },
+                    (_, None) => Kernel::Clamp { dtype, guarded: false, writes, counts: self.counts && writes },
                 };
                 pending.batch(Phase::Measure, kernel, i, batch, table);
             }
             if norm.is_none() && writes {
                 pending.edges(Phase::Measure, i, &tables.measured, Kernel::Edges { value: true, guarded: false });
             }
-            if let (Some(parameters), Some(norm)) = (&tables.parameters, norm) {
-                for (batch, of, dtype, table) in parameters.each() {
+            if let (Some(beside), Some(norm)) = (&tables.beside, group.beside()) {
+                for (batch, of, dtype, table) in beside.each() {
                     pending.batch(Phase::Measure, norm_kernel(of, dtype, norm), i, batch, table);
                 }
             }
@@ -235,6 +247,7 @@ impl Schedule {
     }
 
     fn apply(&self, pending: &mut Pending<'_>, groups: &[Group]) {
+        let counts = self.counts;
         for sum in &self.sums {
             pending.sum(Kernel::Sum { dtype: sum.dtype }, sum);
         }
@@ -247,9 +260,9 @@ impl Schedule {
             for (batch, of, dtype, table) in applied.each() {
                 let kernel = match of {
                     Use::Run | Use::Each => continue,
-                    Use::Whole if value => Kernel::Clamp { dtype, guarded: true, writes: true },
-                    Use::Whole => Kernel::Scale { dtype },
-                    Use::Mixed { columns } => Kernel::ScaleEach { dtype, columns },
+                    Use::Whole if value => Kernel::Clamp { dtype, guarded: true, writes: true, counts },
+                    Use::Whole => Kernel::Scale { dtype, counts },
+                    Use::Mixed { columns } => Kernel::ScaleEach { dtype, columns, counts },
                 };
                 pending.batch(Phase::Apply, kernel, i, batch, table);
             }

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use gradclip::gpu::tuning::Tuning;
-use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor};
+use gradclip::gpu::{GpuClipper, GpuPlan, GpuTensor, PlanOptions};
 use gradclip::wgpu;
 use gradclip::{Clip, ClipReport, Dtype, Error};
 
@@ -88,10 +88,23 @@ pub(crate) fn stepper() -> &'static GpuClipper {
     GPU.get_or_init(|| stepper_with(adapter().limits()))
 }
 
+/// The same as [`gpu`], with as many bindings as counting what rounding loses needs.
+pub(crate) fn counter() -> &'static GpuClipper {
+    static GPU: OnceLock<GpuClipper> = OnceLock::new();
+    if !Asked::get().small {
+        return gpu();
+    }
+    GPU.get_or_init(|| with_storage_buffers(6, adapter().limits()))
+}
+
 /// A device with as many bindings as an optimizer needs and otherwise these limits.
 pub(crate) fn stepper_with(limits: wgpu::Limits) -> GpuClipper {
+    with_storage_buffers(5, limits)
+}
+
+fn with_storage_buffers(count: u32, limits: wgpu::Limits) -> GpuClipper {
     let asked = Asked::get();
-    let required_limits = wgpu::Limits { max_storage_buffers_per_shader_stage: 5, ..asked.limits(limits) };
+    let required_limits = wgpu::Limits { max_storage_buffers_per_shader_stage: count, ..asked.limits(limits) };
     let required_features = asked.features();
     let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
     let (device, queue) = block_on(adapter().request_device(&descriptor)).expect("the adapter gives a device");
@@ -254,7 +267,11 @@ impl OwnKernel {
 
 /// Plans, encodes, submits and reports.
 pub(crate) fn clip_tensors(gpu: &GpuClipper, clip: &Clip, tensors: &[GpuTensor]) -> Result<ClipReport, Error> {
-    let plan = gpu.plan(clip, tensors)?;
+    clip_with(gpu, clip, tensors, PlanOptions::default())
+}
+
+fn clip_with(gpu: &GpuClipper, clip: &Clip, tensors: &[GpuTensor], options: PlanOptions) -> Result<ClipReport, Error> {
+    let plan = gpu.plan_with(&[(*clip, tensors)], options)?;
     step(gpu, &plan);
     plan.report().wait()
 }
@@ -451,17 +468,32 @@ pub(crate) fn with_parameters(gpu: &GpuClipper, mut views: Vec<GpuTensor>, tenso
     views
 }
 
+fn odd_places(tensors: &[Data]) -> Layout {
+    Layout::with_gaps(tensors, |i| [1, 0, 3][i % 3])
+}
+
 /// Clips copies that lie in one buffer.
 #[track_caller]
 pub(crate) fn clip_in_one_buffer(gpu: &GpuClipper, clip: &Clip, tensors: &[Data]) -> Done {
-    clip_laid_out(gpu, clip, tensors, &Layout::with_gaps(tensors, |i| [1, 0, 3][i % 3]))
+    clip_laid_out(gpu, clip, tensors, &odd_places(tensors))
+}
+
+/// The same, and counts what rounding loses.
+#[track_caller]
+pub(crate) fn clip_and_count(clip: &Clip, tensors: &[Data]) -> Done {
+    clip_laid_out_with(counter(), clip, tensors, &odd_places(tensors), PlanOptions::default().count_lost())
 }
 
 #[track_caller]
 pub(crate) fn clip_laid_out(gpu: &GpuClipper, clip: &Clip, tensors: &[Data], layout: &Layout) -> Done {
+    clip_laid_out_with(gpu, clip, tensors, layout, PlanOptions::default())
+}
+
+#[track_caller]
+fn clip_laid_out_with(gpu: &GpuClipper, clip: &Clip, tensors: &[Data], layout: &Layout, options: PlanOptions) -> Done {
     let buffer = upload(gpu, &layout.bytes(tensors));
     let views = with_parameters(gpu, layout.tensors(&buffer, tensors), tensors);
-    let report = clip_tensors(gpu, clip, &views);
+    let report = clip_with(gpu, clip, &views, options);
     let after = layout.taken_from(&download(gpu, &buffer), tensors);
     Done { report, after }
 }

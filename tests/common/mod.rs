@@ -262,6 +262,15 @@ impl Path {
         }
     }
 
+    /// Clips, and counts what rounding loses, which a plan does only if asked.
+    pub(crate) fn clip_and_count(self, clip: &Clip, tensors: &[Data]) -> Done {
+        match self {
+            #[cfg(feature = "gpu")]
+            Self::GpuBuffers => gpu::clip_and_count(clip, tensors),
+            _ => self.clip(clip, tensors),
+        }
+    }
+
     /// Sums clipped examples. `after` holds the sums, which begin as [`UNWRITTEN`].
     pub(crate) fn sum_examples(self, clip: &Clip, tensors: &[Data]) -> Done {
         let mut after = unwritten_sums(tensors);

@@ -87,6 +87,9 @@ fn settings_that_nothing_uses() {
     let by_example = agc().scope(Scope::ExampleTensor);
     refused(by_example.budget(Budget::Uniform), &["budget is uniform;", "Clip::agc does not"]);
     refused(Clip::value(1.0).scope(Scope::Tensor), &["scope is tensor;", "a value clip"]);
+    for clip in [norm(), Clip::rms(1.0), agc()] {
+        refused(clip.report_norm(true), &["report_norm is true;", "only a value clip"]);
+    }
     // What comes to the same is no mistake.
     let same = Clip::value(1.0).norm_type(NormType::P(2.0)).scope(Scope::Global).budget(Budget::Each);
     assert!(Clipper::cpu().measure(&same, &views(&set, &parameters(&set))).expect("as it is").clipped);
@@ -114,6 +117,7 @@ fn descriptions_are_told_on_one_line() {
         (agc().norm_type(NormType::Inf), "AGC 0.01 (inf), per unit"),
         (Clip::range(-1e300, 0.25).non_finite(NonFinite::Error), "value -1e300 to 0.25, non-finite: error"),
         (Clip::value(0.5), "value -0.5 to 0.5"),
+        (Clip::value(0.5).report_norm(true), "value -0.5 to 0.5, report_norm"),
     ] {
         assert_eq!(clip.to_string(), told);
     }

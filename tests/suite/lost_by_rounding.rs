@@ -10,7 +10,7 @@ fn lost(report: &ClipReport) -> (u64, u64) {
 }
 
 fn clip(path: Path, clip: &Clip, numbers: &[f64], dtype: Dtype) -> (ClipReport, Data) {
-    let (report, mut after) = path.clip(clip, &[Data::rounded(dtype, numbers.iter().copied())]).ok();
+    let (report, mut after) = path.clip_and_count(clip, &[Data::rounded(dtype, numbers.iter().copied())]).ok();
     (report, after.swap_remove(0))
 }
 
@@ -24,7 +24,7 @@ fn clips(grad_scale: f64) -> [Clip; 4] {
 
 #[test]
 fn a_loss_scale_takes_halves_to_0() {
-    for path in Path::HOST {
+    for path in Path::ALL {
         for clip_by in clips(65536.0) {
             let (report, after) = clip(*path, &clip_by, &SMALL, Dtype::F16);
             assert_eq!(lost(&report), (8, 0), "{path:?} {clip_by}");
@@ -38,7 +38,7 @@ fn a_loss_scale_takes_halves_to_0() {
 
 #[test]
 fn a_loss_scale_below_1_takes_halves_to_infinity() {
-    for path in Path::HOST {
+    for path in Path::ALL {
         for clip_by in clips(0.125) {
             let numbers = [1.0, 60000.0, -60000.0, 8000.0, 0.0];
             let (report, after) = clip(*path, &clip_by, &numbers, Dtype::F16);
@@ -54,7 +54,7 @@ fn a_loss_scale_below_1_takes_halves_to_infinity() {
 /// Float32, bfloat16 and float64 end too: from their smallest normal number on, elements count.
 #[test]
 fn every_dtype_has_an_end() {
-    for path in Path::HOST {
+    for path in Path::ALL {
         for dtype in path.dtypes() {
             let (tiny, grad_scale, huge) = match dtype {
                 Dtype::F64 => (f64::MIN_POSITIVE, 2f64.powi(54), f64::MAX),
@@ -79,7 +79,7 @@ fn every_dtype_has_an_end() {
 
 #[test]
 fn what_is_meant_to_become_0_is_not_lost() {
-    for path in Path::HOST {
+    for path in Path::ALL {
         for clip_by in [Clip::norm(0.0), Clip::value(0.0), Clip::range(0.0, 1.0), Clip::norm(1.0)] {
             let (report, _) = clip(*path, &clip_by, &[1.0, -2.0, 0.0], Dtype::F16);
             assert_eq!(lost(&report), (0, 0), "{path:?} {clip_by}");
@@ -107,11 +107,11 @@ fn each_segment_loses_by_its_own_factor() {
     type IsLarge = fn(usize, usize) -> bool;
     let cases: [(UnitAxis, IsLarge); 2] =
         [(UnitAxis::First, |row, _| row % 2 == 0), (UnitAxis::Last, |_, column| column % 2 == 0)];
-    for path in Path::HOST {
+    for path in Path::ALL {
         for (axis, by) in cases {
             let data = Data::rounded(Dtype::F16, numbers(by)).shaped(&[rows, columns]);
             let clip = Clip::norm(0.1).scope(Scope::Unit).unit_axis(axis);
-            let (report, after) = path.clip(&clip, std::slice::from_ref(&data)).ok();
+            let (report, after) = path.clip_and_count(&clip, std::slice::from_ref(&data)).ok();
             let became = data.numbers().zip(after[0].numbers()).filter(|(x, y)| *x != 0.0 && *y == 0.0).count();
             assert!(became > 200, "{became}");
             assert_eq!(lost(&report), (became as u64, 0), "{path:?} {axis}");
@@ -122,12 +122,12 @@ fn each_segment_loses_by_its_own_factor() {
 /// Words that tensors share, and long tensors, whose blocks are clipped at once.
 #[test]
 fn every_element_counts_once() {
-    for path in Path::HOST {
+    for path in Path::ALL {
         for len in [1, 2, 3, 31, 33, 4095, 70_001] {
             for clip_by in clips(65536.0) {
                 let set = [1, len, 3].map(|len| Data::rounded(Dtype::F16, (0..len).map(|i| SMALL[i % 9])));
                 let kept: usize = set.iter().map(|data| data.numbers().filter(|x| *x == 3.0).count()).sum();
-                let (report, _) = path.clip(&clip_by, &set).ok();
+                let (report, _) = path.clip_and_count(&clip_by, &set).ok();
                 assert_eq!(lost(&report), ((len + 4 - kept) as u64, 0), "{path:?} {len} {clip_by}");
             }
         }
@@ -242,4 +242,74 @@ fn ranks_count_their_own_parts() {
     });
     let counts: Vec<_> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().expect("no panic")).collect();
     assert_eq!(counts, [((0, 0), (1, 0)), ((0, 0), (8, 0))]);
+}
+
+#[cfg(feature = "gpu")]
+mod plans {
+    use super::{SMALL, lost};
+    use crate::common::gpu::{Held, counter, encoder, gpu, gpu_tensor, step, upload};
+    use crate::common::{Data, assert_says};
+    use gradclip::gpu::{GpuPlan, PlanOptions};
+    use gradclip::{Clip, Dtype, NonFinite, Optimizer, Skipped};
+
+    const CLIP: fn() -> Clip = || Clip::norm(1e9).grad_scale(65536.0).non_finite(NonFinite::Skip);
+
+    fn counting() -> PlanOptions {
+        PlanOptions::default().count_lost()
+    }
+
+    fn lost_by_group(plan: &GpuPlan) -> Vec<(u64, u64)> {
+        plan.reports().wait().expect("the device works").iter().map(lost).collect()
+    }
+
+    /// Each step counts anew: groups, halves of a step, skipped steps and other buffers alike.
+    #[test]
+    fn each_step_counts_anew() {
+        let data = |numbers: &[f64]| vec![Data::rounded(Dtype::F16, numbers.iter().copied())];
+        let mut held = [&SMALL[..], &[1.0, 2.0], &SMALL[..5]].map(|numbers| Held::new(counter(), data(numbers), 1));
+        let views = held.each_ref().map(Held::views);
+        // The last is clamped in the pass that looks at it.
+        let value = Clip::value(1e9).grad_scale(65536.0).non_finite(NonFinite::Skip);
+        let groups = [(CLIP(), &views[0][..]), (CLIP(), &views[1]), (value, &views[2])];
+        let mut plan = counter().plan_with(&groups, counting()).expect("they fit");
+        step(counter(), &plan);
+        assert_eq!(lost_by_group(&plan), [(8, 0), (0, 0), (4, 0)]);
+        step(counter(), &plan);
+        assert_eq!(lost_by_group(&plan), [(1, 0), (2, 0), (1, 0)], "3, 1 and 2 over 65536 are lost now");
+        held[0].write(data(&SMALL));
+        let mut halves = encoder(counter());
+        plan.encode_measure(&mut halves).expect("the device works");
+        plan.encode_scale(&mut halves).expect("the device works");
+        counter().queue().submit([halves.finish()]);
+        assert_eq!(lost_by_group(&plan), [(8, 0), (0, 0), (0, 0)]);
+        held[1].write(data(&[1.0, f64::NAN]));
+        step(counter(), &plan);
+        assert_eq!(lost_by_group(&plan), [(0, 0); 3]);
+        assert_eq!(plan.report().wait().expect("it runs").skipped, Some(Skipped::NonFinite));
+        let others = [&SMALL[..], &[1.0, 2.0], &SMALL[..5]].map(|numbers| Held::new(counter(), data(numbers), 2));
+        let views = others.each_ref().map(Held::views);
+        plan.update(&[&views[0], &views[1], &views[2]]).expect("the shapes are the same");
+        step(counter(), &plan);
+        assert_eq!(lost_by_group(&plan), [(8, 0), (0, 0), (4, 0)]);
+        let profile = plan.profile().wait().expect("the device works");
+        assert_eq!(profile.reports.iter().map(lost).collect::<Vec<_>>(), [(1, 0), (2, 0), (1, 0)]);
+    }
+
+    #[test]
+    fn given_norms_count_and_what_writes_no_gradient_does_not() {
+        let held = Held::new(counter(), vec![Data::rounded(Dtype::F16, SMALL)], 0);
+        let norm = Data::of(&[4.6e-5f32]);
+        let norm = gpu_tensor(&upload(counter(), &norm.bytes), &norm, 0);
+        let clip = CLIP();
+        let plan = counter().plan_with(&[(clip, &held.views())], counting().norms(&norm)).expect("it fits");
+        step(counter(), &plan);
+        assert_eq!(lost_by_group(&plan), [(8, 0)]);
+        let uncounted = counter().plan(&clip, &held.views()).expect("it fits");
+        step(counter(), &uncounted);
+        assert_eq!(uncounted.report().wait().expect("it runs").lost, None);
+        for options in [counting().measure_only(), counting().optimizer(Optimizer::sgd(0.1))] {
+            let error = gpu().plan_with(&[(clip, &[])], options).expect_err("no gradient is written");
+            assert_says(&error, &["count_lost", "write"]);
+        }
+    }
 }

@@ -282,7 +282,7 @@ fn a_bad_element_on_one_rank_is_known_to_all() {
 fn value_clips_decide_together() {
     for path in Path::HOST {
         for policy in POLICIES {
-            let clip = Clip::value(0.5).non_finite(policy);
+            let clip = Clip::value(0.5).non_finite(policy).report_norm(true);
             let set = [Data::of(&[0.25f32, 2.0]), Data::of(&[f32::NAN, 1.0]), Data::of(&[0.25f32, -0.25])];
             let whole = path.clip(&clip, &set);
             let ranks = on_ranks(dealt(&set, 3), |group, own| clip_within(*path, &clip, &group, &own));
@@ -292,6 +292,7 @@ fn value_clips_decide_together() {
                 match (&done.report, &whole.report) {
                     (Ok(own), Ok(all)) => {
                         assert_eq!((own.clipped, own.elements), (all.clipped, all.elements), "{what}");
+                        assert_norm(own.total_norm, all.total_norm, 1e-6, &what);
                     }
                     (Err(_), Err(_)) => {}
                     other => panic!("{what}: {other:?}"),

@@ -92,6 +92,8 @@ fn bytes_are_those_that_must_move() {
 
     let (inside, outside) = (Clip::value(1e6), Clip::value(0.5));
     assert_eq!((pass(&of(&inside), "measure").bytes, pass(&of(&outside), "measure").bytes), (bytes, 2 * bytes));
+    let with_norm = of(&outside.report_norm(true));
+    assert_eq!((pass(&with_norm, "measure").bytes, pass(&with_norm, "apply").bytes), (2 * bytes, 2 * bytes));
     // A first look decides for all elements here.
     let looked = of(&outside.non_finite(NonFinite::Zero));
     assert_eq!((pass(&looked, "measure").bytes, pass(&looked, "apply").bytes), (bytes, 2 * bytes));

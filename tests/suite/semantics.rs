@@ -335,6 +335,30 @@ fn the_norm_is_global() {
     }
 }
 
+/// A value clip tells the norm before it if it is asked to, and clips as it does otherwise.
+#[test]
+fn a_value_clip_reports_the_norm_before_it() {
+    on_each(|path, dtype| {
+        let set = [set_of(dtype, &[6.0, 0.25]), set_of(dtype, &Random(15).normals(70_001, 0.1))].concat();
+        let n = exact_norm(NormType::L2, numbers_of(&set));
+        for clip in [Clip::value(1.0), Clip::range(-1.0, 7.0).grad_scale(2.0), Clip::value(9.0)] {
+            let what = format!("{path:?} {dtype} {clip}");
+            let (plain, after) = path.clip(&clip, &set).ok();
+            let (report, with_norm) = path.clip(&clip.report_norm(true), &set).ok();
+            assert_norm(report.total_norm, n / clip.grad_scale, path.norm_tolerance(), &what);
+            assert_eq!((plain.total_norm.is_nan(), plain.clipped), (true, report.clipped), "{what}");
+            assert_same_bits(&with_norm, &after, &what);
+        }
+        let bad = [set_of(dtype, &[3.0, f64::NAN, 4.0]), set_of(dtype, &[f64::INFINITY])].concat();
+        for (policy, n) in [(NonFinite::Propagate, f64::NAN), (NonFinite::Skip, f64::NAN), (NonFinite::Drop, 5.0)] {
+            let clip = Clip::value(1.0).report_norm(true).non_finite(policy);
+            let (report, _) = path.clip(&clip, &bad).ok();
+            assert_norm(report.total_norm, n, path.norm_tolerance(), &format!("{path:?} {dtype} {policy:?}"));
+            assert_eq!(report.non_finite.map(|found| found.count), Some(2), "{path:?} {dtype} {policy:?}");
+        }
+    });
+}
+
 #[test]
 fn the_one_line_functions_do_what_their_names_say() {
     let (mut w, mut b) = ([3.0f32, 0.0], [4.0f32]);

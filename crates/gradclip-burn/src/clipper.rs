@@ -46,6 +46,8 @@ pub struct GradClipper {
     /// The state after the last clip on the host. On a GPU the plan has it.
     threshold: Option<AdaptiveThreshold>,
     through_host: bool,
+    #[cfg_attr(not(feature = "wgpu"), expect(dead_code, reason = "the host counts always"))]
+    count_lost: bool,
     /// The report of the last clip, if that was on the host.
     report: Option<ClipReport>,
     #[cfg(feature = "wgpu")]
@@ -63,6 +65,7 @@ impl GradClipper {
             clip,
             threshold: None,
             through_host: false,
+            count_lost: false,
             report: None,
             #[cfg(feature = "wgpu")]
             planned: None,
@@ -81,6 +84,14 @@ impl GradClipper {
     #[must_use]
     pub fn through_host(mut self) -> Self {
         self.through_host = true;
+        self
+    }
+
+    /// Counts on a GPU too which elements become 0 or infinite only because they are rounded: [`ClipReport::lost`]. On the
+    /// host they are always counted. A device needs six storage buffers for each stage.
+    #[must_use]
+    pub fn count_lost(mut self) -> Self {
+        self.count_lost = true;
         self
     }
 
@@ -119,7 +130,13 @@ impl GradClipper {
                     // The threshold has changed on the host since the plan was made.
                     self.planned = None;
                 }
-                return crate::device::clip(&mut self.planned, &gpu, &self.clip, &mut self.threshold, gradients);
+                return crate::device::clip(
+                    &mut self.planned,
+                    &gpu,
+                    (&self.clip, self.count_lost),
+                    &mut self.threshold,
+                    gradients,
+                );
             }
             #[cfg(not(target_arch = "wasm32"))]
             if self.report.is_none() && self.planned.is_some() {

@@ -221,12 +221,13 @@ impl Planned {
 
     fn new(
         gpu: &GpuClipper,
-        clip: &Clip,
+        (clip, count_lost): (&Clip, bool),
         threshold: Option<&AdaptiveThreshold>,
         placed: Vec<Placed>,
         tensors: &[GpuTensor],
     ) -> Result<Self, Error> {
         let options = PlanOptions::default();
+        let options = if count_lost { options.count_lost() } else { options };
         let options = match threshold {
             Some(AdaptiveThreshold::ZClip(zclip)) => options.threshold(DeviceThreshold::ZClip(zclip.clone())),
             Some(AdaptiveThreshold::AdaGc(adagc)) => options.threshold(DeviceThreshold::AdaGc(adagc.clone())),
@@ -246,12 +247,13 @@ impl Planned {
     }
 }
 
-/// Submits a clip of the gradients behind the earlier work of burn, by the earlier plan if it fits. All gradients are put back,
+/// Submits a clip of the gradients behind the earlier work of burn, by the earlier plan if it fits; with the clip comes
+/// whether the device counts what rounding loses. All gradients are put back,
 /// clipped, or unchanged after an error.
 pub(crate) fn clip(
     planned: &mut Option<Planned>,
     gpu: &GpuClipper,
-    clip: &Clip,
+    clip: (&Clip, bool),
     threshold: &mut Option<AdaptiveThreshold>,
     gradients: &mut [Gradient],
 ) -> Result<(), Error> {
@@ -292,7 +294,7 @@ fn exclusive(tensor: CubeTensor) -> CubeTensor {
 fn submit(
     planned: &mut Option<Planned>,
     gpu: &GpuClipper,
-    clip: &Clip,
+    clip: (&Clip, bool),
     threshold: &mut Option<AdaptiveThreshold>,
     gradients: &mut [Gradient],
     tensors: &[CubeTensor],

@@ -8,7 +8,7 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use gradclip::processes::ProcessGroup;
-use gradclip::{Clip, ClipReport, Clipper, NonFinite, Tensor, TensorMut};
+use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
     Dtype,
@@ -20,7 +20,6 @@ use indicatif::ProgressBar;
 use rayon::ThreadPool;
 
 use crate::args::{BackendArgs, BackendChoice};
-use crate::description::measuring;
 use crate::failure::Failure;
 use crate::groups::{Decided, Groups};
 use crate::print::remark;
@@ -138,16 +137,6 @@ impl Backend {
         let of: Vec<_> = groups.clips().zip(divided.iter().map(|tensors| &tensors[..])).collect();
         let clips = self.run(|clipper| clipper.decide_groups(&of))?;
         Ok(Decided::new(groups, tensors, clips))
-    }
-
-    /// The L2 norm of each group beside a clip by value, divided by the loss scale.
-    pub(crate) fn norms(&self, groups: &Groups, tensors: &[Tensor<'_>]) -> Result<Vec<f64>, Failure> {
-        let Clip { grad_scale, non_finite, .. } = groups.rest;
-        let clip = measuring(Clip::norm(f64::INFINITY).grad_scale(grad_scale));
-        let clip = if non_finite == NonFinite::Drop { clip.non_finite(non_finite) } else { clip };
-        let divided = groups.divide(tensors.iter().copied());
-        let norm = |tensors: &Vec<_>| Ok(self.run(|clipper| clipper.measure(&clip, tensors))?.total_norm);
-        divided.iter().map(norm).collect()
     }
 
     /// Runs other work on the threads of the backend.

@@ -74,12 +74,6 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
         backend.show_progress(&bar);
         bar
     };
-    let mut norms = None;
-    if args.options.report_norm {
-        let bar = show_progress(&mut backend, "measuring");
-        norms = Some(backend.norms(groups, &tensors)?);
-        bar.finish_and_clear();
-    }
     let reports = if backend.streams() && !args.sum {
         let bar = show_progress(&mut backend, "measuring");
         let decided = match args.given_norm {
@@ -120,12 +114,12 @@ fn clip_file(args: &ClipArgs, groups: &Groups, input: &Input, params: Option<&In
     };
     let clip = &groups.rest;
     let (sum, time) = (args.sum, start.elapsed());
-    let (report, groups) = groups.report(&tensors, reports, norms);
+    let (report, groups) = groups.report(&tensors, reports);
     let (backend, tensors) = (&backend, &tensors[..]);
     let (others, left_out) = (input.others(), args.select.is_given().then(|| input.left_out()));
     let (file, ranks) = (None, None);
     let (report, groups) = (&report, &groups[..]);
-    let has_norm = args.options.report_norm || !clamps(clip);
+    let has_norm = clip.report_norm || !clamps(clip);
     let summary = Summary {
         report,
         groups,

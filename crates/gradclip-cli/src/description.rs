@@ -78,6 +78,7 @@ impl ClipOptions {
         clip.agc_eps = self.agc_eps.or(clip.agc_eps);
         clip.non_finite = self.non_finite.unwrap_or(clip.non_finite);
         clip.skip_above = self.skip_above.unwrap_or(clip.skip_above);
+        clip.report_norm = self.report_norm;
         clip.check()?;
         self.groups(clip)?;
         Ok(Some(clip))

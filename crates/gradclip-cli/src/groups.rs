@@ -85,16 +85,9 @@ impl Groups {
         divided
     }
 
-    /// The report on all groups together, and that on each if there are several. `norms` are those of the groups, if a clip
-    /// by value is to report them. `tensors` are those of this process, in
+    /// The report on all groups together, and that on each if there are several. `tensors` are those of this process, in
     /// the order in which they were divided.
-    pub(crate) fn report(
-        &self,
-        tensors: &[Tensor<'_>],
-        mut reports: Vec<ClipReport>,
-        norms: Option<Vec<f64>>,
-    ) -> (ClipReport, Vec<GroupReport>) {
-        reports.iter_mut().zip(norms.unwrap_or_default()).for_each(|(report, norm)| report.total_norm = norm);
+    pub(crate) fn report(&self, tensors: &[Tensor<'_>], reports: Vec<ClipReport>) -> (ClipReport, Vec<GroupReport>) {
         let mut all = reports[0].clone();
         if let [_] = reports[..] {
             return (all, Vec::new());

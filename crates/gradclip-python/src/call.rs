@@ -170,6 +170,9 @@ pub(crate) fn writes(clip: &Clip, report: &ClipReport, of: usize) -> bool {
 /// The report on all tensors, from one for each.
 fn together(reports: Vec<ClipReport>) -> Option<ClipReport> {
     reports.into_iter().reduce(|mut all, report| {
+        // Beside a value clip it is L2, or NaN.
+        let bad = all.total_norm.is_nan() || report.total_norm.is_nan();
+        all.total_norm = if bad { f64::NAN } else { all.total_norm.hypot(report.total_norm) };
         all.clipped |= report.clipped;
         all.elements += report.elements;
         if let (Some(all), Some(lost)) = (&mut all.lost, report.lost) {

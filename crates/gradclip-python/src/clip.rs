@@ -15,7 +15,7 @@ impl Clip {
     /// `mode` is one of `norm`, `rms`, `average_norm`, `agc` and `value`; only `value` uses `least`.
     #[new]
     #[pyo3(signature = (mode, threshold, least=0.0, *, norm_type=None, scope=None, unit_axis=None, budget=None, eps=None,
-        agc_eps=None, grad_scale=1.0, non_finite=None, skip_above=None))]
+        agc_eps=None, grad_scale=1.0, non_finite=None, skip_above=None, report_norm=false))]
     #[expect(clippy::too_many_arguments, reason = "each is a setting with a name")]
     fn new(
         py: Python<'_>,
@@ -31,6 +31,7 @@ impl Clip {
         grad_scale: f64,
         non_finite: Option<&str>,
         skip_above: Option<f64>,
+        report_norm: bool,
     ) -> PyResult<Self> {
         let mut clip = match mode {
             "norm" => gradclip::Clip::norm(threshold),
@@ -55,6 +56,7 @@ impl Clip {
             clip.non_finite = one_of("non_finite", text, &POLICIES)?;
         }
         clip.skip_above = skip_above.unwrap_or(clip.skip_above);
+        clip.report_norm = report_norm;
         clip.check().map_err(|error| exception(py, &error))?;
         Ok(Self(clip))
     }

@@ -261,8 +261,9 @@ fn decide(clip: &Clip, first: Option<&ClipReport>, gradients: &[Tensor<'_>]) -> 
 fn report(clip: &Clip, steps: &[DecidedStep]) -> ClipReport {
     let mut all = steps[0].reports().swap_remove(0);
     // Then each step has counted what it met itself.
-    let counted =
-        matches!(clip.mode, Mode::Value { .. }) && matches!(clip.non_finite, NonFinite::Propagate | NonFinite::Drop);
+    let counted = matches!(clip.mode, Mode::Value { .. })
+        && matches!(clip.non_finite, NonFinite::Propagate | NonFinite::Drop)
+        && !clip.report_norm;
     let others = if counted { &steps[1..] } else { &[] };
     for other in others.iter().flat_map(DecidedStep::reports) {
         all.clipped |= other.clipped;

@@ -56,6 +56,14 @@ def test_value_and_range():
     tensors = made()
     check(tensors, {name: a.clip(-0.5, 0.5) for name, a in tensors.items()}, clip_value=0.5)
     check(tensors, {name: a.clip(-0.1, 0.7) for name, a in tensors.items()}, clip_range=(-0.1, 0.7))
+    expected = {name: a.clip(-0.5, 0.5) for name, a in tensors.items()}
+    report = check(tensors, expected, clip_value=0.5, report_norm=True)
+    assert report.total_norm == pytest.approx(norm(tensors.values()))
+    groups = {"*.weight": 0.5}
+    report = gradclip.clip({n: a.copy() for n, a in tensors.items()}, clip_value=1.0, report_norm=True, groups=groups)
+    assert report.total_norm == pytest.approx(norm(tensors.values()))
+    with pytest.raises(ValueError, match="report_norm"):
+        gradclip.clip([np.ones(2, np.float32)], max_norm=1.0, report_norm=True)
 
 
 def test_scopes():

@@ -45,6 +45,7 @@ def test_an_error_says_what_to_do():
         {"max_norm": 0.5, "norm_type": "inf", "grad_scale": 4.0},
         {"max_norm": 100.0},
         {"clip_value": 0.5},
+        {"clip_value": 0.5, "report_norm": True},
         {"clip_value": 0.5, "grad_scale": 2.0},
     ],
 )

@@ -65,7 +65,7 @@ impl GpuPlan {
         let place = |first: u32| u64::from(first) * PARTIAL_BYTES;
         let mut reads = vec![(&memory.results, 0, size_of::<ResultsHead>() as u64)];
         for group in &self.built.groups {
-            let places = [Some(group.first_partial), group.first_parameter].into_iter().flatten();
+            let places = [Some(group.first_partial), group.first_beside].into_iter().flatten();
             reads.extend(places.map(|first| (&memory.partials, place(first), place(group.segments.count))));
         }
         reads.retain(|(_, _, size)| *size > 0);
@@ -85,8 +85,10 @@ impl GpuPlan {
                 rows.map(|row| row.to_partial(|i| self.built.origins[i])).collect::<Vec<_>>()
             };
             let mut part = GroupPartials::new(&group.clip, group.segments.clone(), next());
-            if group.first_parameter.is_some() {
+            if group.clip.needs_parameters() {
                 part.parameters = next();
+            } else if group.first_beside.is_some() {
+                part.partials = part.partials.iter().zip(next()).map(|(own, norm)| own.with_norm_of(norm)).collect();
             }
             parts.push(part);
         }
@@ -105,7 +107,9 @@ impl GpuPlan {
         };
         for ((group, part), total) in self.built.groups.iter().zip(&parts).zip(&totals) {
             write(group.first_partial, &part.partials);
-            group.first_parameter.iter().for_each(|first| write(*first, &part.parameters));
+            if group.clip.needs_parameters() {
+                group.first_beside.iter().for_each(|first| write(*first, &part.parameters));
+            }
             write(group.total, &[total.partial]);
         }
         let groups = self.built.groups.iter();

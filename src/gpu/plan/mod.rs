@@ -13,8 +13,9 @@ use super::build::Built;
 use super::clipper::GpuClipper;
 use super::dispatch::Phase;
 use super::gather::Gathered;
+use super::memory::Memory;
 use super::options::PlanOptions;
-use super::readback::Stamped;
+use super::readback::{LossRow, Stamped};
 use super::tensor::GpuTensor;
 use crate::processes::GroupTotal;
 use crate::segment::Segments;
@@ -79,8 +80,9 @@ impl GpuClipper {
     /// ([`GpuPlan::ready`]). The tensors are not touched.
     pub fn plan_with(&self, groups: &[(Clip, &[GpuTensor])], options: PlanOptions) -> Result<GpuPlan, Error> {
         let sizes: Vec<_> = groups.iter().map(|(_, tensors)| tensors.len()).collect();
+        let counts = options.count_lost;
         let (job, threshold) = options.into_job(&sizes)?;
-        GpuPlan::new(self, Gathered::new(groups, job, threshold)?)
+        GpuPlan::new(self, Gathered::new(groups, job, threshold, counts)?)
     }
 }
 
@@ -136,9 +138,7 @@ impl GpuPlan {
 
     pub(super) fn encode_phases(&self, encoder: &mut wgpu::CommandEncoder, phases: &[Phase]) -> Result<(), Error> {
         self.gpu.device.check_not_lost()?;
-        if phases.contains(&Phase::Measure) {
-            self.begin_anew(encoder);
-        }
+        self.begin(encoder, phases);
         let mut pass = encoder
             .begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("gradclip"), timestamp_writes: None });
         for phase in phases {
@@ -150,10 +150,18 @@ impl GpuPlan {
         Ok(())
     }
 
-    /// Records, before each norm, that this process's own thresholds hold again.
-    pub(super) fn begin_anew(&self, encoder: &mut wgpu::CommandEncoder) {
-        if let Some(own) = &*locked(&self.own_thresholds) {
-            encoder.copy_buffer_to_buffer(own, 0, &self.built.memory.thresholds, 0, own.size());
+    /// Records what comes before these phases: before each norm this process's own thresholds hold again, and losses are
+    /// counted from 0 where gradients are written.
+    pub(super) fn begin(&self, encoder: &mut wgpu::CommandEncoder, phases: &[Phase]) {
+        let Memory { thresholds, losses, .. } = &self.built.memory;
+        if let (true, Some(own)) = (phases.contains(&Phase::Measure), &*locked(&self.own_thresholds)) {
+            encoder.copy_buffer_to_buffer(own, 0, thresholds, 0, own.size());
+        }
+        let Some(losses) = losses else { return };
+        for (i, group) in (0..).zip(&self.built.groups) {
+            if phases.contains(if group.reads_first() { &Phase::Apply } else { &Phase::Measure }) {
+                encoder.clear_buffer(losses, LossRow::at(i), Some(LossRow::BYTES));
+            }
         }
     }
 

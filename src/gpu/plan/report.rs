@@ -3,15 +3,21 @@
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
 
+use bytemuck::Pod;
+
 use super::super::gather::Group;
-use super::super::readback::{OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead};
+use super::super::readback::{LossRow, OutcomeRow, PARTIAL_BYTES, PartialRow, ResultsHead};
 use super::super::threshold::{DeviceThreshold, StateRow, threshold_number};
 use super::{GpuPlan, MergedGroup, Reported, locked};
 use crate::decision::{Action, Outcome};
 use crate::magnitude::Magnitude;
 use crate::processes::GroupTotal;
+use crate::report::LostElements;
 use crate::threshold::Threshold;
 use crate::{ClipReport, Error, NonFinite, Scope, Skipped, Waiting};
+
+/// A group's total, the outcomes of its segments and, if that is counted, what it has lost.
+type StepOfGroup = (MergedGroup, Vec<OutcomeRow>, Option<LostElements>);
 
 impl GpuPlan {
     /// Checks that a step has run since the last report. `encoded` steps were encoded.
@@ -44,44 +50,52 @@ impl GpuPlan {
     pub(crate) async fn reports_and_outcomes(&self) -> Result<(Vec<ClipReport>, Vec<Vec<Outcome>>), Error> {
         let (mut reports, mut of_segments) = (Vec::new(), Vec::new());
         let (skipped, each) = self.last_step().await?;
-        for (group, (all, outcomes)) in self.built.groups.iter().zip(each) {
+        for (group, (all, outcomes, lost)) in self.built.groups.iter().zip(each) {
             let (report, outcomes) = group.report(&outcomes, all, skipped)?;
-            reports.push(report);
+            reports.push(ClipReport { lost, ..report });
             of_segments.push(outcomes);
         }
         Ok((reports, of_segments))
     }
 
-    /// Why the last step that has run was skipped; for each group its total, and the outcomes of its segments.
-    async fn last_step(&self) -> Result<(Option<Skipped>, Vec<(MergedGroup, Vec<OutcomeRow>)>), Error> {
+    /// Why the last step that has run was skipped; for each group its total, the outcomes of its segments, and what it has
+    /// lost.
+    async fn last_step(&self) -> Result<(Option<Skipped>, Vec<StepOfGroup>), Error> {
         let encoded = self.encoded.load(Ordering::Relaxed);
-        let totals = self
-            .built
-            .groups
-            .iter()
-            .map(|g| (&self.built.memory.partials, u64::from(g.total) * PARTIAL_BYTES, PARTIAL_BYTES));
-        let results = (&self.built.memory.results, 0, self.built.memory.results.size());
-        let parts: Vec<_> = totals.chain([results]).collect();
+        let memory = &self.built.memory;
+        let partial = |at: u32| (&memory.partials, u64::from(at) * PARTIAL_BYTES, PARTIAL_BYTES);
+        // The norm beside a value clip, which has one segment.
+        let norm_of = |group: &Group| group.first_beside.filter(|_| group.clip.report_norm);
+        let mut parts = Vec::new();
+        for (i, group) in (0..).zip(&self.built.groups) {
+            parts.push(partial(group.total));
+            parts.extend(norm_of(group).map(partial));
+            parts.extend(memory.losses.iter().map(|losses| (losses, LossRow::at(i), LossRow::BYTES)));
+        }
+        parts.push((&memory.results, 0, memory.results.size()));
         let bytes = self.gpu.device.read(&parts).await?;
-        let (totals, results) = bytes.split_at(self.built.groups.len() * size_of::<PartialRow>());
+        let (mut rows, results) = bytes.split_at(bytes.len() - memory.results.size() as usize);
         let (head, outcomes) = results.split_at(size_of::<ResultsHead>());
         let head: ResultsHead = bytemuck::pod_read_unaligned(head);
         *self.check_ran(encoded, &head)? = Reported { encoded, steps: head.steps };
         let across = locked(&self.across);
-        let each = self.built.groups.iter().zip(totals.chunks(size_of::<PartialRow>())).enumerate();
-        let of_group = |(i, (group, total)): (usize, (&Group, &[u8]))| {
-            let row: PartialRow = bytemuck::pod_read_unaligned(total);
+        let mut of_group = |(i, group): (usize, &Group)| {
+            let row: PartialRow = next_row(&mut rows);
+            let norm: Option<PartialRow> = norm_of(group).map(|_| next_row(&mut rows));
+            let lost = memory.losses.as_ref().map(|_| next_row::<LossRow>(&mut rows).to_lost());
             let own = || {
+                let origin = |i: usize| self.built.origins[i];
+                let partial = row.to_partial(origin);
+                let partial = norm.map_or(partial, |norm| partial.with_norm_of(norm.to_partial(origin)));
                 let name_of = |i: usize| group.names.get(i).map_or(Some("the given norms"), |name| name.as_deref());
-                let total = GroupTotal::of(row.to_partial(|i| self.built.origins[i]), name_of);
-                MergedGroup { segments: group.segments.clone(), total }
+                MergedGroup { segments: group.segments.clone(), total: GroupTotal::of(partial, name_of) }
             };
             let all = across.of(&row).and_then(|all| all.get(i).cloned()).unwrap_or_else(own);
             let [first, count] =
                 [group.first_segment, group.segments.count].map(|n| n as usize * size_of::<OutcomeRow>());
-            (all, bytemuck::pod_collect_to_vec(&outcomes[first..][..count]))
+            (all, bytemuck::pod_collect_to_vec(&outcomes[first..][..count]), lost)
         };
-        Ok((head.skipped(), each.map(of_group).collect()))
+        Ok((head.skipped(), self.built.groups.iter().enumerate().map(&mut of_group).collect()))
     }
 
     /// The adaptive threshold, with its state after the last step. A checkpoint can keep it, and a new plan can go on
@@ -134,7 +148,7 @@ impl GpuPlan {
         }
         self.bind(threshold)?;
         let (skipped, mut each) = self.last_step().await?;
-        let (all, outcomes) = each.swap_remove(0);
+        let (all, outcomes, _) = each.swap_remove(0);
         // Those of all processes, if they have merged.
         let segments = all.segments.clone();
         let (measured, _) = group.report(&outcomes, all, skipped)?;
@@ -159,6 +173,13 @@ impl GpuPlan {
     }
 }
 
+/// The first row of these bytes, which then begin behind it.
+fn next_row<T: Pod>(bytes: &mut &[u8]) -> T {
+    let (row, rest) = bytes.split_at(size_of::<T>());
+    *bytes = rest;
+    bytemuck::pod_read_unaligned(row)
+}
+
 impl Group {
     /// The report and the outcomes of the segments, given the total of all processes.
     fn report(
@@ -176,7 +197,7 @@ impl Group {
         let total_norm = match &outcomes[..] {
             [outcome] if self.given => outcome.norm,
             _ if self.given => f64::NAN,
-            _ => clip.known(&total).norm.times(weight(elements)).to_f64(),
+            _ => clip.total_norm(&total, elements),
         };
         let report = clip.report((&segments, &outcomes), (total_norm, total.outside), elements, non_finite, skipped)?;
         // A value clip looks at each element whatever is decided. Only what it found tells whether it wrote.

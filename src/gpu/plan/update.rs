@@ -48,7 +48,8 @@ impl GpuPlan {
             return Err(shapes_differ());
         }
         let groups: Vec<_> = of_plan.clone().zip(groups).map(|(group, tensors)| (group.clip, *tensors)).collect();
-        let gathered = Gathered::new(&groups, self.built.job.clone(), self.built.threshold.clone())?;
+        let counts = self.built.memory.losses.is_some();
+        let gathered = Gathered::new(&groups, self.built.job.clone(), self.built.threshold.clone(), counts)?;
         if !of_plan.zip(&gathered.groups).all(|(group, other)| group.has_shapes_of(other)) {
             return Err(shapes_differ());
         }

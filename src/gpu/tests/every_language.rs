@@ -31,11 +31,13 @@ fn kernels() -> Vec<Kernel> {
         for norm in norms {
             all.extend([Kernel::Norm { dtype, norm }, Kernel::NormEach { dtype, norm }]);
         }
-        all.extend([Kernel::Scale { dtype }, Kernel::Sum { dtype }]);
-        all.extend(either.map(|columns| Kernel::ScaleEach { dtype, columns }));
-        for guarded in either {
-            all.extend(either.map(|writes| Kernel::Clamp { dtype, guarded, writes }));
+        all.push(Kernel::Sum { dtype });
+        for counts in either {
+            all.push(Kernel::Scale { dtype, counts });
+            all.extend(either.map(|columns| Kernel::ScaleEach { dtype, columns, counts }));
+            all.extend(either.map(|guarded| Kernel::Clamp { dtype, guarded, writes: true, counts }));
         }
+        all.extend(either.map(|guarded| Kernel::Clamp { dtype, guarded, writes: false, counts: false }));
     }
     for norm in norms {
         all.extend(
@@ -122,9 +124,10 @@ fn is_hot(kernel: Kernel, access: Access, shape: Shape) -> bool {
     let clips = match kernel {
         Kernel::Norm { norm, .. } | Kernel::NormEach { norm, .. } => norm == Norm::L2,
         Kernel::Finalise { norm, given } => norm == Some(Norm::L2) && !given,
-        Kernel::Clamp { guarded, writes, .. } => !guarded && writes,
+        Kernel::Clamp { guarded, writes, counts, .. } => !guarded && writes && !counts,
         Kernel::Threshold { formula, norm } => formula == Formula::Agc && norm == Norm::L2,
-        Kernel::Scale { .. } | Kernel::ScaleEach { .. } | Kernel::Sum { .. } | Kernel::Merge => true,
+        Kernel::Scale { counts, .. } | Kernel::ScaleEach { counts, .. } => !counts,
+        Kernel::Sum { .. } | Kernel::Merge => true,
         // AdamW with float32 parameters, and with bfloat16 ones that keep remainders.
         Kernel::Step(StepKernel { gradient, parameter, update, value, each }) => {
             let usual = match parameter {

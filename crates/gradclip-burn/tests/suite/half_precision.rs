@@ -38,6 +38,22 @@ fn halves_are_measured_in_more_and_rounded_once() {
     }
 }
 
+/// Float16 has nothing below 6e-8.
+#[test]
+fn what_rounding_loses_is_counted() {
+    for (name, device) in devices() {
+        let net = Net::new(&device);
+        let small = |_: usize, n: usize| (0..n).map(|i| if i % 3 == 0 { 6.5e-5 } else { 3.0 }).collect();
+        let mut grads = gradients(&net, &device, DType::F16, small);
+        let mut clipper = GradClipper::new(Clip::norm(1e9).grad_scale(65536.0)).count_lost();
+        clipper.clip(&mut grads, &net).expect("finite");
+        let lost = clipper.report().wait().expect("clipped").lost.expect("it is counted");
+        let zeros = all_numbers(&net, &grads).concat().iter().filter(|x| **x == 0.0).count();
+        assert_eq!((lost.zero, lost.infinite), (zeros as u64, 0), "{name}");
+        assert!(zeros > 0, "{name}");
+    }
+}
+
 /// Models in mixed precision keep float32 beside halves.
 #[test]
 fn dtypes_may_be_mixed() {

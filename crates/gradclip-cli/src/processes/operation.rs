@@ -27,8 +27,6 @@ use crate::report::{Ranks, Summary};
 /// What all ranks do.
 #[derive(Debug)]
 pub(super) struct Operation {
-    /// Whether a clip by value also reports the norm.
-    report_norm: bool,
     groups: Groups,
     args: CommonArgs,
     /// OUT, and whether it may be replaced; `None` if the gradients are only measured.
@@ -57,7 +55,6 @@ struct Prepared<'o, 'a> {
 
 impl Operation {
     pub(super) fn new(cli: Cli, local_rank: u32) -> Result<Self, Failure> {
-        let mut report_norm = false;
         let mut content = Content::Same;
         let (groups, mut args, out) = match cli.command {
             Command::Norm(NormArgs { measure, common }) => {
@@ -65,7 +62,6 @@ impl Operation {
             }
             Command::Clip(ClipArgs { out, force, out_dtype, options, common }) => {
                 let clip = options.clip()?.ok_or_else(|| Failure::Usage(MODE_NEEDED.into()))?;
-                report_norm = options.report_norm;
                 if out_dtype.is_some() {
                     content = Content::Widened;
                 }
@@ -79,7 +75,7 @@ impl Operation {
                 "ranks compute one norm of all gradients; for other scopes and for --agc, use gradclip on each file",
             ),
             (
-                clamps(&clip) && !report_norm && !args.replicated.is_empty(),
+                clamps(&clip) && !clip.report_norm && !args.replicated.is_empty(),
                 "--replicated names tensors that a norm counts once; a clip by value measures no norm",
             ),
         ])?;
@@ -94,7 +90,7 @@ impl Operation {
         }
         clip.check()?;
         args.backend.local_rank = Some(local_rank);
-        Ok(Self { report_norm, groups, args, out, content })
+        Ok(Self { groups, args, out, content })
     }
 
     pub(super) fn run(&self, lockstep: &Lockstep, stdout: &mut dyn Write) -> Result<(), Exit> {
@@ -149,14 +145,14 @@ impl Operation {
         if let (Some(folder), true) = (&mut folder, written.is_ok() && !lockstep.is_first()) {
             folder.leave_to_rank_0();
         }
-        let with_lost = |(reports, norms): (Vec<ClipReport>, _)| {
+        let with_lost = |reports: Vec<ClipReport>| {
             let lost: Vec<_> =
                 reports.iter().map(|report| report.lost.map(|lost| (lost.zero, lost.infinite))).collect();
-            ((reports, norms), lost)
+            (reports, lost)
         };
         let (mut reports, lost) = lockstep.step("done", written.map(with_lost))?;
         // Those of all ranks, by group.
-        for (i, report) in reports.0.iter_mut().enumerate() {
+        for (i, report) in reports.iter_mut().enumerate() {
             if let Some(all) = &mut report.lost {
                 let of_ranks = lost.iter().filter_map(|of_rank| *of_rank.get(i)?);
                 (all.zero, all.infinite) = of_ranks.fold((0, 0), |all, lost| (all.0 + lost.0, all.1 + lost.1));
@@ -244,12 +240,11 @@ impl Operation {
         OwnFiles { inputs, .. }: &OwnFiles,
         Prepared { tensors, counted, backend, copies }: &mut Prepared<'_, '_>,
         output: Option<&Output<'_>>,
-    ) -> Result<(Vec<ClipReport>, Option<Vec<f64>>), Failure> {
+    ) -> Result<Vec<ClipReport>, Failure> {
         let hidden = self.hidden(lockstep);
         let bytes = tensors.iter().map(|tensor| tensor.bytes().len() as u64).sum();
         let bar = progress::bytes(bytes, if copies.is_some() { "clipping" } else { "measuring" }, hidden);
         backend.show_progress(&bar);
-        let norms = self.report_norm.then(|| backend.norms(&self.groups, tensors)).transpose()?;
         if let Some(copies) = copies.take() {
             let reports = copies.clip(
                 &[],
@@ -261,38 +256,38 @@ impl Operation {
                     backend.apply(&self.groups, written)
                 },
             )?;
-            return Ok((reports, norms));
+            return Ok(reports);
         }
         let Some(output) = output else {
             let mut report = backend.run(|clipper| clipper.measure(&self.groups.rest, tensors))?;
             // Nothing was to be written.
             report.skipped = None;
-            return unchanged(inputs).map(|()| (vec![report], norms));
+            return unchanged(inputs).map(|()| vec![report]);
         };
         let decided = backend.decide(&self.groups, tensors)?;
         unchanged(inputs)?;
         bar.finish_and_clear();
         let bar = progress::bytes(output.bytes(), "writing", hidden);
         backend.install(|| output.stream(&decided, &bar))?;
-        Ok((decided.clips.iter().map(DecidedClip::report).collect(), norms))
+        Ok(decided.clips.iter().map(DecidedClip::report).collect())
     }
 
     /// What rank 0 prints.
     fn text(
         &self,
-        ((reports, norms), time): ((Vec<ClipReport>, Option<Vec<f64>>), Duration),
+        (reports, time): (Vec<ClipReport>, Duration),
         Prepared { tensors, backend, .. }: &Prepared<'_, '_>,
         all_files: &AllFiles<'_>,
         count: u32,
     ) -> Result<String, Failure> {
-        let (report, groups) = self.groups.report(tensors, reports, norms);
+        let (report, groups) = self.groups.report(tensors, reports);
         let file = report.non_finite.as_ref().and_then(|found| all_files.file_of(found, &self.groups));
         let others = all_files.opened.iter().map(|file| file.others).sum();
         let left_out = || all_files.opened.iter().map(|file| file.left_out).sum();
         let summary = Summary {
             report: &report,
             groups: &groups,
-            has_norm: self.report_norm || !clamps(&self.groups.rest),
+            has_norm: self.groups.rest.report_norm || !clamps(&self.groups.rest),
             clip: &self.groups.rest,
             tensors,
             sum: false,

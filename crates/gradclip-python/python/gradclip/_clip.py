@@ -63,6 +63,7 @@ def clip(
     ``non_finite``: what happens if a gradient is NaN or infinite: ``"error"`` (the default of every mode with a norm:
     NonFiniteError, nothing is written), ``"propagate"``, ``"skip"``, ``"zero"``, ``"drop"``.
     ``skip_above``: a step whose norm is above this is skipped: nothing is written, and ``report.skipped`` says so.
+    ``report_norm``: whether ``clip_value`` and ``clip_range`` also report the L2 norm before them.
 
     ``only``, ``exclude``: patterns of names (``*`` any characters, ``?`` one); others are left as they are.
     ``groups``: thresholds by pattern. Each group has a norm of its own; the first pattern that fits counts.

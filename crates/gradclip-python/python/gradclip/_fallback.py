@@ -14,7 +14,7 @@ from gradclip._memory import Given, hides_data, torch_codes
 from gradclip._report import NonFinite, Report, Segment, total_of
 from gradclip._settings import description, measuring, mode_of, number
 
-USABLE = ("max_norm", "clip_value", "norm_type", "scope", "eps", "grad_scale", "non_finite")
+USABLE = ("max_norm", "clip_value", "norm_type", "scope", "eps", "grad_scale", "non_finite", "report_norm")
 
 
 def needed(tensors: list[Any]) -> bool:
@@ -65,7 +65,8 @@ def clip(found: Given, settings: Mapping[str, Any], measure: bool = False) -> Re
                     if scale != 1.0:
                         tensor.div_(scale)
                     tensor.clamp_(-bound, bound)
-            return _report(found, float("nan"), [], outside and skipped is None, elements, bad, skipped, line)
+            reported = total if settings.get("report_norm") else float("nan")
+            return _report(found, reported, [], outside and skipped is None, elements, bad, skipped, line)
         limit = float("inf") if settings.get("max_norm") is None else number("max_norm", settings["max_norm"])
         eps = 1e-6 if settings.get("eps") is None else number("eps", settings["eps"])
         coefs = [_coefficient(norm, limit, eps) for norm in (norms if by_tensor else [total] * len(norms))]

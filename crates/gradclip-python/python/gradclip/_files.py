@@ -133,6 +133,9 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
         value = settings.get(name)
         if value is None or (name == "grad_scale" and value == 1.0):
             continue
+        if name == "report_norm":
+            found += ["--report-norm"] if value else []
+            continue
         if name == "clip_range":
             text = ",".join(repr(number(name, bound)) for bound in value)
         elif name == "unit_axis":

@@ -37,6 +37,7 @@ class Clip:
         grad_scale: float = 1.0,
         non_finite: str | None = None,
         skip_above: float | None = None,
+        report_norm: bool = False,
     ) -> None: ...
 
 class Optimizer:

@@ -23,7 +23,7 @@ MODES = {
     "clip_range": "value",
 }
 # What describes a clip beside its mode.
-OTHERS = ("norm_type", "scope", "unit_axis", "budget", "eps", "agc_eps", "grad_scale", "non_finite", "skip_above")
+OTHERS = ("norm_type", "scope", "unit_axis", "budget", "eps", "agc_eps", "grad_scale", "non_finite", "skip_above", "report_norm")
 
 
 class Settings(TypedDict, total=False):
@@ -44,6 +44,7 @@ class Settings(TypedDict, total=False):
     grad_scale: float
     non_finite: Policy | None
     skip_above: float | None
+    report_norm: bool
 
 
 def mode_of(settings: Mapping[str, Any]) -> str:
