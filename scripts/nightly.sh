@@ -26,7 +26,7 @@ run() {
             ;;
         kernels) scripts/kernels.sh && scripts/gpu-compilers.sh ;;
         web) scripts/web.sh --test ;;
-        published) scripts/public-api.sh && scripts/package.sh --whole ;;
+        published) scripts/public-api.sh && scripts/package.sh --whole && scripts/portability.sh --whole ;;
         memory) scripts/memory-checks.sh --whole ;;
         properties) scripts/properties.sh 2000 ;;
         fuzz) scripts/fuzz.sh 100 ;;
@@ -46,7 +46,7 @@ figures() {
     echo "${found:-passed}"
 }
 counted='tests|properties|soak|fuzz|kills|full disk|changing input|faults|out of memory|kernels translated|spirv-val|tint|amd|inventory'
-counted+='|licences|python|web suite|web page|packages|public API|aarch64|deny'
+counted+='|licences|portability|python|web suite|web page|packages|public API|aarch64|deny'
 
 [ $# -gt 0 ] || set -- "${parts[@]}"
 for part in "$@"; do

@@ -23,14 +23,14 @@ npm=$devices/npm
 wasm=wasm32-unknown-unknown
 mode=${1:-8000}
 
-# package NAME FEATURES: builds the wasm with these features, and a package for browsers of it in $web/NAME.
+# package NAME FEATURES PROFILE: builds the wasm with these features, and a package for browsers of it in $web/NAME.
 package() {
     # Every browser that has WebGPU has vectors in wasm.
     CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS="-C target-feature=+simd128" \
-        cargo build --quiet --locked -p gradclip-web --lib --profile web --target "$wasm" --features "$2"
+        cargo build --quiet --locked -p gradclip-web --lib --profile "$3" --target "$wasm" --features "$2"
     rm -rf "${web:?}/$1"
     cargo run --quiet --locked --manifest-path scripts/web/bindgen/Cargo.toml --target-dir "$target/web-bindgen" -- \
-        "$target/$wasm/web/gradclip_web.wasm" "$web/$1"
+        "$target/$wasm/$3/gradclip_web.wasm" "$web/$1"
 }
 
 build() {
@@ -39,7 +39,7 @@ build() {
         echo "error: rustup could not install $wasm; install it where there is a network" >&2
         exit 1
     }
-    package page ""
+    package page "" web
     cp crates/gradclip-web/page/* "$web/page"
     local bytes=0 file size
     for file in "$web"/page/*; do
@@ -75,7 +75,8 @@ suite() {
     install_swiftshader
     npm_package webgpu 0.6.2
     step "the library's tests for the web"
-    package suite suite
+    # What is small takes long to compile.
+    package suite suite quick
     env "${swiftshader[@]}" node scripts/web/suite.mjs "$npm" "$web/suite"
 }
 

@@ -6,7 +6,7 @@ use crate::common::gpu::{Held, step, stepper, with_parameter_each};
 use crate::common::numbers::Random;
 use crate::common::optimizers::{Element, Near, Rounding, contents};
 use crate::common::torch_cases::{Parameter, Promise, Steps, ULPS, run_all};
-use crate::common::{Data, Path, assert_same_bits};
+use crate::common::{Data, Path, assert_same_bits, repeats};
 use crate::optimizer_properties::{
     check_elements, clip, clipped, decided, optimizer, place, run_cases, shape, share, spoil,
 };
@@ -198,7 +198,7 @@ impl Case {
 
 #[test]
 fn random_steps_on_the_device() {
-    run_cases("random_steps_on_the_device", 40, |seed| {
+    run_cases("random_steps_on_the_device", repeats(16, 40) as u32, |seed| {
         let random = &mut Random(seed);
         let (mut case, mut worst) = (Case::drawn(random), 0.0f64);
         for _ in 0..4 {

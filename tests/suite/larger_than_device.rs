@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::common::gpu::{block_on, clipper, device, gpu, shared, small_limits};
 use crate::common::numbers::Random;
 use crate::common::{
-    Data, POLICIES, as_measured, assert_norm, assert_same_bits, clip_host, numbers_of, parameters, unwritten_sums,
-    views, views_mut,
+    Data, POLICIES, as_measured, assert_norm, assert_same_bits, clip_host, numbers_of, parameters, repeats,
+    unwritten_sums, views, views_mut,
 };
 use gradclip::gpu::GpuClipper;
 use gradclip::{
@@ -477,7 +477,8 @@ fn gone_midway(clip: &Clip, bad: Option<f64>, mut set: Vec<Data>, stride: usize)
     }
     let (want, clipped) = clip_host(&clippers().0, clip, &set).ok();
     let (mut refused, mut finished) = (0, 0);
-    for step in (1..).step_by(stride) {
+    // By night at more moments.
+    for step in (1..).step_by(repeats(stride + stride.div_ceil(2), stride)) {
         // One of its own each time.
         let gpu = clipper(small_limits()).with_memory_budget(2 * LOAD);
         gpu.device().on_uncaptured_error(Arc::new(|_| {}));

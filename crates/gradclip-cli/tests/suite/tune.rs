@@ -1,6 +1,7 @@
 //! Tunings that are kept for a device: they are used where they fit, and nowhere else.
 
 use std::fs;
+use std::sync::LazyLock;
 
 use serde_json::{Value, json};
 
@@ -11,15 +12,23 @@ fn run(folder: &Folder, args: &[&str]) -> Run {
     gradclip_with(args, [("XDG_CONFIG_HOME", folder.path("config").to_str().unwrap())])
 }
 
+/// The device that the program takes.
+fn device() -> &'static Value {
+    static DEVICE: LazyLock<Value> = LazyLock::new(|| {
+        let bench = ["bench", "--backend", "gpu", "--sizes", "1Ki", "--dtype", "f32", "--seconds", "0.001", "--json"];
+        let name = gradclip(bench).succeeded().json()["adapter"].clone();
+        let devices = gradclip(["devices", "--json"]).succeeded().json();
+        let same = |device: &&Value| device["name"] == name;
+        devices["adapters"].as_array().unwrap().iter().find(same).unwrap().clone()
+    });
+    &DEVICE
+}
+
 /// Keeps a row for the device that the program takes.
 fn keep(folder: &Folder, change: impl Fn(&mut Value)) {
-    let bench = ["bench", "--backend", "gpu", "--sizes", "1Ki", "--dtype", "f32", "--seconds", "0.001", "--json"];
-    let name = gradclip(bench).succeeded().json()["adapter"].clone();
-    let devices = gradclip(["devices", "--json"]).succeeded().json();
-    let same = |device: &&Value| device["name"] == name;
-    let device = devices["adapters"].as_array().unwrap().iter().find(same).unwrap().clone();
+    let device = device();
     let mut row = json!({
-        "adapter": name, "backend": device["backend"], "driver": device["driver"], "version": env!("CARGO_PKG_VERSION"),
+        "adapter": device["name"], "backend": device["backend"], "driver": device["driver"], "version": env!("CARGO_PKG_VERSION"),
         "tuning": {
             "workgroup": 32, "contiguous": true, "subgroups": false, "native_products": true, "native_halves": true,
             "windows": 16, "chunks": 16,
