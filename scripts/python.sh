@@ -3,7 +3,8 @@
 #
 #   scripts/python.sh             a development build, with Debian's Python, PyTorch (1.13) and NumPy
 #   scripts/python.sh --newest    the wheel, built from the source distribution alone and installed beside PyPI's newest
-#                                 PyTorch, in an environment of its own; with more cases, checks of types and of sizes
+#                                 PyTorch, in an environment of its own; with more cases, checks of types and of sizes, and
+#                                 of whether it compiles for a Python without the GIL
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh
@@ -28,6 +29,11 @@ if [ "${1-}" = --newest ]; then
     "$work/venv/bin/pip" install --quiet "$wheel"
     "$work/venv/bin/gradclip" norm examples/data/lstm_grads.safetensors --backend cpu >/dev/null
     GRADCLIP_WHOLE=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider "$package/tests" 2>&1 | tee "$log"
+    # What such a Python says of itself; none is needed to compile.
+    printf '%s\n' implementation=CPython version=3.14 shared=true abi3=false build_flags=Py_GIL_DISABLED \
+        suppress_build_script_link_lines=true >"$work/free-threaded"
+    PYO3_CONFIG_FILE=$work/free-threaded cargo check --quiet --locked -p gradclip-python --lib \
+        --target-dir "${CARGO_TARGET_DIR:-target}/free-threaded"
     torch=$("$work/venv/bin/python" -c 'import torch; print(torch.__version__)')
     echo "python: a wheel of $bytes bytes; $(tail -1 "$log" | grep -o '[0-9]* passed') with PyTorch $torch"
     exit
