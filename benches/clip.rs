@@ -282,12 +282,100 @@ fn gpu(c: &mut Criterion) {
     }
 }
 
+/// What a step of AdamW with float32 must at least do: it reads four arrays and writes three.
+#[cfg(feature = "gpu")]
+const PLAIN_STEP: &str = "
+    @group(0) @binding(0) var<storage, read_write> gradients: array<vec4<f32>>;
+    @group(0) @binding(1) var<storage, read_write> parameters: array<vec4<f32>>;
+    @group(0) @binding(2) var<storage, read_write> means: array<vec4<f32>>;
+    @group(0) @binding(3) var<storage, read_write> squares: array<vec4<f32>>;
+    @compute @workgroup_size(64)
+    fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+        for (var i = id.x; i < arrayLength(&gradients); i += 64u * groups.x) {
+            let g = gradients[i];
+            parameters[i] = parameters[i] - g;
+            means[i] = means[i] + g;
+            squares[i] = squares[i] + g;
+        }
+    }";
+
+/// A step of an optimizer beside a plain kernel on arrays of the same sizes, each waited for: by the host's clock.
+#[cfg(feature = "gpu")]
+fn gpu_step(c: &mut Criterion) {
+    use gradclip::gpu::{GpuClipper, GpuTensor, PlanOptions};
+    use gradclip::{Optimizer, wgpu};
+    let gpu = GpuClipper::open().wait().expect("the GPU benches need an adapter; `cargo bench -- cpu` needs none");
+    let (device, queue) = (gpu.device(), gpu.queue());
+    let mut group = c.benchmark_group("gpu step");
+    group.sample_size(20);
+    for len in SIZES {
+        let data = gradients(len);
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+        let buffers = [(); 4].map(|()| {
+            let size = 4 * len as u64;
+            let buffer =
+                device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
+            queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&data));
+            buffer
+        });
+        let source = wgpu::ShaderSource::Wgsl(PLAIN_STEP.into());
+        let module = device.create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: None,
+            layout: None,
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            cache: None,
+        });
+        let entries: Vec<_> = (0..)
+            .zip(&buffers)
+            .map(|(binding, buffer)| wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() })
+            .collect();
+        let layout = &pipeline.get_bind_group_layout(0);
+        let bound = device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries });
+        let waited = |record: &dyn Fn(&mut wgpu::CommandEncoder)| {
+            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            record(&mut encoder);
+            let begin = Instant::now();
+            queue.submit([encoder.finish()]);
+            device.poll(wgpu::PollType::wait_indefinitely()).expect("the device works");
+            begin.elapsed()
+        };
+        group.throughput(Throughput::Bytes(28 * len as u64));
+        group.bench_function(BenchmarkId::new("plain kernel", len), |b| {
+            let one = |_| {
+                waited(&|encoder| {
+                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                    pass.set_pipeline(&pipeline);
+                    pass.set_bind_group(0, &bound, &[]);
+                    pass.dispatch_workgroups(256, 1, 1);
+                })
+            };
+            b.iter_custom(|times| (0..times).map(one).sum());
+        });
+        let [gradient, parameter, ..] = buffers.each_ref().map(|buffer| GpuTensor::f32(buffer, ..).expect("valid"));
+        let adamw = PlanOptions::default().optimizer(Optimizer::adamw(1e-9));
+        let tensors = [gradient.parameter(parameter)];
+        let plan = gpu.plan_with(&[(Clip::norm(f64::MAX), &tensors)], adamw).expect("planned");
+        // The norm is measured once: only the step counts here.
+        waited(&|encoder| plan.encode(encoder).expect("the device works"));
+        group.bench_function(BenchmarkId::new("AdamW", len), |b| {
+            let one = |_| waited(&|encoder| plan.encode_scale(encoder).expect("the device works"));
+            b.iter_custom(|times| (0..times).map(one).sum());
+        });
+    }
+}
+
 #[cfg(not(feature = "gpu"))]
 fn gpu(_: &mut Criterion) {}
+
+#[cfg(not(feature = "gpu"))]
+fn gpu_step(_: &mut Criterion) {}
 
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
-    targets = cpu, cpu_kernels, cpu_scopes, gpu
+    targets = cpu, cpu_kernels, cpu_scopes, gpu, gpu_step
 }
 criterion_main!(benches);
