@@ -47,7 +47,7 @@ fn way_of(outcome: Outcome) -> Way {
 }
 
 fn quickly_applied(x: Sixteen, way: Way) -> Sixteen {
-    if !VALUE {
+    if !VALUE || NEVER_BY_BITS {
         return multiplied_sixteen(x, way.by);
     }
     // Loops, because software devices run the body of every branch, but not of every loop.
@@ -116,7 +116,7 @@ fn apply_chunk(chunk: Chunk, lane: u32, outcome: Outcome) {
         begin_block();
         let before = quad_at(run.window, run.quad + i);
         var after = multiplied_quad(before, way.by);
-        if VALUE && way.by_bits {
+        if VALUE && !NEVER_BY_BITS && way.by_bits {
             begin_block();
             after = clamped_quad(before, way.to);
         }

@@ -26,11 +26,14 @@ fn narrowed_bound(bound: u32) -> u32 {
     return narrowed(DTYPE, magnitude);
 }
 
+// Software devices clamp float32 sooner as numbers.
+const NEVER_BY_BITS: bool = DTYPE == DTYPE_F32 && CONTIGUOUS;
+
 // Whether bits suffice: nothing is multiplied, and 0 lies between the bounds, so that each belongs to one sign.
 fn is_by_bits(factor: u32) -> bool {
     let below = params.min[DTYPE] > SIGN;
     let above = params.max[DTYPE] > 0u && params.max[DTYPE] < SIGN;
-    return factor == ONE && below && above;
+    return !NEVER_BY_BITS && factor == ONE && below && above;
 }
 
 fn clamped_word(word: u32, bounds: Bounds) -> u32 {
