@@ -8,13 +8,13 @@ use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use gradclip::processes::ProcessGroup;
-use gradclip::{Clip, ClipReport, Clipper, Tensor, TensorMut};
 #[cfg(feature = "gpu")]
 use gradclip::{
-    Dtype,
+    Clip, Dtype,
     gpu::{GpuClipper, GpuTensor, adapters},
     wgpu,
 };
+use gradclip::{ClipReport, Clipper, Tensor, TensorMut};
 use gradclip_common::text::plural;
 use indicatif::ProgressBar;
 use rayon::ThreadPool;
