@@ -50,8 +50,8 @@ struct Plain {
 // A driver may flush float32s below the normal ones, and need not produce infinities. So neither element nor product
 // may be either. With exponents a and b, biased by 127, the product is at least 2^(a + b - 254) and below
 // 2^(a + b - 252). Products of float16 are within float32's range if the factor is from 2^-101 to 2^101; but their
-// conversion must not overflow either, so they stay below 2^15, unless the factor is at most 1. Where losses are counted,
-// no product is one either: float16 has nothing below 2^-24, and bfloat16 rounds the largest products to infinity.
+// conversion must not overflow either, so they stay below 2^15, unless the factor is at most 1. With COUNTS
+// plain products lose nothing: float16 has nothing below 2^-24, and bfloat16 rounds the largest products to infinity.
 fn plain(factor: u32) -> Plain {
     let exponent = i32(factor >> 23u);
     var lowest = max(128 - exponent, 1);
