@@ -75,7 +75,7 @@ suite() {
     install_swiftshader
     npm_package webgpu 0.6.2
     step "the library's tests for the web"
-    # What is small takes long to compile.
+    # The profile `web` makes wasm small, and takes long; tests need not be small.
     package suite suite quick
     env "${swiftshader[@]}" node scripts/web/suite.mjs "$npm" "$web/suite"
 }

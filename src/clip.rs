@@ -275,7 +275,7 @@ pub struct Clip {
     pub non_finite: NonFinite,
     /// The total norm above which the step is skipped. Infinity skips none.
     pub skip_above: f64,
-    /// Whether a value clip also measures the norm; false in every other mode, which do so anyway.
+    /// Whether a value clip also reports the norm. Every other mode does so anyway, and does not take this setting.
     pub report_norm: bool,
 }
 

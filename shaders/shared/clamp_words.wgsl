@@ -26,7 +26,7 @@ fn narrowed_bound(bound: u32) -> u32 {
     return narrowed(DTYPE, magnitude);
 }
 
-// Software devices clamp float32 sooner as numbers.
+// Software devices clamp float32 faster as numbers (benches/records/2026-11-29-epyc-software-kernels.md).
 const NEVER_BY_BITS: bool = DTYPE == DTYPE_F32 && CONTIGUOUS;
 
 // Whether bits suffice: nothing is multiplied, and 0 lies between the bounds, so that each belongs to one sign.

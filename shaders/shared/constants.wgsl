@@ -47,7 +47,7 @@ const WRITES: bool = {writes};
 const COLUMNS: bool = {columns};
 // Whether `finalise` takes given norms.
 const GIVEN: bool = {given};
-// Whether it is counted what rounding loses, and where the counts are bound: behind the windows.
+// Whether to count what rounding loses, and where the counts are bound: behind the windows.
 const COUNTS: bool = {counts};
 const LOSSES: u32 = {losses}u;
 // Whether `accumulate` hands the running partial over.

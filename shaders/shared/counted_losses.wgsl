@@ -13,7 +13,8 @@
 // Those of the invocation.
 var<private> lost: array<u32, 2>;
 
-// Takes an element, as float32 bits before and after. What is subnormal before does not count; no float16 is, as float32.
+// Takes an element, as float32 bits before and after. An element that is a subnormal float32 before does not count. No
+// float16 is one.
 fn lose(before: u32, after: u32, outcome: Outcome) {
     let magnitude = before & MAGNITUDE;
     let multiplied = outcome.action == APPLY && outcome.factor.exact.mantissa != 0u;

@@ -54,7 +54,7 @@ pub(super) struct Gathered {
     pub(super) job_pieces: Vec<Piece>,
     /// The threshold that follows the norms on the device.
     pub(super) threshold: Option<DeviceThreshold>,
-    /// Whether it is counted what rounding loses.
+    /// Whether to count what rounding loses.
     pub(super) counts: bool,
     /// Whether the device gets one buffer after another, so that a single buffer is all its work at a time.
     pub(super) in_turn: bool,

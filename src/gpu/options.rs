@@ -83,9 +83,9 @@ impl PlanOptions {
         self
     }
 
-    /// Counts the elements that become 0 or infinite only because they are rounded: [`ClipReport::lost`], which else is None
-    /// for a plan. float16 loses them easily. Elements that a plain product may lose are taken one by one, and each
-    /// workgroup that has lost some adds them to a count. The device needs six storage buffers for each stage.
+    /// Counts the elements that become 0 or infinite only because they are rounded: [`ClipReport::lost`], which is None
+    /// for other plans. float16 loses them easily. Elements that a plain product may lose are taken one by one, and each
+    /// invocation that has lost some adds their number to a count. The device needs six storage buffers for each stage.
     ///
     /// [`ClipReport::lost`]: crate::ClipReport::lost
     #[must_use]

@@ -19,7 +19,7 @@ use crate::{Dtype, Error, Optimizer};
 /// The tables of a plan.
 pub(super) struct Schedule {
     groups: Vec<GroupTables>,
-    /// Whether gradients are written, and whether it is counted what that loses.
+    /// Whether gradients are written, and whether to count what that loses.
     writes: bool,
     counts: bool,
     sums: Vec<SumWindow>,

@@ -551,7 +551,7 @@ impl Expected {
     fn check_told(&self, report: &ClipReport, before: &[Data], tolerance: f64, what: &str) {
         assert_eq!(report.elements, numbers_of(before).count() as u64, "{what}");
         assert_eq!(report.skipped, self.skipped, "{what}");
-        // No element of a value clip depends on its norm.
+        // The tolerance is that of elements, and no element of a value clip depends on its norm.
         let of_norm = if self.asked.mode == Mode::Value { 1e-6 } else { tolerance };
         assert_norm(report.total_norm, self.total_norm, of_norm, &format!("{what}, total"));
         let coefs = || self.segments.iter().map(|s| s.clip_coef);

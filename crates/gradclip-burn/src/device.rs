@@ -247,9 +247,8 @@ impl Planned {
     }
 }
 
-/// Submits a clip of the gradients behind the earlier work of burn, by the earlier plan if it fits; with the clip comes
-/// whether the device counts what rounding loses. All gradients are put back,
-/// clipped, or unchanged after an error.
+/// Submits a clip of the gradients behind the earlier work of burn, by the earlier plan if it fits. All gradients are put back,
+/// clipped, or unchanged after an error. Beside the clip stands whether the device counts what rounding loses.
 pub(crate) fn clip(
     planned: &mut Option<Planned>,
     gpu: &GpuClipper,
