@@ -123,9 +123,13 @@ impl Group {
         if self.given { Some(Norm::Inf) } else { self.clip.measured().map(Norm::from) }
     }
 
-    /// The norm that is measured beside what decides: of the parameters, or of the gradients of a value clip.
-    pub(super) fn beside(&self) -> Option<Norm> {
-        if self.clip.needs_parameters() { self.norm() } else { self.clip.report_norm.then_some(Norm::L2) }
+    /// What is measured beside what decides, and its norm: the parameters, or the gradients of a value clip.
+    pub(super) fn beside(&self) -> Option<(&[Piece], Norm)> {
+        if self.clip.needs_parameters() {
+            Some((&self.parameters, self.norm()?))
+        } else {
+            self.clip.report_norm.then_some((&self.pieces, Norm::L2))
+        }
     }
 
     /// Whether the other group's tensors can replace these. Segments are compared too, because tensors without elements

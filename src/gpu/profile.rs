@@ -179,12 +179,9 @@ impl GpuPlan {
             let changed = if wrote { group.changed(report) } else { 0 };
             let mut bytes = 0;
             if if by_value { looks || clamps } else { measures && !group.given } {
-                let parameters = if group.clip.needs_parameters() { &group.parameters[..] } else { &[] };
-                let measured = group.pieces.iter().chain(parameters);
+                let beside = group.beside().map_or(&[][..], |(pieces, _)| pieces);
+                let measured = group.pieces.iter().chain(beside);
                 bytes += bytes_of(measured.filter(|piece| group.counted[piece.tensor]));
-            }
-            if measures && group.clip.report_norm {
-                bytes += bytes_of(group.pieces.iter().filter(|piece| group.counted[piece.tensor]));
             }
             if by_value && clamps {
                 bytes += changed;

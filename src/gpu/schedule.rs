@@ -149,8 +149,7 @@ impl Schedule {
             };
             let beside = match group.beside() {
                 None => None,
-                Some(_) if group.clip.needs_parameters() => Some(measure(&placed(&group.parameters, false), true)?),
-                Some(_) => Some(measure(&placed(&group.pieces, false), true)?),
+                Some((pieces, _)) => Some(measure(&placed(pieces, false), true)?),
             };
             self.groups.push(GroupTables { measured, beside, applied });
             if let Job::Sum(_) = job {
@@ -208,7 +207,7 @@ impl Schedule {
             if norm.is_none() && writes {
                 pending.edges(Phase::Measure, i, &tables.measured, Kernel::Edges { value: true, guarded: false });
             }
-            if let (Some(beside), Some(norm)) = (&tables.beside, group.beside()) {
+            if let (Some(beside), Some((_, norm))) = (&tables.beside, group.beside()) {
                 for (batch, of, dtype, table) in beside.each() {
                     pending.batch(Phase::Measure, norm_kernel(of, dtype, norm), i, batch, table);
                 }
