@@ -4,6 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::device::GpuDevice;
 use super::number::Number;
+use super::step::GROUP_BYTES;
 use super::table::{NOWHERE, Origin};
 use crate::decision::{Action, Outcome};
 use crate::partial::{Location, Partial};
@@ -56,7 +57,7 @@ impl LossRow {
 
     /// Where the row of a group lies: apart from the others, so that each can be bound by itself.
     pub(super) fn at(group: u64) -> u64 {
-        256 * group
+        GROUP_BYTES * group
     }
 
     /// Room for the rows of so many groups.

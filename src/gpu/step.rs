@@ -12,7 +12,7 @@ use super::tensor::GpuTensor;
 use crate::optimizer::{Numbers, Rule};
 use crate::{Error, Halves, Optimizer};
 
-/// Settings, and numbers, lie so many bytes apart: every device can bind a uniform there.
+/// What groups bind one by one (settings, numbers, losses) lies so many bytes apart: every device can bind a buffer there.
 pub(super) const GROUP_BYTES: u64 = 256;
 
 /// The storage buffers that `step` binds.
