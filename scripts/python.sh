@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds the Python package and runs its tests (Debian).
+# Checks the types of the Python package, builds it and runs its tests (Debian).
 #
 #   scripts/python.sh             a development build, with Debian's Python, PyTorch (1.13) and NumPy
 #   scripts/python.sh --newest    the wheel, built from the source distribution alone and installed beside PyPI's newest
-#                                 PyTorch, in an environment of its own; with more cases, checks of types and of sizes, and
+#                                 PyTorch, in an environment of its own; with more cases, and checks of the size and
 #                                 of whether it compiles for a Python without the GIL
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,12 +14,15 @@ package=crates/gradclip-python
 log=$devices/python.log
 : >"$log"
 
+install python3-venv
+[ -x "$devices/mypy/bin/mypy" ] || { python3 -m venv "$devices/mypy" && "$devices/mypy/bin/pip" install --quiet mypy; }
+(cd "$package" && "$devices/mypy/bin/mypy" --no-incremental)
+
 if [ "${1-}" = --newest ]; then
-    install python3-venv
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     python3 -m venv "$work/venv"
-    "$work/venv/bin/pip" install --quiet maturin torch numpy ml_dtypes pytest mypy tqdm
+    "$work/venv/bin/pip" install --quiet maturin torch numpy ml_dtypes pytest tqdm
     "$work/venv/bin/maturin" sdist --manifest-path "$package/Cargo.toml" --out "$work/sdist" 2>"$log" || { cat "$log" >&2; exit 1; }
     # Far from the repository, so that it builds from its own files.
     "$work/venv/bin/pip" wheel --quiet --no-deps --wheel-dir "$work/wheel" "$work"/sdist/*.tar.gz

@@ -46,7 +46,6 @@ def clip_file(
     given_norm: float | None = None,
     sum_examples: bool = False,
     out_dtype: Literal["float32"] | None = None,
-    report_norm: bool = False,
     verify: bool = False,
     force: bool = False,
     backend: Literal["auto", "cpu", "gpu"] = "auto",
@@ -60,7 +59,7 @@ def clip_file(
     ``source``: a safetensors file, or a sharded set's ``*.safetensors.index.json``. It may be larger than memory. ``destination``:
     the new file, or for a set the new index. ``force`` replaces one that exists. What is no gradient passes through.
     ``params``: for ``agc``, the file of the parameters. ``sum_examples``: write the sums of the clipped examples.
-    ``out_dtype="float32"``: widen half-precision gradients before the clip. ``report_norm``: measure before a value clip too.
+    ``out_dtype="float32"``: widen half-precision gradients before the clip.
     ``verify``: compare GPU and CPU before anything is written. ``progress``: show it, by tqdm if that is there. The other arguments are those of :func:`gradclip.clip`.
 
     Raises FileError, ValueError for arguments that make no sense, and NonFiniteError under ``non_finite="error"``.
@@ -73,7 +72,7 @@ def clip_file(
     norm = None if given_norm is None else repr(number("given_norm", given_norm))
     options = {"params": params and _path(params), "given-norm": norm, "out-dtype": out_dtype, "threads": threads}
     command += [f"--{option}={value}" for option, value in options.items() if value is not None]
-    flags = {"sum": sum_examples, "report-norm": report_norm, "verify": verify, "force": force}
+    flags = {"sum": sum_examples, "verify": verify, "force": force}
     command += [f"--{flag}" for flag, given in flags.items() if given]
     return _report(_run(command, progress)[0])
 
