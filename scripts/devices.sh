@@ -4,6 +4,9 @@
 # Mesa's device-select layer complains without a desktop session.
 [ -n "${XDG_RUNTIME_DIR:-}" ] || export NODEVICE_SELECT=1
 
+# Where RUST_BACKTRACE is set, debug builds of wgpu trace each lock, which takes a third of a test's time.
+export RUST_LIB_BACKTRACE=0
+
 devices=$(realpath -m "${CARGO_TARGET_DIR:-target}")/devices
 mkdir -p "$devices"
 
