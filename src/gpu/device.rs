@@ -1,6 +1,7 @@
 //! The device that everything runs on: opening one, and turning its errors into ours.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use futures_intrusive::channel::shared::{OneshotReceiver, oneshot_channel};
 
@@ -133,11 +134,13 @@ impl GpuDevice {
         self.lost.get().map_or(Ok(()), |reason| Err(Error::DeviceLost(reason.clone())))
     }
 
-    /// Runs `f` and returns the device's errors meanwhile as ours.
+    /// Runs `f`, unless the device is known to be lost, and returns the device's errors meanwhile as ours. On a lost
+    /// device wgpu does nothing, and tells no scope.
     ///
     /// Error scopes belong to the thread. On native platforms their answers are ready at once. A browser gives them
     /// later: [`GpuDevice::told`] waits for them.
     pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, Error> {
+        self.check_not_lost()?;
         let filters = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory];
         let scopes = filters.map(|filter| self.device.push_error_scope(filter));
         let result = f();
@@ -174,9 +177,13 @@ impl GpuDevice {
         match error {
             wgpu::Error::OutOfMemory { source } => Error::OutOfMemory(source.to_string()),
             wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. } => {
-                // wgpu does not tell scopes that a device was lost: what it then gives out is merely invalid.
-                let lost = self.poll().and_then(|()| self.check_not_lost());
-                lost.err().unwrap_or_else(|| Error::Device(one_line(&description)))
+                // wgpu does not tell scopes that a device was lost: what it then gives out is merely invalid. It says so
+                // once the device's last work is done.
+                let timeout = Some(Duration::from_secs(1));
+                let idle = wgpu::PollType::Wait { submission_index: None, timeout };
+                let polled = self.catching_loss(|| self.device.poll(idle)).err();
+                let lost = polled.filter(|error| matches!(error, Error::DeviceLost(_)));
+                lost.or(self.check_not_lost().err()).unwrap_or_else(|| Error::Device(one_line(&description)))
             }
         }
     }

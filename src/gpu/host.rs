@@ -453,7 +453,6 @@ impl<'a> Transfer<'a> {
         record: impl FnOnce(&mut wgpu::CommandEncoder) -> Result<(), Error>,
     ) -> Result<wgpu::SubmissionIndex, Error> {
         let GpuDevice { device, queue, .. } = &self.gpu.device;
-        self.gpu.device.check_not_lost()?;
         self.gpu.device.scoped(|| {
             let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             record(&mut encoder)?;

@@ -245,7 +245,6 @@ impl GpuClipper {
 
     async fn measured_speeds(&self, bytes: u64) -> Result<Speeds, Error> {
         let device = &self.device;
-        device.check_not_lost()?;
         let limits = device.device.limits();
         let mut sweep = Sweep::of(device.device.adapter_info().device_type);
         let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);

@@ -87,7 +87,6 @@ impl GpuClipper {
         if cfg!(target_arch = "wasm32") {
             return Err(Error::usage("the web has no clock to tune a device by"));
         }
-        self.device.check_not_lost()?;
         let begin = Instant::now();
         let gradients = self.gradients()?;
         let mut best = Contender::new(self.clone(), &gradients)?;

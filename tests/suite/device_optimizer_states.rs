@@ -155,6 +155,34 @@ fn a_state_moves_between_device_and_host() {
     assert_ne!(run.parameters.read(), [before]);
 }
 
+/// A device that is destroyed under a step: no half of it is ever read, and the run goes on elsewhere from what was saved.
+#[test]
+fn a_run_goes_on_after_its_device_is_lost() {
+    let (clip, optimizer, random) = (Clip::norm(1.0), Optimizer::adamw(1e-2).halves(Halves::Remainder), &mut Random(4));
+    let (parameters, gradients) = model(random, optimizer.halves);
+    let open = || GpuClipper::open().wait().expect("there is a device");
+    let mut run = Run::new(&open(), &clip, optimizer, gradients.clone(), parameters);
+    run.step(gradients.clone());
+    let (kept, parameters) = (run.state(), run.parameters.read());
+    run.step(gradients.clone());
+    let wanted = run.everything();
+    run.step(gradients.clone());
+    run.gpu.device().destroy();
+    let lost = |result: Result<(), Error>, what: &str| {
+        assert!(matches!(result, Err(Error::DeviceLost(_))), "{what}: {result:?}");
+    };
+    lost(run.plan.optimizer_state().wait().map(drop), "the state");
+    lost(run.plan.report().wait().map(drop), "the report");
+    lost(run.plan.set_optimizer_state(&kept), "setting the state");
+    lost(run.plan.restart_optimizer(), "beginning anew");
+    lost(run.plan.set_optimizers(&[optimizer.lr(0.5)]), "the learning rate");
+
+    let mut run = Run::new(&open(), &clip, optimizer, gradients.clone(), parameters);
+    run.plan.set_optimizer_state(&kept).expect("it fits");
+    run.step(gradients);
+    assert!(run.everything() == wanted, "it goes on otherwise");
+}
+
 #[test]
 fn a_skipped_step_changes_nothing() {
     let (optimizer, random) = (Optimizer::adamw(1e-2).halves(Halves::Remainder), &mut Random(1));
