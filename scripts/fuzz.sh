@@ -18,7 +18,7 @@ elif [ $# -gt 0 ]; then
     seconds=$1
     shift
 fi
-[ $# -gt 0 ] || set -- file index arguments builder tables
+[ $# -gt 0 ] || set -- file index arguments builder state tables
 command -v c++ >/dev/null || { echo "error: libFuzzer is built by a C++ compiler: install one (g++)" >&2; exit 1; }
 
 # The flags that cargo-fuzz passes. The compiler calls its sanitizer options unstable; the variable makes this toolchain

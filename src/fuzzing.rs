@@ -4,6 +4,8 @@
 use arbitrary::{Result, Unstructured};
 
 use crate::{Budget, Clip, Clipper, Dtype, Error, Mode, NonFinite, NormType, Scope, Tensor, TensorMut, UnitAxis};
+#[cfg(feature = "safetensors")]
+use crate::{Halves, Optimizer, OptimizerState};
 
 #[cfg(feature = "gpu")]
 pub use crate::gpu::tests::tables_hold::fuzz as tables;
@@ -259,6 +261,72 @@ fn sums(u: &mut Unstructured<'_>, clip: &Clip, tensors: &[Tensor<'_>]) -> Result
         drop(views);
         assert!(sums.iter().all(|sum| sum.bytes.iter().all(|byte| *byte == 0x55)), "{error} after a sum was written");
     }
+    Ok(())
+}
+
+/// Saved states of optimizers, with changes anywhere. What is restored is saved as it was read, and steps can follow.
+#[cfg(feature = "safetensors")]
+pub fn state(data: &[u8]) {
+    let _ = state_case(&mut Unstructured::new(data));
+}
+
+#[cfg(feature = "safetensors")]
+fn state_case(u: &mut Unstructured<'_>) -> Result<()> {
+    let (a, b) = (number(u)?, number(u)?);
+    let halves = *u.choose(&[Halves::Rounded, Halves::Remainder, Halves::Master])?;
+    let optimizer = match u.int_in_range(0..=4)? {
+        0 => Optimizer::sgd(a).momentum(b).nesterov(u.arbitrary()?),
+        1 => Optimizer::adagrad(a).initial_accumulator_value(b),
+        2 => Optimizer::rmsprop(a).momentum(b).centered(u.arbitrary()?),
+        3 => Optimizer::adam(a).eps(b).amsgrad(u.arbitrary()?),
+        _ => Optimizer::adamw(a).weight_decay(b).maximize(u.arbitrary()?),
+    }
+    .halves(halves);
+    let mut tensors = Vec::new();
+    for _ in 0..u.int_in_range(0..=3)? {
+        let shape = shape(u)?;
+        tensors.push(Owned::new(u, shape)?);
+    }
+    let names = ["a", "b", "c"];
+    let views: Vec<_> = tensors.iter().zip(names).map(|(t, name)| t.view().named(name)).collect();
+    let Ok(mut state) = OptimizerState::new(&[(optimizer, &views)]) else {
+        let float16 = tensors.iter().any(|t| t.dtype == Dtype::F16);
+        assert!(optimizer.check().is_err() || (float16 && halves == Halves::Remainder), "{optimizer}");
+        return Ok(());
+    };
+    let mut bytes = state.to_safetensors().expect("names differ");
+    for _ in 0..u.int_in_range(0..=4)? {
+        let at = u.choose_index(bytes.len())?;
+        match u.int_in_range(0..=3)? {
+            0 => bytes.truncate(at.max(1)),
+            1 => bytes.insert(at, u.arbitrary()?),
+            _ => bytes[at] = u.arbitrary()?,
+        }
+    }
+    let held = |state: &mut OptimizerState<'_>| {
+        let tensors =
+            (0..3).flat_map(|i| state.tensors_mut(i).into_iter().map(|slot| slot.to_vec()).collect::<Vec<_>>());
+        let tensors: Vec<_> = tensors.collect();
+        (tensors, state.steps(), state.optimizers().to_vec())
+    };
+    let before = held(&mut state);
+    let result = state.restore_safetensors(&bytes);
+    let after = held(&mut state);
+    if let Err(error) = result {
+        assert!(!error.to_string().is_empty() && error.to_string().lines().count() == 1);
+        assert_eq!(before, after, "{error} after something was restored");
+        return Ok(());
+    }
+    let again = state.to_safetensors().expect("it was saved before");
+    state.restore_safetensors(&again).expect("just saved");
+    assert_eq!(held(&mut state), after, "{optimizer}");
+    let constant =
+        |t: &Owned| Owned { shape: t.shape.clone(), back: 0, bytes: vec![0x3c; t.bytes.len() - t.back], ..*t };
+    let gradients: Vec<_> = tensors.iter().map(constant).collect();
+    let gradients: Vec<_> = gradients.iter().zip(names).map(|(t, name)| t.view().named(name)).collect();
+    let mut views: Vec<_> = tensors.iter_mut().zip(names).map(|(t, name)| t.view_mut().named(name)).collect();
+    Clipper::cpu().step(&Clip::norm(1.0), &mut state, &mut views, &gradients).expect("what is restored can be used");
+    assert_eq!(state.steps(), after.1.saturating_add(1));
     Ok(())
 }
 

@@ -14,3 +14,9 @@ fn builder_holds_on_its_corpus() {
 fn tables_hold_on_their_corpus() {
     replay(ROOT, "tables", super::tables);
 }
+
+#[test]
+#[cfg(feature = "safetensors")]
+fn states_hold_on_their_corpus() {
+    replay(ROOT, "state", super::state);
+}
