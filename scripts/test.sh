@@ -145,7 +145,7 @@ for row in "${rows[@]}"; do
             on "everything on lavapipe" all -- "${lavapipe[@]}" ${whole:+"${validation[@]}"}
             ;;
         burn)
-            unless_passed burn crates/gradclip-burn api/gradclip.txt Cargo.lock || continue
+            unless_passed burn crates/gradclip-burn ':!crates/gradclip-burn/benches' api/gradclip.txt Cargo.lock || continue
             install_lavapipe
             on "burn, on lavapipe" burn -- "${lavapipe[@]}"
             ;;
