@@ -334,7 +334,7 @@ def _not_an_array(value: Any, label: str, write: bool) -> TypeError:
             f"{label} is {_a(value)}; only PyTorch tensors and NumPy arrays can be clipped in place."
             " Its norm can be measured; clip a NumPy copy of it"
         )
-    return TypeError(f"{label} is {_a(value)}; it must be a tensor or an array")
+    return TypeError(f"{label} is {_a(value)}; it must be a PyTorch tensor or an array like NumPy's")
 
 
 def zeros_of_example(tensor: Any) -> Any:
