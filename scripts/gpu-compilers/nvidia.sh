@@ -16,10 +16,10 @@ cd "$(dirname "$0")/../.."
 . scripts/kernels/dump.sh
 
 here=scripts/gpu-compilers/nvidia python=$devices/nvidia
-if [ ! -x "$python/bin/nvcc-is-there" ]; then
+if [ ! -e "$python/nvcc-is-there" ]; then
     python3 -m venv "$python"
     "$python/bin/pip" install --quiet nvidia-cuda-nvcc nvidia-cuda-cuobjdump nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm
-    install -m 755 /dev/null "$python/bin/nvcc-is-there"
+    touch "$python/nvcc-is-there"
 fi
 nvcc=$(find "$python" -name nvcc -type f)
 PATH=$(dirname "$nvcc"):$PATH
