@@ -18,7 +18,7 @@ cd "$(dirname "$0")/../.."
 here=scripts/gpu-compilers/nvidia python=$devices/nvidia
 if [ ! -e "$python/nvcc-is-there" ]; then
     python3 -m venv "$python"
-    "$python/bin/pip" install --quiet nvidia-cuda-nvcc nvidia-cuda-cuobjdump nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm
+    "$python/bin/pip" install --quiet nvidia-cuda-nvcc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm
     touch "$python/nvcc-is-there"
 fi
 nvcc=$(find "$python" -name nvcc -type f)

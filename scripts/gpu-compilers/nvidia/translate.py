@@ -94,13 +94,17 @@ def translated(source: str) -> str:
         elif "@compute" in line:
             workgroup = re.search(r"@workgroup_size\((\w+)\)", line)[1]
         elif line.startswith("fn "):
-            while not line.rstrip().endswith("{"):
+            while not line.rstrip().endswith(("{", "{}")):
                 line += " " + next(lines).strip()
-            name, parameters, result = re.fullmatch(r"fn (\w+)\((.*?)\)(?: -> (.+?))? \{", line.strip()).groups()
+            name, parameters, result, empty = re.fullmatch(
+                r"fn (\w+)\((.*?)\)(?: -> (.+?))? \{(\}?)", line.strip()
+            ).groups()
             if name == "main":
                 entry = members(parameters)
             own = ", ".join(f"{kind} {own}" for _, own, kind in members(parameters))
-            methods.append(f"FN {result or 'void'} {name}({own}) {{")
+            methods.append(f"FN {result or 'void'} {name}({own}) {{{empty}")
+            if empty:
+                continue
             joined = ""
             for line in lines:
                 joined += line.strip() + " "
