@@ -15,6 +15,7 @@ log=$devices/python.log
 : >"$log"
 
 install python3-venv
+# Debian's mypy is too old for these types.
 [ -x "$devices/mypy/bin/mypy" ] || { python3 -m venv "$devices/mypy" && "$devices/mypy/bin/pip" install --quiet mypy; }
 (cd "$package" && "$devices/mypy/bin/mypy" --no-incremental)
 

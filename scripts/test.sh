@@ -21,8 +21,8 @@
 #   burn-fusion *         gradclip-burn with burn's fusion, on lavapipe
 #   mpich *               the ranks under MPICH, on the CPU
 #
-# The rows of the library on Vulkan run under the validation layers of Khronos, which take a third of their time:
-# lavapipe only with --whole. A missing device is an error.
+# The rows of the library on Vulkan run under the validation layers of Khronos, which take a third of their time. So
+# lavapipe does only with --whole. A missing device is an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/devices.sh

@@ -304,10 +304,11 @@ fn state_case(u: &mut Unstructured<'_>) -> Result<()> {
         }
     }
     let held = |state: &mut OptimizerState<'_>| {
-        let tensors =
-            (0..3).flat_map(|i| state.tensors_mut(i).into_iter().map(|slot| slot.to_vec()).collect::<Vec<_>>());
-        let tensors: Vec<_> = tensors.collect();
-        (tensors, state.steps(), state.optimizers().to_vec())
+        let mut kept = Vec::new();
+        for i in 0..names.len() {
+            kept.extend(state.tensors_mut(i).into_iter().map(|tensor| tensor.to_vec()));
+        }
+        (kept, state.steps(), state.optimizers().to_vec())
     };
     let before = held(&mut state);
     let result = state.restore_safetensors(&bytes);

@@ -177,8 +177,8 @@ impl GpuDevice {
         match error {
             wgpu::Error::OutOfMemory { source } => Error::OutOfMemory(source.to_string()),
             wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. } => {
-                // wgpu does not tell scopes that a device was lost: what it then gives out is merely invalid. It says so
-                // once the device's last work is done.
+                // wgpu does not tell scopes that a device was lost: what it then gives out is merely invalid. It calls
+                // back about the loss once the device's last work is done.
                 let timeout = Some(Duration::from_secs(1));
                 let idle = wgpu::PollType::Wait { submission_index: None, timeout };
                 let polled = self.catching_loss(|| self.device.poll(idle)).err();

@@ -181,8 +181,8 @@ fn lengths(kernel: usize) -> [usize; 2] {
     let of_rows = ["columns", "rows", "examples"].iter().any(|word| KERNELS[kernel].0.contains(word));
     match KERNELS[kernel].0 {
         _ if of_rows => [4 * COLUMNS, 8 * COLUMNS],
-        // A block, whose copies are as large for both.
-        "step, SGD" | "step, AdamW" => [BLOCK, 2 * BLOCK],
+        // Whole blocks: a step copies block by block, into memory as large as one block for both lengths.
+        name if name.starts_with("step") => [BLOCK, 2 * BLOCK],
         "sweep" => [BLOCK + COLUMNS, BLOCK + 2 * COLUMNS],
         _ => [COLUMNS, 2 * COLUMNS],
     }
