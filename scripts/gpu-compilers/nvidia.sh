@@ -29,7 +29,7 @@ kernels=$devices/kernels cuda=$devices/cuda hot=$devices/hot
 dump_kernels "$kernels"
 rm -rf "$cuda" "$hot"
 mkdir "$cuda" "$hot"
-grep -lx hot "$kernels"/*' Quads 256 subgroups.bindings' | sed 's/bindings$//' |
+grep -lx hot "$kernels"/*' Quads 256 subgroups.bindings' "$kernels"/Step*.bindings | sed 's/bindings$//' |
     while read -r kernel; do cp "$kernel"bindings "$kernel"spv "$kernel"wgsl "$hot"; done
 env RADV_FORCE_FAMILY=gfx1100 VK_DRIVER_FILES=/usr/share/vulkan/icd.d/radeon_icd.x86_64.json MESA_SHADER_CACHE_DISABLE=true \
     cargo run --quiet --release --locked --manifest-path scripts/gpu-compilers/Cargo.toml \
@@ -39,7 +39,8 @@ one() {
     local file=$1 arch=$2 name
     name=$(basename "$file" .wgsl)
     python3 "$here/translate.py" "$file" >"$cuda/$name.$arch.cu"
-    nvcc -std=c++20 "-arch=$arch" -w "-I$here" -cubin -Xptxas -v -o "$cuda/$name.$arch.cubin" "$cuda/$name.$arch.cu" \
+    # Vulkan asks no more of a quotient and a root.
+    nvcc -std=c++20 -prec-div=false -prec-sqrt=false "-arch=$arch" -w "-I$here" -cubin -Xptxas -v -o "$cuda/$name.$arch.cubin" "$cuda/$name.$arch.cu" \
         >"$cuda/$name.$arch.log" 2>&1 || { cat "$cuda/$name.$arch.log" >&2; return 1; }
     cuobjdump -sass "$cuda/$name.$arch.cubin" >"$cuda/$name.$arch.sass"
 }

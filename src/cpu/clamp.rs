@@ -1,17 +1,16 @@
 //! Clamps each element of a chunk to the bounds of a value clip. Twin of `shaders/clamp.wgsl`.
 //!
-//! It works block by block. It looks at a block, and writes it if anything changes. Where a block has changed, the next
-//! one probably will too, so it is looked at and written in one sweep. That sweep is undone if it meets elements that are
-//! not finite, because they are counted before they are written. Floats are compared as they are, and halves as integers
-//! that order like them. An element that stays keeps every bit, and a NaN its payload. With a loss scale, all work on an
-//! unscaled copy of the block in the type to compute in.
+//! It looks at a group of elements, and writes it if anything changes. So where few elements lie outside the bounds, most
+//! of the memory is only read. What is not finite is counted before it is written. Floats are compared as they are, and
+//! halves as integers that order like them. An element that stays keeps every bit, and a NaN its payload. With a loss
+//! scale, all work on an unscaled copy of a block in the type to compute in.
 
 use super::count::count;
 use super::element::{Bits, Wide, Widen, elements};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{self, Product, write_exact_products};
 use super::scale::Round;
-use super::tuning::BLOCK;
+use super::tuning::{BLOCK, CLAMPED_AT_ONCE};
 use crate::clip::Mode;
 use crate::partial::{Location, Partial};
 use crate::{Clip, NonFinite};
@@ -27,14 +26,7 @@ pub(super) fn scan<T: Widen>(clip: &Clip, at: Location, data: &[u8]) -> Partial 
 pub(super) fn clamp<T: Widen>(clip: &Clip, at: Location, data: &mut [u8]) -> Partial {
     let (clamp, mut wide) = (Clamp::<T>::new(clip), [[T::Wide::ZERO; LANES]; BLOCK / LANES]);
     let blocks = data.chunks_mut(BLOCK * size_of::<T>()).enumerate();
-    let mut changed = false;
-    blocks.fold(Partial::EMPTY, |chunk, (i, block)| {
-        let at = at.ahead(i * BLOCK);
-        let partial =
-            if changed { clamp.sweep(at, block, &mut wide) } else { clamp.look_and_write(at, block, &mut wide) };
-        changed = clamp.factor == 1.0 && partial.outside;
-        chunk.merge(partial)
-    })
+    blocks.fold(Partial::EMPTY, |chunk, (i, block)| chunk.merge(clamp.clamp(at.ahead(i * BLOCK), block, &mut wide)))
 }
 
 /// A block without its loss scale, in the type that is computed in.
@@ -88,15 +80,14 @@ impl<T: Widen> Clamp<T> {
         Partial { outside, ..count::<T>(block).partial(|i| at.ahead(i)) }
     }
 
-    /// Looks at a block without a loss scale and writes it, in one sweep.
-    fn sweep(self, at: Location, block: &mut [u8], wide: &mut Unscaled<T::Wide>) -> Partial {
-        let before = &mut bytemuck::cast_slice_mut(wide)[..block.len()];
-        let [outside, non_finite] = run(Sweep { min: self.min, max: self.max, block, before });
-        if !non_finite {
-            return Partial { outside, ..Partial::EMPTY };
+    fn clamp(self, at: Location, block: &mut [u8], wide: &mut Unscaled<T::Wide>) -> Partial {
+        let Self { min, max, factor, .. } = self;
+        let (outside, clamped) = if factor == 1.0 { run(ClampFinite { min, max, block }) } else { (false, 0) };
+        let found = Partial { outside, ..Partial::EMPTY };
+        if clamped == block.len() {
+            return found;
         }
-        block.copy_from_slice(before);
-        self.look_and_write(at, block, wide)
+        found.merge(self.look_and_write(at.ahead(clamped / size_of::<T>()), &mut block[clamped..], wide))
     }
 
     /// Looks at a block, and writes it if anything changes.
@@ -147,28 +138,32 @@ impl<T: Widen> Kernel for Look<'_, T> {
     }
 }
 
-/// Clamps a block, and keeps what it was before. Finds whether anything was outside, and whether anything is not finite.
-struct Sweep<'a, T> {
+/// Clamps a block up to a group of elements that are not all finite. Returns whether anything was outside, and how many
+/// bytes are clamped.
+struct ClampFinite<'a, T> {
     min: T,
     max: T,
     block: &'a mut [u8],
-    before: &'a mut [u8],
 }
 
-impl<T: Widen> Kernel for Sweep<'_, T> {
-    type Output = [bool; 2];
+impl<T: Widen> Kernel for ClampFinite<'_, T> {
+    type Output = (bool, usize);
     #[inline(always)]
-    fn on<I: Isa>(self, _: I) -> [bool; 2] {
-        let (mut outside, mut non_finite) = (T::Bits::ZERO, T::Bits::ZERO);
-        let elements = self.block.chunks_exact_mut(size_of::<T>()).zip(self.before.chunks_exact_mut(size_of::<T>()));
-        for (bytes, before) in elements {
-            before.copy_from_slice(bytes);
-            let x = bytemuck::pod_read_unaligned::<T>(bytes);
-            outside = outside.or(x.outside(self.min, self.max));
-            non_finite = non_finite.or(x.not_finite());
-            bytes.copy_from_slice(bytemuck::bytes_of(&x.clamped(self.min, self.max)));
+    fn on<I: Isa>(self, isa: I) -> (bool, usize) {
+        let Self { min, max, block } = self;
+        let (mut outside, mut clamped) = (false, 0);
+        for block in block.chunks_mut(CLAMPED_AT_ONCE) {
+            let [changes, non_finite] = Look { min, max, block }.on(isa);
+            if non_finite {
+                break;
+            }
+            clamped += block.len();
+            if changes {
+                outside = true;
+                Write { min, max, drop: false, block }.on(isa);
+            }
         }
-        [outside != T::Bits::ZERO, non_finite != T::Bits::ZERO]
+        (outside, clamped)
     }
 }
 

@@ -2,7 +2,7 @@
 they take at the full speed of its memory. FOLDER holds NAME.ARCH.sass (cuobjdump -sass) and NAME.ARCH.log (ptxas -v).
 
 What is counted is the way round the loop over blocks of quads that an invocation takes in the common case: it loads four
-quads, needs nothing unusual, and stores four where the kernel stores. These are counts, not timings.
+quads, needs nothing unusual, and stores four where the kernel stores; a step takes four elements. These are counts, not timings.
 """
 
 import heapq
@@ -148,6 +148,7 @@ KINDS = {
     "load": is_wide("LDG"),
     "store": is_wide("STG"),
     "narrow load": lambda text: operation(text).startswith("LDG") and ".128" not in operation(text),
+    "narrow store": lambda text: operation(text).startswith("STG") and ".128" not in operation(text),
     "sum": lambda text: operation(text).split(".")[0] in ("FFMA", "FMUL", "FADD"),
     "bits": lambda text: operation(text).split(".")[0] in ("LOP3", "IADD3", "IADD", "VIADD"),
 }
@@ -184,6 +185,10 @@ WAYS = {
     "scale_each, columns": ({"load": 1, "store": 1, "sum": 4}, 2, QUAD_LINES),
 }
 
+# Of AdamW, by the types of gradient and parameter: the words that a step loads for four elements (those of what is kept of
+# halves twice), and the bytes that it moves for one.
+STEPS = {"F32, F32": (16, 28), "BF16, F32": (16, 26), "BF16, BF16": (18, 26)}
+
 # By the name of a variant.
 ROWS = {
     "Norm": ["norm"],
@@ -195,9 +200,15 @@ ROWS = {
 
 
 def rows_of(name: str) -> list[str]:
+    if name.startswith("Step("):
+        return ["step"]
     kernel, columns = name.split()[0], re.search(r"columns: (true|false)", name)
     rows = ROWS.get(kernel, [])
     return [rows[columns[1] == "true"]] if columns else rows
+
+
+def dtypes_of(name: str) -> str:
+    return ", ".join(re.findall(r"(?:dtype|gradient|parameter): (\w+)", name))
 
 
 class AmdKernel(Kernel):
@@ -238,24 +249,27 @@ class Row:
     """The counts of a common way, for each element."""
 
     def __init__(self, kernel: Kernel, name: str, row: str):
-        need, moved, lines = WAYS[row]
-        words = 1 if "F32" in name else 2
-        self.loads_words = row == "norm_each, columns"
-        # A word that is loaded alone gives one element, whatever is beside it.
-        per_word = 1 if self.loads_words else words
-        # An addition for each element, but what is clamped takes a word at a time.
-        need = {kind: count * (per_word if kind == "sum" else 1) for kind, count in need.items()}
+        if row == "step":
+            loads, self.bytes = STEPS[dtypes_of(name)]
+            need, elements, lines = {"narrow load": loads, "load": 0, "sum": 30}, 4, WORD_LINES
+        else:
+            need, moved, lines = WAYS[row]
+            words = 1 if "F32" in name else 2
+            # A word that is loaded alone gives one element, whatever is beside it.
+            per_word = 1 if row == "norm_each, columns" else words
+            # An addition for each element, but what is clamped takes a word at a time.
+            need = {kind: count * (per_word if kind == "sum" else 1) for kind, count in need.items()}
+            elements = need.get("load", 0) * 4 * per_word or need["narrow load"]
+            self.bytes = 4 / words * moved
         way = kernel.way(need)
         if way is None:
             raise ValueError(f"{name}: no way of {row} has {need}")
         code = [text for block in way for text in kernel.blocks[block]]
-        loads = sum(map(KINDS["narrow load" if self.loads_words else "load"], code))
-        elements = loads * (1 if self.loads_words else 4 * per_word)
         self.count = {kind: count / elements for kind, count in Counter(map(pipe, code)).items()}
         self.issued = len(code) / elements
         self.loads_first = "" if isinstance(kernel, AmdKernel) else str(loads_first(code))
-        self.lines = lines * (loads + sum(map(KINDS["store"], code))) / elements
-        self.bytes = 4 / words * moved
+        kinds = ["narrow load", "narrow store"] if lines == WORD_LINES else ["load", "store"]
+        self.lines = lines * sum(KINDS[kind](text) for kind in kinds for text in code) / elements
 
     def pipes(self, arch: str) -> dict[str, float]:
         """Clocks of a multiprocessor for each element, by pipe."""
@@ -287,7 +301,7 @@ def main(folder: Path) -> None:
             row = Row(kernel, name, of)
             count = row.count.get
             numbers = [row.issued, count("alu", 0), count("fma", 0) + count("imad", 0), count("convert", 0)]
-            cells = [of, re.search(r"dtype: (\w+)", name)[1], arch, *(found[1] if found else "" for found in (registers, spilled))]
+            cells = [of, dtypes_of(name), arch, *(found[1] if found else "" for found in (registers, spilled))]
             cells += [f"{number:.1f}" for number in numbers] + [row.loads_first]
             pipes = row.pipes(arch)
             busiest = max(pipes, key=pipes.get)

@@ -32,7 +32,7 @@ def declared(name: str, kind: str) -> str:
 
 def members(body: str) -> list[tuple[str, str, str]]:
     """Attributes, name and type of each member of a struct, or parameter of a function."""
-    found = re.findall(r"((?:@\w+(?:\([^)]*\))?\s*)*)(\w+):\s*((?:[^,<]|<[^>]*>+)+),?", body)
+    found = re.findall(r"((?:@\w+(?:\([^)]*\))?\s*)*)(\w+):\s*((?:[^,<]|<(?:[^<>]|<[^<>]*>)*>)+),?", body)
     return [(attributes, name, kind.strip()) for attributes, name, kind in found]
 
 
@@ -51,6 +51,7 @@ def statement(line: str) -> str:
     line = re.sub(r"\bvar (\w+): ([^;=]+)(?=;| =)", lambda m: declared(m[1], m[2].strip()), line)
     line = re.sub(r"\b(?:let|var) (\w+) =", r"auto \1 =", line)
     line = re.sub(r"\blet (\w+): (\w+) =", r"\2 \1 =", line)
+    line = re.sub(r"\.(xz|yw)\b", r".\1()", line)
     line = re.sub(r"\bloop \{", "while (true) {", line)
     line = re.sub(r"\bif (.*) \{$", r"if (\1) {", line)
     return line
