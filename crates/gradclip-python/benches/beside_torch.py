@@ -3,8 +3,12 @@
 Run it with the package as it is installed (a release build), and with RAYON_NUM_THREADS=2:
 
     RAYON_NUM_THREADS=2 python crates/gradclip-python/benches/beside_torch.py [MEBI_ELEMENTS]
+
+With OMP_WAIT_POLICY=PASSIVE, PyTorch's other thread does not spin on a core while ours works. If DeepSpeed is installed, its
+CPUAdam is measured too (DS_ACCELERATOR=cpu).
 """
 
+import functools
 import itertools
 import statistics
 import sys
@@ -12,6 +16,11 @@ import time
 
 import gradclip
 import torch
+
+try:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam as CPUAdam
+except ImportError:
+    CPUAdam = None
 
 torch.set_num_threads(2)
 LARGE = int(sys.argv[1] if len(sys.argv) > 1 else 128) << 20
@@ -43,14 +52,17 @@ def clips(name, params, max_norm, repeat, runs):
 
 
 def steps(name, params, runs, grads=None):
-    """AdamW with a clip by norm: ours in one, and PyTorch's clip and then its fused step."""
+    """AdamW with a clip by norm: ours in one, and PyTorch's clip and then its fused step, or DeepSpeed's."""
     norm = float(gradclip.get_total_norm(grads or [p.grad for p in params]))
     for limit, clipped in ((1e30, ""), (norm / 2, ", clipped")):
         # What PyTorch has clipped is still above this.
         ours = gradclip.AdamW(params, lr=1e-5, max_norm=limit / 2)
-        theirs = torch.optim.AdamW(params, lr=1e-5, fused=True)
+        peers = {"": torch.optim.AdamW(params, lr=1e-5, fused=True)}
+        if CPUAdam is not None and grads is None:
+            peers[", DeepSpeed"] = CPUAdam(params, lr=1e-5, adamw_mode=True)
+        taken = itertools.count()
 
-        def step():
+        def step(theirs):
             if grads is not None:
                 for p, grad in zip(params, grads):
                     p.grad = grad.float()
@@ -58,8 +70,9 @@ def steps(name, params, runs, grads=None):
             torch.nn.utils.clip_grad_norm_(params, limit * 0.999**next(taken))
             theirs.step()
 
-        taken = itertools.count()
-        beside(f"AdamW, {name}{clipped}", lambda: ours.step(grads=grads), step, 1, runs)
+        for peer, theirs in peers.items():
+            call = functools.partial(step, theirs)
+            beside(f"AdamW, {name}{clipped}{peer}", lambda: ours.step(grads=grads), call, 1, runs)
 
 
 def beside(name, ours, theirs, repeat, runs):

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::call::merged;
 use crate::clip;
 use crate::error::{exception, unknown};
-use crate::memory::{DTYPES, Described, Memory};
+use crate::memory::{Described, Memory};
 use crate::report::{Raw, raw};
 
 /// An update with its settings, checked.
@@ -66,11 +66,9 @@ impl Optimizer {
         Ok(Self(optimizer))
     }
 
-    /// The names of the tensors that are kept beside a parameter of this dtype, in order. They are float64 for float64,
-    /// else float32.
-    fn state_tensors(&self, dtype: usize) -> PyResult<Vec<&'static str>> {
-        let dtype = DTYPES.get(dtype).ok_or_else(|| PyValueError::new_err("there is no such dtype"))?;
-        Ok(self.0.state_tensors(*dtype).iter().map(|tensor| tensor.name).collect())
+    /// The names of the tensors that are kept beside a parameter, in order. They are float64 for float64, else float32.
+    fn state_tensors(&self) -> Vec<&'static str> {
+        self.0.state_tensors(Dtype::F32).iter().map(|tensor| tensor.name).collect()
     }
 
     /// One line, without the settings that have their defaults.

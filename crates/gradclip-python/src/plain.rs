@@ -48,13 +48,15 @@ const BFLOAT: u8 = 4;
 type Flat<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 /// Describes tensors that are all of one of these classes, on the CPU, in row-major order and of a known dtype. None if one
-/// is not. `exchange` is the table of these classes.
+/// is not, or if one of the first `alike` has not the shape of the one that stands so many places behind it. `exchange` is
+/// the table of these classes.
 #[pyfunction]
 pub(crate) fn plain<'py>(
     py: Python<'py>,
     tensors: &Bound<'py, PyList>,
     classes: &Bound<'py, PyTuple>,
     exchange: &Bound<'py, PyCapsule>,
+    alike: usize,
 ) -> PyResult<Option<Flat<'py>>> {
     let table = exchange.pointer_checked(Some(c"dlpack_exchange_api"))?.cast::<Exchange>();
     // SAFETY: the capsule has the name of DLPack's table, which lives as long as the process. Its header is the same in
@@ -63,7 +65,9 @@ pub(crate) fn plain<'py>(
     let Some(describe) = table.describe.filter(|_| table.major == 1) else { return Ok(None) };
     let classes: Vec<_> = classes.iter().map(|class| class.as_ptr()).collect();
     let (mut addresses, mut lengths, mut dtypes) = (Vec::new(), Vec::new(), Vec::new());
-    for tensor in tensors.iter() {
+    // The number of dimensions and then the sizes, one tensor after another.
+    let (mut shapes, mut compared) = (Vec::<i64>::new(), 0);
+    for (i, tensor) in tensors.iter().enumerate() {
         if !classes.contains(&tensor.get_type().as_ptr()) {
             return Ok(None);
         }
@@ -86,6 +90,17 @@ pub(crate) fn plain<'py>(
             return Ok(None);
         }
         let (Some(dtype), Some(length)) = (described.dtype(), described.contiguous_length()) else { return Ok(None) };
+        if i < alike {
+            shapes.push(described.dimensions.into());
+            shapes.extend(described.shape());
+        } else if i - alike < alike {
+            let own = described.shape();
+            let (dimensions, others) = (shapes[compared], &shapes[compared + 1..]);
+            if dimensions != i64::from(described.dimensions) || !others.starts_with(own) {
+                return Ok(None);
+            }
+            compared += 1 + own.len();
+        }
         // A view that negates what is stored, as that of an imaginary part can; of more elements it has gaps.
         if length == 1 && tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
             return Ok(None);
@@ -110,17 +125,25 @@ impl Described {
         }
     }
 
+    fn shape(&self) -> &[i64] {
+        self.numbers(self.shape)
+    }
+
+    /// As many numbers as there are dimensions; none where there is no pointer.
+    fn numbers(&self, first: *const i64) -> &[i64] {
+        let count = if first.is_null() { 0 } else { usize::try_from(self.dimensions).unwrap_or(0) };
+        // SAFETY: the shape, and the strides unless they are null, have so many numbers, which belong to the tensor that
+        // the caller holds. A slice of none needs a pointer that is not null, too.
+        unsafe { std::slice::from_raw_parts(if count == 0 { std::ptr::dangling() } else { first }, count) }
+    }
+
     /// The number of elements, if they stand in row-major order without gaps.
     fn contiguous_length(&self) -> Option<u64> {
-        let mut length = 1;
-        let mut gap = false;
-        for i in (0..usize::try_from(self.dimensions).ok()?).rev() {
-            // SAFETY: the shape, and the strides unless they are null, have so many numbers, which belong to the tensor
-            // that the caller holds.
-            let (size, stride) =
-                unsafe { (*self.shape.add(i), if self.strides.is_null() { length } else { *self.strides.add(i) }) };
-            gap |= size != 1 && stride != length;
-            length = length.checked_mul(size)?;
+        let (mut length, mut gap) = (1_i64, false);
+        let (shape, strides) = (self.shape(), self.numbers(self.strides));
+        for (i, size) in shape.iter().enumerate().rev() {
+            gap |= *size != 1 && strides.get(i).is_some_and(|stride| *stride != length);
+            length = length.checked_mul(*size)?;
         }
         if gap && length != 0 { None } else { u64::try_from(length).ok() }
     }

@@ -55,15 +55,16 @@ def given(tensors: Any, argument: str = "tensors") -> Given:
     """A tensor, an iterable of tensors, a dict by name, or a torch.nn.Module, whose parameters' gradients are taken."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensors, torch.nn.Module):
-        with_grad = [(name, p) for name, p in tensors.named_parameters() if p.grad is not None]
-        params = [p.detach() for _, p in with_grad]
-        return Given([name for name, _ in with_grad], [p.grad for _, p in with_grad], list(range(len(params))), params)
+        with_grad = {name: p for name, p in tensors.named_parameters() if p.grad is not None}
+        params, grads = [p.detach() for p in with_grad.values()], [p.grad for p in with_grad.values()]
+        return Given(list(with_grad), grads, list(range(len(params))), params)
     if isinstance(tensors, Mapping):
         for name in tensors:
             if not isinstance(name, str):
                 raise TypeError(f"{argument} has a key of type {type(name).__name__}; names must be str")
-        pairs = [(name, tensor, i) for i, (name, tensor) in enumerate(tensors.items()) if tensor is not None]
-        return Given([pair[0] for pair in pairs], [pair[1] for pair in pairs], [pair[2] for pair in pairs], None)
+        named, every = list(tensors), list(tensors.values())
+        places = [i for i, tensor in enumerate(every) if tensor is not None]
+        return Given([named[i] for i in places], [every[i] for i in places], places, None)
     if hasattr(tensors, "read"):
         raise TypeError(f"{argument} is an open or closed file; give its path to gradclip.norm or gradclip.clip_file")
     if is_array(tensors):
@@ -72,8 +73,9 @@ def given(tensors: Any, argument: str = "tensors") -> Given:
         raise TypeError(
             f"{argument} is {_a(tensors)}; it must be a tensor, an iterable of tensors, a dict by name or a torch.nn.Module"
         )
-    numbered = [(i, tensor) for i, tensor in enumerate(tensors) if tensor is not None]
-    return Given(None, [tensor for _, tensor in numbered], [i for i, _ in numbered], None)
+    every = list(tensors)
+    places = [i for i, tensor in enumerate(every) if tensor is not None]
+    return Given(None, [every[i] for i in places], places, None)
 
 
 def is_array(value: Any) -> bool:
@@ -136,8 +138,9 @@ def torch_codes(torch: Any) -> dict[Any, int]:
     return _torch_codes
 
 
-def plain(tensors: list[Any], names: list[str] | None = None) -> Flat | None:
-    """The description of tensors that are all plain: PyTorch's own class, on the CPU, contiguous, of a known dtype.
+def plain(tensors: list[Any], names: list[str] | None = None, alike: int = 0) -> Flat | None:
+    """The description of tensors that are all plain: PyTorch's own class, on the CPU, contiguous, of a known dtype. The
+    first tensors, so many as `alike`, must have the shapes of as many that follow.
 
     A call on many small tensors spends most of its time here. So newer PyTorch is asked in one call, and older for as
     little as possible.
@@ -145,13 +148,15 @@ def plain(tensors: list[Any], names: list[str] | None = None) -> Flat | None:
     torch = sys.modules["torch"]
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is not None:
-        flat = _gradclip.plain(tensors, (torch.Tensor, torch.nn.Parameter), exchange)
+        flat = _gradclip.plain(tensors, (torch.Tensor, torch.nn.Parameter), exchange, alike)
         return None if flat is None else (*flat, None, names)
     codes = torch_codes(torch)
     try:
         if not {type(t) for t in tensors} <= _torch_plain:
             return None
         if False in {t.is_cpu for t in tensors} or False in {t.is_contiguous() for t in tensors}:
+            return None
+        if any(a.shape != b.shape for a, b in zip(tensors[:alike], tensors[alike:])):
             return None
         dtypes = bytes([codes[t.dtype] for t in tensors])
         addresses = array("Q", [t.data_ptr() for t in tensors])

@@ -130,16 +130,19 @@ class _Clipping:
             nan = math.nan
             self.report = Report(nan, nan, False, elements, len(params), None, None, "non-finite", repr(clip), [], {})
             return loss
-        known: dict[Any, list[str]] = {}
-        names = [self._kept(p.dtype, group, optimizers, known) for p, group in zip(params, groups)]
-        states = [self._state(p, own, self.param_groups[group]) for p, own, group in zip(params, names, groups)]
         # PyTorch's SGD does not count. Its first step is the one that finds no direction.
         counts = [int("momentum_buffer" in self.state.get(p, ())) for p in params] if self._algorithm == "SGD" else None
-        of_grads = _memory.plain(found.tensors, found.names)
-        of_written = _memory.plain([*params, *_written(states, names, counts is None)])
-        held: Any = None
-        if of_grads is None or of_written is None:
-            of_grads, of_written, held = _aligned(found, params, states, names, counts is None)
+        of_group = [optimizer.state_tensors() for optimizer in optimizers]
+        names = [of_group[group] for group in groups]
+        # The state makes an entry for whatever it is asked by index.
+        states: list[Any] = [self.state.get(p) for p in params]
+        described, held = _as_before(found, states, names, counts is None), None
+        begins = described is None
+        if described is None:
+            places = zip(params, states, names, groups)
+            states = [self._state(p, old or {}, own, self.param_groups[group]) for p, old, own, group in places]
+            described, held = _aligned(found, states, names, counts is None)
+        of_grads, of_written = described
         try:
             raw = _gradclip.step(clip, optimizers, groups, counts, of_written, of_grads)
         except NonFiniteError as error:
@@ -148,46 +151,28 @@ class _Clipping:
         self.report = report(raw, found.names, found.places, self.clip.get("scope") or "global", repr(clip))
         if self.report.skipped is None:
             _memory.bump(params)
-            for p, state in zip(params, states):
+            for p, state in zip(params, states) if begins else ():
                 if state is not self.state.get(p) and state:
                     self.state[p].update(state)
         return loss
 
     def _found(self, grads: Iterable[Any] | None) -> tuple[Given, list[int]]:
         """The parameters that have gradients, with these, and the group of each."""
-        every = [(group, p) for group, of in enumerate(self.param_groups) for p in of["params"]]
-        gradients = [p.grad for _, p in every] if grads is None else list(grads)
+        # Not in pairs: thousands of new tuples would have Python look for garbage, which takes longer than the step.
+        every = [p for group in self.param_groups for p in group["params"]]
+        groups = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        gradients = [p.grad for p in every] if grads is None else list(grads)
         if len(gradients) != len(every):
             raise ValueError(f"grads has {len(gradients)} entries, and there are {len(every)} parameters")
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         places = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        for i in places:
-            gradient, p = gradients[i], every[i][1]
-            if not isinstance(gradient, torch.Tensor):
-                raise TypeError(f"gradient {i} is a {type(gradient).__name__}; it must be a tensor")
-            if gradient.shape != p.shape:
-                raise ValueError(f"gradient {i} has shape {tuple(gradient.shape)}, its parameter {tuple(p.shape)}")
         own = [names[i] for i in places] if len(names) == len(every) else None
-        params = [every[i][1] for i in places]
-        return Given(own, [gradients[i] for i in places], places, params), [every[i][0] for i in places]
+        found = Given(own, [gradients[i] for i in places], places, [every[i] for i in places])
+        return found, [groups[i] for i in places]
 
-    def _kept(
-        self, dtype: torch.dtype, group: int, optimizers: list[_gradclip.Optimizer], known: dict[Any, list[str]]
-    ) -> list[str]:
-        """The names of the tensors that are kept beside a parameter of this dtype. `known` holds those of others."""
-        names = known.get((dtype, group))
-        if names is None:
-            code = _memory.torch_codes(torch).get(dtype)
-            if code is None:
-                raise TypeError(f"a parameter is {dtype}; parameters can be float32, float64, float16 and bfloat16")
-            names = known[dtype, group] = optimizers[group].state_tensors(code)
-        return names
-
-    def _state(self, p: Any, names: list[str], group: Mapping[str, Any]) -> dict[str, Any]:
+    def _state(self, p: Any, old: dict[str, Any], names: list[str], group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter for its next step: these tensors, and how many steps it has taken, unless that is
         not counted. What begins, or has another dtype, becomes the optimizer's once the step is taken."""
-        # The state makes an entry for whatever it is asked by index.
-        old = self.state.get(p) or {}
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         state = old
         for name in names:
@@ -234,19 +219,55 @@ def _check_device(tensor: Any, label: str) -> None:
         )
 
 
-def _written(states: list[dict[str, Any]], names: list[list[str]], counted: bool) -> list[Any]:
-    """What a step writes beside the parameters: the tensors of each, and then all counts."""
+# What describes gradients, and what describes all that is written.
+_Described = tuple[_memory.Flat, _memory.Flat]
+# By the number of a parameter's dtype, that of its state.
+_WIDE = bytes(_memory.CODES["float64" if name == "float64" else "float32"] for name in _memory.CODES).ljust(256, b"\0")
+
+
+def _written(params: list[Any], states: list[dict[str, Any]], names: list[list[str]], counted: bool) -> list[Any]:
+    """What a step writes: the parameters, then the tensors of each, and then all counts."""
     tensors = [state[name] for state, own in zip(states, names) for name in own]
-    return [*tensors, *(state["step"] for state in states)] if counted else tensors
+    return [*params, *tensors, *(state["step"] for state in states)] if counted else [*params, *tensors]
+
+
+def _as_before(found: Given, states: list[Any], names: list[list[str]], counted: bool) -> _Described | None:
+    """The descriptions of gradients, and of parameters with their state, if the last step has left them all in order and
+    all are plain. Most steps of many small tensors spend their time on these, so no tensor is looked at twice."""
+    params = found.params or []
+    try:
+        written = _written(params, states, names, counted)
+    except (KeyError, TypeError):
+        # Some begin.
+        return None
+    count = len(params)
+    flat = _memory.plain([*found.tensors, *written], alike=count)
+    if flat is None:
+        return None
+    addresses, lengths, dtypes, *_ = flat
+    wide = dtypes[count : 2 * count].translate(_WIDE)
+    kept = bytes([dtype for dtype, own in zip(wide, names) for _ in own])
+    counts = dtypes[2 * count + len(kept) :]
+    if not dtypes.startswith(kept, 2 * count) or not set(counts) <= {_memory.CODES["float32"], _memory.CODES["float64"]}:
+        return None
+    size = 8 * count
+    of_grads = (addresses[:size], lengths[:size], dtypes[:count], None, found.names)
+    return of_grads, (addresses[size:], lengths[size:], dtypes[count:], None, None)
 
 
 def _aligned(
-    found: Given, params: list[Any], states: list[dict[str, Any]], names: list[list[str]], counted: bool
-) -> tuple[_memory.Flat, _memory.Flat, Any]:
+    found: Given, states: list[dict[str, Any]], names: list[list[str]], counted: bool
+) -> tuple[_Described, Any]:
     """The descriptions of gradients, and of parameters with their state, all laid out as the parameters are; and what
     keeps their memory alive. Gradients and states with other layouts are copied."""
+    params = found.params or []
     gradients = list(found.tensors)
     for i, p in enumerate(params):
+        place, gradient = found.places[i], gradients[i]
+        if not isinstance(gradient, torch.Tensor):
+            raise TypeError(f"gradient {place} is a {type(gradient).__name__}; it must be a tensor")
+        if gradient.shape != p.shape:
+            raise ValueError(f"gradient {place} has shape {tuple(gradient.shape)}, its parameter {tuple(p.shape)}")
         label = found.label(i).replace("tensor", "parameter", 1)
         _check_device(p, label)
         _check_device(gradients[i], f"the gradient of {label}")
@@ -267,9 +288,9 @@ def _aligned(
         return f"the gradient of {label_of(i)}"
 
     of_grads = _memory.memory(gradients, label_of_gradient, found.names, write=False)
-    written = [*params, *_written(states, names, counted)]
+    written = _written(params, states, names, counted)
     of_written = _memory.memory(written, label_of, None, write=True, as_torch=True)
-    return of_grads.flat, of_written.flat, (of_grads, of_written)
+    return (of_grads.flat, of_written.flat), (of_grads, of_written)
 
 
 class SGD(_Clipping, torch.optim.SGD):  # type: ignore[misc]
