@@ -16,56 +16,59 @@
 
 const PER_QUAD: u32 = 4u * PER_WORD;
 
-// The word of element `k` of the segment that begins with element `first`, or of its last element. Sixteen of these are
-// in flight, because no branch stands before any.
-fn word_of(chunk: Chunk, first: u32, k: u32) -> u32 {
-    return word_at(chunk.window, (first + min(k, chunk.elements - 1u) * chunk.element_stride) / PER_WORD);
-}
-
-fn words_of_4(chunk: Chunk, first: u32, k: u32) -> vec4<u32> {
+// The words of elements at `at`, or of the last one, which is at `last`. Sixteen of these are in flight, because no branch
+// stands before any.
+fn words_of_4(chunk: Chunk, at: vec4<u32>, last: u32) -> vec4<u32> {
+    let words = min(at, vec4<u32>(last)) >> vec4<u32>(PER_WORD - 1u);
     return vec4<u32>(
-        word_of(chunk, first, k),
-        word_of(chunk, first, k + 1u),
-        word_of(chunk, first, k + 2u),
-        word_of(chunk, first, k + 3u),
+        word_at(chunk.window, words.x),
+        word_at(chunk.window, words.y),
+        word_at(chunk.window, words.z),
+        word_at(chunk.window, words.w),
     );
 }
 
-// Element `k`, which is in this word, without its sign; 0 behind the last.
-fn element_in(word: u32, chunk: Chunk, first: u32, k: u32) -> u32 {
-    let at = first + k * chunk.element_stride;
-    let bits = select((word >> (16u * (at & 1u))) & 0x7fffu, word & MAGNITUDE, DTYPE == DTYPE_F32);
-    return select(0u, bits, k < chunk.elements);
+// The elements at `at`, which are in these words, without their signs.
+fn elements_in_4(words: vec4<u32>, at: vec4<u32>) -> vec4<u32> {
+    if DTYPE == DTYPE_F32 {
+        return words & vec4<u32>(MAGNITUDE);
+    }
+    return (words >> ((at & vec4<u32>(1u)) << vec4<u32>(4u))) & vec4<u32>(0x7fffu);
 }
 
-fn elements_in_4(words: vec4<u32>, chunk: Chunk, first: u32, k: u32) -> vec4<u32> {
-    return vec4<u32>(
-        element_in(words.x, chunk, first, k),
-        element_in(words.y, chunk, first, k + 1u),
-        element_in(words.z, chunk, first, k + 2u),
-        element_in(words.w, chunk, first, k + 3u),
-    );
+// Those of elements `k` to `k + 3`; 0 behind the last.
+fn own_elements_in_4(words: vec4<u32>, at: vec4<u32>, chunk: Chunk, k: u32) -> vec4<u32> {
+    let own = (k + vec4<u32>(0u, 1u, 2u, 3u)) < vec4<u32>(chunk.elements);
+    return select(vec4<u32>(0u), elements_in_4(words, at), own);
 }
 
-// Takes 16 elements of a segment, wherever they are.
+// Takes 16 elements of the segment that begins with element `first`, wherever they are.
 fn take_spread(chunk: Chunk, first: u32, origin_element: u32, k: u32) {
+    let stride = chunk.element_stride;
+    let last = first + (chunk.elements - 1u) * stride;
+    let a = first + k * stride + vec4<u32>(0u, stride, 2u * stride, 3u * stride);
+    let four = vec4<u32>(4u * stride);
+    let b = a + four;
+    let c = b + four;
+    let d = c + four;
     let words = Sixteen(
-        words_of_4(chunk, first, k),
-        words_of_4(chunk, first, k + 4u),
-        words_of_4(chunk, first, k + 8u),
-        words_of_4(chunk, first, k + 12u),
+        words_of_4(chunk, a, last),
+        words_of_4(chunk, b, last),
+        words_of_4(chunk, c, last),
+        words_of_4(chunk, d, last),
     );
     let elements = Sixteen(
-        elements_in_4(words.a, chunk, first, k),
-        elements_in_4(words.b, chunk, first, k + 4u),
-        elements_in_4(words.c, chunk, first, k + 8u),
-        elements_in_4(words.d, chunk, first, k + 12u),
+        own_elements_in_4(words.a, a, chunk, k),
+        own_elements_in_4(words.b, b, chunk, k + 4u),
+        own_elements_in_4(words.c, c, chunk, k + 8u),
+        own_elements_in_4(words.d, d, chunk, k + 12u),
     );
     for (var again = take(first_of(elements), are_convertible(elements)); again; again = false) {
         let one_by_one = take_again(magnitudes_of(elements, 0u));
         for (var i = k; i < min(k + 16u, chunk.elements) && one_by_one; i += 1u) {
-            let magnitude = widened(DTYPE, element_in(word_of(chunk, first, i), chunk, first, i));
-            take_one(magnitude, chunk.origin, origin_element + i * chunk.element_stride);
+            let at = vec4<u32>(first + i * stride);
+            let element = elements_in_4(words_of_4(chunk, at, last), at).x;
+            take_one(widened(DTYPE, element), chunk.origin, origin_element + i * stride);
         }
     }
 }
