@@ -28,18 +28,23 @@ fn words_of_4(chunk: Chunk, at: vec4<u32>, last: u32) -> vec4<u32> {
     );
 }
 
-// The elements at `at`, which are in these words, without their signs.
-fn elements_in_4(words: vec4<u32>, at: vec4<u32>) -> vec4<u32> {
+// The bits that elements at `at` are up in their words.
+fn shifts_of_4(at: vec4<u32>) -> vec4<u32> {
+    return (at & vec4<u32>(PER_WORD - 1u)) << vec4<u32>(4u);
+}
+
+// Elements of words without their signs.
+fn elements_in_4(words: vec4<u32>, shifts: vec4<u32>) -> vec4<u32> {
     if DTYPE == DTYPE_F32 {
         return words & vec4<u32>(MAGNITUDE);
     }
-    return (words >> ((at & vec4<u32>(1u)) << vec4<u32>(4u))) & vec4<u32>(0x7fffu);
+    return (words >> shifts) & vec4<u32>(0x7fffu);
 }
 
 // Those of elements `k` to `k + 3`; 0 behind the last.
-fn own_elements_in_4(words: vec4<u32>, at: vec4<u32>, chunk: Chunk, k: u32) -> vec4<u32> {
+fn own_elements_in_4(words: vec4<u32>, shifts: vec4<u32>, chunk: Chunk, k: u32) -> vec4<u32> {
     let own = (k + vec4<u32>(0u, 1u, 2u, 3u)) < vec4<u32>(chunk.elements);
-    return select(vec4<u32>(0u), elements_in_4(words, at), own);
+    return select(vec4<u32>(0u), elements_in_4(words, shifts), own);
 }
 
 // Takes 16 elements of the segment that begins with element `first`, wherever they are.
@@ -51,6 +56,8 @@ fn take_spread(chunk: Chunk, first: u32, origin_element: u32, k: u32) {
     let b = a + four;
     let c = b + four;
     let d = c + four;
+    // Four strides are even, so these are also the shifts of the others.
+    let shifts = shifts_of_4(a);
     let words = Sixteen(
         words_of_4(chunk, a, last),
         words_of_4(chunk, b, last),
@@ -58,16 +65,16 @@ fn take_spread(chunk: Chunk, first: u32, origin_element: u32, k: u32) {
         words_of_4(chunk, d, last),
     );
     let elements = Sixteen(
-        own_elements_in_4(words.a, a, chunk, k),
-        own_elements_in_4(words.b, b, chunk, k + 4u),
-        own_elements_in_4(words.c, c, chunk, k + 8u),
-        own_elements_in_4(words.d, d, chunk, k + 12u),
+        own_elements_in_4(words.a, shifts, chunk, k),
+        own_elements_in_4(words.b, shifts, chunk, k + 4u),
+        own_elements_in_4(words.c, shifts, chunk, k + 8u),
+        own_elements_in_4(words.d, shifts, chunk, k + 12u),
     );
     for (var again = take(first_of(elements), are_convertible(elements)); again; again = false) {
         let one_by_one = take_again(magnitudes_of(elements, 0u));
         for (var i = k; i < min(k + 16u, chunk.elements) && one_by_one; i += 1u) {
             let at = vec4<u32>(first + i * stride);
-            let element = elements_in_4(words_of_4(chunk, at, last), at).x;
+            let element = elements_in_4(words_of_4(chunk, at, last), shifts_of_4(at)).x;
             take_one(widened(DTYPE, element), chunk.origin, origin_element + i * stride);
         }
     }
