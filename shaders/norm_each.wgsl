@@ -28,7 +28,7 @@ fn words_of_4(chunk: Chunk, at: vec4<u32>, last: u32) -> vec4<u32> {
     );
 }
 
-// The bits that elements at `at` are up in their words.
+// By how many bits words are shifted down to elements at `at`.
 fn shifts_of_4(at: vec4<u32>) -> vec4<u32> {
     return (at & vec4<u32>(PER_WORD - 1u)) << vec4<u32>(4u);
 }
@@ -41,7 +41,7 @@ fn elements_in_4(words: vec4<u32>, shifts: vec4<u32>) -> vec4<u32> {
     return (words >> shifts) & vec4<u32>(0x7fffu);
 }
 
-// Those of elements `k` to `k + 3`; 0 behind the last.
+// The same for elements `k` to `k + 3`; 0 behind the last. (Places behind it may have wrapped around, so `k` is compared.)
 fn own_elements_in_4(words: vec4<u32>, shifts: vec4<u32>, chunk: Chunk, k: u32) -> vec4<u32> {
     let own = (k + vec4<u32>(0u, 1u, 2u, 3u)) < vec4<u32>(chunk.elements);
     return select(vec4<u32>(0u), elements_in_4(words, shifts), own);

@@ -39,7 +39,7 @@ one() {
     local file=$1 arch=$2 name
     name=$(basename "$file" .wgsl)
     python3 "$here/translate.py" "$file" >"$cuda/$name.$arch.cu"
-    # Vulkan asks no more of a quotient and a root.
+    # Division and roots need to be no more exact than Vulkan says.
     nvcc -std=c++20 -prec-div=false -prec-sqrt=false "-arch=$arch" -w "-I$here" -cubin -Xptxas -v -o "$cuda/$name.$arch.cubin" "$cuda/$name.$arch.cu" \
         >"$cuda/$name.$arch.log" 2>&1 || { cat "$cuda/$name.$arch.log" >&2; return 1; }
     cuobjdump -sass "$cuda/$name.$arch.cubin" >"$cuda/$name.$arch.sass"

@@ -80,6 +80,8 @@ impl<T: Widen> Clamp<T> {
         Partial { outside, ..count::<T>(block).partial(|i| at.ahead(i)) }
     }
 
+    /// Clamps a block. Without a loss scale, what comes before the first elements that are not finite is clamped as it is
+    /// looked at.
     fn clamp(self, at: Location, block: &mut [u8], wide: &mut Unscaled<T::Wide>) -> Partial {
         let Self { min, max, factor, .. } = self;
         let (outside, clamped) = if factor == 1.0 { run(ClampFinite { min, max, block }) } else { (false, 0) };

@@ -48,8 +48,8 @@ const BFLOAT: u8 = 4;
 type Flat<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 /// Describes tensors that are all of one of these classes, on the CPU, in row-major order and of a known dtype. None if one
-/// is not, or if one of the first `alike` has not the shape of the one that stands so many places behind it. `exchange` is
-/// the table of these classes.
+/// is not. Each of the first `alike` must have the shape of the one that stands `alike` places behind it. `exchange` is the
+/// table of these classes.
 #[pyfunction]
 pub(crate) fn plain<'py>(
     py: Python<'py>,

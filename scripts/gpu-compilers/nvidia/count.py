@@ -2,7 +2,8 @@
 they take at the full speed of its memory. FOLDER holds NAME.ARCH.sass (cuobjdump -sass) and NAME.ARCH.log (ptxas -v).
 
 What is counted is the way round the loop over blocks of quads that an invocation takes in the common case: it loads four
-quads, needs nothing unusual, and stores four where the kernel stores; a step takes four elements. These are counts, not timings.
+quads, needs nothing unusual, and stores four where the kernel stores. A step of an optimizer takes four elements instead.
+These are counts, not timings.
 """
 
 import heapq
@@ -185,8 +186,8 @@ WAYS = {
     "scale_each, columns": ({"load": 1, "store": 1, "sum": 4}, 2, QUAD_LINES),
 }
 
-# Of AdamW, by the types of gradient and parameter: the words that a step loads for four elements (those of what is kept of
-# halves twice), and the bytes that it moves for one.
+# Of AdamW, by the types of gradient and parameter: the words that a step loads for four elements, and the bytes that it
+# moves for one. Remainders of halves are loaded twice.
 STEPS = {"F32, F32": (16, 28), "BF16, F32": (16, 26), "BF16, BF16": (18, 26)}
 
 # By the name of a variant.

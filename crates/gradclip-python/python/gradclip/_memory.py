@@ -139,8 +139,8 @@ def torch_codes(torch: Any) -> dict[Any, int]:
 
 
 def plain(tensors: list[Any], names: list[str] | None = None, alike: int = 0) -> Flat | None:
-    """The description of tensors that are all plain: PyTorch's own class, on the CPU, contiguous, of a known dtype. The
-    first tensors, so many as `alike`, must have the shapes of as many that follow.
+    """The description of tensors that are all plain: PyTorch's own class, on the CPU, contiguous, of a known dtype. Each
+    of the first `alike` tensors must have the shape of the one that stands `alike` places behind it.
 
     A call on many small tensors spends most of its time here. So newer PyTorch is asked in one call, and older for as
     little as possible.

@@ -137,7 +137,7 @@ class _Clipping:
         # The state makes an entry for whatever it is asked by index.
         states: list[Any] = [self.state.get(p) for p in params]
         described, held = _as_before(found, states, names, counts is None), None
-        begins = described is None
+        put_in_order = described is None
         if described is None:
             places = zip(params, states, names, groups)
             states = [self._state(p, old or {}, own, self.param_groups[group]) for p, old, own, group in places]
@@ -151,7 +151,7 @@ class _Clipping:
         self.report = report(raw, found.names, found.places, self.clip.get("scope") or "global", repr(clip))
         if self.report.skipped is None:
             _memory.bump(params)
-            for p, state in zip(params, states) if begins else ():
+            for p, state in zip(params, states) if put_in_order else ():
                 if state is not self.state.get(p) and state:
                     self.state[p].update(state)
         return loss
@@ -233,12 +233,12 @@ def _written(params: list[Any], states: list[dict[str, Any]], names: list[list[s
 
 def _as_before(found: Given, states: list[Any], names: list[list[str]], counted: bool) -> _Described | None:
     """The descriptions of gradients, and of parameters with their state, if the last step has left them all in order and
-    all are plain. Most steps of many small tensors spend their time on these, so no tensor is looked at twice."""
+    all are plain. A step of many small tensors spends much of its time here, so each tensor is looked at once."""
     params = found.params or []
     try:
         written = _written(params, states, names, counted)
     except (KeyError, TypeError):
-        # Some begin.
+        # A parameter has no state yet.
         return None
     count = len(params)
     flat = _memory.plain([*found.tensors, *written], alike=count)
