@@ -13,7 +13,7 @@ use super::gather::{Group, Job};
 use super::kernels::{Access, Constants, Kernel, Shape, module};
 use super::plan::GpuPlan;
 use super::table::Piece;
-use super::tuning::{SPEED_RUNS, Sweep};
+use super::tuning::{SPEED_RUNS, SUM_BYTES, Sweep};
 use crate::decision::Action;
 use crate::{ClipReport, Error, Waiting};
 
@@ -246,17 +246,14 @@ impl GpuClipper {
     async fn measured_speeds(&self, bytes: u64) -> Result<Speeds, Error> {
         let device = &self.device;
         let limits = device.device.limits();
-        let mut sweep = Sweep::of(device.device.adapter_info().device_type);
-        let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
-        sweep.workgroup = sweep.workgroup.min(invocations);
-        sweep.workgroups = sweep.workgroups.min(limits.max_compute_workgroups_per_dimension);
         let bindable = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(1 << 31);
+        let sweep = Sweep::of(device.device.adapter_info().device_type).fitted(&limits, bindable);
         let bytes = (bytes.clamp(16, bindable)) & !15;
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let from = device.storage("gradclip speeds, from", bytes, usage)?;
         let to = device.storage("gradclip speeds, to", bytes, usage)?;
         let invocations = u64::from(sweep.workgroup) * u64::from(sweep.workgroups);
-        let sums = device.storage("gradclip speeds, sums", 16 * invocations, usage)?;
+        let sums = device.storage("gradclip speeds, sums", SUM_BYTES * invocations, usage)?;
         let total = fill_at_random(device, &from)?;
         let kernel = |label, first, second| {
             let source = source(sweep, label);

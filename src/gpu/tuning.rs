@@ -112,7 +112,19 @@ impl Sweep {
             _ => HARDWARE_SWEEP,
         }
     }
+
+    /// This row, with no more invocations than the device runs and than have room for their sums in `bindable` bytes.
+    pub(super) fn fitted(self, limits: &wgpu::Limits, bindable: u64) -> Self {
+        let invocations = limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
+        let workgroup = self.workgroup.min(invocations);
+        let room = u32::try_from(bindable / (SUM_BYTES * u64::from(workgroup))).unwrap_or(u32::MAX).max(1);
+        let workgroups = self.workgroups.min(limits.max_compute_workgroups_per_dimension).min(room);
+        Self { workgroup, workgroups, ..self }
+    }
 }
+
+/// Each invocation of a plain read writes a sum.
+pub(super) const SUM_BYTES: u64 = 16;
 
 /// Software devices: each invocation should read one run.
 ///

@@ -25,3 +25,16 @@ fn fitted_rows_keep_their_bounds() {
         }
     }
 }
+
+/// On a card with small bindings the sums of a plain read did not fit.
+#[test]
+fn plain_passes_fit_the_device() {
+    for sweep in [HARDWARE_SWEEP, SOFTWARE_SWEEP] {
+        for bindable in [1 << 16, 1 << 20, 1 << 31] {
+            let limits = wgpu::Limits { max_compute_invocations_per_workgroup: 128, ..wgpu::Limits::default() };
+            let fitted = sweep.fitted(&limits, bindable);
+            let sums = SUM_BYTES * u64::from(fitted.workgroup) * u64::from(fitted.workgroups);
+            assert!(fitted.workgroup <= 128 && fitted.workgroups > 0 && sums <= bindable, "{fitted:?}");
+        }
+    }
+}
