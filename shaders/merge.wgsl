@@ -16,6 +16,15 @@ struct MergeRow {
 @group(0) @binding(0) var<storage, read_write> partials: array<Partial>;
 @group(1) @binding(0) var<storage, read> rows: array<MergeRow>;
 
+// Partial `i`; an empty one at the end.
+fn partial_at(i: u32, end: u32) -> Partial {
+    let found = partials[min(i, end - 1u)];
+    if i < end {
+        return found;
+    }
+    return EMPTY_PARTIAL;
+}
+
 @compute @workgroup_size(WORKGROUP)
 fn main(group: Group, me: Invocation) {
     let index = index_of(group);
@@ -30,22 +39,11 @@ fn main(group: Group, me: Invocation) {
     let first = select(begin, begin + lane, alone);
     let step = select(1u, WORKGROUP, alone);
     var own = EMPTY_PARTIAL;
-    // Four in flight: the device has nothing else to do while one workgroup merges.
+    // Four in flight, which merge as a tree: the device has nothing else to do while one workgroup merges.
     for (var i = first; i < end; i += 4u * step) {
-        let a = partials[i];
-        let b = partials[select(i, i + step, i + step < end)];
-        let c = partials[select(i, i + 2u * step, i + 2u * step < end)];
-        let d = partials[select(i, i + 3u * step, i + 3u * step < end)];
-        own = merge(own, a);
-        if i + step < end {
-            own = merge(own, b);
-        }
-        if i + 2u * step < end {
-            own = merge(own, c);
-        }
-        if i + 3u * step < end {
-            own = merge(own, d);
-        }
+        let a = merge(partial_at(i, end), partial_at(i + step, end));
+        let b = merge(partial_at(i + 2u * step, end), partial_at(i + 3u * step, end));
+        own = merge(own, merge(a, b));
     }
     if alone {
         own = merged_in_workgroup(me, own);

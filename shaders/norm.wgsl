@@ -55,21 +55,22 @@ fn take_chunk(chunk: Chunk, lane: u32) {
 @compute @workgroup_size(WORKGROUP)
 fn main(group: Group, me: Invocation) {
     let task = index_of(group);
+    // Loaded before it is known to exist, so that one wait serves both loads.
+    var chunk = table.chunks[task];
     if task >= table.tasks {
         return;
     }
+    let slot = chunk.slot;
     begin();
-    var row = task;
     loop {
-        let chunk = table.chunks[row];
         take_chunk(chunk, me.lane);
-        row = chunk.next;
-        if row == 0u {
+        if chunk.next == 0u {
             break;
         }
+        chunk = table.chunks[chunk.next];
     }
     let whole = merged_in_workgroup(me, partial);
     if leads(me) {
-        partials[table.chunks[task].slot] = whole;
+        partials[slot] = whole;
     }
 }

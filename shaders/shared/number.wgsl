@@ -34,33 +34,24 @@ fn number_of(magnitude: u32) -> Number {
     return Number((fraction | SMALLEST_NORMAL) << 8u, i32(biased) - 158);
 }
 
-// a + b, rounded to 32 bits.
+// Below the exponent of every number.
+const LOWEST: i32 = -0x40000000;
+
+// a + b, rounded to 32 bits. Without branches, which would cost more than what they spare.
 fn add(a: Number, b: Number) -> Number {
-    if a.mantissa == 0u {
-        return b;
-    }
-    if b.mantissa == 0u {
-        return a;
-    }
-    var high = a;
-    var low = b;
-    if a.exponent < b.exponent {
-        high = b;
-        low = a;
-    }
-    let shift = u32(high.exponent - low.exponent);
-    if shift > 31u {
-        return high;
-    }
-    var addend = low.mantissa >> shift;
-    if shift > 0u {
-        addend += (low.mantissa >> (shift - 1u)) & 1u;
-    }
-    let sum = high.mantissa + addend;
-    if sum < high.mantissa {
-        return Number((sum >> 1u) | SIGN, high.exponent + 1);
-    }
-    return Number(sum, high.exponent);
+    let of_a = select(a.exponent, LOWEST, a.mantissa == 0u);
+    let of_b = select(b.exponent, LOWEST, b.mantissa == 0u);
+    let high = select(b.mantissa, a.mantissa, of_a >= of_b);
+    let low = select(a.mantissa, b.mantissa, of_a >= of_b);
+    let exponent = max(of_a, of_b);
+    let shift = u32(exponent - min(of_a, of_b));
+    // To one bit more than is kept, for rounding.
+    let shifted = low >> (min(shift, 31u) - min(shift, 1u));
+    let rounded = select((shifted >> 1u) + (shifted & 1u), 0u, shift > 31u);
+    let sum = high + select(rounded, low, shift == 0u);
+    let carried = sum < high;
+    let mantissa = select(sum, (sum >> 1u) | SIGN, carried);
+    return Number(mantissa, select(exponent + select(0, 1, carried), 0, mantissa == 0u));
 }
 
 fn less(a: Number, b: Number) -> bool {
@@ -114,33 +105,44 @@ fn distance(a: Number, b: Number) -> Number {
     return normalised(high.mantissa - (low.mantissa >> shift), high.exponent);
 }
 
-// a / b for b > 0, by long division; truncated to 32 bits.
+// a - b of 64 bits each, as a rough float.
+fn rough_difference(a: vec2<u32>, b: vec2<u32>) -> f32 {
+    let high = a.y - b.y - select(0u, 1u, a.x < b.x);
+    return f32(bitcast<i32>(high)) * 4294967296.0 + f32(a.x - b.x);
+}
+
+fn exceeds(a: vec2<u32>, b: vec2<u32>) -> bool {
+    return a.y > b.y || (a.y == b.y && a.x > b.x);
+}
+
+// `near` moved by `step`, and a little up: never below the number that floats have approached, which has its top bit set.
+fn above(near: u32, step: f32) -> u32 {
+    let moved = near + bitcast<u32>(i32(floor(step))) + 2u;
+    return select(0xffffffffu, moved, moved >= SIGN);
+}
+
+// The largest float below 2^32.
+const MOST: f32 = 4294967040.0;
+
+// a / b for b > 0, truncated to 32 bits. Floats find it nearly; integers make it exact, however a device rounds floats.
 fn divide(a: Number, b: Number) -> Number {
     if a.mantissa == 0u {
         return ZERO_NUMBER;
     }
-    var exponent = a.exponent - b.exponent - 31;
-    var remainder = a.mantissa;
-    var carry = false;
-    if remainder < b.mantissa {
-        carry = true;
-        remainder = remainder << 1u;
-        exponent -= 1;
-    }
-    var quotient = 0u;
-    for (var bit = 0; bit < 32; bit += 1) {
-        quotient = quotient << 1u;
-        if carry || remainder >= b.mantissa {
-            remainder -= b.mantissa;
-            quotient |= 1u;
-        }
-        carry = (remainder & SIGN) != 0u;
-        remainder = remainder << 1u;
+    let smaller = a.mantissa < b.mantissa;
+    let exponent = a.exponent - b.exponent - select(31, 32, smaller);
+    let dividend = select(vec2<u32>(a.mantissa << 31u, a.mantissa >> 1u), vec2<u32>(0u, a.mantissa), smaller);
+    let divisor = f32(b.mantissa);
+    let near = u32(min(f32(dividend.y) / divisor * 4294967296.0, MOST));
+    var quotient = above(near, rough_difference(dividend, wide_product(near, b.mantissa)) / divisor);
+    while exceeds(wide_product(quotient, b.mantissa), dividend) {
+        quotient -= 1u;
     }
     return Number(quotient, exponent);
 }
 
-// The square root, truncated to 32 bits: the largest root whose square is not above the 64-bit radicand.
+// The square root, truncated to 32 bits: the largest root whose square is not above the 64-bit radicand. By a step of
+// Newton's, which does not fall below the root, from a root by floats.
 fn square_root(a: Number) -> Number {
     if a.mantissa == 0u {
         return ZERO_NUMBER;
@@ -152,13 +154,10 @@ fn square_root(a: Number) -> Number {
         radicand = vec2<u32>(a.mantissa << 31u, a.mantissa >> 1u);
         exponent += 1;
     }
-    var root = 0u;
-    for (var bit = 31; bit >= 0; bit -= 1) {
-        let candidate = root | (1u << u32(bit));
-        let square = wide_product(candidate, candidate);
-        if square.y < radicand.y || (square.y == radicand.y && square.x <= radicand.x) {
-            root = candidate;
-        }
+    let near = u32(min(sqrt(f32(radicand.y)) * 65536.0, MOST));
+    var root = above(near, rough_difference(radicand, wide_product(near, near)) / (2.0 * f32(near)));
+    while exceeds(wide_product(root, root), radicand) {
+        root -= 1u;
     }
     return Number(root, exponent / 2);
 }

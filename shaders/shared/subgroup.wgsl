@@ -39,19 +39,19 @@ fn merged_in_subgroup(own: Partial) -> Partial {
     return whole;
 }
 
-// Merges the partials of all invocations. Valid in the invocation that leads.
+// Merges the partials of all invocations: those of each subgroup, then one subgroup after another. Valid in the invocation
+// that leads.
 fn merged_in_workgroup(me: Invocation, own: Partial) -> Partial {
-    let whole = merged_in_subgroup(own);
+    let part = merged_in_subgroup(own);
     if me.subgroup_lane == 0u {
-        tree[min(me.subgroup, SUBGROUPS - 1u)] = whole;
+        tree[min(me.subgroup, SUBGROUPS - 1u)] = part;
     }
     workgroupBarrier();
-    // All subgroups, because WGSL wants their operations where the whole workgroup meets; only the first merges.
-    var part = EMPTY_PARTIAL;
-    for (var i = me.subgroup_lane; me.subgroup == 0u && i < min(me.subgroups, SUBGROUPS); i += me.subgroup_size) {
-        part = merge(part, tree[i]);
+    var whole = EMPTY_PARTIAL;
+    for (var i = 0u; leads(me) && i < min(me.subgroups, SUBGROUPS); i += 1u) {
+        whole = merge(whole, tree[i]);
     }
-    return merged_in_subgroup(part);
+    return whole;
 }
 
 fn leads(me: Invocation) -> bool {

@@ -289,3 +289,28 @@ fn norms_that_exceed_float64() {
         }
     }
 }
+
+/// The device finds roots and quotients by floats, which drivers round in many ways, and mends them in integers.
+#[cfg(feature = "gpu")]
+#[test]
+fn roots_and_quotients_are_those_of_integers() {
+    let mut random = Random(31);
+    let mut elements: Vec<f32> = (0..3000).map(|_| 2f64.powf(1.0 + 30.0 * random.uniform()) as f32).collect();
+    elements.extend([1.0, 1.0f32.next_up(), 2.0, 2.0f32.next_up(), 2.0f32.next_down(), 4.0f32.next_down(), 3.0]);
+    let set = Data::of(&elements).shaped(&[elements.len(), 1]);
+    let clip = Clip::norm(0.75).eps(0.0).scope(Scope::Unit);
+    let (report, _) = Path::GpuBuffers.clip(&clip, &[set]).ok();
+    for (x, segment) in elements.iter().zip(&report.segments) {
+        // Numbers have 32 bits and are truncated; x² is a float32.
+        let (mut scaled, mut twos) = (f64::from(x * x), 0);
+        while scaled < 2f64.powi(62) {
+            (scaled, twos) = (4.0 * scaled, twos + 1);
+        }
+        let root = (scaled as u64).isqrt();
+        assert_eq!(segment.norm, root as f64 * 2f64.powi(-twos), "the norm of {x:e}");
+        let quotient = (58..).map(|power| (power, (3u128 << power) / u128::from(root))).find(|(_, q)| *q >= 1 << 31);
+        let (power, quotient) = quotient.expect("powers grow");
+        let factor = quotient as f64 * 2f64.powi(twos - power - 2);
+        assert_eq!(segment.clip_coef, f64::from(factor as f32), "the coefficient of {x:e}");
+    }
+}
