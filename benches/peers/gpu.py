@@ -39,8 +39,12 @@ parser = argparse.ArgumentParser(description="the GPU path beside PyTorch on the
 parser.add_argument("--gradclip", type=pathlib.Path, required=True, help="the built program")
 parser.add_argument("--quick", action="store_true", help="small sets and few rounds")
 parser.add_argument("--rounds", type=int, help="how many rounds, instead of as many as are usual")
+parser.add_argument("--seconds", type=float, help="how long each case is repeated in a round, instead of as usual")
+parser.add_argument("--eager", action="store_true", help="leave torch.compile out, which takes minutes")
+parser.add_argument("--commit", help="the program's commit, where git does not tell")
 parser.add_argument("--records", type=pathlib.Path, help="the folder whose record of this day and machine is added to")
 ARGS = parser.parse_args()
+ARGS.gradclip = ARGS.gradclip.resolve()
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -53,7 +57,7 @@ elif CUDA:
     SETS += [(64 * MI, "transformer"), (256 * MI, "transformer"), SMALL]
 else:
     SETS, ROUNDS, SECONDS = [(MI, "one"), (16 * MI, "one"), (16 * MI, "transformer"), SMALL], 3, 0.2
-ROUNDS = ARGS.rounds or ROUNDS
+ROUNDS, SECONDS = ARGS.rounds or ROUNDS, ARGS.seconds or SECONDS
 # From here on the issue's figures hold.
 LARGE = 64 * MI
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -61,6 +65,7 @@ CASES = ["norm", "unclipped", "clipped", "value"]
 # How often each byte moves.
 MOVES = {"norm": 1, "unclipped": 1, "clipped": 3, "value": 2}
 EAGER, COMPILED = "PyTorch, foreach", "PyTorch, torch.compile"
+KINDS = [EAGER] if ARGS.eager else [EAGER, COMPILED]
 # Compiling a list of 2,000 tensors takes many minutes, for a graph that no one would wait for.
 COMPILED_TENSORS = 1 if ARGS.quick else 300
 # By default PyTorch goes back to eager code, silently, once something was compiled for the ninth time.
@@ -318,8 +323,8 @@ def race(size, cut):
     theirs = {}
     for dtype, torch_dtype in DTYPES.items():
         grads = Gradients(size, cut, torch_dtype)
-        theirs[dtype] = grads, {kind: calls(grads, kind) for kind in (EAGER, COMPILED)}
-        if len(grads.grads) > COMPILED_TENSORS:
+        theirs[dtype] = grads, {kind: calls(grads, kind) for kind in KINDS}
+        if COMPILED in KINDS and len(grads.grads) > COMPILED_TENSORS:
             del theirs[dtype][1][COMPILED]
             not_measured(f"{COMPILED}, {len(grads.grads):,} tensors", "compiling takes minutes")
     for turn in range(ROUNDS):
@@ -442,7 +447,8 @@ def against_the_copy(found, speeds, elements, size, cut, ceiling):
 def machine():
     versions = f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}"
     quick = " --quick" if ARGS.quick else ""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = ARGS.commit or described.stdout.strip()
     cpu = cpu_info("model name") or platform.machine()
     about = [
         f"- ours on {ADAPTER['name']} ({ADAPTER['backend']}, {ADAPTER['device_type']}; driver {ADAPTER['driver']})",
