@@ -1,6 +1,6 @@
 // Numbers with a 32-bit mantissa and an exponent of their own: mantissa * 2^exponent, with the mantissa's top bit set
 // unless the number is 0. Sums and norms live in them, because neither 1e20 squared nor 1e-25 squared is a float32.
-// All of it is integer arithmetic, so every driver computes the same and none may contract, reassociate or flush it.
+// Integers decide all of it, so every driver computes the same, however it contracts, reassociates or flushes floats.
 
 struct Number {
     mantissa: u32,
