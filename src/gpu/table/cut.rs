@@ -87,6 +87,17 @@ impl Cutter {
             }
             return Some(());
         }
+        if by == By::Rows && self.is_long(piece) {
+            let mut start = elements.start;
+            while start < elements.end {
+                let end = (start / columns + 1).checked_mul(columns)?.min(elements.end);
+                for run in piece.runs(start..end, chunk_words) {
+                    self.run(piece, Use::Whole, origin, run)?;
+                }
+                start = end;
+            }
+            return Some(());
+        }
         if !measures_only {
             for run in piece.runs(elements.clone(), chunk_words) {
                 self.run(piece, Use::Mixed { columns: by == By::Columns }, origin, run)?;
@@ -112,6 +123,16 @@ impl Cutter {
             }
         }
         self.row(piece, origin, last_row..elements.end)
+    }
+
+    /// Whether rows are worth a workgroup each, and none has a part in a word of its neighbours.
+    fn is_long(&self, piece: &Piece) -> bool {
+        let in_word = 4 / piece.dtype.size() as u64;
+        let columns = piece.layout.columns;
+        let first_row = piece.first_element.next_multiple_of(columns);
+        columns / in_word >= self.limits.long_row.into()
+            && columns % in_word == 0
+            && (first_row - piece.first_element + piece.start) % in_word == 0
     }
 
     /// A row, or part of one.

@@ -1,6 +1,6 @@
 //! [`Limits`] of tables.
 
-use super::super::tuning::{LANE_COLUMN, LANE_ROW, Tuning};
+use super::super::tuning::{LANE_COLUMN, LANE_ROW, LONG_ROW, Tuning};
 
 /// What a device and its tuning demand of tables.
 #[derive(Clone, Copy, Debug)]
@@ -13,6 +13,8 @@ pub(crate) struct Limits {
     pub(crate) workgroup: u32,
     /// Rows of at most this many elements are measured by one invocation each.
     pub(crate) lane_row: u32,
+    /// Rows of at least this many words are scaled by workgroups of their own.
+    pub(crate) long_row: u32,
     /// One invocation measures this many elements of a column.
     pub(crate) lane_column: u32,
     /// How many windows can be bound at once.
@@ -32,6 +34,7 @@ impl Limits {
             alignment,
             workgroup: tuning.workgroup,
             lane_row: LANE_ROW,
+            long_row: LONG_ROW * tuning.workgroup,
             lane_column: LANE_COLUMN,
             windows,
         }

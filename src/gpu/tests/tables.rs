@@ -1,6 +1,6 @@
 //! Tables of every shape that is known to be hard; `tables_hold.rs` checks what they must hold.
 
-use super::super::table::{EdgeRow, Kept, Limits, NOWHERE, Piece, Tables};
+use super::super::table::{EdgeRow, Kept, Limits, NOWHERE, Piece, Tables, Use};
 use super::super::tuning::HARDWARE;
 use super::tables_hold::{check_grid, check_steps, check_sums, check_tables};
 use crate::Dtype;
@@ -35,6 +35,7 @@ const SMALL: Limits = Limits {
     alignment: 256,
     workgroup: 4,
     lane_row: 6,
+    long_row: 16,
     lane_column: 5,
     windows: 1,
 };
@@ -134,6 +135,15 @@ fn rows_and_columns_of_every_shape() {
     }
 }
 
+/// An invocation that scales elements of many rows looks up an outcome for each.
+#[test]
+fn long_rows_are_runs() {
+    for (columns, start, long) in [(32, 0, true), (32, 1, false), (33, 0, false), (31, 0, false), (48, 6, true)] {
+        let tables = check(&[matrix(By::Rows, columns, piece(0, Dtype::F16, start, 5 * columns))], SMALL);
+        assert_eq!(tables.each().all(|(_, of, ..)| of == Use::Whole), long, "{columns} from {start}");
+    }
+}
+
 #[test]
 fn a_matrix_in_pieces_that_end_within_rows() {
     for by in [By::Rows, By::Columns] {
@@ -206,6 +216,7 @@ fn sizes_beyond_this_machine_add_up() {
         alignment: 256,
         workgroup: 256,
         lane_row: 64,
+        long_row: 4096,
         lane_column: 256,
         windows: 1,
     };

@@ -459,6 +459,7 @@ fn small_limits(u: &mut Unstructured<'_>) -> Result<(Limits, u32)> {
         alignment,
         workgroup,
         lane_row,
+        long_row: lane_row,
         lane_column: u.int_in_range(1..=300)?,
         windows: u.int_in_range(1..=20)?,
     };
