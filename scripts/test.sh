@@ -82,11 +82,6 @@ else
     apart+=(kernel_variants tune device_scopes large_offsets larger_than_device long_sums properties)
 fi
 on_a_gpu=("${all[@]}" "${tests[@]/#/--test=}")
-# Lowered limits refuse these: the sets or the tests' own kernels are too large. three_thousand_tensors_cost_one_merge counts
-# allocations, which holds for one dispatch of each kernel.
-too_large=(more_units_than_a_dispatch_dimension_holds three_thousand_tensors_of_one_norm_each long_rows_and_many_columns
-    units_along_any_axes long_matrices speeds_are_of_what_was_moved behind_the_callers_own_pass three_thousand_tensors_cost_one_merge
-    the_same_at_each_step_of_one_plan training_runs_ahead_of_the_device)
 # On OpenGL wgpu's `submit` runs the work before it returns, and wgpu reports no allocations. It also panics if one
 # thread waits for the context for six seconds while another compiles.
 not_on_gl=(encoding_does_not_wait_for_the_queue the_budget_is_kept)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Measures a machine with an NVIDIA card in less than ten minutes: the tests on the card, `gradclip tune`, `gradclip bench`,
-# and PyTorch beside it. That machine needs the card's Vulkan driver, a glibc no older than this machine's, and for the last
-# part a Python with torch for CUDA; it needs no Rust and no network.
+# Measures a machine with an NVIDIA card in some five minutes: the tests on the card, `gradclip tune`, `gradclip bench`, the
+# step of an optimizer, and PyTorch beside them. That machine needs the card's Vulkan driver with what this loads (Debian:
+# libvulkan1, libegl1, libglvnd0, even without a display), a glibc no older than this machine's, and for the last part a
+# Python with torch for CUDA; it needs no Rust and no network.
 #
-#   scripts/with-a-card.sh --make FOLDER    here: builds all and puts it into FOLDER, some 100 MB
+#   scripts/with-a-card.sh --make FOLDER    here: builds all and puts it into FOLDER, some 50 MB
 #   FOLDER/scripts/with-a-card.sh           there: measures, and leaves everything in FOLDER/results
 #
 # Each part has a limit of its own, and the next one runs whatever becomes of it. The last line tells what failed.
@@ -11,9 +12,8 @@
 # PEERS_PYTHON   the Python that has torch (python3)
 set -uo pipefail
 
-# The files of tests that run kernels and read nothing but what is in the program.
-tests=(half_conversions:: kernel_variants:: semantics:: long_sums:: huge_and_tiny:: non_finite:: odd_lengths:: misaligned::
-    untouched:: scopes:: many_tiny:: skipped_steps:: device_adaptive:: device_outside:: plan_update:: profile:: repeats::)
+# The files of tests that read the sources, which are not there.
+sources=(licences:: oracles:: optimizers:: device_steps:: reliability:: unsafe_inventory::)
 
 if [ "${1:-}" = --make ]; then
     set -e
@@ -22,13 +22,16 @@ if [ "${1:-}" = --make ]; then
     target=${CARGO_TARGET_DIR:-target}
     cargo build --release --locked -p gradclip-cli
     cargo test --locked -p gradclip --all-features --test suite --no-run
+    cargo bench --locked -p gradclip --bench clip --no-run
     mkdir -p "$folder/scripts" "$folder/benches/peers"
-    cp scripts/with-a-card.sh "$folder/scripts"
+    cp scripts/{with-a-card,devices}.sh "$folder/scripts"
     cp benches/peers/*.py "$folder/benches/peers"
     cp "$target/release/gradclip" "$folder/gradclip"
-    # cargo names the newest one last.
-    suite=$(cargo test --locked -p gradclip --all-features --test suite --no-run 2>&1 | sed -n 's/.*(\(.*suite-[0-9a-f]*\))$/\1/p')
-    cp "$suite" "$folder/suite"
+    # built COMMAND...: the program that cargo says it has built.
+    built() { "$@" --no-run 2>&1 | sed -n 's/.*(\(.*-[0-9a-f]*\))$/\1/p'; }
+    cp "$(built cargo test --locked -p gradclip --all-features --test suite)" "$folder/suite"
+    cp "$(built cargo bench --locked -p gradclip --bench clip)" "$folder/clip-bench"
+    strip "$folder"/{gradclip,suite,clip-bench}
     git describe --always --dirty >"$folder/commit"
     echo "copy $folder to the machine with the card, and run scripts/with-a-card.sh in it"
     exit
@@ -42,7 +45,7 @@ fi
 results=$PWD/results
 mkdir -p "$results"
 export WGPU_BACKEND=vulkan XDG_CONFIG_HOME=$results/config
-[ -n "${XDG_RUNTIME_DIR:-}" ] || export NODEVICE_SELECT=1
+. scripts/devices.sh
 python=${PEERS_PYTHON:-python3}
 failed=
 
@@ -63,13 +66,16 @@ if ! ./gradclip devices --json | tee "$results/devices.json" | grep -q NVIDIA; t
     exit 1
 fi
 card=(--adapter NVIDIA)
-part suite 180 ./suite "${tests[@]}"
+part suite 180 ./suite "${sources[@]/#/--skip=}"
+GRADCLIP_TEST_DEVICE=small part suite-small 120 ./suite "${sources[@]/#/--skip=}" "${too_large[@]/#/--skip=}"
 part tune 60 ./gradclip tune "${card[@]}" --seconds 45
 part tune-host 40 ./gradclip tune "${card[@]}" --host --seconds 25
-part bench 70 ./gradclip bench --backend gpu "${card[@]}" --sizes 1Mi,16Mi,64Mi,256Mi --seconds 0.3
-part bench-untuned 40 ./gradclip bench --backend gpu "${card[@]}" --sizes 64Mi --seconds 0.3 --no-tuning
+part bench 70 ./gradclip bench --backend gpu "${card[@]}" --sizes 1Mi,16Mi,64Mi,256Mi,768Mi --seconds 0.1
+part bench-untuned 40 ./gradclip bench --backend gpu "${card[@]}" --sizes 64Mi --seconds 0.1 --no-tuning
+part step 60 ./clip-bench --bench "gpu step" --warm-up-time 0.2 --measurement-time 0.5
 if "$python" -c 'import torch; assert torch.cuda.is_available()' 2>"$results/torch.txt"; then
-    part pytorch 200 "$python" benches/peers/gpu.py --gradclip ./gradclip --rounds 2 --records "$results"
+    part pytorch 200 "$python" benches/peers/gpu.py --gradclip ./gradclip --rounds 3 --seconds 0.05 --eager \
+        --commit "$(cat commit)" --records "$results"
 else
     echo "== pytorch: $python has no torch for CUDA (results/torch.txt)"
     failed+=" pytorch"
