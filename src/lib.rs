@@ -89,6 +89,11 @@
 //! - `safetensors`: an [`OptimizerState`] can be saved and restored as a safetensors file.
 //!
 //! The crate [`wgpu`] is part of this one's interface: its next major version is our next major version too.
+//!
+//! # Building
+//!
+//! The CPU's kernels are vectors in cargo's release profile, with any `lto` but `"off"`. With that, small functions of
+//! the standard library stay calls: a clip by norm takes twice as long, a clip by value ten times.
 // Without the feature, links to its items lead to the list of features.
 #![cfg_attr(not(feature = "gpu"), doc = "")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`wgpu`]: #features")]

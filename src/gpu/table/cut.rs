@@ -131,8 +131,8 @@ impl Cutter {
         let columns = piece.layout.columns;
         let first_row = piece.first_element.next_multiple_of(columns);
         columns / in_word >= self.limits.long_row.into()
-            && columns % in_word == 0
-            && (first_row - piece.first_element + piece.start) % in_word == 0
+            && columns.is_multiple_of(in_word)
+            && (first_row - piece.first_element + piece.start).is_multiple_of(in_word)
     }
 
     /// A row, or part of one.
