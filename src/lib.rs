@@ -92,8 +92,8 @@
 //!
 //! # Building
 //!
-//! The CPU's kernels are vectors in cargo's release profile, with any `lto` but `"off"`. With that, small functions of
-//! the standard library stay calls: a clip by norm takes twice as long, a clip by value ten times.
+//! The CPU's kernels are vectors in cargo's release profile. `lto = "off"` makes calls of small functions of the standard
+//! library: clips of many small tensors take up to 1.5 times as long then, and maximum norms of columns 20 times.
 // Without the feature, links to its items lead to the list of features.
 #![cfg_attr(not(feature = "gpu"), doc = "")]
 #![cfg_attr(not(feature = "gpu"), doc = "[`wgpu`]: #features")]

@@ -185,7 +185,7 @@ impl<T: Widen> Kernel for Write<'_, T> {
             let x = bytemuck::pod_read_unaligned::<T>(bytes);
             let clamped = x.clamped(self.min, self.max);
             let new = if self.drop && !x.is_finite() { T::of_bits(T::Bits::ZERO) } else { clamped };
-            bytes.copy_from_slice(bytemuck::bytes_of(&new));
+            new.store(bytes);
         }
     }
 }

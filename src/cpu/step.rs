@@ -14,7 +14,7 @@
 use half::{bf16, f16};
 
 use super::clamp;
-use super::element::{Wide, elements};
+use super::element::{Wide, elements, store};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{self, Same};
 use super::pool::in_parallel;
@@ -252,7 +252,7 @@ fn bytes_of(wide: &mut [[f32; LANES]], len: usize) -> &mut [u8] {
 fn narrow_in_place(doubles: &mut [u8]) {
     for i in 0..doubles.len() / size_of::<f64>() {
         let x: f64 = bytemuck::pod_read_unaligned(&doubles[i * size_of::<f64>()..][..size_of::<f64>()]);
-        doubles[i * size_of::<f32>()..][..size_of::<f32>()].copy_from_slice(&(x as f32).to_ne_bytes());
+        store((x as f32).to_ne_bytes(), &mut doubles[i * size_of::<f32>()..]);
     }
 }
 
@@ -271,7 +271,7 @@ impl Kernel for Join<'_> {
         for ((half, remainder), wide) in parts.zip(self.wide.chunks_exact_mut(size_of::<f32>())) {
             // The half was rounded up if the highest bit of the remainder is set.
             let upper = u32::from(half).wrapping_sub(u32::from(remainder >> 15));
-            wide.copy_from_slice(&(upper << 16 | u32::from(remainder)).to_ne_bytes());
+            store((upper << 16 | u32::from(remainder)).to_ne_bytes(), wide);
         }
     }
 }
@@ -293,8 +293,8 @@ impl Kernel for Part<'_> {
             // A NaN becomes quiet and has no remainder, so that it is not rounded to a number.
             let nan = u32::from(wide & 0x7fff_ffff > 0x7f80_0000).wrapping_neg();
             let upper = (wide.wrapping_add(0x8000) & !nan | (wide | 0x40_0000) & nan) >> 16;
-            half.copy_from_slice(&(upper as u16).to_ne_bytes());
-            remainder.copy_from_slice(&((wide & !nan) as u16).to_ne_bytes());
+            store((upper as u16).to_ne_bytes(), half);
+            store(((wide & !nan) as u16).to_ne_bytes(), remainder);
         }
     }
 }

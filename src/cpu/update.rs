@@ -220,9 +220,9 @@ impl<W: Wide, R: UpdateRule<W>> Kernel for Update<'_, W, R> {
         let lasts = lasts.each_mut().map(|array| &mut array[..padded]);
         for (gradients, arrays) in [(gradients, heads), (&last_gradients[..padded], lasts)] {
             let [parameters, mut state @ ..] = arrays;
-            for (i, (gradient, parameter)) in
-                gradients.chunks_exact(size).zip(parameters.chunks_exact_mut(size)).enumerate()
-            {
+            let mut parameters = parameters.chunks_exact_mut(size);
+            for (i, gradient) in gradients.chunks_exact(size).enumerate() {
+                let Some(parameter) = parameters.next() else { break };
                 let w = W::lanes(isa, load(parameter));
                 let mut u = W::mul(isa, W::lanes(isa, load(gradient)), all(isa, factor));
                 if decay != W::ZERO {
@@ -230,17 +230,17 @@ impl<W: Wide, R: UpdateRule<W>> Kernel for Update<'_, W, R> {
                 }
                 let elements = i * size..(i + 1) * size;
                 let mut lanes = [all(isa, W::ZERO); 3];
-                for (lanes, array) in lanes.iter_mut().zip(&state) {
+                for (k, array) in state.iter().enumerate() {
                     // There is none where the rule keeps nothing.
                     if let Some(group) = array.get(elements.clone()) {
-                        *lanes = W::lanes(isa, load(group));
+                        lanes[k] = W::lanes(isa, load(group));
                     }
                 }
                 let w = rule.of(isa, u, w, &mut lanes);
-                parameter.copy_from_slice(bytemuck::bytes_of(&W::numbers(isa, w)));
-                for (lanes, array) in lanes.into_iter().zip(&mut state) {
+                W::store_group(W::numbers(isa, w), parameter);
+                for (k, array) in state.iter_mut().enumerate() {
                     if let Some(group) = array.get_mut(elements.clone()) {
-                        group.copy_from_slice(bytemuck::bytes_of(&W::numbers(isa, lanes)));
+                        W::store_group(W::numbers(isa, lanes[k]), group);
                     }
                 }
             }
