@@ -55,11 +55,10 @@ fn take_chunk(chunk: Chunk, lane: u32) {
 @compute @workgroup_size(WORKGROUP)
 fn main(group: Group, me: Invocation) {
     let task = index_of(group);
-    // Loaded before it is known to exist, so that one wait serves both loads.
-    var chunk = table.chunks[task];
     if task >= table.tasks {
         return;
     }
+    var chunk = table.chunks[task];
     let slot = chunk.slot;
     begin();
     loop {
