@@ -53,7 +53,7 @@ def statement(line: str) -> str:
     line = re.sub(r"\blet (\w+): (\w+) =", r"\2 \1 =", line)
     line = re.sub(r"\.(xz|yw)\b", r".\1()", line)
     line = re.sub(r"\bloop \{", "while (true) {", line)
-    line = re.sub(r"\bif (.*) \{$", r"if (\1) {", line)
+    line = re.sub(r"\b(if|while) (.*) \{$", r"\1 (\2) {", line)
     return line
 
 
