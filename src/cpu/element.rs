@@ -440,7 +440,8 @@ pub(super) fn load<T: Widen>(bytes: &[u8]) -> [T; LANES] {
     bytemuck::pod_read_unaligned(bytes)
 }
 
-/// Writes bytes to the first of `to`. `copy_from_slice` is a call with `lto = "off"`, which made clips by value 20 times as slow.
+/// Writes bytes to the start of `to`. `copy_from_slice` would be a call with `lto = "off"`, and clips by value 20 times
+/// as slow.
 #[inline(always)]
 pub(super) fn store<const N: usize>(bytes: [u8; N], to: &mut [u8]) {
     if let Some(to) = to.first_chunk_mut() {

@@ -220,6 +220,7 @@ impl<W: Wide, R: UpdateRule<W>> Kernel for Update<'_, W, R> {
         let lasts = lasts.each_mut().map(|array| &mut array[..padded]);
         for (gradients, arrays) in [(gradients, heads), (&last_gradients[..padded], lasts)] {
             let [parameters, mut state @ ..] = arrays;
+            // With `lto = "off"`, `zip` would make calls.
             let mut parameters = parameters.chunks_exact_mut(size);
             for (i, gradient) in gradients.chunks_exact(size).enumerate() {
                 let Some(parameter) = parameters.next() else { break };

@@ -87,18 +87,9 @@ impl Cutter {
             }
             return Some(());
         }
-        if by == By::Rows && self.is_long(piece) {
-            let mut start = elements.start;
-            while start < elements.end {
-                let end = (start / columns + 1).checked_mul(columns)?.min(elements.end);
-                for run in piece.runs(start..end, chunk_words) {
-                    self.run(piece, Use::Whole, origin, run)?;
-                }
-                start = end;
-            }
-            return Some(());
-        }
-        if !measures_only {
+        let long = by == By::Rows && self.is_long(piece);
+        let of_row = if long { Use::Whole } else { Use::Run };
+        if !measures_only && !long {
             for run in piece.runs(elements.clone(), chunk_words) {
                 self.run(piece, Use::Mixed { columns: by == By::Columns }, origin, run)?;
             }
@@ -106,12 +97,12 @@ impl Cutter {
         // Whole rows, and parts of rows before and behind them.
         let first_row = elements.start.next_multiple_of(columns).min(elements.end);
         let last_row = (elements.end / columns * columns).max(first_row);
-        self.row(piece, origin, elements.start..first_row)?;
+        self.row(piece, of_row, origin, elements.start..first_row)?;
         if by == By::Columns {
             self.columns(piece, origin, first_row..last_row)?;
-        } else if columns > u64::from(self.limits.lane_row) {
+        } else if long || columns > u64::from(self.limits.lane_row) {
             for row in (first_row..last_row).step_by(columns as usize) {
-                self.row(piece, origin, row..row + columns)?;
+                self.row(piece, of_row, origin, row..row + columns)?;
             }
         } else {
             let rows = (last_row - first_row) / columns;
@@ -122,10 +113,10 @@ impl Cutter {
                 self.each(piece, origin, first_row + row * columns, (count, columns), (columns, 1))?;
             }
         }
-        self.row(piece, origin, last_row..elements.end)
+        self.row(piece, of_row, origin, last_row..elements.end)
     }
 
-    /// Whether rows are worth a workgroup each, and none has a part in a word of its neighbours.
+    /// Whether rows are worth a workgroup each, and no word holds elements of two rows.
     fn is_long(&self, piece: &Piece) -> bool {
         let in_word = 4 / piece.dtype.size() as u64;
         let columns = piece.layout.columns;
@@ -136,7 +127,7 @@ impl Cutter {
     }
 
     /// A row, or part of one.
-    fn row(&mut self, piece: &Piece, origin: u64, elements: Range<u64>) -> Option<()> {
+    fn row(&mut self, piece: &Piece, use_: Use, origin: u64, elements: Range<u64>) -> Option<()> {
         if piece.layout.by == By::Columns {
             for first in elements.clone().step_by(self.limits.workgroup as usize) {
                 let count = (elements.end - first).min(self.limits.workgroup.into());
@@ -144,7 +135,7 @@ impl Cutter {
             }
         } else if !elements.is_empty() {
             for run in piece.runs(elements, self.limits.chunk_words) {
-                self.run(piece, Use::Run, origin, run)?;
+                self.run(piece, use_, origin, run)?;
             }
         }
         Some(())
