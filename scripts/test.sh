@@ -75,11 +75,13 @@ fi
 # The tests that run kernels, without those that are the same on any device.
 tests=(suite)
 apart=(cut_into_pieces licences unsafe_inventory reliability pools optimizers optimizer_properties small_updates stepped_in_pieces)
-# The files that choose their own limits or tunings, or are long.
+# The files that choose their own limits or tunings, or are long, and what is long elsewhere.
+long=()
 if [ -n "$whole" ]; then
     tests+=(encode_allocates_nothing soak)
 else
     apart+=(kernel_variants tune device_scopes large_offsets larger_than_device long_sums properties)
+    long=(random_steps_on_the_device)
 fi
 on_a_gpu=("${all[@]}" "${tests[@]/#/--test=}")
 # On OpenGL wgpu's `submit` runs the work before it returns, and wgpu reports no allocations. It also panics if one
@@ -175,7 +177,7 @@ for row in "${rows[@]}"; do
             ;;
         swiftshader-small)
             install_swiftshader
-            on "SwiftShader, subgroups of 4, lowered limits" on_a_gpu "${apart[@]/%/::}" "${too_large[@]}" -- \
+            on "SwiftShader, subgroups of 4, lowered limits" on_a_gpu "${apart[@]/%/::}" "${long[@]}" "${too_large[@]}" -- \
                 "${swiftshader[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups,small
             ;;
         gl)
