@@ -32,8 +32,9 @@ cp Cargo.lock "$work"
 example=$PWD/examples/data/lstm_grads.safetensors
 cd "$work"
 cargo check --quiet --workspace --lib --bins --examples
-# With the examples, so that dependencies have the features of the check.
-RUSTDOCFLAGS="-D warnings" cargo doc --quiet -p gradclip -p gradclip-common --all-features --no-deps --lib --examples
+# With the examples and the program's features, so that dependencies are those of the check. The program has no pages.
+features=gradclip/serde,gradclip-common/gpu
+RUSTDOCFLAGS="-D warnings" cargo doc --quiet -p gradclip -p gradclip-common --features $features --no-deps --lib --examples
 if [ "${1-}" = --whole ]; then
     cargo build --quiet --workspace --lib --bins --examples
     "$CARGO_TARGET_DIR/debug/gradclip" clip "$example" --max-norm 0.2 --backend cpu -o clipped.safetensors >/dev/null

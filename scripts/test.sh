@@ -74,27 +74,22 @@ fi
 
 # The tests that run kernels, without those that are the same on any device.
 tests=(suite)
-apart=(cut_into_pieces licences unsafe_inventory reliability pools optimizers optimizer_properties small_updates stepped_in_pieces)
-# The files that choose their own limits or tunings, or are long, and what is long elsewhere.
-long=()
+apart=({cut_into_pieces,licences,unsafe_inventory,reliability,pools,optimizers,optimizer_properties,small_updates,stepped_in_pieces}::)
+# The files that choose their own limits or tunings, or are long.
 if [ -n "$whole" ]; then
     tests+=(encode_allocates_nothing soak)
 else
-    apart+=(kernel_variants tune device_scopes large_offsets larger_than_device long_sums properties)
-    long=(random_steps_on_the_device)
+    apart+=({kernel_variants,tune,device_scopes,large_offsets,larger_than_device,long_sums,properties}:: random_steps_on_the_device)
 fi
 on_a_gpu=("${all[@]}" "${tests[@]/#/--test=}")
+# With an example, so that its dependencies have the features that the tests ask of them, and are not built anew.
+program=("${all[@]}" --bin gradclip --example own_buffers)
 # On OpenGL wgpu's `submit` runs the work before it returns, and wgpu reports no allocations. It also panics if one
 # thread waits for the context for six seconds while another compiles.
 not_on_gl=(encoding_does_not_wait_for_the_queue the_budget_is_kept)
 
 results=()
 failed=
-
-# With an example, so that dependencies have the features that tests ask of them, and nothing is built anew.
-build_program() {
-    cargo build --quiet "${all[@]}" --bin gradclip --example own_buffers
-}
 
 # on NAME COMMAND SKIPPED... -- ENVIRONMENT...: runs the tests of the command `${COMMAND[@]}`, without those skipped, in
 # this environment. If it has validation layers, which write to standard output, these must be active and must have
@@ -113,7 +108,7 @@ on() {
         if grep -aqE "$found" "$log"; then
             grep -a -A6 -E "$found" "$log" | head -60 >&2
             failed+="validation on $name; "
-        elif build_program && validates "$@"; then
+        elif cargo build --quiet "${program[@]}" && validates "$@"; then
             validated=", nothing found by validation"
         else
             failed+="no validation layer on $name; "
@@ -173,21 +168,21 @@ for row in "${rows[@]}"; do
         small)
             install_lavapipe
             install_swiftshader
-            on "lavapipe, subgroups of 8, lowered limits" on_a_gpu "${apart[@]/%/::}" "${too_large[@]}" -- \
+            on "lavapipe, subgroups of 8, lowered limits" on_a_gpu "${apart[@]}" "${too_large[@]}" -- \
                 "${lavapipe[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups,small
             ;;
         swiftshader)
             install_swiftshader
-            on "SwiftShader" on_a_gpu "${apart[@]/%/::}" -- "${swiftshader[@]}" "${validation[@]}"
+            on "SwiftShader" on_a_gpu "${apart[@]}" -- "${swiftshader[@]}" "${validation[@]}"
             ;;
         swiftshader-small)
             install_swiftshader
-            on "SwiftShader, subgroups of 4, lowered limits" on_a_gpu "${apart[@]/%/::}" "${long[@]}" "${too_large[@]}" -- \
+            on "SwiftShader, subgroups of 4, lowered limits" on_a_gpu "${apart[@]}" "${too_large[@]}" -- \
                 "${swiftshader[@]}" "${validation[@]}" GRADCLIP_TEST_DEVICE=subgroups,small
             ;;
         gl)
             install_gl
-            on "llvmpipe by OpenGL" on_a_gpu "${apart[@]/%/::}" "${not_on_gl[@]}" -- "${gl[@]}" RUST_TEST_THREADS=1
+            on "llvmpipe by OpenGL" on_a_gpu "${apart[@]}" "${not_on_gl[@]}" -- "${gl[@]}" RUST_TEST_THREADS=1
             ;;
         mpich)
             install_mpich
