@@ -13,27 +13,24 @@ use crate::Error;
 /// Raised whenever a program that knows the previous form would misread a saved state.
 const VERSION: &str = "1";
 
-/// The keys of the metadata: the version, the number of steps taken, and the settings of a group.
-const FORMAT: &str = "gradclip_optimizer";
-const STEP: &str = "step";
-fn group_key(group: usize) -> String {
-    format!("group.{group}")
-}
+/// The key of the metadata. There is one, because the crate safetensors writes several in random order.
+const KEY: &str = "gradclip_optimizer";
 
 impl OptimizerState<'_> {
     /// The state as a safetensors file: a tensor `PARAMETER.NAME` of the parameter's shape for each tensor of the state,
-    /// where PARAMETER is the parameter's name, or its place if it has none. The metadata holds the version of the form
-    /// (`gradclip_optimizer`), the number of steps taken (`step`) and the settings of each group (`group.0`, ...), with
-    /// numbers that are read back to the same bits. A remainder is of dtype U16.
+    /// where PARAMETER is the parameter's name, or its place if it has none. A remainder is of dtype U16. The metadata holds
+    /// one text, `gradclip_optimizer`: a line with the version of the form and the number of steps taken, and a line for
+    /// each group with its settings, with numbers that are read back to the same bits. The same state gives the same
+    /// bytes.
     ///
     /// # Errors
     /// [`Error::OptimizerState`] if the state's tensors are elsewhere, or if two tensors would have one name.
     pub fn to_safetensors(&self) -> Result<Vec<u8>, Error> {
         let fail = |reason: String| Err(Error::OptimizerState(reason));
         let Some(memory) = &self.memory else { return fail("its tensors are elsewhere: save them there".into()) };
-        let mut metadata = HashMap::from([(FORMAT.into(), VERSION.into()), (STEP.into(), self.steps.to_string())]);
-        for (group, (optimizer, range)) in self.optimizers.iter().zip(&self.parameters.groups).enumerate() {
-            metadata.insert(group_key(group), written(*optimizer, range.len()));
+        let mut text = format!("version={VERSION} step={}", self.steps);
+        for (optimizer, range) in self.optimizers.iter().zip(&self.parameters.groups) {
+            text = format!("{text}\n{}", written(*optimizer, range.len()));
         }
         let mut views = HashMap::new();
         for (i, (parameter, memory)) in self.parameters.all.iter().zip(memory).enumerate() {
@@ -44,7 +41,7 @@ impl OptimizerState<'_> {
                 }
             }
         }
-        safetensors::serialize(views, Some(metadata)).map_err(damaged)
+        safetensors::serialize(views, Some(HashMap::from([(KEY.into(), text)]))).map_err(damaged)
     }
 
     /// Takes over what [`OptimizerState::to_safetensors`] wrote: settings, tensors and the number of steps. The state
@@ -72,24 +69,24 @@ impl OptimizerState<'_> {
         let fail = |reason: String| Err(Error::OptimizerState(reason));
         let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
-        let none = HashMap::new();
-        let metadata = header.metadata().as_ref().unwrap_or(&none);
-        match metadata.get(FORMAT).map(String::as_str) {
-            Some(VERSION) => {}
-            Some(other) => {
-                return fail(format!("it is of version {other} and this gradclip reads version {VERSION}"));
-            }
-            None => return fail("the file is no optimizer's state that gradclip wrote".into()),
+        let Some(text) = header.metadata().as_ref().and_then(|metadata| metadata.get(KEY)) else {
+            return fail("the file is no optimizer's state that gradclip wrote".into());
+        };
+        let mut lines = text.lines();
+        let first = lines.next().unwrap_or_default();
+        let (version, steps) = first.split_once(" step=").unwrap_or((first, ""));
+        let version = version.strip_prefix("version=").unwrap_or(version);
+        if version != VERSION {
+            return fail(format!("it is of version {version:?} and this gradclip reads version {VERSION}"));
         }
-        let number = |text: &String| text.parse().ok();
-        let Some(steps) = metadata.get(STEP).and_then(number) else { return fail("the file has no step count".into()) };
-        let (own, saved) = (self.optimizers.len(), metadata.keys().filter(|key| key.starts_with("group.")).count());
-        if own != saved {
-            return fail(format!("the file has {saved} groups, this state {own}"));
+        let Ok(steps) = steps.parse() else { return fail("the file has no step count".into()) };
+        let (own, groups) = (self.optimizers.len(), lines.collect::<Vec<_>>());
+        if own != groups.len() {
+            return fail(format!("the file has {} groups, this state {own}", groups.len()));
         }
         let mut optimizers = Vec::new();
-        for (group, (kind, range)) in self.parameters.kinds.iter().zip(&self.parameters.groups).enumerate() {
-            let text = metadata.get(&group_key(group)).map_or("", String::as_str);
+        let own = self.parameters.kinds.iter().zip(&self.parameters.groups);
+        for (group, ((kind, range), text)) in own.zip(groups).enumerate() {
             let Some((optimizer, count)) = read(text) else {
                 return fail(format!("the settings of group {group} cannot be read: {text:?}"));
             };

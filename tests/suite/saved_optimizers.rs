@@ -95,16 +95,8 @@ fn a_restored_run_gives_the_bits_of_one_that_was_not_stopped() {
             again.step(&mut restored, &mut random_again);
         }
         assert_eq!(run.bits(), again.bits(), "{optimizer}");
-        let saved = |state: &OptimizerState<'_>| {
-            SafeTensors::deserialize(&state.to_safetensors().expect("it can be"))
-                .map(|file| file.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect::<Vec<_>>())
-        };
-        let sorted = |state: &OptimizerState<'_>| {
-            let mut all = saved(state).expect("a safetensors file");
-            all.sort();
-            all
-        };
-        assert_eq!(sorted(&state), sorted(&restored), "{optimizer}");
+        let saved = |state: &OptimizerState<'_>| state.to_safetensors().expect("it can be saved");
+        assert_eq!(saved(&state), saved(&restored), "{optimizer}");
         assert_eq!(restored.steps(), 6);
     }
 }
@@ -159,9 +151,10 @@ fn another_state_is_an_error_that_names_it() {
         [&saved[..at], to.as_bytes(), &saved[at + from.len()..]].concat()
     };
     for (from, to, expected) in [
-        ("optimizer\":\"1\"", "optimizer\":\"2\"", "it is of version 2 and this gradclip reads version 1"),
+        ("version=1", "version=2", "it is of version \"2\" and this gradclip reads version 1"),
+        ("version", "virsion", "it is of version \"virsion=1\" and this gradclip reads version 1"),
         ("gradclip_opt", "gradclip_opp", "the file is no optimizer's state that gradclip wrote"),
-        ("\"step\"", "\"stop\"", "the file has no step count"),
+        ("step=0", "step=o", "the file has no step count"),
         ("AdamW lr", "Amaze lr", "the settings of group 0 cannot be read"),
         ("lr=0.001", "lr=0,001", "the settings of group 0 cannot be read"),
     ] {
