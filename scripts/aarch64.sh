@@ -9,10 +9,7 @@ cd "$(dirname "$0")/.."
 
 target=aarch64-unknown-linux-gnu
 install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross
-rustup target list --installed | grep -qx "$target" || rustup target add "$target" || {
-    echo "error: rustup could not add $target; add it where there is a network: rustup target add $target" >&2
-    exit 1
-}
+add_target "$target"
 
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"

@@ -1,4 +1,5 @@
-# Gets software devices for the tests (Debian), and sets the environment that chooses each. Other scripts source this.
+# Gets what tests need (Debian), above all software devices, and sets the environment that chooses each. Other scripts
+# source this.
 # shellcheck shell=bash disable=SC2034
 
 # Mesa's device-select layer complains without a desktop session.
@@ -13,6 +14,10 @@ mkdir -p "$devices"
 lavapipe=(VK_DRIVER_FILES=/usr/share/vulkan/icd.d/lvp_icd.x86_64.json WGPU_BACKEND=vulkan)
 swiftshader=("VK_DRIVER_FILES=$devices/vk_swiftshader_icd.json" WGPU_BACKEND=vulkan)
 gl=(WGPU_BACKEND=gl)
+
+# The crates whose tests are built together. burn and candle compile slowly, and each would add features to what the others
+# depend on, and so build it anew.
+together=(--workspace --exclude gradclip-burn --exclude gradclip-candle)
 
 # Lowered limits refuse these: the sets or the tests' own kernels are too large. What a step costs in allocations is counted
 # for one dispatch of each kernel, on a device whose limits suffice for an optimizer.
@@ -51,6 +56,14 @@ install() {
 }
 as_root=()
 [ "$(id -u)" -eq 0 ] || as_root=(sudo)
+
+# add_target TARGET: adds a target to rustup's toolchain, unless it is there.
+add_target() {
+    rustup target list --installed 2>/dev/null | grep -qx "$1" || rustup target add "$1" || {
+        echo "error: rustup could not add the target $1; add it where there is a network" >&2
+        exit 1
+    }
+}
 
 install_lavapipe() {
     install mesa-vulkan-drivers libvulkan1

@@ -46,7 +46,7 @@ fi
 install python3-torch python3-numpy python3-pytest
 install_mpi
 # The features and the targets of scripts/test.sh, so that nothing is built anew that its tests have built.
-cargo build --workspace --exclude gradclip-burn --exclude gradclip-candle --all-features --lib --example own_buffers
+cargo build "${together[@]}" --all-features --lib --example own_buffers
 cp "${CARGO_TARGET_DIR:-target}/debug/lib_gradclip.so" "$package/python/gradclip/_gradclip.abi3.so"
 export PYTHONPATH=$PWD/$package/python PYTHONDONTWRITEBYTECODE=1
 /usr/bin/python3 -m pytest -q -p no:cacheprovider "$package/tests" 2>&1 | tee "$log"

@@ -30,8 +30,8 @@ cd "$(dirname "$0")/.."
 . scripts/steps.sh
 
 # burn and candle compile slowly and the tests of their crates run quickly, so these crates are built without
-# optimisation. Each is built by itself, because the features it asks of others would build all else anew.
-all=(--workspace --exclude gradclip-burn --exclude gradclip-candle --all-features)
+# optimisation.
+all=("${together[@]}" --all-features)
 burn=(-p gradclip-burn --features wgpu --profile quick)
 candle=(-p gradclip-candle --profile quick)
 # Only optimised kernels are vectors, and only without checks of overflow.

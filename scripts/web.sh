@@ -25,10 +25,7 @@ mode=${1:-8000}
 
 # package NAME FEATURES PROFILE: builds the wasm with these features, and a package for browsers of it in $web/NAME.
 package() {
-    rustup target list --installed 2>/dev/null | grep -qx "$wasm" || rustup target add "$wasm" || {
-        echo "error: rustup could not install $wasm; install it where there is a network" >&2
-        exit 1
-    }
+    add_target "$wasm"
     # Every browser that has WebGPU has vectors in wasm.
     CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS="-C target-feature=+simd128" \
         cargo build --quiet --locked -p gradclip-web --lib --profile "$3" --target "$wasm" --features "$2"

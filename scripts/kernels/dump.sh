@@ -8,7 +8,6 @@ dump_kernels() {
     rm -rf "$1"
     mkdir "$1"
     # The same build as in scripts/test.sh, so that nothing is built anew.
-    GRADCLIP_KERNELS=$1 cargo test --quiet --workspace --exclude gradclip-burn --exclude gradclip-candle --all-features --lib \
-        every_kernel_translates >/dev/null
+    GRADCLIP_KERNELS=$1 cargo test --quiet "${together[@]}" --all-features --lib every_kernel_translates >/dev/null
     [ -n "$(find "$1" -name '*.spv' -print -quit)" ] || { echo "error: no kernel's SPIR-V was written to $1" >&2; exit 1; }
 }
