@@ -64,8 +64,9 @@ fn every_dependency_has_a_licence_that_is_allowed() {
     let manifest = std::fs::read_to_string(root.join("deny.toml")).expect("readable");
     let allowed = allowed(&manifest);
     let mut cargo = Command::new(env!("CARGO"));
-    // What is built, where `cargo metadata` also tells what features that are off would need.
-    cargo.current_dir(root).args(["tree", "--workspace", "--all-features", "--locked", "--offline", "--prefix=none"]);
+    // What is built, where `cargo metadata` also tells what features that are off would need. Cargo fetches what no other
+    // test has needed.
+    cargo.current_dir(root).args(["tree", "--workspace", "--all-features", "--locked", "--prefix=none"]);
     let output = cargo.arg("--format={p}|{l}").output().expect("cargo runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let tree = String::from_utf8(output.stdout).expect("text");
