@@ -140,20 +140,29 @@ impl GpuDevice {
     /// Error scopes belong to the thread. On native platforms their answers are ready at once. A browser gives them
     /// later: [`GpuDevice::told`] waits for them.
     pub(super) fn scoped<T>(&self, f: impl FnOnce() -> T) -> Result<T, Error> {
+        let scopes = self.begin_scopes()?;
+        let result = f();
+        self.end_scopes(scopes)?;
+        Ok(result)
+    }
+
+    fn begin_scopes(&self) -> Result<[wgpu::ErrorScopeGuard; 3], Error> {
         self.check_not_lost()?;
         let filters = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory];
-        let scopes = filters.map(|filter| self.device.push_error_scope(filter));
-        let result = f();
+        Ok(filters.map(|filter| self.device.push_error_scope(filter)))
+    }
+
+    fn end_scopes(&self, scopes: [wgpu::ErrorScopeGuard; 3]) -> Result<(), Error> {
         let answers = scopes.into_iter().rev().map(wgpu::ErrorScopeGuard::pop);
         #[cfg(target_arch = "wasm32")]
         {
             self.unanswered.0.borrow_mut().extend(answers.map(|answer| Box::pin(answer) as Answer));
-            Ok(result)
+            Ok(())
         }
         #[cfg(not(target_arch = "wasm32"))]
         {
             let error = answers.fold(None, |error, answer| error.or(ready(answer).flatten()));
-            error.map_or(Ok(result), |error| Err(self.ours(error)))
+            error.map_or(Ok(()), |error| Err(self.ours(error)))
         }
     }
 
