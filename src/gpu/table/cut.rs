@@ -158,17 +158,15 @@ impl Cutter {
     }
 
     fn run(&mut self, piece: &Piece, use_: Use, origin: u64, run: Range<u64>) -> Option<()> {
-        let SegmentLayout { by, columns, segment, .. } = piece.layout;
-        // In longer rows a chunk meets the end of a row at most once, and only the distance to it counts.
-        let folded = columns.min(1 << 31);
-        let column = folded - (columns - run.start.checked_rem(columns)?).min(folded);
+        let SegmentLayout { by, segment, .. } = piece.layout;
+        let (column, columns) = piece.column_of(run.start);
         let segment = if by == By::Rows { piece.layout.segment_of(run.start) } else { segment };
         let narrow = |x: u64| u32::try_from(x).ok();
         let row = ChunkRow {
             elements: narrow(run.end - run.start)?,
             segment,
-            column: if by == By::Whole { 0 } else { narrow(column)? },
-            columns: narrow(folded)?,
+            column,
+            columns,
             origin: self.origin()?,
             origin_element: narrow(run.start - origin)?,
             slot: NOWHERE,

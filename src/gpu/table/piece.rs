@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::Dtype;
-use crate::segment::SegmentLayout;
+use crate::segment::{By, SegmentLayout};
 
 /// A run of elements in a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +40,18 @@ impl Piece {
     /// Where in the buffer an element of the tensor is.
     pub(crate) fn at(&self, element: u64) -> u64 {
         self.start + (element - self.first_element)
+    }
+
+    /// The column of an element of the tensor, and the length of a row. In rows longer than 2^31 a chunk meets the end of a
+    /// row at most once, and only the distance to it counts.
+    pub(super) fn column_of(&self, element: u64) -> (u32, u32) {
+        let columns = self.layout.columns;
+        let folded = columns.min(1 << 31);
+        let column = match self.layout.by {
+            By::Whole => 0,
+            By::Rows | By::Columns => folded - (columns - element % columns).min(folded),
+        };
+        (column as u32, folded as u32)
     }
 
     /// Runs of at most `chunk_words` words, cut between quads, as elements of the tensor.

@@ -150,24 +150,16 @@ fn row(piece: &StepPiece<'_>, elements: &Range<u64>) -> Option<Unplaced> {
         // A master copy is the last of the floats.
         float(state.float_word(first) + floats.saturating_sub(1) * state.len())
     };
-    // In longer rows a run meets the end of a row at most once, and only the distance to it counts.
-    let folded = layout.columns.min(1 << 31);
+    let (column, columns) = gradient.column_of(first);
     let by_column = layout.by == By::Columns;
-    let column = match layout.by {
-        By::Whole => 0,
-        By::Rows | By::Columns => {
-            let column = (first - layout.first) % layout.columns;
-            folded - (layout.columns - column).min(folded)
-        }
-    };
     let row = StepRow {
         elements: narrow(elements.end - first)?,
         state: narrow(float(state.float_word(first)))?,
         stride: narrow(float(state.len()))?,
         kept: narrow(kept)?,
         segment: if by_column { layout.segment } else { layout.segment_of(first) },
-        column: narrow(column)?,
-        columns: narrow(folded)?,
+        column,
+        columns,
         by_column: by_column.into(),
         ..StepRow::default()
     };

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::limits::Limits;
 use super::piece::Piece;
-use super::rows::{ChunkRow, Table, Window};
+use super::rows::{ChunkRow, Table, Window, bytes_of_words};
 use crate::Dtype;
 
 /// The most examples that one invocation adds up: llvmpipe silently ends loops after 65,535 iterations.
@@ -65,19 +65,15 @@ fn add_sums(
     let rows_at_once = (fitting / (stride * size)).clamp(1, SUMMED_ROWS);
     // One word more, for an element that begins in the middle of one.
     let columns_at_once = ((fitting - 4) / 4).min(columns.end - columns.start);
-    let window = |buffer: usize, first: u64, end: u64| {
-        let offset = first / 4 * 4 / limits.alignment * limits.alignment;
-        Window { buffer, offset, size: end.next_multiple_of(4) - offset }
-    };
+    let window = |of: &Piece, elements| Window::of(of.buffer, &bytes_of_words(elements, of.dtype), limits.alignment);
     for left in columns.clone().step_by(columns_at_once as usize) {
         let right = columns.end.min(left + columns_at_once);
-        let sums = window(into.buffer, (into.start + left) * 4, (into.start + right) * 4);
+        let sums = window(into, into.start + left..into.start + right);
         let mut top = rows.start;
         loop {
             let bottom = rows.end.min(top + rows_at_once);
             let at = |row: u64, column: u64| of.at(row * stride + column);
-            let examples =
-                (bottom > top).then(|| window(of.buffer, at(top, left) * size, (at(bottom - 1, right - 1) + 1) * size));
+            let examples = (bottom > top).then(|| window(of, at(top, left)..at(bottom - 1, right - 1) + 1));
             let narrow = |x: u64| u32::try_from(x).ok();
             let mut chunks = Vec::new();
             for column in (left..right).step_by(limits.workgroup as usize) {
