@@ -50,24 +50,8 @@ fn coefficient_of(action: u32, factor: Factor, refused: bool) -> u32 {
     return select(float_of(factor.exact), factor.value, factor.is_float != 0u);
 }
 
-@compute @workgroup_size(WORKGROUP)
-fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
-    let index = lane + index_of(group) * WORKGROUP;
-    let total = partials[params.total_partial];
-    let refuses = params.policy == POLICY_ERROR || params.policy == POLICY_SKIP;
-    var reason = select(0u, REFUSED_ABOVE, results.above != 0u);
-    if is_bad(total) && refuses {
-        reason = REFUSED_NON_FINITE;
-    }
-    let refused = reason != 0u;
-    if index == 0u && params.first_segment == 0u {
-        results.steps += 1u;
-        results.refused = reason;
-        coefficients.skip = select(0u, 1u, refused);
-    }
-    if index >= params.segments {
-        return;
-    }
+// Decides on a segment of the group. Returns whether it is left as it is.
+fn decide(index: u32, refused: bool) -> bool {
     let segment = params.first_segment + index;
     let own = partials[params.segment_partials + index];
     // A given norm is the partial of one element, and tells nothing of the gradient's own elements.
@@ -113,4 +97,43 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
     }
     results.outcomes[segment] = Outcome(action, kind | select(0u, CLIPPED, clipped), norm, factor);
     coefficients.factors[segment] = coefficient_of(action, factor, refused);
+    return action == LEAVE;
+}
+
+// Whether a segment of the workgroup's is not left as it is.
+var<workgroup> some_applied: atomic<u32>;
+
+@compute @workgroup_size(WORKGROUP)
+fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
+    let index = lane + index_of(group) * WORKGROUP;
+    let total = partials[params.total_partial];
+    let refuses = params.policy == POLICY_ERROR || params.policy == POLICY_SKIP;
+    var reason = select(0u, REFUSED_ABOVE, results.above != 0u);
+    if is_bad(total) && refuses {
+        reason = REFUSED_NON_FINITE;
+    }
+    let refused = reason != 0u;
+    if index == 0u && params.first_segment == 0u {
+        results.steps += 1u;
+        results.refused = reason;
+        coefficients.skip = select(0u, 1u, refused);
+    }
+    var left = true;
+    if index < params.segments {
+        left = decide(index, refused);
+    }
+    // Only `scale_each` asks, and it has several segments.
+    if params.segments > 1u {
+        if lane == 0u {
+            atomicStore(&some_applied, 0u);
+        }
+        workgroupBarrier();
+        if !left {
+            atomicStore(&some_applied, 1u);
+        }
+        workgroupBarrier();
+        if lane == 0u && atomicLoad(&some_applied) == 0u {
+            results.outcomes[params.first_segment + index].flags |= ALL_LEFT;
+        }
+    }
 }

@@ -43,6 +43,23 @@ fn segment_at(chunk: Chunk, place: Place) -> u32 {
     return chunk.segment + select(place.row, place.column, COLUMNS);
 }
 
+// Whether all segments of the chunk are left as they are, as far as `finalise` tells: by WORKGROUP segments.
+fn is_left(chunk: Chunk) -> bool {
+    let end = chunk.column + chunk.elements - 1u;
+    var first = chunk.segment - params.first_segment;
+    var last = first + end / chunk.columns;
+    if COLUMNS {
+        let one_row = end < chunk.columns;
+        last = first + select(chunk.columns - 1u, end, one_row);
+        first += select(0u, chunk.column, one_row);
+    }
+    var left = true;
+    for (var i = first / WORKGROUP; i <= last / WORKGROUP && left; i += 1u) {
+        left = (results.outcomes[params.first_segment + i * WORKGROUP].flags & ALL_LEFT) != 0u;
+    }
+    return left;
+}
+
 // Applies the outcomes to word `i` of the run, of which the chunk has the element at `place` and, if there is one, the
 // next.
 fn apply_word_each(run: Run, chunk: Chunk, i: u32, place: Place) {
@@ -101,6 +118,9 @@ fn main(group: Group, @builtin(local_invocation_index) lane: u32) {
         return;
     }
     let chunk = table.chunks[row];
+    if is_left(chunk) {
+        return;
+    }
     let run = run_of(chunk);
     // Loops, because software devices run the body of every branch, but not of every loop.
     for (var once = lane < run.head + run.tail; once; once = false) {

@@ -19,7 +19,7 @@ const ZERO_OR_NAN: u32 = 4u;
 
 struct Outcome {
     action: u32,
-    // CLIPPED, and what kind of norm it is.
+    // CLIPPED, ALL_LEFT, and what kind of norm it is.
     flags: u32,
     // The measured norm, not yet divided by grad_scale. Without meaning if its kind is not NORM_FINITE.
     norm: Number,
@@ -27,6 +27,8 @@ struct Outcome {
 }
 
 const CLIPPED: u32 = 1u;
+// Of the first of WORKGROUP segments of a group: all of them are left as they are.
+const ALL_LEFT: u32 = 8u;
 const NORM_FINITE: u32 = 0u;
 const NORM_INFINITE: u32 = 2u;
 const NORM_NAN: u32 = 4u;

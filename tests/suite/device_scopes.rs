@@ -124,6 +124,23 @@ fn units_along_any_axes() {
     }
 }
 
+/// A chunk is passed over if `finalise` tells that its units, by several at a time, are all left as they are.
+#[test]
+fn one_clipped_unit_among_many() {
+    for (axis, shape) in [(UnitAxis::First, [301, 37]), (UnitAxis::Last, [37, 301])] {
+        for (unit, dtype) in [0, 7, 8, 150, 299, 300].into_iter().zip(ALL.into_iter().cycle()) {
+            let mut random = Random(unit as u64);
+            let mut tensor =
+                |shape: &[usize]| Data::rounded(dtype, random.normals(shape.iter().product(), 0.1)).shaped(shape);
+            // The units of the second tensor begin at no round number.
+            let mut set = vec![tensor(&[1, 5]), tensor(&shape)];
+            set[1].set(if axis == UnitAxis::First { unit * 37 + 11 } else { 11 * 301 + unit }, 100.0);
+            let asked = Asked { scope: Scope::Unit, axis: Some(axis), ..Asked::new(Mode::Norm, 5.0) };
+            check_first(gpu(), &asked, &[set], |i| i);
+        }
+    }
+}
+
 #[test]
 fn more_units_than_a_dispatch_dimension_holds() {
     // Short rows and columns, 8 of them for each workgroup, or 256; and rows too long for one invocation each.
