@@ -29,7 +29,7 @@ run() {
         web) scripts/web.sh --test ;;
         published) scripts/public-api.sh && scripts/package.sh --whole && scripts/portability.sh --whole ;;
         memory) scripts/memory-checks.sh --whole ;;
-        properties) scripts/properties.sh 2000 ;;
+        properties) scripts/properties.sh 1000 ;;
         fuzz) scripts/fuzz.sh 100 ;;
         python) scripts/python.sh --newest ;;
         aarch64) env -u GRADCLIP_WHOLE scripts/aarch64.sh ;;
