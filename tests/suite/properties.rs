@@ -635,10 +635,10 @@ fn check_norm_afterwards(asked: &Asked, expected: &Expected, place: Place<'_>, a
         let smallest = dtypes().map(|dtype| ulp(dtype, 0.0)).fold(0.0, f64::max);
         let n = members.len() as f64;
         let (p, weight) = match asked.mode {
-            Mode::Norm => (asked.norm_type.power(), 1.0),
+            Mode::Norm | Mode::Agc => (asked.norm_type.power(), 1.0),
             Mode::Rms => (2.0, 1.0 / n.sqrt()),
             Mode::AverageNorm => (2.0, 1.0 / n),
-            Mode::Agc | Mode::Value => (2.0, 1.0),
+            Mode::Value => (2.0, 1.0),
         };
         let factor_rounding = if rounding < 1e-15 { rounding } else { 2f64.powi(-24) };
         let relative = tolerance + rounding + factor_rounding;
