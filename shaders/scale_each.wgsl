@@ -6,6 +6,7 @@
 #import group
 #import outcome
 #import half
+#import pair
 #import windows
 #import chunk
 #import apply
@@ -25,10 +26,8 @@ fn place_of(element: u32, columns: u32) -> Place {
 }
 
 fn next(place: Place, columns: u32) -> Place {
-    if place.column + 1u == columns {
-        return Place(place.row + 1u, 0u);
-    }
-    return Place(place.row, place.column + 1u);
+    let wraps = place.column + 1u == columns;
+    return Place(place.row + select(0u, 1u, wraps), select(place.column + 1u, 0u, wraps));
 }
 
 // The place of the first element of the word behind.
@@ -81,34 +80,48 @@ fn apply_word_each(run: Run, chunk: Chunk, i: u32, place: Place) {
     }
 }
 
-// Whether an outcome needs no more than a plain product; it leaves elements by the factor 1.
-fn is_plain(outcome: Outcome) -> bool {
-    return outcome.action == LEAVE || (outcome.action == APPLY && outcome.factor.is_float != 0u);
-}
-
-fn plain_factor(outcome: Outcome) -> u32 {
-    return select(outcome.factor.value, ONE, outcome.action == LEAVE);
+// The factor of a segment's elements, if they need no more than plain products: 1 leaves them. Software devices read all of
+// a struct that is loaded, so its members are.
+fn factor_at(segment: u32) -> u32 {
+    let action = results.outcomes[segment].action;
+    let is_float = results.outcomes[segment].factor.is_float;
+    let value = results.outcomes[segment].factor.value;
+    // `||` and `&&` would be branches.
+    unusual |= select(SIGN, 0u, (action == LEAVE) | ((action == APPLY) & (is_float != 0u)));
+    return select(value, ONE, action == LEAVE);
 }
 
 // A quad whose elements are all of one segment.
 fn multiplied_together(quad: vec4<u32>, segment: u32) -> vec4<u32> {
-    let outcome = results.outcomes[segment];
-    unusual |= select(SIGN, 0u, is_plain(outcome));
-    return multiplied_quad(quad, plain(plain_factor(outcome)));
+    return multiplied_quad(quad, plain(factor_at(segment)));
 }
 
-// A word whose elements may be of two segments: each is multiplied beside a 0 in the other's place.
+// The products that are taken as they are: normal ones, which no driver has flushed or kept from becoming infinite, and of
+// float16 those that are surely converted rightly. With COUNTS none of them becomes 0 or infinite.
+const LEAST_PRODUCT: u32 = select(SMALLEST_NORMAL, 0x33800000u, COUNTS && DTYPE == DTYPE_F16); // 2^-24
+const PRODUCTS_TO: u32 = select(0x7f000000u, 0x47000000u, DTYPE == DTYPE_F16); // 2^127; 2^15
+
+// An element as a float32 times a factor. Where each has its own factor, looking at the product is quicker than `plain`.
+fn product_of(x: f32, factor: u32) -> f32 {
+    let product = x * bitcast<f32>(factor);
+    let size = bitcast<u32>(product) & MAGNITUDE;
+    let magnitude = bitcast<u32>(x) & MAGNITUDE;
+    let normal = (magnitude < INFINITE) & (size >= LEAST_PRODUCT) & (size < PRODUCTS_TO);
+    unusual |= select(SIGN, 0u, NATIVE_PRODUCTS & (normal | (magnitude == 0u)));
+    return product;
+}
+
+// A word whose elements may be of two segments.
 fn multiplied_apart(word: u32, chunk: Chunk, first: Place) -> u32 {
-    let low = results.outcomes[segment_at(chunk, first)];
-    unusual |= select(SIGN, 0u, is_plain(low));
+    let low = factor_at(segment_at(chunk, first));
     if DTYPE == DTYPE_F32 {
-        return multiplied(word, plain(plain_factor(low)));
+        return bitcast<u32>(product_of(bitcast<f32>(word), low));
     }
-    let high = results.outcomes[segment_at(chunk, next(first, chunk.columns))];
-    unusual |= select(SIGN, 0u, is_plain(high));
-    let lower = multiplied(word & 0x0000ffffu, plain(plain_factor(low)));
-    let upper = multiplied(word & 0xffff0000u, plain(plain_factor(high)));
-    return (lower & 0x0000ffffu) | (upper & 0xffff0000u);
+    let high = factor_at(segment_at(chunk, next(first, chunk.columns)));
+    // Only finite elements of float16 are converted rightly.
+    unusual |= select(0u, (word & ~SIGNS) + EACH * (1u << FRACTION), DTYPE == DTYPE_F16);
+    let pair = widened_pair(word);
+    return narrowed_pair(vec2<f32>(product_of(pair.x, low), product_of(pair.y, high)));
 }
 
 @compute @workgroup_size(WORKGROUP)
