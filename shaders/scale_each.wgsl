@@ -42,7 +42,8 @@ fn segment_at(chunk: Chunk, place: Place) -> u32 {
     return chunk.segment + select(place.row, place.column, COLUMNS);
 }
 
-// Whether all segments of the chunk are left as they are, as far as `finalise` tells: by WORKGROUP segments.
+// Whether all segments of the chunk are left as they are. `finalise` tells it of WORKGROUP segments at a time. So if others
+// of these change, it is false.
 fn is_left(chunk: Chunk) -> bool {
     let end = chunk.column + chunk.elements - 1u;
     var first = chunk.segment - params.first_segment;
@@ -80,8 +81,8 @@ fn apply_word_each(run: Run, chunk: Chunk, i: u32, place: Place) {
     }
 }
 
-// The factor of a segment's elements, if they need no more than plain products: 1 leaves them. Software devices read all of
-// a struct that is loaded, so its members are.
+// The factor of a segment's elements, if they need no more than plain products: 1 leaves them. Each member is loaded by
+// itself, because software devices read all members of a struct that is loaded, used or not.
 fn factor_at(segment: u32) -> u32 {
     let action = results.outcomes[segment].action;
     let is_float = results.outcomes[segment].factor.is_float;
@@ -96,8 +97,9 @@ fn multiplied_together(quad: vec4<u32>, segment: u32) -> vec4<u32> {
     return multiplied_quad(quad, plain(factor_at(segment)));
 }
 
-// The products that are taken as they are: normal ones, which no driver has flushed or kept from becoming infinite, and of
-// float16 those that are surely converted rightly. With COUNTS none of them becomes 0 or infinite.
+// Products from LEAST_PRODUCT to below PRODUCTS_TO are taken as they are. A driver may have flushed a smaller one, or made
+// a larger one finite that should be infinite. In float16 the conversion of a larger one may overflow. With COUNTS no product
+// in between becomes 0 or infinite.
 const LEAST_PRODUCT: u32 = select(SMALLEST_NORMAL, 0x33800000u, COUNTS && DTYPE == DTYPE_F16); // 2^-24
 const PRODUCTS_TO: u32 = select(0x7f000000u, 0x47000000u, DTYPE == DTYPE_F16); // 2^127; 2^15
 

@@ -27,7 +27,7 @@ struct Outcome {
 }
 
 const CLIPPED: u32 = 1u;
-// Of the first of WORKGROUP segments of a group: all of them are left as they are.
+// In the outcome of the first of each WORKGROUP segments of a group: all of these are left as they are.
 const ALL_LEFT: u32 = 8u;
 const NORM_FINITE: u32 = 0u;
 const NORM_INFINITE: u32 = 2u;

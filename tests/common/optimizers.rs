@@ -98,7 +98,7 @@ impl Rounding {
     fn sqrt(self, a: Near) -> Near {
         let (root, low, high) = (a.x.sqrt(), a.x - a.error, (a.x + a.error).sqrt());
         let low = if low < self.root_from { 0.0 } else { low.max(0.0).sqrt() };
-        // The upper end is the farther one where the lower one ends at 0.
+        // Where the lower end is cut off at 0, the upper end may be farther away.
         self.rounded_by(self.root, root, (root - low).max(high - root))
     }
 

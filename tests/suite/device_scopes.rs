@@ -124,7 +124,8 @@ fn units_along_any_axes() {
     }
 }
 
-/// A chunk is passed over if `finalise` tells that its units, by several at a time, are all left as they are.
+/// `finalise` tells of several units at a time whether all are left as they are, and such a chunk is passed over. One unit
+/// that changes must be found wherever it is.
 #[test]
 fn one_clipped_unit_among_many() {
     for (axis, shape) in [(UnitAxis::First, [301, 37]), (UnitAxis::Last, [37, 301])] {
