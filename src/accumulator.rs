@@ -171,7 +171,7 @@ impl NormAccumulator {
     async fn merged(&mut self, processes: &dyn ProcessGroup) -> Result<(), Error> {
         let call = GroupCall::begin(processes);
         self.check_open()?;
-        let segments = Segments::new(&self.clip, &[])?;
+        let segments = Segments::new(&self.clip, std::iter::empty())?;
         let mut part = [GroupPartials::of_one(&self.clip, segments, self.partial, self.elements)];
         let mut totals = merge(call, &mut part, |_, _| self.bad_name.as_deref()).await?;
         let GroupTotal { partial, non_finite: found } = totals.swap_remove(0);
@@ -224,7 +224,7 @@ impl NormAccumulator {
         let (weight, max_norm) = (clip.weight(self.elements), clip.max_norm(self.elements, 1.0, Magnitude::plain(0.0)));
         let skipped = clip.skips(known, weight);
         let outcomes = [clip.outcome(known, max_norm, weight, skipped.is_some())];
-        let segments = Segments::new(clip, &[])?;
+        let segments = Segments::new(clip, std::iter::empty())?;
         let totals = (known.norm.times(weight).to_f64(), self.partial.outside);
         clip.report((&segments, &outcomes), totals, self.elements, self.non_finite(), skipped)
     }

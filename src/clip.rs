@@ -447,21 +447,20 @@ impl Clip {
             Mode::Agc(clip_factor) => finite("clip_factor", clip_factor)?,
             // A negative clip_value is a range whose end comes before its start, and may have been given as one.
             Mode::Value { min, max } if min > max && -min == max => {
-                let value = format!("{}, a range of {} to {}", number(max), number(min), number(max));
+                let value = format!("{}, a range of {} to {}", Number(max), Number(min), Number(max));
                 setting(false, "clip_value", value, "it must be 0 or more")?;
             }
             Mode::Value { min, max } if -min == max || (min.is_nan() && max.is_nan()) => at_least_0("clip_value", max)?,
             Mode::Value { min, max } => {
-                let range = format!("{} to {}", number(min), number(max));
-                let valid = min <= max;
-                setting(valid, "the clip range", range, "it needs min <= max, both of them numbers")?;
+                let range = format_args!("{} to {}", Number(min), Number(max));
+                setting(min <= max, "the clip range", range, "it needs min <= max, both of them numbers")?;
             }
         }
         let by_norm = matches!(self.mode, Mode::Norm(_));
         let by_agc = self.needs_parameters();
         let (norm_type, p) = (self.norm_type, self.norm_type.power());
         setting(by_norm || by_agc || p == 2.0, "norm_type", norm_type, "only Clip::norm and Clip::agc use it")?;
-        setting(p > 0.0, "norm_type", number(p), "it must be above 0 (infinity for the largest)")?;
+        setting(p > 0.0, "norm_type", Number(p), "it must be above 0 (infinity for the largest)")?;
         let measures = self.measured().is_some() || self.scope == Scope::Global;
         setting(measures, "scope", self.scope, "a value clip measures no norm that elements could share")?;
         if let Some(axis) = self.unit_axis {
@@ -470,21 +469,21 @@ impl Clip {
         let shares = self.budget == Budget::Each || (self.scope == Scope::ExampleTensor && !by_agc);
         setting(shares, "budget", self.budget, "only Scope::ExampleTensor uses it, and Clip::agc does not")?;
         if let Some(eps) = self.eps {
-            setting(by_norm, "eps", number(eps), "only Clip::norm uses it")?;
+            setting(by_norm, "eps", Number(eps), "only Clip::norm uses it")?;
             finite("eps", eps)?;
         }
         if let Some(eps) = self.agc_eps {
-            setting(by_agc, "agc_eps", number(eps), "only Clip::agc uses it")?;
+            setting(by_agc, "agc_eps", Number(eps), "only Clip::agc uses it")?;
             finite("agc_eps", eps)?;
         }
         let measures = self.measured().is_some() || self.skip_above == f64::INFINITY;
-        setting(measures, "skip_above", number(self.skip_above), "a value clip measures no norm to compare it with")?;
+        setting(measures, "skip_above", Number(self.skip_above), "a value clip measures no norm to compare it with")?;
         at_least_0("skip_above", self.skip_above)?;
         let by_value = self.measured().is_none();
         setting(by_value || !self.report_norm, "report_norm", true, "only a value clip uses it; others report theirs")?;
         let scale = self.grad_scale;
         let valid = scale.is_normal() && scale > 0.0;
-        setting(valid, "grad_scale", number(scale), "it must be a normal number above 0, from 2.3e-308 to 1.7e308")
+        setting(valid, "grad_scale", Number(scale), "it must be a normal number above 0, from 2.3e-308 to 1.7e308")
     }
 
     /// The same clip with another threshold, whatever the mode calls it.
@@ -629,19 +628,25 @@ pub(crate) fn setting(
 
 /// Checks a threshold, which may be infinite.
 fn at_least_0(name: &'static str, value: f64) -> Result<(), Error> {
-    setting(value >= 0.0, name, number(value), "it must be 0 or more")
+    setting(value >= 0.0, name, Number(value), "it must be 0 or more")
 }
 
 /// Checks that a number is finite and not negative.
 fn finite(name: &'static str, value: f64) -> Result<(), Error> {
     let valid = (0.0..f64::INFINITY).contains(&value);
-    setting(valid, name, number(value), "it must be a finite number, 0 or more")
+    setting(valid, name, Number(value), "it must be a finite number, 0 or more")
 }
 
-/// A number in plain notation, or with an exponent if it is very small or large.
-pub(crate) fn number(x: f64) -> String {
-    let plain = x == 0.0 || !x.is_finite() || (1e-4..1e16).contains(&x.abs());
-    if plain { x.to_string() } else { format!("{x:e}") }
+/// A number in plain notation, or with an exponent if it is very small or large. It becomes text where it is shown, because
+/// each use of a clip checks all settings, and few are wrong.
+pub(crate) struct Number(pub(crate) f64);
+
+impl fmt::Display for Number {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let x = self.0;
+        let plain = x == 0.0 || !x.is_finite() || (1e-4..1e16).contains(&x.abs());
+        if plain { write!(f, "{x}") } else { write!(f, "{x:e}") }
+    }
 }
 
 impl fmt::Display for NormType {
@@ -649,7 +654,7 @@ impl fmt::Display for NormType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Inf => f.write_str("inf"),
-            other => write!(f, "L{}", number(other.power())),
+            other => write!(f, "L{}", Number(other.power())),
         }
     }
 }
@@ -721,7 +726,7 @@ impl fmt::Display for Clip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let digits = f.precision();
         let rounded = |x: f64| digits.and_then(|digits| format!("{x:.digits$e}").parse().ok()).unwrap_or(x);
-        let threshold = |x: f64| number(rounded(x));
+        let threshold = |x: f64| Number(rounded(x));
         match self.mode {
             Mode::Norm(x) => write!(f, "norm {} ({})", threshold(x), self.norm_type)?,
             Mode::Rms(x) => write!(f, "RMS {}", threshold(x))?,
@@ -741,14 +746,14 @@ impl fmt::Display for Clip {
         }
         for (name, eps, default) in [("eps", self.eps, EPS), ("agc_eps", self.agc_eps, AGC_EPS)] {
             if let Some(eps) = eps.filter(|eps| *eps != default) {
-                write!(f, ", {name} {}", number(eps))?;
+                write!(f, ", {name} {}", Number(eps))?;
             }
         }
         if self.grad_scale != 1.0 {
-            write!(f, ", grad_scale {}", number(self.grad_scale))?;
+            write!(f, ", grad_scale {}", Number(self.grad_scale))?;
         }
         if self.skip_above != f64::INFINITY {
-            write!(f, ", skip_above {}", number(self.skip_above))?;
+            write!(f, ", skip_above {}", Number(self.skip_above))?;
         }
         if self.report_norm {
             f.write_str(", report_norm")?;

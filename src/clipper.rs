@@ -225,8 +225,7 @@ impl Clipper {
     /// # Errors
     /// Those of [`Clipper::apply_groups`].
     pub fn decide_groups(&self, groups: &[(Clip, &[Tensor<'_>])]) -> Result<Vec<DecidedClip>, Error> {
-        let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, tensors.to_vec())).collect();
-        let decided = cpu::decide(&views, None, self.context())?.into_iter().zip(groups);
+        let decided = cpu::decide(groups, None, self.context())?.into_iter().zip(groups);
         Ok(decided.map(|(decided, (_, tensors))| DecidedClip::new(decided, tensors)).collect())
     }
 
@@ -241,7 +240,7 @@ impl Clipper {
         threshold: &mut dyn Threshold,
         tensors: &[Tensor<'_>],
     ) -> Result<DecidedClip, Error> {
-        let decided = cpu::decide(&[(*clip, tensors.to_vec())], Some(threshold), self.context())?.swap_remove(0);
+        let decided = cpu::decide(&[(*clip, tensors)], Some(threshold), self.context())?.swap_remove(0);
         Ok(DecidedClip::new(decided, tensors))
     }
 

@@ -70,24 +70,24 @@ pub(crate) struct Matrices {
 }
 
 impl Matrices {
-    /// The matrices of a tensor of `len` elements. Of each axis it takes the size, and whether it numbers segments.
-    fn new(len: u64, axes: &[(u64, bool)], segment: u32) -> Self {
-        let mut merged: Vec<(u64, bool)> = Vec::new();
-        for (size, numbers) in axes.iter().copied().filter(|(size, _)| len > 0 && *size > 1) {
-            match merged.last_mut() {
-                Some((last, same)) if *same == numbers => *last *= size,
-                _ => merged.push((size, numbers)),
-            }
-        }
-        let (by, columns, of_matrix, mut step) = match merged[..] {
+    /// The matrices of a tensor of `len` elements. Takes the size of each axis, and whether it numbers segments, out of
+    /// `axes`.
+    fn new(len: u64, axes: &mut Vec<(u64, bool)>, segment: u32) -> Self {
+        axes.retain(|(size, _)| len > 0 && *size > 1);
+        axes.dedup_by(|next, last| {
+            let same = next.1 == last.1;
+            last.0 *= if same { next.0 } else { 1 };
+            same
+        });
+        let (by, columns, of_matrix, mut step) = match axes[..] {
             [.., (rows, true), (columns, false)] => (By::Rows, columns, rows * columns, rows),
             [.., (rows, false), (columns, true)] => (By::Columns, columns, rows * columns, columns),
             [(rows, true)] => (By::Rows, 1, rows, rows),
             _ => (By::Whole, len, len, 1),
         };
-        merged.truncate(merged.len().saturating_sub(2));
+        axes.truncate(axes.len().saturating_sub(2));
         let mut outer = Vec::new();
-        for (size, numbers) in merged.into_iter().rev() {
+        for (size, numbers) in axes.drain(..).rev() {
             outer.push((size, if numbers { step as u32 } else { 0 }));
             step *= if numbers { size } else { 1 };
         }
@@ -98,8 +98,9 @@ impl Matrices {
     /// The matrices that hold these elements of the tensor, each with those that it holds. Never none.
     pub(crate) fn within(&self, elements: Range<u64>) -> impl Iterator<Item = (SegmentLayout, Range<u64>)> {
         let (Range { start, end }, len) = (elements, self.len.max(1));
-        let last = end.saturating_sub(1).max(start) / len;
-        (start / len..=last).map(move |i| {
+        // Most tensors are one matrix, and a division is slow.
+        let number_of = |element| if element < len { 0 } else { element / len };
+        (number_of(start)..=number_of(end.saturating_sub(1).max(start))).map(move |i| {
             let matrix = self.number(i);
             (matrix, start.max(matrix.first)..end.min(matrix.first + len))
         })
@@ -122,7 +123,7 @@ impl Matrices {
 }
 
 /// The size of each axis, and whether it numbers units.
-fn unit_axes(axis: UnitAxis, t: Spec<'_>) -> Result<Vec<(u64, bool)>, String> {
+fn unit_axes(axis: UnitAxis, t: Spec<'_>) -> Result<impl Iterator<Item = (u64, bool)>, String> {
     let sizes = t.sizes();
     let rank = sizes.len();
     let numbers: Vec<bool> = match axis {
@@ -141,7 +142,7 @@ fn unit_axes(axis: UnitAxis, t: Spec<'_>) -> Result<Vec<(u64, bool)>, String> {
             (0..rank).map(|i| axes.has(i, rank) == matches!(axis, UnitAxis::Axes(_))).collect()
         }
     };
-    Ok(sizes.into_iter().zip(numbers).collect())
+    Ok(sizes.into_iter().zip(numbers))
 }
 
 /// Consecutive segments with the same properties.
@@ -174,14 +175,17 @@ impl Segments {
     /// # Errors
     /// Those of [`Clip::check`]; [`Error::Tensor`] if a tensor has no such segments; [`Error::Limit`] from 2^32
     /// segments on.
-    pub(crate) fn new(clip: &Clip, tensors: &[Spec<'_>]) -> Result<Self, Error> {
+    pub(crate) fn new<'a>(
+        clip: &Clip,
+        tensors: impl ExactSizeIterator<Item = Spec<'a>> + Clone,
+    ) -> Result<Self, Error> {
         clip.check()?;
-        let label = |i: usize| tensor_label(tensors[i].name, i);
+        let label = |i: usize| tensor_label(tensors.clone().nth(i).and_then(|t| t.name), i);
         let fail = |i: usize, reason: String| Err(Error::Tensor { tensor: label(i), reason });
         let scope = clip.scope;
         let examples = if matches!(scope, Scope::Example | Scope::ExampleTensor) {
             let mut examples = None;
-            for (i, t) in tensors.iter().enumerate() {
+            for (i, t) in tensors.clone().enumerate() {
                 let Some(first) = t.first() else {
                     return fail(i, "it is a scalar, and has no dimension 0 to take examples along".into());
                 };
@@ -195,17 +199,20 @@ impl Segments {
         } else {
             0
         };
-        let total: u64 = tensors.iter().map(|t| t.counted_len()).sum();
-        let mut found = Self { layouts: Vec::new(), families: Vec::new(), count: 0 };
-        for (i, t) in tensors.iter().enumerate() {
-            let axes = match scope {
-                Scope::Global | Scope::Tensor => vec![(t.len, false)],
+        let total: u64 = tensors.clone().map(Spec::counted_len).sum();
+        let mut found = Self { layouts: Vec::with_capacity(tensors.len()), families: Vec::new(), count: 0 };
+        let mut axes = Vec::new();
+        for (i, t) in tensors.clone().enumerate() {
+            match scope {
+                Scope::Global | Scope::Tensor => axes.push((t.len, false)),
                 Scope::Example | Scope::ExampleTensor => {
-                    vec![(examples, true), (t.len.checked_div(examples).unwrap_or(0), false)]
+                    axes.extend([(examples, true), (t.len.checked_div(examples).unwrap_or(0), false)]);
                 }
-                Scope::Unit => unit_axes(t.unit_axis.or(clip.unit_axis).unwrap_or_default(), *t)
-                    .map_err(|reason| Error::Tensor { tensor: label(i), reason })?,
-            };
+                Scope::Unit => axes.extend(
+                    unit_axes(t.unit_axis.or(clip.unit_axis).unwrap_or_default(), t)
+                        .map_err(|reason| Error::Tensor { tensor: label(i), reason })?,
+                ),
+            }
             let numbering = || axes.iter().filter(|(_, numbers)| *numbers).map(|(size, _)| *size);
             // Where one is 0 there are none, even if the product of the others overflows.
             let segments = if numbering().any(|size| size == 0) { 0 } else { numbering().fold(1, u64::saturating_mul) };
@@ -230,9 +237,9 @@ impl Segments {
                 found.add(segments, elements, share, Some(i), indexed)?;
                 first
             };
-            found.layouts.push(Matrices::new(t.len, &axes, first));
+            found.layouts.push(Matrices::new(t.len, &mut axes, first));
         }
-        if tensors.is_empty() && scope == Scope::Global {
+        if tensors.len() == 0 && scope == Scope::Global {
             // The norm of nothing is 0.
             found.add(1, 0, 1.0, None, false)?;
         }

@@ -1,11 +1,13 @@
 //! What a clip does with host tensors: it measures, decides, and on the CPU applies.
 
+use std::ops::Deref;
+
 use super::pool::in_parallel;
 use super::task::merged;
 use super::tuning::COLUMNS;
 use super::write::{Written, write};
 use super::{clamp, sum};
-use crate::clip::{number, setting};
+use crate::clip::{Number, setting};
 use crate::context::{Context, Progress};
 use crate::decision::{Known, Outcome};
 use crate::dtype::with_element;
@@ -16,7 +18,7 @@ use crate::processes::{GroupCall, GroupPartials, GroupTotal, merge};
 use crate::segment::{Family, Segments, check_groups, check_parameter};
 use crate::threshold::Threshold;
 use crate::wait::block_on;
-use crate::{Clip, ClipReport, Error, NonFinite, NonFiniteElements, Scope, Skipped, Tensor, TensorMut};
+use crate::{Clip, ClipReport, Error, HostTensor, NonFinite, NonFiniteElements, Scope, Skipped, Tensor, TensorMut};
 
 /// What is decided about some tensors.
 #[derive(Debug)]
@@ -52,8 +54,8 @@ impl Decision {
 }
 
 /// Decides about groups of tensors, each by a clip of its own. A `threshold` follows the norms of a single group.
-pub(crate) fn decide(
-    groups: &[(Clip, Vec<Tensor<'_>>)],
+pub(crate) fn decide<D: Deref<Target = [u8]>>(
+    groups: &[(Clip, &[HostTensor<'_, D>])],
     threshold: Option<&mut dyn Threshold>,
     context: Context<'_>,
 ) -> Result<Vec<Decision>, Error> {
@@ -67,8 +69,8 @@ pub(crate) fn apply(
     threshold: Option<&mut dyn Threshold>,
     context: Context<'_>,
 ) -> Result<Vec<ClipReport>, Error> {
-    let views: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, views(tensors))).collect();
-    let decisions = decide(&views, threshold, context)?;
+    let read: Vec<_> = groups.iter().map(|(clip, tensors)| (*clip, &**tensors)).collect();
+    let decisions = decide(&read, threshold, context)?;
     let decided = groups.iter_mut().zip(decisions);
     Ok(decided.map(|((_, tensors), decision)| decision.apply(tensors, context.progress)).collect())
 }
@@ -81,12 +83,12 @@ pub(crate) fn measure(clip: &Clip, tensors: &[Tensor<'_>], context: Context<'_>)
 
 /// Decides like [`decide`], but always reads the elements.
 fn measured(clip: &Clip, tensors: &[Tensor<'_>], call: GroupCall<'_>, progress: &Progress) -> Result<Decision, Error> {
-    Ok(decide_by(&[(*clip, tensors.to_vec())], None, call, progress, |_| true)?.swap_remove(0))
+    Ok(decide_by(&[(*clip, tensors)], None, call, progress, |_| true)?.swap_remove(0))
 }
 
 /// Decides, and first reads the groups whose clip `reads`. All checks come first.
-fn decide_by(
-    groups: &[(Clip, Vec<Tensor<'_>>)],
+fn decide_by<D: Deref<Target = [u8]>>(
+    groups: &[(Clip, &[HostTensor<'_, D>])],
     mut threshold: Option<&mut dyn Threshold>,
     call: GroupCall<'_>,
     progress: &Progress,
@@ -133,7 +135,7 @@ fn decide_by(
 }
 
 /// Decides by norms that were measured elsewhere.
-pub(crate) fn decide_scale(clip: &Clip, given: Given<'_>, tensors: &[Tensor<'_>]) -> Result<Decision, Error> {
+pub(crate) fn decide_scale<D>(clip: &Clip, given: Given<'_>, tensors: &[HostTensor<'_, D>]) -> Result<Decision, Error> {
     clip.check_adaptive()?;
     let found = Measured::given(clip, segments_of(clip, tensors)?, given)?;
     let skipped = found.skips();
@@ -142,7 +144,7 @@ pub(crate) fn decide_scale(clip: &Clip, given: Given<'_>, tensors: &[Tensor<'_>]
 
 /// Clips in place by norms that were measured elsewhere.
 pub(crate) fn scale(clip: &Clip, given: Given<'_>, tensors: &mut [TensorMut<'_>]) -> Result<ClipReport, Error> {
-    Ok(decide_scale(clip, given, &views(tensors))?.apply(tensors, &Progress::default()))
+    Ok(decide_scale(clip, given, tensors)?.apply(tensors, &Progress::default()))
 }
 
 /// Measures examples, and writes the sum of the clipped examples: one sum for each tensor.
@@ -183,9 +185,8 @@ pub(crate) fn views<'a>(tensors: &'a [TensorMut<'_>]) -> Vec<Tensor<'a>> {
     tensors.iter().map(TensorMut::as_tensor).collect()
 }
 
-pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segments, Error> {
-    let specs: Vec<_> = tensors.iter().map(|t| t.spec).collect();
-    let segments = Segments::new(clip, &specs)?;
+pub(crate) fn segments_of<D>(clip: &Clip, tensors: &[HostTensor<'_, D>]) -> Result<Segments, Error> {
+    let segments = Segments::new(clip, tensors.iter().map(|t| t.spec))?;
     if clip.needs_parameters() {
         for (i, t) in tensors.iter().enumerate() {
             check_parameter(i, t.spec, t.parameter.map(|p| p.spec))?;
@@ -195,7 +196,12 @@ pub(crate) fn segments_of(clip: &Clip, tensors: &[Tensor<'_>]) -> Result<Segment
 }
 
 /// What the first pass of this process measures.
-fn part(clip: &Clip, tensors: &[Tensor<'_>], segments: Segments, progress: &Progress) -> GroupPartials {
+fn part<D: Deref<Target = [u8]>>(
+    clip: &Clip,
+    tensors: &[HostTensor<'_, D>],
+    segments: Segments,
+    progress: &Progress,
+) -> GroupPartials {
     let partials = merged(tensors, &segments, |task, slots| {
         progress.measured(task.bytes());
         if let Some(norm_type) = clip.reported() {
@@ -284,7 +290,7 @@ impl Measured {
                     _ => (f64::INFINITY, "it must be 0 or more"),
                 };
                 if let Some(norm) = norms.iter().find(|n| !(0.0..=greatest).contains(*n)) {
-                    setting(false, "a given norm", number(*norm), reason)?;
+                    setting(false, "a given norm", Number(*norm), reason)?;
                 }
                 let nothing = GroupTotal { partial: Partial::EMPTY, non_finite: None };
                 let mut found = Self::new(GroupPartials::new(clip, segments, Vec::new()), nothing);

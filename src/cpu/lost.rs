@@ -121,10 +121,10 @@ impl Range {
             true => product(magnitude) >= T::INFINITY,
             false => product(magnitude) > T::Bits::ZERO,
         };
-        if factor == 1.0 {
+        let least = if T::DTYPE == Dtype::F16 { 1 } else { infinity & infinity.wrapping_neg() };
+        if factor == 1.0 || (!to_infinity && is_beyond(least)) {
             return Self { start: 0, end: 0, to_infinity };
         }
-        let least = if T::DTYPE == Dtype::F16 { 1 } else { infinity & infinity.wrapping_neg() };
         // A guess of the first that survives, or of the first that becomes infinite; a few steps then lead to it.
         let guess: f64 = if to_infinity {
             number(infinity - 1).wide().into() / factor

@@ -99,7 +99,7 @@ impl GpuClipper {
         };
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
         let partial = self.device.filled("gradclip accumulator", bytemuck::bytes_of(&PartialRow::EMPTY), usage)?;
-        let group = Group { limit: 1, ..Group::new(clip, Segments::new(clip, &[])?, Vec::new()) };
+        let group = Group { limit: 1, ..Group::new(clip, Segments::new(clip, std::iter::empty())?, Vec::new()) };
         let groups = std::slice::from_ref(&group);
         let memory = Memory::new(&self.device, groups, 1, &[StateRow::zeroed()], Kept::Nothing)?;
         let params = Params::new(&group, &group.clip, 0, None).upload(&self.device)?;

@@ -162,8 +162,7 @@ impl Gathered {
         };
         let mut gathered = Vec::new();
         for (clip, tensors) in groups {
-            let specs: Vec<_> = tensors.iter().map(GpuTensor::spec).collect();
-            let segments = Segments::new(clip, &specs)?;
+            let segments = Segments::new(clip, tensors.iter().map(GpuTensor::spec))?;
             let described = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.counted)).collect();
             let mut group = Group { given: matches!(job, Job::Scale(_)), ..Group::new(clip, segments, described) };
             for (i, (t, layout)) in tensors.iter().zip(&group.segments.layouts).enumerate() {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::clip::{number, setting};
+use crate::clip::{Number, setting};
 use crate::{Dtype, Error};
 
 /// Which update is made.
@@ -239,43 +239,43 @@ impl Optimizer {
         let is = |algorithms: &[Algorithm]| algorithms.contains(&self.algorithm);
         let at_least_0 = |name, x: f64| {
             let valid = (0.0..f64::INFINITY).contains(&x);
-            setting(valid, name, number(x), "it must be a finite number, 0 or more")
+            setting(valid, name, Number(x), "it must be a finite number, 0 or more")
         };
         let below_1 =
-            |name, x: f64| setting((0.0..1.0).contains(&x), name, number(x), "it must be 0 or more and below 1");
+            |name, x: f64| setting((0.0..1.0).contains(&x), name, Number(x), "it must be 0 or more and below 1");
         at_least_0("lr", self.lr)?;
         at_least_0("weight_decay", self.weight_decay)?;
         if let Some(momentum) = self.momentum {
             let users = "only Optimizer::sgd and Optimizer::rmsprop use it";
-            setting(is(&[Sgd, RmsProp]), "momentum", number(momentum), users)?;
+            setting(is(&[Sgd, RmsProp]), "momentum", Number(momentum), users)?;
             at_least_0("momentum", momentum)?;
         }
         if let Some(dampening) = self.dampening {
-            setting(is(&[Sgd]), "dampening", number(dampening), "only Optimizer::sgd uses it")?;
-            setting(dampening.is_finite(), "dampening", number(dampening), "it must be a finite number")?;
+            setting(is(&[Sgd]), "dampening", Number(dampening), "only Optimizer::sgd uses it")?;
+            setting(dampening.is_finite(), "dampening", Number(dampening), "it must be a finite number")?;
         }
         setting(!self.nesterov || is(&[Sgd]), "nesterov", true, "only Optimizer::sgd uses it")?;
         let fits = self.momentum.is_some_and(|x| x > 0.0) && self.dampening.unwrap_or(0.0) == 0.0;
         setting(!self.nesterov || fits, "nesterov", true, "it needs a momentum above 0 and no dampening")?;
         for (name, x) in [("lr_decay", self.lr_decay), ("initial_accumulator_value", self.initial_accumulator_value)] {
             if let Some(x) = x {
-                setting(is(&[Adagrad]), name, number(x), "only Optimizer::adagrad uses it")?;
+                setting(is(&[Adagrad]), name, Number(x), "only Optimizer::adagrad uses it")?;
                 at_least_0(name, x)?;
             }
         }
         if let Some(alpha) = self.alpha {
-            setting(is(&[RmsProp]), "alpha", number(alpha), "only Optimizer::rmsprop uses it")?;
+            setting(is(&[RmsProp]), "alpha", Number(alpha), "only Optimizer::rmsprop uses it")?;
             below_1("alpha", alpha)?;
         }
         setting(!self.centered || is(&[RmsProp]), "centered", true, "only Optimizer::rmsprop uses it")?;
         let of_adam = "only Optimizer::adam and Optimizer::adamw use it";
         for (name, beta) in ["beta1", "beta2"].into_iter().zip(self.betas.into_iter().flatten()) {
-            setting(is(&[Adam, AdamW]), name, number(beta), of_adam)?;
+            setting(is(&[Adam, AdamW]), name, Number(beta), of_adam)?;
             below_1(name, beta)?;
         }
         setting(!self.amsgrad || is(&[Adam, AdamW]), "amsgrad", true, of_adam)?;
         if let Some(eps) = self.eps {
-            setting(!is(&[Sgd]), "eps", number(eps), "Optimizer::sgd does not use it")?;
+            setting(!is(&[Sgd]), "eps", Number(eps), "Optimizer::sgd does not use it")?;
             at_least_0("eps", eps)?;
         }
         Ok(())
@@ -404,7 +404,7 @@ impl fmt::Display for Halves {
 impl fmt::Display for Optimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let default = Self::new(self.algorithm);
-        write!(f, "{}, lr {}", self.algorithm, number(self.lr))?;
+        write!(f, "{}, lr {}", self.algorithm, Number(self.lr))?;
         for (name, x, default) in [
             ("momentum", self.momentum, default.momentum),
             ("dampening", self.dampening, default.dampening),
@@ -413,17 +413,17 @@ impl fmt::Display for Optimizer {
             ("alpha", self.alpha, default.alpha),
         ] {
             if let Some(x) = x.filter(|_| x != default) {
-                write!(f, ", {name} {}", number(x))?;
+                write!(f, ", {name} {}", Number(x))?;
             }
         }
         if let Some([beta1, beta2]) = self.betas.filter(|_| self.betas != default.betas) {
-            write!(f, ", betas {} {}", number(beta1), number(beta2))?;
+            write!(f, ", betas {} {}", Number(beta1), Number(beta2))?;
         }
         for (name, x, default) in
             [("eps", self.eps, default.eps), ("weight_decay", Some(self.weight_decay), Some(default.weight_decay))]
         {
             if let Some(x) = x.filter(|_| x != default) {
-                write!(f, ", {name} {}", number(x))?;
+                write!(f, ", {name} {}", Number(x))?;
             }
         }
         let switches = [

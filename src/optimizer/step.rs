@@ -291,7 +291,7 @@ impl Clipper {
             let all: Vec<_> = gradients.iter().copied().zip(&views).map(with_parameter).collect();
             let of_group = |(i, clip): (usize, &Clip)| {
                 let all = if clips.len() == 1 { &all[..] } else { &all[state.parameters.groups[i].clone()] };
-                (*clip, all.to_vec())
+                (*clip, all)
             };
             let groups: Vec<_> = clips.iter().enumerate().map(of_group).collect();
             let decided = decide::decide(&groups, threshold, self.context())?.into_iter().zip(&groups);

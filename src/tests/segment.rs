@@ -13,7 +13,7 @@ fn specs<'a>(shapes: &[&'a [usize]]) -> Vec<Spec<'a>> {
 
 fn segments(scope: Scope, shapes: &[&[usize]]) -> Segments {
     let clip = Clip::norm(2.0).scope(scope);
-    Segments::new(&clip, &specs(shapes)).expect("valid")
+    Segments::new(&clip, specs(shapes).into_iter()).expect("valid")
 }
 
 /// The segment of each element.
@@ -28,7 +28,7 @@ fn every_element_has_its_segment() {
     let all = |scope, axis: Option<UnitAxis>| {
         let mut clip = Clip::norm(1.0).scope(scope);
         clip.unit_axis = axis;
-        let found = Segments::new(&clip, &specs(&shapes)).expect("valid");
+        let found = Segments::new(&clip, specs(&shapes).into_iter()).expect("valid");
         let each: Vec<_> = found.layouts.iter().zip(specs(&shapes)).map(|(of, spec)| segments_of(of, spec)).collect();
         (each, found.families().map(|f| f.elements).collect::<Vec<_>>())
     };
@@ -52,7 +52,7 @@ fn a_tensor_may_choose_its_own_units() {
     let of = |scope| {
         let mut clip = Clip::norm(1.0).scope(scope);
         clip.unit_axis = (scope == Scope::Unit).then_some(UnitAxis::First);
-        let found = Segments::new(&clip, &specs).expect("valid");
+        let found = Segments::new(&clip, specs.iter().copied()).expect("valid");
         found.layouts.iter().map(|matrices| matrices.matrix.by).collect::<Vec<_>>()
     };
     assert_eq!(of(Scope::Unit), [By::Columns, By::Rows, By::Whole]);
@@ -64,7 +64,7 @@ fn thresholds_are_shared_out() {
     let shapes: [&[usize]; 2] = [&[2, 3], &[2, 9]];
     let thresholds = |budget| {
         let clip = Clip::norm(2.0).scope(Scope::ExampleTensor).budget(budget);
-        let found = Segments::new(&clip, &specs(&shapes)).expect("valid");
+        let found = Segments::new(&clip, specs(&shapes).into_iter()).expect("valid");
         found.max_norms(&clip, &[], &[]).into_iter().map(Magnitude::to_f64).collect::<Vec<_>>()
     };
     assert_eq!(thresholds(Budget::Each), [2.0; 4]);
@@ -103,7 +103,7 @@ fn units_by_any_set_of_axes() {
             for unit_axis in [UnitAxis::axes(&numbering), UnitAxis::over(&others)] {
                 let clip = Clip::norm(1.0).scope(Scope::Unit).unit_axis(unit_axis);
                 let spec = specs(&[shape])[0];
-                let found = Segments::new(&clip, &[spec]).expect("valid");
+                let found = Segments::new(&clip, [spec].into_iter()).expect("valid");
                 assert_eq!(segments_of(&found.layouts[0], spec), want, "{shape:?} by {unit_axis}");
                 assert_eq!(found.count, count as u32);
                 assert!(found.families().all(|f| f.elements == (len / count) as u64));

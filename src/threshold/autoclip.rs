@@ -2,7 +2,7 @@
 
 use super::{Threshold, at_least_1, is_norm, norm_of_step, only_one};
 use crate::Error;
-use crate::clip::{number, setting};
+use crate::clip::{Number, setting};
 
 /// Clips a global norm to a percentile of the norms so far.
 ///
@@ -85,7 +85,7 @@ impl AutoClip {
 
     pub(super) fn check(&self) -> Result<(), Error> {
         let valid = (0.0..=100.0).contains(&self.percentile);
-        setting(valid, "percentile", number(self.percentile), "it must be from 0 to 100")?;
+        setting(valid, "percentile", Number(self.percentile), "it must be from 0 to 100")?;
         at_least_1("history", self.history)
     }
 

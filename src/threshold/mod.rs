@@ -23,7 +23,7 @@ pub use adagc::AdaGc;
 pub use autoclip::AutoClip;
 pub use zclip::ZClip;
 
-use crate::clip::{number, setting};
+use crate::clip::{Number, setting};
 use crate::{Clip, Error};
 
 /// A threshold that follows the norms of a training run: [`ZClip`] and [`AutoClip`] follow the global norm, [`AdaGc`]
@@ -87,11 +87,11 @@ fn only_one(threshold: &str, labels: &[String]) -> Result<(), Error> {
 }
 
 fn below_1(name: &'static str, rate: f64) -> Result<(), Error> {
-    setting((0.0..1.0).contains(&rate), name, number(rate), "it must be 0 or more and below 1")
+    setting((0.0..1.0).contains(&rate), name, Number(rate), "it must be 0 or more and below 1")
 }
 
 fn above_0(name: &'static str, value: f64) -> Result<(), Error> {
-    setting(value > 0.0 && value.is_finite(), name, number(value), "it must be a finite number above 0")
+    setting(value > 0.0 && value.is_finite(), name, Number(value), "it must be a finite number above 0")
 }
 
 fn at_least_1(name: &'static str, value: usize) -> Result<(), Error> {

@@ -2,7 +2,7 @@
 
 use super::{Threshold, above_0, at_least_1, below_1, is_norm, norm_of_step, only_one};
 use crate::Error;
-use crate::clip::{number, setting};
+use crate::clip::{Number, setting};
 
 /// Clips a global norm that stands out from the mean of the norms before it.
 ///
@@ -105,7 +105,7 @@ impl ZClip {
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
-        setting(self.skip_above_z > 0.0, "skip_above_z", number(self.skip_above_z), "it must be above 0")?;
+        setting(self.skip_above_z > 0.0, "skip_above_z", Number(self.skip_above_z), "it must be above 0")?;
         below_1("alpha", self.alpha)?;
         above_0("z_threshold", self.z_threshold)?;
         at_least_1("warm_up", self.warm_up as usize)

@@ -176,7 +176,7 @@ fn clamping_agrees() {
                     on_each_set(&format!("{what} to {min}..={max} / {grad_scale:e}, {policy:?}"), || {
                         let (before, mut data) = (data, data.to_vec());
                         let tensor = Tensor::from_bytes(dtype, before).expect("whole elements");
-                        let segments = Segments::new(&clip, &[tensor.spec]).expect("a valid clip");
+                        let segments = Segments::new(&clip, [tensor.spec].into_iter()).expect("a valid clip");
                         let lost = lost(&clip, 0, dtype, (&segments.layouts[0], &outcomes(1.0, 1)), before);
                         let scan = with_element!(dtype, T => clamp::scan::<T>(&clip, AT, &data));
                         let partial = with_element!(dtype, T => clamp::clamp::<T>(&clip, AT, &mut data));
@@ -202,8 +202,10 @@ fn steps_agree() {
         adam.halves(Halves::Remainder),
         adam.betas(0.3, 0.4).amsgrad(true).maximize(true).halves(Halves::Master),
     ];
-    let layout =
-        Segments::new(&Clip::norm(1.0), &[Tensor::new(&[0f32; 130]).spec]).expect("a valid clip").layouts.remove(0);
+    let layout = Segments::new(&Clip::norm(1.0), [Tensor::new(&[0f32; 130]).spec].into_iter())
+        .expect("a valid clip")
+        .layouts
+        .remove(0);
     everywhere(|dtype, data, what| {
         // Payloads of NaNs that meet are not promised.
         let len = data.len() / dtype.size();

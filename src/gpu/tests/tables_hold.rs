@@ -520,7 +520,7 @@ fn tensors(u: &mut Unstructured<'_>, limits: Limits) -> Result<(Vec<Piece>, u32)
     let own = shapes.iter().zip(axes);
     let spec = |s, axis| Spec { shape: Some(s), unit_axis: Some(axis), ..Spec::new(Dtype::F32, len(s)) };
     let specs: Vec<_> = own.map(|(s, axis)| spec(s, axis)).collect();
-    let segments = Segments::new(&clip, &specs).expect("fits");
+    let segments = Segments::new(&clip, specs.iter().copied()).expect("fits");
 
     let mut ends = vec![0u64; u.int_in_range(1..=20)?];
     let mut pieces = Vec::new();
