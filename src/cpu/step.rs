@@ -48,10 +48,13 @@ impl<'a> Piece<'a> {
         self.gradient.1.len() + self.parameter.1.len() + self.state.iter().map(|array| array.len()).sum::<usize>()
     }
 
-    /// The first elements, at most this many, and the others.
-    fn split(self, most: usize) -> (Self, Self) {
-        let (len, first) = (self.len().max(1), most.min(self.len()));
-        let at = |array: &[u8]| array.len() / len * first;
+    /// The first elements, at most this many, and the others if there are any.
+    fn split(self, most: usize) -> (Self, Option<Self>) {
+        let len = self.len();
+        if len <= most {
+            return (self, None);
+        }
+        let at = |array: &[u8]| array.len() / len * most;
         let (own, rest) = self.gradient.1.split_at(at(self.gradient.1));
         let cut = |array: &'a mut [u8]| {
             let at = at(array);
@@ -64,7 +67,7 @@ impl<'a> Piece<'a> {
             gradient: (self.gradient.0, gradient),
             state,
         };
-        (piece(parameter, own, [a, b, c, d]), piece(parameters, rest, [a_rest, b_rest, c_rest, d_rest]))
+        (piece(parameter, own, [a, b, c, d]), Some(piece(parameters, rest, [a_rest, b_rest, c_rest, d_rest])))
     }
 }
 
@@ -86,12 +89,11 @@ pub(crate) fn in_pieces<'a>(
     task: impl Fn(usize, u64, Piece<'a>) + Send + Sync,
 ) {
     let work = parameters.enumerate().flat_map(|(i, whole)| {
-        let (mut rest, mut next) = (Some(whole), 0);
+        let (mut rest, mut next) = (Some(whole).filter(|whole| whole.len() > 0), 0);
         std::iter::from_fn(move || {
-            let (piece, others) = rest.take().filter(|rest| rest.len() > 0)?.split(CHUNK);
-            let first = next;
-            next += piece.len() as u64;
-            rest = Some(others);
+            let (piece, first) = (rest.take()?, next);
+            let (piece, others) = piece.split(CHUNK);
+            (rest, next) = (others, next + piece.len() as u64);
             Some((i, first, piece))
         })
     });
@@ -124,9 +126,9 @@ fn step<W: Wide>(how: How<'_>, at: Location, piece: Piece<'_>) -> Partial {
     let columns = if how.matrices.matrix.by == By::Columns { how.matrices.matrix.columns as usize } else { 0 };
     let block = if columns == 0 { BLOCK } else { columns.clamp(WRITTEN_AT_ONCE, CHUNK) };
     let mut buffers = Buffers::new(block.min(len));
-    let (mut rest, mut found, mut next) = (piece, Partial::EMPTY, at);
-    while rest.len() > 0 {
-        let (own, others) = rest.split(block);
+    let (mut rest, mut found, mut next) = (Some(piece), Partial::EMPTY, at);
+    while let Some(piece) = rest {
+        let (own, others) = piece.split(block);
         let ahead = next.ahead(own.len());
         let factor = factor.or_else(|| how.unclamped::<W>(own.gradient, next));
         found = found.merge(step_block(how, next, factor, own, &mut buffers));

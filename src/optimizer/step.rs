@@ -286,12 +286,17 @@ impl Clipper {
             return Err(error);
         }
         let decisions = {
-            let views = decide::views(parameters);
-            let with_parameter = |(gradient, parameter)| Tensor { parameter: Some(parameter), ..gradient };
-            let all: Vec<_> = gradients.iter().copied().zip(&views).map(with_parameter).collect();
+            let (views, with_parameters): (Vec<_>, Vec<_>);
+            let all = if clips.iter().any(Clip::needs_parameters) {
+                views = decide::views(parameters);
+                let with_parameter = |(gradient, parameter)| Tensor { parameter: Some(parameter), ..gradient };
+                with_parameters = gradients.iter().copied().zip(&views).map(with_parameter).collect();
+                &with_parameters[..]
+            } else {
+                gradients
+            };
             let of_group = |(i, clip): (usize, &Clip)| {
-                let all = if clips.len() == 1 { &all[..] } else { &all[state.parameters.groups[i].clone()] };
-                (*clip, all)
+                (*clip, if clips.len() == 1 { all } else { &all[state.parameters.groups[i].clone()] })
             };
             let groups: Vec<_> = clips.iter().enumerate().map(of_group).collect();
             let decided = decide::decide(&groups, threshold, self.context())?.into_iter().zip(&groups);
