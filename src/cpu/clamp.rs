@@ -120,7 +120,8 @@ impl<T: Widen> Clamp<T> {
     }
 }
 
-/// Finds whether anything is outside the bounds, and whether anything is not finite.
+/// Finds whether anything is outside the bounds, and whether anything is not finite. If one bound is the other's negative,
+/// the largest magnitude tells both, in a third of the instructions.
 struct Look<'a, T> {
     min: T,
     max: T,
@@ -131,9 +132,17 @@ impl<T: Widen> Kernel for Look<'_, T> {
     type Output = [bool; 2];
     #[inline(always)]
     fn on<I: Isa>(self, _: I) -> [bool; 2] {
+        let Self { min, max, block } = self;
+        let (low, high) = (min.bits(), max.bits());
+        let symmetric = low.magnitude() == high && (low != high || high == T::Bits::ZERO);
+        // Most instruction sets have no maximum of 64-bit integers.
+        if symmetric && size_of::<T>() < size_of::<f64>() {
+            let top = elements::<T>(block).fold(T::Bits::ZERO, |top, x| top.max(x.bits().magnitude()));
+            return [top > high, top >= T::INFINITY];
+        }
         let (mut outside, mut non_finite) = (T::Bits::ZERO, T::Bits::ZERO);
-        for x in elements::<T>(self.block) {
-            outside = outside.or(x.outside(self.min, self.max));
+        for x in elements::<T>(block) {
+            outside = outside.or(x.outside(min, max));
             non_finite = non_finite.or(x.not_finite());
         }
         [outside != T::Bits::ZERO, non_finite != T::Bits::ZERO]

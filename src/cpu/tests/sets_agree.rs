@@ -3,6 +3,7 @@
 
 use half::{bf16, f16};
 
+use super::super::element::Widen;
 use super::super::isa::{self, Isa, Kernel, LANES, Set, run};
 use super::super::lost::{lost, lost_by_segment};
 use super::super::step::{How, Piece, step_piece};
@@ -235,6 +236,27 @@ fn steps_agree() {
             }
         }
     });
+}
+
+#[test]
+fn one_element_is_clamped_to_any_bounds() {
+    let bounds = [(-1.0, 1.0), (1.0, 1.0), (-1.0, -1.0), (-0.0, 0.0), (0.0, 0.0), (-0.5, 2.0), (-2.0, f64::INFINITY)];
+    let numbers = [0.0, 0.5, 1.0, 1.5, 4.0, f64::INFINITY, f64::NAN];
+    for (dtype, (min, max)) in DTYPES.into_iter().flat_map(|dtype| bounds.map(|bounds| (dtype, bounds))) {
+        for x in numbers.into_iter().flat_map(|x| [x, -x]) {
+            on_each_set(&format!("{x} in {dtype} to {min}..{max}"), || {
+                with_element!(dtype, T => {
+                    let stored = <T as Widen>::round(x);
+                    let mut element = bytemuck::bytes_of(&stored).to_vec();
+                    let found = clamp::clamp::<T>(&Clip::range(min, max), AT, &mut element);
+                    assert_eq!(found.outside, x < min || x > max, "{x} in {dtype} to {min}..{max}");
+                    assert_eq!(found.non_finite, u64::from(!x.is_finite()), "{x} in {dtype} to {min}..{max}");
+                    let kept = if found.outside { <T as Widen>::round(x.clamp(min, max)) } else { stored };
+                    assert_eq!(element, bytemuck::bytes_of(&kept), "{x} in {dtype} to {min}..{max}");
+                });
+            });
+        }
+    }
 }
 
 #[test]
