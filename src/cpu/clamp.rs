@@ -6,7 +6,7 @@
 //! scale, all work on an unscaled copy of a block in the type to compute in.
 
 use super::count::count;
-use super::element::{Bits, Wide, Widen, elements};
+use super::element::{Bits, Wide, Widen, elements, largest_magnitude};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::{self, Product, write_exact_products};
 use super::scale::Round;
@@ -133,11 +133,11 @@ impl<T: Widen> Kernel for Look<'_, T> {
     #[inline(always)]
     fn on<I: Isa>(self, _: I) -> [bool; 2] {
         let Self { min, max, block } = self;
+        let has_maximum = I::COMPARES_64_BITS || size_of::<T>() < size_of::<f64>();
         let (low, high) = (min.bits(), max.bits());
         let symmetric = low.magnitude() == high && (low != high || high == T::Bits::ZERO);
-        // Most instruction sets have no maximum of 64-bit integers.
-        if symmetric && size_of::<T>() < size_of::<f64>() {
-            let top = elements::<T>(block).fold(T::Bits::ZERO, |top, x| top.max(x.bits().magnitude()));
+        if has_maximum && symmetric {
+            let top = largest_magnitude::<T>(block);
             return [top > high, top >= T::INFINITY];
         }
         let (mut outside, mut non_finite) = (T::Bits::ZERO, T::Bits::ZERO);

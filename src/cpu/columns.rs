@@ -54,7 +54,7 @@ impl<B: Bits> Kernel for RowMaxima<'_, B> {
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
         for (max, x) in self.maxima.iter_mut().zip(elements::<B>(self.row)) {
-            *max = (*max).max(x.magnitude());
+            *max = max.max_magnitude(x.magnitude());
         }
     }
 }

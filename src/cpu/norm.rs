@@ -22,7 +22,7 @@
 use std::marker::PhantomData;
 
 use super::count::count;
-use super::element::{Bits, Wide, Widen, elements, group_size};
+use super::element::{Wide, Widen, elements, group_size, largest_magnitude};
 use super::isa::{Isa, Kernel, LANES, run};
 use super::map::Map;
 use super::power::{Cube, Fourth, Magnitude, Power, Root, Square};
@@ -228,9 +228,7 @@ impl<T: Widen> Kernel for Maxima<'_, T> {
     #[inline(always)]
     fn on<I: Isa>(self, _: I) {
         for (run, slot) in self.data.chunks_exact(self.size).zip(self.slots) {
-            // Compares as integers: everything that is not finite comes after everything that is.
-            let max = elements::<T>(run).fold(T::Bits::ZERO, |max, x| max.max(x.bits().magnitude()));
-            *slot = Partial { max: T::of_bits(max).wide().into(), ..Partial::EMPTY };
+            *slot = Partial { max: T::of_bits(largest_magnitude::<T>(run)).wide().into(), ..Partial::EMPTY };
         }
     }
 }

@@ -9,6 +9,8 @@ pub(in crate::cpu) trait Isa: Copy {
     type F: Copy;
     /// float64.
     type D: Copy;
+    /// Whether an instruction compares 64-bit integers.
+    const COMPARES_64_BITS: bool = true;
 
     fn f(self, numbers: [f32; LANES]) -> Self::F;
     fn d(self, numbers: [f64; LANES]) -> Self::D;

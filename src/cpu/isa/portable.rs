@@ -20,6 +20,8 @@ fn lanes<A: Copy + Default>(f: impl Fn(usize) -> A) -> [A; LANES] {
 impl Isa for Portable {
     type F = [f32; LANES];
     type D = [f64; LANES];
+    // SSE2 has none.
+    const COMPARES_64_BITS: bool = !cfg!(target_arch = "x86_64");
 
     #[inline(always)]
     fn f(self, numbers: [f32; LANES]) -> Self::F {
