@@ -180,12 +180,13 @@ impl Segments {
         tensors: impl ExactSizeIterator<Item = Spec<'a>> + Clone,
     ) -> Result<Self, Error> {
         clip.check()?;
-        let label = |i: usize| tensor_label(tensors.clone().nth(i).and_then(|t| t.name), i);
+        let (count, all) = (tensors.len(), move || tensors.clone());
+        let label = |i: usize| tensor_label(all().nth(i).and_then(|t| t.name), i);
         let fail = |i: usize, reason: String| Err(Error::Tensor { tensor: label(i), reason });
         let scope = clip.scope;
         let examples = if matches!(scope, Scope::Example | Scope::ExampleTensor) {
             let mut examples = None;
-            for (i, t) in tensors.clone().enumerate() {
+            for (i, t) in all().enumerate() {
                 let Some(first) = t.first() else {
                     return fail(i, "it is a scalar, and has no dimension 0 to take examples along".into());
                 };
@@ -199,10 +200,10 @@ impl Segments {
         } else {
             0
         };
-        let total: u64 = tensors.clone().map(Spec::counted_len).sum();
-        let mut found = Self { layouts: Vec::with_capacity(tensors.len()), families: Vec::new(), count: 0 };
+        let total: u64 = all().map(Spec::counted_len).sum();
+        let mut found = Self { layouts: Vec::with_capacity(count), families: Vec::new(), count: 0 };
         let mut axes = Vec::new();
-        for (i, t) in tensors.clone().enumerate() {
+        for (i, t) in all().enumerate() {
             match scope {
                 Scope::Global | Scope::Tensor => axes.push((t.len, false)),
                 Scope::Example | Scope::ExampleTensor => {
@@ -217,7 +218,7 @@ impl Segments {
             // Where one is 0 there are none, even if the product of the others overflows.
             let segments = if numbering().any(|size| size == 0) { 0 } else { numbering().fold(1, u64::saturating_mul) };
             let share = match (scope, clip.budget) {
-                (Scope::ExampleTensor, Budget::Uniform) => (1.0 / tensors.len() as f64).sqrt(),
+                (Scope::ExampleTensor, Budget::Uniform) => (1.0 / count as f64).sqrt(),
                 (Scope::ExampleTensor, Budget::Sized) if t.counted_len() > 0 => {
                     (t.counted_len() as f64 / total as f64).sqrt()
                 }
@@ -239,7 +240,7 @@ impl Segments {
             };
             found.layouts.push(Matrices::new(t.len, &mut axes, first));
         }
-        if tensors.len() == 0 && scope == Scope::Global {
+        if count == 0 && scope == Scope::Global {
             // The norm of nothing is 0.
             found.add(1, 0, 1.0, None, false)?;
         }
