@@ -1,9 +1,10 @@
 //! Clamps each element of a chunk to the bounds of a value clip. Twin of `shaders/clamp.wgsl`.
 //!
 //! It looks at a group of elements, and writes it if anything changes. So where few elements lie outside the bounds, most
-//! of the memory is only read. What is not finite is counted before it is written. Floats are compared as they are, and
-//! halves as integers that order like them. An element that stays keeps every bit, and a NaN its payload. With a loss
-//! scale, all work on an unscaled copy of a block in the type to compute in.
+//! of the memory is only read. If one bound is the other's negative, a look is for the largest magnitude, as bits. Otherwise
+//! floats are compared as they are, and halves as integers that order like them. What is not finite is counted before it
+//! is written. An element that stays keeps every bit, and a NaN its payload. With a loss scale, all work on an unscaled copy
+//! of a block in the type to compute in.
 
 use super::count::count;
 use super::element::{Bits, Wide, Widen, elements, largest_magnitude};
@@ -120,8 +121,8 @@ impl<T: Widen> Clamp<T> {
     }
 }
 
-/// Finds whether anything is outside the bounds, and whether anything is not finite. If one bound is the other's negative,
-/// the largest magnitude tells both, in a third of the instructions.
+/// Finds whether anything is outside the bounds, and whether anything is not finite. The largest magnitude tells both, in a
+/// third of the instructions, if one bound is the other's negative.
 struct Look<'a, T> {
     min: T,
     max: T,
