@@ -70,13 +70,15 @@ pub(crate) struct Matrices {
 }
 
 impl Matrices {
-    /// The matrices of a tensor of `len` elements. Takes the size of each axis, and whether it numbers segments, out of
-    /// `axes`.
+    /// The matrices of a tensor of `len` elements. `axes` holds the size of each axis, and whether it numbers segments. It is
+    /// empty afterwards, for the next tensor.
     fn new(len: u64, axes: &mut Vec<(u64, bool)>, segment: u32) -> Self {
         axes.retain(|(size, _)| len > 0 && *size > 1);
         axes.dedup_by(|next, last| {
             let same = next.1 == last.1;
-            last.0 *= if same { next.0 } else { 1 };
+            if same {
+                last.0 *= next.0;
+            }
             same
         });
         let (by, columns, of_matrix, mut step) = match axes[..] {
